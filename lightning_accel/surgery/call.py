@@ -1,0 +1,65 @@
+"""What goes into a network: calls of named modules, their arguments of any structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class Call(NamedTuple):
+    """One call of a module: its name inside the model ("" is the model itself) and its arguments."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def as_call(example: Any, name: str = "") -> Call:
+    """Read an example: a dict is keyword arguments, a tuple positional ones, all else one argument.
+
+    >>> as_call({"mask": 1})
+    Call(name='', args=(), kwargs={'mask': 1})
+    """
+    if isinstance(example, dict):
+        return Call(name, (), example)
+    return Call(name, tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
+
+
+def run(model: nn.Module, calls: Sequence[Call]) -> list[Any]:
+    """Make the calls one after another and return their outputs."""
+    return [model.get_submodule(call.name)(*call.args, **call.kwargs) for call in calls]
+
+
+def batch_size(calls: Sequence[Call]) -> int | None:
+    """Return the size of dimension 0 of the first tensor argument that has one."""
+    sizes = (t.shape[0] for t in tree_leaves(list(calls)) if isinstance(t, Tensor) and t.dim())
+    return next(sizes, None)
+
+
+def first(calls: Sequence[Call], count: int) -> tuple[Call, ...]:
+    """Keep the first `count` samples of every tensor that has the batch dimension.
+
+    >>> first([Call("", (torch.ones(8, 3),), {})], 2)[0].args[0].shape
+    torch.Size([2, 3])
+    """
+    batch = batch_size(calls)
+
+    def cut(value: Any) -> Any:
+        has_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+        return value[:count] if has_batch else value
+
+    return tuple(Call(c.name, *tree_map(cut, (c.args, c.kwargs))) for c in calls)
+
+
+def cast(calls: Sequence[Call], dtype: torch.dtype) -> tuple[Call, ...]:
+    """Convert floating point arguments."""
+
+    def convert(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().to(dtype) if floating else value
+
+    return tuple(Call(c.name, *tree_map(convert, (c.args, c.kwargs))) for c in calls)

@@ -1,0 +1,106 @@
+"""What to take out of a model: the kept elements of each tensor and the sizes that follow.
+
+A cut is made on a twin, is plain data, and can be sent to other processes. Applying it to the model
+(or to any copy with the same names, such as a moving average) is the only moment at which the
+original is touched. `masked` is the same cut without removal, which is what a correct cut must equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.errors import StructureMismatch
+from lightning_accel.surgery.receipt import Change, Kept, Moved, Receipt
+from lightning_accel.surgery.structure import (
+    Size,
+    Structure,
+    named_tensors,
+    replace_data,
+    set_size,
+    text,
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The kept elements of named tensors, and the new value of integer attributes of modules.
+
+    `before` holds the shapes and attributes that the cut expects to find.
+    """
+
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    before: Structure = field(default_factory=Structure)
+    attributes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
+    skipped: tuple[Change, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.kept)
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> Receipt:
+        """Remove the elements in place, gradients included; parameters stay the same objects.
+
+        Raises:
+            StructureMismatch: `model` is not of the shape for which the cut was made; it is untouched.
+        """
+        self._check(model)
+        tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
+        changes: list[Change] = []
+        moved: list[Moved] = []
+        done: set[int] = set()
+        for name, kept in self.kept.items():
+            old = tensors[name]
+            if id(old) in done:
+                continue  # a tied tensor under its second name
+            done.add(id(old))
+            old_shape, gradient = tuple(old.shape), old.grad
+            new = replace_data(model, name, kept.take(old))
+            done.add(id(new))
+            if gradient is not None:
+                new.grad = kept.take(gradient)
+            changes.append(Change(name, "pruned", text(old_shape), text(new.shape)))
+            if isinstance(old, nn.Parameter) and isinstance(new, nn.Parameter):
+                moved.append(Moved(name, old, new, old_shape, kept))
+        for name, sizes in self.attributes.items():
+            for key, size in sizes.items():
+                set_size(modules[name], key, size)
+        return Receipt(tuple(changes), tuple(moved), self.skipped)
+
+    @torch.no_grad()
+    def masked(self, model: nn.Module) -> None:
+        """Set what the cut would remove to zero in place, and remove nothing."""
+        done: set[int] = set()
+        tensors = dict(named_tensors(model))
+        for name, kept in self.kept.items():
+            tensor = tensors[name]
+            if id(tensor) not in done and tensor.is_floating_point():
+                done.add(id(tensor))
+                tensor.mul_(self.mask(name, tensor))
+
+    def mask(self, name: str, like: Tensor) -> Tensor:
+        """Return ones where the tensor `name` keeps its elements and zeros elsewhere, shaped `like`."""
+        if name not in self.kept:
+            return torch.ones_like(like)
+        positions = torch.arange(like.numel()).view(like.shape)
+        mask = torch.zeros(like.numel(), dtype=like.dtype)
+        mask[self.kept[name].take(positions).reshape(-1)] = 1
+        return mask.view(like.shape).to(like.device)
+
+    def _check(self, model: nn.Module) -> None:
+        try:
+            found = self.before.now(model)
+        except (KeyError, AttributeError) as error:
+            raise StructureMismatch(
+                "the cut names what the model lacks", str(error), "apply it to a copy of its own model"
+            ) from None
+        if found != self.before:
+            wrong = [name for name, shape in self.before.tensors.items() if found.tensors[name] != shape]
+            raise StructureMismatch(
+                "the cut was made for a model of another shape",
+                ", ".join(wrong[:3]) or "other integer attributes",
+                "plan the edit anew for this model",
+            )

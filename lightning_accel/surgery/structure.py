@@ -1,0 +1,234 @@
+"""The shape of a model as plain data: tensor sizes and the integers that its forward reads.
+
+A pruned network differs from the one its class builds in tensor shapes and in attributes such as
+`out_channels`, `num_heads` or `normalized_shape`. Both are written down by name, so that a fresh
+instance takes the same shape before weights load, with no example input, no trace and no
+torch-pruning, and in both directions: the best checkpoint may be less pruned than the model is now.
+(Replaying torch-pruning's own history gives silently wrong attention heads.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.errors import StructureMismatch
+from lightning_accel.surgery.receipt import Change, Receipt
+
+Size = int | tuple[int, ...]
+
+_REMEDY = "use the checkpoint with the code that wrote it; nothing was loaded"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Shapes of named tensors and integer attributes of named modules; the named ones only.
+
+    >>> narrow = Structure.of(nn.Linear(4, 2))
+    >>> wide = nn.Linear(4, 8)
+    >>> bool(narrow.apply(wide)), wide.out_features, tuple(wide.weight.shape)
+    (True, 2, (2, 4))
+    """
+
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Structure:
+        """Describe all of `model`."""
+        return cls(
+            {name: tuple(tensor.shape) for name, tensor in named_tensors(model)},
+            {
+                name: sizes
+                for name, module in model.named_modules()
+                if (sizes := {k: v for k, v in _sizes(module)})
+            },
+        )
+
+    def now(self, model: nn.Module) -> Structure:
+        """Return what `model` has at present in the places that this structure names."""
+        tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
+        return Structure(
+            {name: tuple(tensors[name].shape) for name in self.tensors},
+            {
+                name: {key: _as_size(getattr(modules[name], key)) for key in sizes}
+                for name, sizes in self.attributes.items()
+            },
+        )
+
+    def updated(self, other: Structure) -> Structure:
+        """Return this structure with `other`'s entries added, `other`'s winning."""
+        attributes = {name: dict(sizes) for name, sizes in self.attributes.items()}
+        for name, sizes in other.attributes.items():
+            attributes.setdefault(name, {}).update(sizes)
+        return Structure({**self.tensors, **other.tensors}, attributes)
+
+    def apply(self, model: nn.Module) -> Receipt:
+        """Give `model` these sizes in place. Tensors whose shape changes become zeros.
+
+        Parameters stay the same objects, tied ones stay tied, flags and dtypes stay.
+        """
+        tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
+        changes = []
+        for name, shape in self.tensors.items():
+            tensor = tensors[name]
+            if tuple(tensor.shape) != tuple(shape):
+                changes.append(Change(name, "resized", text(tensor.shape), text(shape)))
+                replace_data(model, name, tensor.new_zeros(shape))
+        for name, sizes in self.attributes.items():
+            for key, size in sizes.items():
+                set_size(modules[name], key, size)
+        return Receipt(tuple(changes))
+
+    def check(self, model: nn.Module, limit: Structure | None = None) -> None:
+        """Raise `StructureMismatch` unless every name exists here and every size is possible.
+
+        Args:
+            model: The model that would take this structure.
+            limit: Sizes that must not be exceeded: pruning only makes things smaller.
+        """
+        limit = limit or Structure()
+        tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
+        for name, shape in self.tensors.items():
+            if name not in tensors:
+                raise StructureMismatch(
+                    "the stored structure names a tensor that the model lacks", name, _REMEDY
+                )
+            _check_size(name, tuple(shape), limit.tensors.get(name, tuple(tensors[name].shape)))
+        for name, sizes in self.attributes.items():
+            for key, size in sizes.items():
+                if name not in modules or not _is_size(getattr(modules[name], key, None)):
+                    raise StructureMismatch(
+                        "the stored structure names an attribute that the model lacks",
+                        f"{name}.{key}",
+                        _REMEDY,
+                    )
+                present = _as_size(getattr(modules[name], key))
+                _check_size(f"{name}.{key}", size, limit.attributes.get(name, {}).get(key, present))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers, safe for `torch.load(weights_only=True)`, with a digest."""
+        plain = {
+            "tensors": {name: list(shape) for name, shape in self.tensors.items()},
+            "attributes": {
+                name: {k: v if isinstance(v, int) else list(v) for k, v in sizes.items()}
+                for name, sizes in self.attributes.items()
+            },
+        }
+        return {**plain, "digest": _digest(plain)}
+
+    @classmethod
+    def from_dict(cls, plain: Any) -> Structure:
+        """Read `to_dict`'s form, and raise `StructureMismatch` when it was damaged or tampered with."""
+        try:
+            tensors = {str(k): tuple(map(_strict_int, v)) for k, v in plain["tensors"].items()}
+            attributes = {
+                str(name): {
+                    str(k): tuple(map(_strict_int, v)) if isinstance(v, list) else _strict_int(v)
+                    for k, v in sizes.items()
+                }
+                for name, sizes in plain["attributes"].items()
+            }
+            sealed = plain["digest"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise StructureMismatch(
+                "the stored structure cannot be read", f"{type(error).__name__}: {error}", _REMEDY
+            ) from None
+        read = cls(tensors, attributes)
+        if read.to_dict()["digest"] != sealed:
+            raise StructureMismatch(
+                "the stored structure does not match its own digest", str(sealed)[:16], _REMEDY
+            )
+        return read
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers by name, a tied one under each of its names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def replace_data(model: nn.Module, name: str, data: Tensor) -> Tensor:
+    """Put `data` behind the parameter or buffer called `name`, and return the tensor that holds it.
+
+    The tensor object stays the same wherever autograd allows it, so that optimizers, hooks, tied
+    layers and whoever else holds it follow along. Only where a live autograd graph still knows the
+    old shape (a stored loss, say) a new parameter takes its place, under all of its names.
+    """
+    tensor = dict(named_tensors(model))[name]
+    tensor.grad = None
+    tensor.data = data
+    if not isinstance(tensor, nn.Parameter) or not _graph_expects_other_shape(tensor):
+        return tensor
+    successor = nn.Parameter(data, requires_grad=tensor.requires_grad)
+    successor.__dict__.update(vars(tensor))
+    for module in model.modules():
+        for leaf, held in module._parameters.items():
+            if held is tensor:
+                module._parameters[leaf] = successor
+    return successor
+
+
+def set_size(module: nn.Module, key: str, size: Size) -> None:
+    """Set an integer attribute, in the container type that the module uses."""
+    present = getattr(module, key)
+    kind = type(present) if isinstance(present, (tuple, list)) else int
+    setattr(module, key, kind(size))  # type: ignore[arg-type]
+
+
+def text(shape: Any) -> str:
+    """Write a shape as people do: 64x3x3x3."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _graph_expects_other_shape(parameter: nn.Parameter) -> bool:
+    if not parameter.requires_grad:
+        return False
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    (known,) = node._input_metadata  # type: ignore[attr-defined]
+    return tuple(known.shape) != tuple(parameter.shape)
+
+
+def _sizes(module: nn.Module) -> Iterator[tuple[str, Size]]:
+    for key, value in vars(module).items():
+        if _is_size(value):
+            yield key, _as_size(value)
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(type(v) is int for v in value)
+    return type(value) is int
+
+
+def _as_size(value: Any) -> Size:
+    return value if isinstance(value, int) else tuple(value)
+
+
+def _strict_int(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not an integer")
+    return value
+
+
+def _check_size(name: str, size: Size, limit: Size) -> None:
+    sizes = size if isinstance(size, tuple) else (size,)
+    limits = limit if isinstance(limit, tuple) else (limit,)
+    if len(sizes) != len(limits) or any(
+        s != m and not 1 <= s <= m for s, m in zip(sizes, limits, strict=True)
+    ):
+        raise StructureMismatch(
+            f"the stored structure gives `{name}` an impossible size",
+            f"{size}, where the model's class builds {limit}",
+            _REMEDY,
+        )
+
+
+def _digest(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,71 @@
+"""A copy of a model to try things on, which shares nothing with the original.
+
+Every edit is planned and proved on a twin first; the user's model is touched only by the last step,
+which cannot fail. So no trace's autograd graph, train flag or hook of the original is ever at risk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def twin(model: ModuleT) -> ModuleT:
+    """Return an independent copy of `model`: weights, gradients, flags and ties, but not its hooks.
+
+    Hooks of `torch.nn.utils` (weight and spectral norm, masks) stay, because the weights depend on
+    them; a user's own hooks would write into the user's objects and are left out. Tensors that still
+    hang on an autograd graph, such as a stored loss, are copied detached. Modules compiled in place
+    come out uncompiled.
+
+    >>> net = nn.Linear(2, 2)
+    >>> copied = twin(net)
+    >>> torch.equal(copied.weight, net.weight), copied.weight is net.weight
+    (True, False)
+    """
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in _attached_tensors(model)}
+    copied = copy.deepcopy(model, memo)
+    originals = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in copied.named_parameters(remove_duplicate=False):
+        original = originals[name]
+        if original.grad is not None:
+            parameter.grad = original.grad.detach().clone()
+    for module in copied.modules():
+        for registry in _HOOKS:
+            hooks = module.__dict__.get(registry)
+            for key in [k for k, hook in (hooks or {}).items() if not _is_of_torch(hook)]:
+                del hooks[key]
+    return copied
+
+
+def _attached_tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_modules", "_buffers"):
+                continue
+            for leaf in tree_leaves(value):
+                if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                    yield leaf
+
+
+def _is_of_torch(hook: Any) -> bool:
+    hook = getattr(hook, "hook", hook)  # load_state_dict pre-hooks come wrapped
+    return str(getattr(hook, "__module__", "") or type(hook).__module__).startswith("torch.nn.utils")
