@@ -1,0 +1,52 @@
+"""Situations in which an edit would go wrong silently, told at setup instead."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from lightning_accel.errors import AccelError, Unsupported
+
+
+def refuse_sharded(strategy: Strategy, what: str) -> None:
+    """Raise unless parameters are whole on every rank and can be re-wrapped in mid-training."""
+    lineage = [base.__name__ for base in type(strategy).__mro__]
+    plain = isinstance(strategy, (DDPStrategy, SingleDeviceStrategy))
+    if not plain or any("XLA" in name or "DeepSpeed" in name or "FSDP" in name for name in lineage):
+        raise Unsupported(
+            f"{what} cannot change tensors that a strategy has already sharded or traced",
+            lineage[0],
+            "prune in `configure_model` before sharding: `lightning_accel.pruning.prune(self.net, "
+            "example=..., ratio=...)`, or train with one device or strategy='ddp'",
+        )
+
+
+def refuse_spawn(strategy: Strategy, what: str) -> None:
+    """Raise when the fit runs in spawned or forked children: their parent keeps the old shapes."""
+    launcher = getattr(strategy, "launcher", None)
+    if launcher is not None and "MultiProcessing" in type(launcher).__name__:
+        raise Unsupported(
+            f"{what} would leave the parent process with the unpruned shapes",
+            f"a launcher that spawns or forks ({type(launcher).__name__})",
+            "use strategy='ddp', which starts each rank as a script of its own",
+        )
+
+
+def refuse_compiled(pl_module: LightningModule) -> None:
+    """Raise when the LightningModule itself was compiled."""
+    if getattr(pl_module, "_compiler_ctx", None) or getattr(pl_module, "_compiled_call_impl", None):
+        raise Unsupported(
+            "the LightningModule itself is compiled, which breaks its hooks and logging",
+            f"torch.compile on {type(pl_module).__name__}",
+            "pass the plain module and add `BlockCompile()`, which compiles the networks inside it",
+        )
+
+
+def require_optimizer(trainer: Trainer, what: str) -> None:
+    """Raise when there is no optimizer, and so nothing that could recover from the edit."""
+    if not any(group["params"] for o in trainer.optimizers for group in o.param_groups):
+        raise AccelError(
+            f"{what} in training needs an optimizer to recover with",
+            "`configure_optimizers` gave none",
+            "return one, or prune outside a fit with `lightning_accel.pruning.prune`",
+        )

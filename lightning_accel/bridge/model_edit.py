@@ -1,0 +1,103 @@
+"""The base of every callback that edits a model, and how an edit reaches all who hold the model.
+
+An edit is decided on a copy, sent from rank 0 to all ranks, applied in place with the DDP wrapper
+taken off, followed by optimizers and weight averages, and told to every callback of the Trainer that
+has the hooks `on_model_edit_start(trainer, pl_module)` or
+`on_model_edit_end(trainer, pl_module, receipt)`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from lightning_accel.bridge.guards import refuse_compiled
+from lightning_accel.bridge.restore import averages, register, remember
+from lightning_accel.errors import AccelError
+from lightning_accel.surgery import Cut, Receipt, Stage, follow
+
+
+class ModelEdit(Callback):
+    """A callback that edits the model; `stage` says what kind of edit, and so its place in the order."""
+
+    stage: ClassVar[Stage]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the order of the Trainer's edits, and let checkpoints carry the structure."""
+        _check_order(self, trainer)
+        refuse_compiled(pl_module)
+        register(pl_module)
+
+
+def commit(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    cut: Cut,
+    finish: Callable[[], None] | None = None,
+) -> Receipt:
+    """Apply a cut in mid-training on every rank, and let everyone who holds the model follow.
+
+    Args:
+        trainer: A Trainer at a step boundary.
+        pl_module: The module to change.
+        cut: What to take out; that of rank 0 is used everywhere.
+        finish: Work on the edited module before it is wrapped again, such as statistics.
+    """
+    tell(trainer, "on_model_edit_start", pl_module)
+    strategy = trainer.strategy
+    wrapped = isinstance(strategy, DDPStrategy) and strategy.model is not pl_module
+    if trainer.world_size > 1:
+        cut = strategy.broadcast(cut)
+    if wrapped:
+        strategy.model = pl_module
+        gc.collect()  # the old wrapper's gradient accumulators know the old shapes
+    remember(pl_module, cut.before)
+    receipt = cut.apply(pl_module)
+    for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
+        cut.apply(average)
+    for optimizer in trainer.optimizers:
+        _warn_of_resets(follow(optimizer, receipt))
+    if finish is not None:
+        finish()
+    if wrapped:
+        strategy.configure_ddp()  # type: ignore[attr-defined]
+    tell(trainer, "on_model_edit_end", pl_module, receipt)
+    return receipt
+
+
+def tell(trainer: Trainer, hook: str, *args: Any) -> None:
+    """Call a hook of ours on every callback that has it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        method = getattr(callback, hook, None)
+        if method is not None:
+            method(trainer, *args)
+
+
+def _check_order(edit: ModelEdit, trainer: Trainer) -> None:
+    edits = [c for c in trainer.callbacks if isinstance(c, ModelEdit)]  # type: ignore[attr-defined]
+    for earlier, later in zip(edits, edits[1:], strict=False):
+        if earlier.stage > later.stage:
+            raise AccelError(
+                "callbacks that edit the model must come in the order "
+                + " < ".join(stage.name for stage in Stage),
+                f"{type(earlier).__name__} ({earlier.stage.name}) before "
+                f"{type(later).__name__} ({later.stage.name})",
+                f"put {type(later).__name__} before {type(earlier).__name__} in `callbacks`",
+            )
+
+
+def _warn_of_resets(followed: Receipt) -> None:
+    if followed.skipped:
+        names = ", ".join(change.name for change in followed.skipped[:4])
+        rank_zero_warn(
+            f"{len(followed.skipped)} optimizer states could not follow the edit and start anew: "
+            f"{names}. Found: state that is not shaped like its parameter "
+            f"({followed.skipped[0].before}). Do: nothing, or use an optimizer with elementwise state."
+        )

@@ -1,0 +1,133 @@
+"""A pruned model comes back from its checkpoint, with nothing asked of the user.
+
+Lightning loads weights before any callback sees the checkpoint, and `save_weights_only=True` drops
+every callback's state. The only hooks on both paths are the LightningModule's own
+`on_save_checkpoint` and `on_load_checkpoint`, so those two are wrapped on the instance: the first
+adds the present structure to the checkpoint as plain data, the second gives the module the stored
+shape just before its weights load. Weight averages that callbacks keep take the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+
+from lightning_accel.errors import StructureMismatch
+from lightning_accel.surgery import Structure
+from lightning_accel.surgery.structure import named_tensors, text
+
+ModuleT = TypeVar("ModuleT", bound=LightningModule)
+
+KEY = "lightning_accel"
+_RECORD = "_accel_pristine"
+
+
+def register(pl_module: LightningModule) -> None:
+    """Let checkpoints of this instance carry its structure, and take it back; idempotent.
+
+    The instance keeps this for life, so that `trainer.save_checkpoint` after a fit is covered too.
+    """
+    if _RECORD not in vars(pl_module):
+        vars(pl_module)[_RECORD] = Structure()
+        pl_module.on_save_checkpoint = partial(_save, pl_module, pl_module.on_save_checkpoint)  # type: ignore[method-assign]
+        pl_module.on_load_checkpoint = partial(_load, pl_module, pl_module.on_load_checkpoint)  # type: ignore[method-assign]
+
+
+def pristine(pl_module: LightningModule) -> Structure:
+    """Return what the module had, before our first edit, in each place that was ever edited."""
+    register(pl_module)
+    found: Structure = vars(pl_module)[_RECORD]
+    return found
+
+
+def remember(pl_module: LightningModule, before: Structure) -> None:
+    """Add places that an edit is about to change; what was remembered earlier wins."""
+    vars(pl_module)[_RECORD] = before.updated(pristine(pl_module))
+
+
+def averages(callbacks: list[Callback], pl_module: LightningModule) -> Iterator[nn.Module]:
+    """Yield the copies of `pl_module` that callbacks keep: moving and stochastic weight averages."""
+    names = {name for name, _ in pl_module.named_parameters()}
+    for callback in callbacks:
+        for held in vars(callback).values():
+            for copy in (held, getattr(held, "module", None)):
+                if isinstance(copy, nn.Module) and copy is not pl_module:
+                    if names and {name for name, _ in copy.named_parameters()} == names:
+                        yield copy
+
+
+def load_from_checkpoint(
+    cls: type[ModuleT], path: str | Path, *, weights_only: bool = True, **kwargs: Any
+) -> ModuleT:
+    """Load a module that was pruned during training: `Cls.load_from_checkpoint` for any checkpoint.
+
+    Args:
+        cls: The user's LightningModule class, which needs to know nothing of this package.
+        path: The checkpoint, pruned or not.
+        weights_only: Keep `True` for files whose origin you do not control.
+        kwargs: What `Cls.load_from_checkpoint` takes: `map_location`, `strict`, hyper-parameters.
+
+    Raises:
+        StructureMismatch: The stored structure does not fit the class or the stored tensors.
+    """
+
+    def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.__class__ = cls
+        register(self)
+        self.on_load_checkpoint(checkpoint)
+
+    once = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint})
+    loaded: ModuleT = once.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
+    return loaded
+
+
+def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]) -> None:
+    users_own(checkpoint)
+    before = pristine(pl_module)
+    if before.tensors or before.attributes:
+        checkpoint[KEY] = {"structure": before.now(pl_module).to_dict()}
+
+
+def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]) -> None:
+    stored = checkpoint.get(KEY)
+    structure = Structure()
+    if stored is not None:
+        if not isinstance(stored, dict):
+            stored = {}
+        structure = Structure.from_dict(stored.get("structure"))
+        structure.check(pl_module, limit=pristine(pl_module))
+    before = structure.now(pl_module).updated(pristine(pl_module))
+    target = before.updated(structure)
+    _check_tensors(pl_module, target, checkpoint.get("state_dict") or {})
+    remember(pl_module, before)
+    target.apply(pl_module)
+    trainer = getattr(pl_module, "_trainer", None)
+    for average in averages(trainer.callbacks if trainer is not None else [], pl_module):
+        target.apply(average)
+    users_own(checkpoint)
+
+
+def _check_tensors(pl_module: LightningModule, target: Structure, stored: dict[str, Any]) -> None:
+    present = dict(named_tensors(pl_module))
+    for name, tensor in stored.items():
+        expected = target.tensors.get(name)
+        if expected is not None and tuple(tensor.shape) != tuple(expected):
+            raise StructureMismatch(
+                f"the stored structure and the stored tensor disagree about `{name}`",
+                f"{text(expected)} in the structure, {text(tensor.shape)} in the tensor",
+                "use an undamaged checkpoint; nothing was loaded",
+            )
+    missing = [name for name in target.tensors if name in present and stored and name not in stored]
+    persistent = set(pl_module.state_dict(keep_vars=True))
+    missing = [name for name in missing if name in persistent]
+    if missing and pl_module.strict_loading:
+        raise StructureMismatch(
+            "the stored structure names a tensor that the checkpoint lacks",
+            missing[0],
+            "use an undamaged checkpoint; nothing was loaded",
+        )
