@@ -50,7 +50,10 @@ class Depthwise(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, padding=1)
-        self.depth, self.norm = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width)
+        self.depth, self.norm = (
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            nn.BatchNorm2d(width),
+        )
         self.point, self.head = nn.Conv2d(width, 2 * width, 1), nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +115,11 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.head = nn.Linear(64, 32), nn.Linear(32, 64, bias=False), nn.Linear(64, 10)
+        self.a, self.b, self.head = (
+            nn.Linear(64, 32),
+            nn.Linear(32, 64, bias=False),
+            nn.Linear(64, 10),
+        )
         self.c = nn.Linear(64, 32)
         self.c.weight = self.a.weight
         self.d = nn.Linear(32, 64)
@@ -194,14 +201,20 @@ def one(name: str, optimizer_name: str, data: Any) -> dict[str, Any]:
                 module._parameters[leaf] = nn.Parameter(parameter.detach().clone())
 
     steps = range(100, 100 + AFTER)
-    exact = [(step(net, optimizer, i, data), step(dense, dense_optimizer, i, data, cut)) for i in steps]
+    exact = [
+        (step(net, optimizer, i, data), step(dense, dense_optimizer, i, data, cut)) for i in steps
+    ]
     return {
         "net": name,
         "optimizer": optimizer_name,
         "params_left": sum(p.numel() for p in net.parameters()) / before,
         "followed": max(abs(a - b) for a, b in exact),
-        "fresh": max(abs(step(fresh_net, fresh, i, data) - b) for i, (_, b) in zip(steps, exact, strict=True)),
-        "stale": max(abs(step(stale_net, stale, i, data) - b) for i, (_, b) in zip(steps, exact, strict=True)),
+        "fresh": max(
+            abs(step(fresh_net, fresh, i, data) - b) for i, (_, b) in zip(steps, exact, strict=True)
+        ),
+        "stale": max(
+            abs(step(stale_net, stale, i, data) - b) for i, (_, b) in zip(steps, exact, strict=True)
+        ),
     }
 
 
@@ -251,7 +264,9 @@ def lightning_model_pruning() -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -18,7 +18,9 @@ from lightning_accel.bridge import ModelEdit, batches_of, find_example
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery import Stage
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
+)
 
 
 class Module(LightningModule):
@@ -66,7 +68,9 @@ class At(Callback):
             self.function(trainer, pl_module)
 
 
-def fit(kwargs: dict[str, Any], module: LightningModule, function: Callable[[Trainer, Any], None]) -> None:
+def fit(
+    kwargs: dict[str, Any], module: LightningModule, function: Callable[[Trainer, Any], None]
+) -> None:
     data = TensorDataset(torch.randn(12, 3, 8, 8), torch.arange(12) % 4)
     at = At(function)
     Trainer(**{**kwargs, "callbacks": [at]}).fit(module, DataLoader(data, 4, shuffle=True))
@@ -158,7 +162,9 @@ def test_an_explicit_example_needs_somewhere_to_go(trainer_kwargs: dict[str, Any
     fit(trainer_kwargs, Parts(), look)
 
 
-def test_edits_in_a_wrong_order_are_refused_with_the_right_one(trainer_kwargs: dict[str, Any]) -> None:
+def test_edits_in_a_wrong_order_are_refused_with_the_right_one(
+    trainer_kwargs: dict[str, Any],
+) -> None:
     class Late(ModelEdit):
         stage = Stage.COMPILE
 
@@ -167,4 +173,6 @@ def test_edits_in_a_wrong_order_are_refused_with_the_right_one(trainer_kwargs: d
 
     trainer = Trainer(**{**trainer_kwargs, "callbacks": [Late(), Early()]})
     with pytest.raises(AccelError, match="put Early before Late"):
-        trainer.fit(Module(), DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.arange(4)), 4))
+        trainer.fit(
+            Module(), DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.arange(4)), 4)
+        )

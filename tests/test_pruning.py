@@ -128,7 +128,10 @@ def test_no_graph_of_the_trace_stays_alive() -> None:
     prune(net, example=x, ratio=0.5)
     assert x.grad is None
     nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in net.parameters()]
-    assert all(tuple(n._input_metadata[0].shape) == tuple(p.shape) for n, p in zip(nodes, net.parameters(), strict=True))
+    assert all(
+        tuple(n._input_metadata[0].shape) == tuple(p.shape)
+        for n, p in zip(nodes, net.parameters(), strict=True)
+    )
 
 
 def test_frozen_layers_are_left_alone_and_named() -> None:
@@ -149,7 +152,9 @@ def test_a_frozen_network_is_an_error_not_a_silent_nothing() -> None:
 
 @pytest.mark.parametrize(("width", "ratio"), [(1, 0.99), (2, 0.99), (7, 0.999), (16, 0.9999)])
 def test_no_layer_is_pruned_to_zero(width: int, ratio: float) -> None:
-    net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 3))
+    net = nn.Sequential(
+        nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 3)
+    )
     prune(net, example=torch.randn(2, 4), ratio=ratio)
     assert min(min(p.shape) for p in net.parameters()) >= 1
     assert net[4].out_features == 3
@@ -165,7 +170,10 @@ def test_heads_are_never_scrambled() -> None:
             self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = (layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            q, k, v = (
+                layer(x).unflatten(-1, (4, -1)).transpose(1, 2)
+                for layer in (self.q, self.k, self.v)
+            )
             x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
             return self.down(F.relu(self.up(self.o(x))))
 
@@ -395,10 +403,16 @@ Fit = Callable[..., Any]
 @pytest.fixture
 def fit(trainer_kwargs: dict[str, Any], tmp_path: Path) -> Fit:
     def run(
-        module: LightningModule, *callbacks: Callback, ckpt: Any = None, epochs: int = 5, **kwargs: Any
+        module: LightningModule,
+        *callbacks: Callback,
+        ckpt: Any = None,
+        epochs: int = 5,
+        **kwargs: Any,
     ) -> Trainer:
         saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-        trainer_kwargs.update(max_epochs=epochs, callbacks=list(callbacks), enable_checkpointing=saves)
+        trainer_kwargs.update(
+            max_epochs=epochs, callbacks=list(callbacks), enable_checkpointing=saves
+        )
         trainer = Trainer(**{**trainer_kwargs, **kwargs})
         trainer.fit(module, loader(), loader(), ckpt_path=ckpt)
         return trainer
@@ -454,7 +468,9 @@ def test_every_way_of_restoring_gives_the_same_network(
     assert type(loaded) is Images and same(model, loaded)
     for verb in ("validate", "test", "predict"):
         fresh = Images()
-        trainer_kwargs.update(callbacks=[StructuredPruning(ratio=0.5, when=2)], enable_checkpointing=False)
+        trainer_kwargs.update(
+            callbacks=[StructuredPruning(ratio=0.5, when=2)], enable_checkpointing=False
+        )
         getattr(Trainer(**trainer_kwargs), verb)(fresh, loader(), ckpt_path=path, weights_only=True)
         assert same(model, fresh), verb
 
@@ -464,7 +480,9 @@ def test_a_less_pruned_best_checkpoint_comes_back_and_forth(fit: Fit, tmp_path: 
     trainer = fit(model, StructuredPruning(ratio=0.5, when=[1, 3]), every_epoch(tmp_path / "a"))
     final = copy.deepcopy(model.state_dict())
     for epoch, width in ((0, 8), (2, 6), (4, 4)):
-        trainer.test(model, loader(), ckpt_path=tmp_path / "a" / f"epoch={epoch}.ckpt", verbose=False)
+        trainer.test(
+            model, loader(), ckpt_path=tmp_path / "a" / f"epoch={epoch}.ckpt", verbose=False
+        )
         assert model.net.stem[0].out_channels == width
     assert all(torch.equal(final[k], v) for k, v in model.state_dict().items())
 
@@ -518,10 +536,14 @@ def test_the_optimizer_goes_on_with_what_it_had(fit: Fit) -> None:
             optimizer = trainer.optimizers[0]
             weight = pl_module.net.stem[0].weight
             self.seen.update(
-                optimizer=optimizer, lr=optimizer.param_groups[0]["lr"], state=copy.deepcopy(optimizer.state[weight])
+                optimizer=optimizer,
+                lr=optimizer.param_groups[0]["lr"],
+                state=copy.deepcopy(optimizer.state[weight]),
             )
 
-        def on_model_edit_end(self, trainer: Trainer, pl_module: LightningModule, receipt: Any) -> None:
+        def on_model_edit_end(
+            self, trainer: Trainer, pl_module: LightningModule, receipt: Any
+        ) -> None:
             optimizer = trainer.optimizers[0]
             (move,) = [m for m in receipt.moved if m.name == "net.stem.0.weight"]
             state = optimizer.state[pl_module.net.stem[0].weight]
@@ -538,7 +560,9 @@ def test_the_optimizer_goes_on_with_what_it_had(fit: Fit) -> None:
 
 def test_batch_norm_statistics_fit_the_pruned_network(fit: Fit) -> None:
     class Measure(Callback):
-        def on_model_edit_end(self, trainer: Trainer, pl_module: LightningModule, receipt: Any) -> None:
+        def on_model_edit_end(
+            self, trainer: Trainer, pl_module: LightningModule, receipt: Any
+        ) -> None:
             x = torch.cat([batch[0] for batch in loader()])
             self.seen = pl_module.net.stem[0](x).mean((0, 2, 3))
             self.stored = pl_module.net.stem[1].running_mean.clone()
@@ -561,7 +585,9 @@ def test_the_run_is_not_disturbed_before_the_prune(fit: Fit, tmp_path: Path) -> 
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-@pytest.mark.parametrize("average", [EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-3, 0.5)])
+@pytest.mark.parametrize(
+    "average", [EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-3, 0.5)]
+)
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_averages_are_carried_along(
     fit: Fit, tmp_path: Path, average: Any, first: bool
@@ -603,7 +629,12 @@ def test_every_precision_prunes_and_trains_on(fit: Fit, precision: Any) -> None:
 
 def test_gradient_accumulation_and_clipping_go_on(fit: Fit) -> None:
     model = seeded()
-    fit(model, StructuredPruning(ratio=0.5, when=1), accumulate_grad_batches=3, gradient_clip_val=0.1)
+    fit(
+        model,
+        StructuredPruning(ratio=0.5, when=1),
+        accumulate_grad_batches=3,
+        gradient_clip_val=0.1,
+    )
     assert model.net.stem[0].out_channels == 4
 
 
@@ -630,7 +661,9 @@ class TestExamples:
     class TwoParts(Images):
         def __init__(self) -> None:
             super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+            self.net = nn.Sequential(
+                nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()
+            )
             self.top = nn.Sequential(nn.Linear(8 * 16, 16), nn.ReLU(), nn.Linear(16, 4))
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -770,7 +803,9 @@ class TestRefusals:
         with pytest.raises(Unsupported, match="strategy='ddp'"):
             refuse_spawn(trainer.strategy, "pruning")
 
-    @pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy"])
+    @pytest.mark.parametrize(
+        "name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy"]
+    )
     def test_sharded_strategies_name_the_alternative(self, name: str) -> None:
         from lightning.pytorch import strategies
 

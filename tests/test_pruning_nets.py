@@ -30,13 +30,22 @@ class Net(nn.Module):
         for kind, size in blocks:
             block = nn.ModuleDict()
             if kind == "conv":
-                block["a"], block["norm"] = nn.Conv2d(width, size, 3, padding=1), nn.BatchNorm2d(size)
+                block["a"], block["norm"] = (
+                    nn.Conv2d(width, size, 3, padding=1),
+                    nn.BatchNorm2d(size),
+                )
                 width = size
             elif kind == "residual":
-                block["a"], block["norm"] = nn.Conv2d(width, size, 3, padding=1), nn.BatchNorm2d(size)
+                block["a"], block["norm"] = (
+                    nn.Conv2d(width, size, 3, padding=1),
+                    nn.BatchNorm2d(size),
+                )
                 block["b"] = nn.Conv2d(size, width, 1)
             elif kind == "concat":
-                block["a"], block["b"] = nn.Conv2d(width, size, 1), nn.Conv2d(width, 4, 3, padding=1)
+                block["a"], block["b"] = (
+                    nn.Conv2d(width, size, 1),
+                    nn.Conv2d(width, 4, 3, padding=1),
+                )
                 width = size + 4
             elif kind == "depthwise":
                 block["a"] = nn.Conv2d(width, width, 3, padding=1, groups=width)
@@ -106,7 +115,12 @@ def masked_twin(dense: nn.Module, small: nn.Module, receipt: object) -> nn.Modul
     seed=st.integers(0, 1000),
 )
 def test_random_nets_prune_like_masking_and_come_back(
-    blocks: list[tuple[str, int]], activation: str, tail: str, ratio: float, importance: str, seed: int
+    blocks: list[tuple[str, int]],
+    activation: str,
+    tail: str,
+    ratio: float,
+    importance: str,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     net = Net(blocks, activation, tail).double()
@@ -118,7 +132,9 @@ def test_random_nets_prune_like_masking_and_come_back(
     try:
         receipt = prune(net, example=x, ratio=ratio, importance=importance)
     except (NoEffect, BrokenModel):
-        assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), net.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(dense.parameters(), net.parameters(), strict=True)
+        )
         return
     follow(optimizer, receipt)
 

@@ -25,10 +25,17 @@ def halved(model: nn.Module) -> Cut:
     """A cut by hand: the first layer of two loses every second output."""
     kept = torch.arange(0, model[0].out_features, 2)
     return Cut(
-        kept={"0.weight": Kept((kept, None)), "0.bias": Kept((kept,)), "2.weight": Kept((None, kept))},
+        kept={
+            "0.weight": Kept((kept, None)),
+            "0.bias": Kept((kept,)),
+            "2.weight": Kept((None, kept)),
+        },
         before=Structure(
             {n: tuple(model.get_parameter(n).shape) for n in ("0.weight", "0.bias", "2.weight")},
-            {"0": {"out_features": model[0].out_features}, "2": {"in_features": model[2].in_features}},
+            {
+                "0": {"out_features": model[0].out_features},
+                "2": {"in_features": model[2].in_features},
+            },
         ),
         attributes={"0": {"out_features": len(kept)}, "2": {"in_features": len(kept)}},
     )
@@ -43,7 +50,10 @@ class TestSelect:
     def test_a_name_takes_in_what_lies_below(self, net: nn.Sequential) -> None:
         model = nn.Module()
         model.encoder, model.encoder2 = net, nn.Linear(1, 1)
-        assert set(Select("encoder").modules(model)) == {"encoder", *(f"encoder.{i}" for i in range(3))}
+        assert set(Select("encoder").modules(model)) == {
+            "encoder",
+            *(f"encoder.{i}" for i in range(3)),
+        }
 
     def test_exclude_wins_over_include(self, net: nn.Sequential) -> None:
         assert list(Select(types=(nn.Linear,), exclude="0").modules(net)) == ["2"]
@@ -269,7 +279,9 @@ OPTIMIZERS = {
 }
 
 
-def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int, cut: Cut | None = None) -> float:
+def step(
+    net: nn.Module, optimizer: torch.optim.Optimizer, seed: int, cut: Cut | None = None
+) -> float:
     """One step; with a cut, the dense twin's masked form of it."""
     torch.manual_seed(seed)
     x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(0, 3, (16,))
@@ -294,7 +306,9 @@ class TestFollow:
         dense_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         cut.masked(dense)
         assert follow(optimizer, cut.apply(net)).changes
-        pairs = [(step(net, optimizer, s), step(dense, dense_optimizer, s, cut)) for s in range(5, 15)]
+        pairs = [
+            (step(net, optimizer, s), step(dense, dense_optimizer, s, cut)) for s in range(5, 15)
+        ]
         assert max(abs(a - b) for a, b in pairs) < 1e-12
 
     def test_a_stale_optimizer_would_be_noticed_by_this_test(self, net: nn.Sequential) -> None:

@@ -165,7 +165,9 @@ def _is_indexable(loader: Any) -> bool:
 @contextmanager
 def _kept_generators(loader: Any) -> Iterator[None]:
     holders = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    generators = [g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)]
+    generators = [
+        g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)
+    ]
     states = [g.get_state() for g in generators]
     try:
         yield
@@ -206,7 +208,9 @@ def _noting(copy: LightningModule, calls: dict[str, Call]) -> Iterator[None]:
 def _entry(pl_module: LightningModule) -> str:
     if is_overridden("forward", pl_module):
         return ""
-    trainable = [n for n, m in pl_module.named_children() if any(p.requires_grad for p in m.parameters())]
+    trainable = [
+        n for n, m in pl_module.named_children() if any(p.requires_grad for p in m.parameters())
+    ]
     if len(trainable) == 1:
         return trainable[0]
     raise AccelError(

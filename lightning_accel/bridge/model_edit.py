@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -31,7 +32,7 @@ class ModelEdit(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the order of the Trainer's edits, and let checkpoints carry the structure."""
-        _check_order(self, trainer)
+        _check_order(trainer)
         refuse_compiled(pl_module)
         register(pl_module)
 
@@ -80,9 +81,9 @@ def tell(trainer: Trainer, hook: str, *args: Any) -> None:
             method(trainer, *args)
 
 
-def _check_order(edit: ModelEdit, trainer: Trainer) -> None:
+def _check_order(trainer: Trainer) -> None:
     edits = [c for c in trainer.callbacks if isinstance(c, ModelEdit)]  # type: ignore[attr-defined]
-    for earlier, later in zip(edits, edits[1:], strict=False):
+    for earlier, later in pairwise(edits):
         if earlier.stage > later.stage:
             raise AccelError(
                 "callbacks that edit the model must come in the order "

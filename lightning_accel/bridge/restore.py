@@ -56,9 +56,10 @@ def averages(callbacks: list[Callback], pl_module: LightningModule) -> Iterator[
     for callback in callbacks:
         for held in vars(callback).values():
             for copy in (held, getattr(held, "module", None)):
-                if isinstance(copy, nn.Module) and copy is not pl_module:
-                    if names and {name for name, _ in copy.named_parameters()} == names:
-                        yield copy
+                if not isinstance(copy, nn.Module) or copy is pl_module:
+                    continue
+                if names and {name for name, _ in copy.named_parameters()} == names:
+                    yield copy
 
 
 def load_from_checkpoint(
@@ -81,7 +82,7 @@ def load_from_checkpoint(
         register(self)
         self.on_load_checkpoint(checkpoint)
 
-    once = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint})
+    once: Any = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint})
     loaded: ModuleT = once.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
     return loaded
 

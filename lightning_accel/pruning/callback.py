@@ -127,7 +127,7 @@ class StructuredPruning(ModelEdit):
         guards.refuse_sharded(trainer.strategy, what)
         guards.refuse_spawn(trainer.strategy, what)
         last = trainer.max_epochs
-        if last is not None and 0 <= last <= self.when[-1]:
+        if not _is_trial(trainer) and last is not None and 0 <= last <= self.when[-1]:
             raise ValueError(
                 explain(
                     "`when` names an epoch that this fit never reaches",
@@ -156,6 +156,8 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = sum(epoch <= trainer.current_epoch for epoch in self.when)
+        if _is_trial(trainer):  # a trial of everything in one epoch
+            due = len(self.when)
         done = self.history[-1]["step"] if self.history else 0
         if due > done:
             self._prune(trainer, pl_module, done, due)
@@ -177,9 +179,7 @@ class StructuredPruning(ModelEdit):
         )
         self._report(trainer, receipt, before, after)
 
-    def _decide(
-        self, trainer: Trainer, pl_module: LightningModule, done: int, due: int
-    ) -> Cut:
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, done: int, due: int) -> Cut:
         asked = 1 - self.ratio if self.ratio is not None else self.target_macs
         assert asked is not None
         steps = len(self.when)
@@ -240,6 +240,10 @@ class StructuredPruning(ModelEdit):
             logger.log_metrics(
                 {"pruning/params": float(after), "pruning/params_left": left}, trainer.global_step
             )
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 @torch.no_grad()

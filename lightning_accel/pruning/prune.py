@@ -12,16 +12,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_accel.errors import BrokenModel, NoEffect, explain
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.graph import Graph, Group
-from lightning_accel.pruning.verify import Verifier, _in_model_dtype
+from lightning_accel.pruning.target import ratio_for_macs
+from lightning_accel.pruning.verify import Verifier, in_dtype_of
 from lightning_accel.surgery import Change, Cut, Receipt, Select, twin
 from lightning_accel.surgery.call import Call, as_call, first
 
+_EVERYTHING = Select()
 _SAMPLES = 2  # enough for batch norm in train mode
 
 
@@ -58,6 +59,7 @@ def prune(
         AccelError: The network cannot be traced.
         BrokenModel: Every candidate broke the network, which is as it was.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> receipt = prune(net, example=torch.randn(1, 4), ratio=0.5)
     >>> net
@@ -85,7 +87,7 @@ def plan(
     ratio: float | None = None,
     target_macs: float | None = None,
     importance: str = "magnitude",
-    select: Select = Select(),
+    select: Select = _EVERYTHING,
     round_to: int | None = None,
 ) -> Cut:
     """Return the proved cut for a share of channels, or for a share of MACs to keep; change nothing."""
@@ -93,14 +95,12 @@ def plan(
     check_round_to(round_to)
     if importance == "taylor":
         scoring.require_gradients(model)
-    small = _in_model_dtype(first(calls, _SAMPLES), model)
+    small = in_dtype_of(first(calls, _SAMPLES), model)
     frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
     graph = Graph(twin(model), small, select=select, importance=importance, frozen=frozen)
     verifier = Verifier(model, small)
     good, refused = _sound(graph, verifier, ratio or 0.5, round_to)
     if target_macs is not None:
-        from lightning_accel.pruning.target import ratio_for_macs
-
         ratio = ratio_for_macs(graph, good, small, share=target_macs, round_to=round_to)
     assert ratio is not None
     cut = graph.cut(ratio, round_to=round_to, groups=good)
@@ -122,7 +122,9 @@ def check_ratio(ratio: Any, name: str = "ratio") -> None:
     number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
     if not number or not math.isfinite(ratio) or not 0 < ratio < 1:
         error = ValueError if number else TypeError
-        raise error(explain(f"`{name}` is a share above 0 and below 1", repr(ratio), "pass 0.5, say"))
+        raise error(
+            explain(f"`{name}` is a share above 0 and below 1", repr(ratio), "pass 0.5, say")
+        )
 
 
 def check_round_to(round_to: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from lightning_accel.errors import explain
@@ -16,7 +17,7 @@ def epochs(when: Any) -> tuple[int, ...]:
     """
     listed = tuple(when) if isinstance(when, Iterable) and not isinstance(when, str) else (when,)
     whole = all(type(epoch) is int and epoch >= 0 for epoch in listed)
-    if not listed or not whole or any(a >= b for a, b in zip(listed, listed[1:], strict=False)):
+    if not listed or not whole or any(a >= b for a, b in pairwise(listed)):
         raise ValueError(
             explain(
                 "`when` is an epoch or a list of ascending epochs, counted from 0",

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def least(scores: Tensor, *, ratio: float, blocks: int = 1, round_to: int | None = None) -> list[int]:
+def least(
+    scores: Tensor, *, ratio: float, blocks: int = 1, round_to: int | None = None
+) -> list[int]:
     """Return the positions of the least important channels, ascending; may be empty.
 
     Args:
@@ -20,7 +22,7 @@ def least(scores: Tensor, *, ratio: float, blocks: int = 1, round_to: int | None
 
     >>> least(torch.tensor([3.0, 1.0, 2.0, 4.0]), ratio=0.5)
     [1, 2]
-    >>> least(torch.tensor([3.0, 1.0, 2.0, 4.0]), ratio=0.5, blocks=2)
+    >>> least(torch.tensor([4.0, 1.0, 3.0, 2.0]), ratio=0.5, blocks=2)
     [1, 3]
     """
     per_block = scores.view(blocks, -1).mean(0)

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_accel.errors import BrokenModel
-from lightning_accel.pruning.graph import where
+from lightning_accel.pruning.trace import where
 from lightning_accel.surgery import Cut, twin
-from lightning_accel.surgery.call import Call, cast, run
+from lightning_accel.surgery.call import Call, cast, run, tensors
 
 TOLERANCE = 1e-6
 
@@ -39,7 +38,7 @@ class Verifier:
         self.calls = calls
         device_has_float64 = next(model.parameters()).device.type != "mps"
         self.dtype = torch.float64 if device_has_float64 else torch.float32
-        self.exact = _as_dtype(twin(model), self.dtype).eval()
+        self.exact = twin(model).to(dtype=self.dtype).eval()
         self.exact_calls = cast(calls, self.dtype)
 
     def equivalence(self, cut: Cut) -> None:
@@ -63,7 +62,7 @@ class Verifier:
 
     def training(self, cut: Cut) -> None:
         """Raise `BrokenModel` unless forward and backward run in train mode, where they did before."""
-        calls = _in_model_dtype(self.calls, self.model)
+        calls = in_dtype_of(self.calls, self.model)
         if not _trains(twin(self.model), calls):
             return
         small = twin(self.model)
@@ -133,13 +132,10 @@ def _backward(model: nn.Module, calls: Sequence[Call]) -> None:
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in tensors(outputs) if t.is_floating_point()]
 
 
-def _in_model_dtype(calls: Sequence[Call], model: nn.Module) -> tuple[Call, ...]:
+def in_dtype_of(calls: Sequence[Call], model: nn.Module) -> tuple[Call, ...]:
+    """Convert floating point arguments to the dtype of the model's parameters."""
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     return cast(calls, dtypes[0]) if dtypes else tuple(calls)
-
-
-def _as_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return model.to(dtype=dtype)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 
 class Call(NamedTuple):
@@ -34,9 +35,26 @@ def run(model: nn.Module, calls: Sequence[Call]) -> list[Any]:
     return [model.get_submodule(call.name)(*call.args, **call.kwargs) for call in calls]
 
 
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in an output of any structure, dataclasses and mappings of all kinds included.
+
+    >>> len(tensors({"a": torch.ones(1), "b": (torch.ones(1), None)}))
+    2
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in tensors(item)]
+    if isinstance(value, (list, tuple, set)):
+        return [t for item in value for t in tensors(item)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [t for item in vars(value).values() for t in tensors(item)]
+    return []
+
+
 def batch_size(calls: Sequence[Call]) -> int | None:
     """Return the size of dimension 0 of the first tensor argument that has one."""
-    sizes = (t.shape[0] for t in tree_leaves(list(calls)) if isinstance(t, Tensor) and t.dim())
+    sizes = (t.shape[0] for c in calls for t in tensors((c.args, c.kwargs)) if t.dim())
     return next(sizes, None)
 
 

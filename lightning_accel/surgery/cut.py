@@ -75,7 +75,7 @@ class Cut:
         """Set what the cut would remove to zero in place, and remove nothing."""
         done: set[int] = set()
         tensors = dict(named_tensors(model))
-        for name, kept in self.kept.items():
+        for name in self.kept:
             tensor = tensors[name]
             if id(tensor) not in done and tensor.is_floating_point():
                 done.add(id(tensor))
@@ -95,10 +95,14 @@ class Cut:
             found = self.before.now(model)
         except (KeyError, AttributeError) as error:
             raise StructureMismatch(
-                "the cut names what the model lacks", str(error), "apply it to a copy of its own model"
+                "the cut names what the model lacks",
+                str(error),
+                "apply it to a copy of its own model",
             ) from None
         if found != self.before:
-            wrong = [name for name, shape in self.before.tensors.items() if found.tensors[name] != shape]
+            wrong = [
+                name for name, shape in self.before.tensors.items() if found.tensors[name] != shape
+            ]
             raise StructureMismatch(
                 "the cut was made for a model of another shape",
                 ", ".join(wrong[:3]) or "other integer attributes",

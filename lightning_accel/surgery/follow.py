@@ -74,7 +74,8 @@ def _can_slice(value: Any, old_shape: tuple[int, ...]) -> bool:
         plain = type(value) in (Tensor, nn.Parameter)
         return plain and (value.numel() == 1 or tuple(value.shape) == old_shape)
     return not isinstance(value, (list, tuple, Mapping)) or not any(
-        isinstance(item, Tensor) for item in (value.values() if isinstance(value, Mapping) else value)
+        isinstance(item, Tensor)
+        for item in (value.values() if isinstance(value, Mapping) else value)
     )
 
 

@@ -55,7 +55,9 @@ class Kept(NamedTuple):
             stride = prod(old_shape[dim + 1 :])
             line = flat[tuple(slice(None) if d == dim else 0 for d in range(flat.dim()))]
             positions = line.div(stride, rounding_mode="floor") % old
-            rebuilt = rebuilt + (positions * stride).view([-1 if d == dim else 1 for d in range(flat.dim())])
+            rebuilt = rebuilt + (positions * stride).view(
+                [-1 if d == dim else 1 for d in range(flat.dim())]
+            )
             dims.append(None if torch.equal(positions, torch.arange(old)) else positions)
         if torch.equal(rebuilt.expand(flat.shape), flat):
             return cls(tuple(dims))
@@ -105,8 +107,8 @@ class Receipt:
 
 
 def _in_format_of(like: Tensor, tensor: Tensor) -> Tensor:
-    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if like.dim() == dims and tensor.dim() == dims and not like.is_contiguous():
-            if like.is_contiguous(memory_format=memory_format):
-                return tensor.contiguous(memory_format=memory_format)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(like.dim()) if tensor.dim() == like.dim() else None
+    if wanted and not like.is_contiguous() and like.is_contiguous(memory_format=wanted):
+        return tensor.contiguous(memory_format=wanted)
     return tensor.contiguous()

@@ -64,7 +64,9 @@ class Select:
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the chosen modules of `model` by name, in the model's order; may be empty."""
-        return {name: module for name, module in model.named_modules() if self.matches(name, module)}
+        return {
+            name: module for name, module in model.named_modules() if self.matches(name, module)
+        }
 
     def require(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the chosen modules, and raise `NoEffect` when there are none."""

@@ -47,7 +47,7 @@ class Structure:
             {
                 name: sizes
                 for name, module in model.named_modules()
-                if (sizes := {k: v for k, v in _sizes(module)})
+                if (sizes := dict(_sizes(module)))
             },
         )
 
@@ -177,9 +177,8 @@ def replace_data(model: nn.Module, name: str, data: Tensor) -> Tensor:
 
 def set_size(module: nn.Module, key: str, size: Size) -> None:
     """Set an integer attribute, in the container type that the module uses."""
-    present = getattr(module, key)
-    kind = type(present) if isinstance(present, (tuple, list)) else int
-    setattr(module, key, kind(size))  # type: ignore[arg-type]
+    as_list = isinstance(getattr(module, key), list)
+    setattr(module, key, list(size) if as_list and isinstance(size, tuple) else size)
 
 
 def text(shape: Any) -> str:
@@ -191,7 +190,7 @@ def _graph_expects_other_shape(parameter: nn.Parameter) -> bool:
     if not parameter.requires_grad:
         return False
     node = torch.autograd.graph.get_gradient_edge(parameter).node
-    (known,) = node._input_metadata  # type: ignore[attr-defined]
+    (known,) = node._input_metadata
     return tuple(known.shape) != tuple(parameter.shape)
 
 

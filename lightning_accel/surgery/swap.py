@@ -47,7 +47,9 @@ def swap(
         moved += _moves(name, old, new)
     if not changes:
         raise NoEffect(
-            "nothing was swapped", f"{len(chosen)} modules chosen by {select}", "choose other modules"
+            "nothing was swapped",
+            f"{len(chosen)} modules chosen by {select}",
+            "choose other modules",
         )
     return Receipt(tuple(changes), tuple(moved))
 
@@ -55,7 +57,9 @@ def swap(
 def _moves(prefix: str, old: nn.Module, new: nn.Module) -> list[Moved]:
     successors = dict(new.named_parameters())
     return [
-        Moved(f"{prefix}.{name}", parameter, successors[name], tuple(parameter.shape), _all(parameter))
+        Moved(
+            f"{prefix}.{name}", parameter, successors[name], tuple(parameter.shape), _all(parameter)
+        )
         for name, parameter in old.named_parameters()
         if name in successors
         and successors[name] is not parameter

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -36,6 +35,7 @@ def twin(model: ModuleT) -> ModuleT:
     hang on an autograd graph, such as a stored loss, are copied detached. Modules compiled in place
     come out uncompiled.
 
+    >>> import torch
     >>> net = nn.Linear(2, 2)
     >>> copied = twin(net)
     >>> torch.equal(copied.weight, net.weight), copied.weight is net.weight
@@ -50,8 +50,8 @@ def twin(model: ModuleT) -> ModuleT:
             parameter.grad = original.grad.detach().clone()
     for module in copied.modules():
         for registry in _HOOKS:
-            hooks = module.__dict__.get(registry)
-            for key in [k for k, hook in (hooks or {}).items() if not _is_of_torch(hook)]:
+            hooks = module.__dict__.get(registry, {})
+            for key in [k for k, hook in hooks.items() if not _is_of_torch(hook)]:
                 del hooks[key]
     return copied
 
@@ -68,4 +68,6 @@ def _attached_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _is_of_torch(hook: Any) -> bool:
     hook = getattr(hook, "hook", hook)  # load_state_dict pre-hooks come wrapped
-    return str(getattr(hook, "__module__", "") or type(hook).__module__).startswith("torch.nn.utils")
+    return str(getattr(hook, "__module__", "") or type(hook).__module__).startswith(
+        "torch.nn.utils"
+    )

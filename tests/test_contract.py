@@ -1,0 +1,336 @@
+"""What every technique promises, alone and with the others: one row each, the same checks for all.
+
+A new technique adds a row to `ROWS`. Each check compares with a plain run or with an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_accel
+from lightning_accel import (
+    AccelReport,
+    AutocastPrecision,
+    BlockCompile,
+    StepMeter,
+    StructuredPruning,
+    load_from_checkpoint,
+)
+from lightning_accel.bridge import ModelEdit
+from lightning_accel.errors import NoEffect
+from lightning_accel.precision import MemoryFormat
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.usefixtures("clean_dynamo"),
+]
+
+
+def prune() -> StructuredPruning:
+    return StructuredPruning(ratio=0.5, when=[1, 2])
+
+
+def compiled() -> BlockCompile:
+    return BlockCompile(backend="eager")
+
+
+def report(*_: Any) -> AccelReport:
+    return AccelReport(budget_s=0.2)
+
+
+Technique = Callable[[], dict[str, Any]]
+
+ROWS: dict[str, Technique] = {
+    "prune": lambda: {"callbacks": [prune()]},
+    "compile": lambda: {"callbacks": [compiled()]},
+    "memory_format": lambda: {"callbacks": [MemoryFormat()]},
+    "amp": lambda: {"plugins": [AutocastPrecision("bf16")]},
+    "measure": lambda: {"callbacks": [StepMeter(), report()]},
+    "prune+compile": lambda: {"callbacks": [prune(), compiled()]},
+    "amp+prune": lambda: {"callbacks": [prune()], "plugins": [AutocastPrecision("bf16")]},
+    "all": lambda: {
+        "callbacks": [prune(), MemoryFormat(), compiled(), StepMeter(), report()],
+        "plugins": [AutocastPrecision("bf16")],
+    },
+}
+EDITS: dict[str, Callable[[], ModelEdit]] = {
+    "prune": lambda: StructuredPruning(ratio=0.5, select="nowhere.*"),
+    "compile": lambda: BlockCompile(backend="eager", select="nowhere.*"),
+}
+BLUNT = {"amp", "amp+prune", "all"}
+"""Rows that compute in bfloat16."""
+
+
+class Module(LightningModule):
+    """The user's, untouched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny.ConvNet()
+        self.orders: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.orders.append(float(batch[0].sum()))
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+
+class Manual(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(24, 3, 8, 8, generator=generator)
+    return DataLoader(TensorDataset(x, torch.arange(24) % 4), 8)
+
+
+def module(kind: type[Module] = Module) -> Module:
+    torch.manual_seed(0)
+    return kind()
+
+
+Fit = Callable[..., Trainer]
+
+
+@pytest.fixture
+def fit(trainer_kwargs: dict[str, Any]) -> Fit:
+    def run(
+        model: LightningModule, row: str | None, *extra: Callback, ckpt: Any = None, **kwargs: Any
+    ) -> Trainer:
+        parts = ROWS[row]() if row else {}
+        callbacks = [*parts.pop("callbacks", []), *extra]
+        saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        given = {"max_epochs": 4, "enable_checkpointing": saves, **parts, **kwargs}
+        trainer = Trainer(**{**trainer_kwargs, **given, "callbacks": callbacks})
+        trainer.fit(model, data(), data(), ckpt_path=ckpt)
+        return trainer
+
+    return run
+
+
+def epochs(folder: Path, **kwargs: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}", **kwargs)
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+every_row = pytest.mark.parametrize("row", ROWS)
+
+
+@every_row
+def test_a_fit_finishes_with_finite_weights(fit: Fit, row: str) -> None:
+    model = module()
+    trainer = fit(model, row)
+    assert trainer.global_step == 12
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every_row
+def test_names_in_the_state_dict_are_those_of_the_plain_module(fit: Fit, row: str) -> None:
+    model = module()
+    fit(model, row)
+    assert model.state_dict().keys() == Module().state_dict().keys()
+
+
+@every_row
+def test_the_optimizer_holds_the_models_parameters_and_no_others(fit: Fit, row: str) -> None:
+    model = module()
+    trainer = fit(model, row)
+    held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    assert {id(p) for p in trainer.optimizers[0].state} <= {id(p) for p in held}
+    for parameter in held:
+        moment = trainer.optimizers[0].state[parameter]["exp_avg"]
+        assert moment.shape == parameter.shape and moment.abs().sum() > 0
+
+
+@every_row
+def test_every_parameter_still_learns_at_the_end(fit: Fit, row: str) -> None:
+    class Last(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.before = [p.detach().clone() for p in pl_module.parameters()]
+
+    last, model = Last(), module()
+    fit(model, row, last)
+    assert not any(torch.equal(a, b) for a, b in zip(last.before, model.parameters(), strict=True))
+
+
+@every_row
+def test_train_flags_and_requires_grad_are_the_users(fit: Fit, row: str) -> None:
+    model = module()
+    model.net.conv[1].eval()
+    model.net.head.bias.requires_grad_(False)
+    flags = {n: m.training for n, m in model.named_modules()}
+    learns = {n: p.requires_grad for n, p in model.named_parameters()}
+    fit(model, row)
+    assert flags == {n: m.training for n, m in model.named_modules()}
+    assert learns == {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+@every_row
+def test_the_data_comes_in_the_same_order(fit: Fit, row: str) -> None:
+    plain, model = module(), module()
+    fit(plain, None)
+    fit(model, row)
+    assert plain.orders == model.orders
+
+
+@every_row
+def test_the_random_state_at_the_end_is_that_of_a_plain_run(fit: Fit, row: str) -> None:
+    fit(module(), None)
+    expected = torch.get_rng_state()
+    fit(module(), row)
+    assert torch.equal(expected, torch.get_rng_state())
+
+
+@every_row
+def test_resume_is_bit_equal_to_the_uninterrupted_run(fit: Fit, tmp_path: Path, row: str) -> None:
+    whole = module()
+    fit(whole, row, epochs(tmp_path / "a"))
+    for epoch in range(3):
+        torch._dynamo.reset()
+        resumed = Module()
+        fit(resumed, row, ckpt=tmp_path / "a" / f"epoch={epoch}.ckpt")
+        assert same(whole, resumed), epoch
+
+
+@every_row
+@pytest.mark.parametrize("light", [False, True], ids=["full", "weights_only"])
+def test_checkpoints_load_safely_and_without_the_technique(
+    fit: Fit, tmp_path: Path, row: str, light: bool
+) -> None:
+    model = module()
+    fit(model, row, epochs(tmp_path / "a", save_weights_only=light))
+    path = tmp_path / "a" / "epoch=3.ckpt"
+    torch.load(path, weights_only=True)
+    assert same(model, load_from_checkpoint(Module, path))
+
+
+@every_row
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_fresh_trainer_evaluates_the_checkpoint(
+    fit: Fit, tmp_path: Path, trainer_kwargs: dict[str, Any], row: str, verb: str
+) -> None:
+    model = module()
+    trained = fit(model, row, epochs(tmp_path / "a"))
+    expected = getattr(trained, verb)(model, data(), verbose=False)
+    torch._dynamo.reset()
+    fresh = Trainer(**{**trainer_kwargs, **ROWS[row]()})
+    found = getattr(fresh, verb)(
+        Module(), data(), ckpt_path=tmp_path / "a" / "epoch=3.ckpt", verbose=False
+    )
+    assert found == expected
+
+
+@every_row
+def test_the_module_copies_and_pickles_after_a_fit(fit: Fit, row: str) -> None:
+    model = module()
+    fit(model, row)
+    x = torch.randn(2, 3, 8, 8)
+    model.eval()
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied.net(x), model.net(x))
+    buffer = io.BytesIO()
+    pickle.dump(model.net, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(pickle.load(buffer)(x), model.net(x))  # noqa: S301
+
+
+@every_row
+def test_accumulation_and_clipping_work(fit: Fit, row: str) -> None:
+    model = module()
+    trainer = fit(model, row, accumulate_grad_batches=2, gradient_clip_val=0.5)
+    assert trainer.global_step == 8
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every_row
+def test_manual_optimization_works(fit: Fit, row: str) -> None:
+    model = module(Manual)
+    trainer = fit(model, row)
+    assert trainer.global_step == 12
+    assert len(model.orders) == 12
+
+
+@every_row
+def test_a_moving_average_goes_along(fit: Fit, row: str) -> None:
+    model = module()
+    fit(model, row, EMAWeightAveraging(decay=0.9))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every_row
+def test_it_learns_what_the_plain_run_learns(fit: Fit, row: str) -> None:
+    plain, model = module(), module()
+    before = float(
+        F.cross_entropy(plain.net.eval()(data().dataset.tensors[0]), torch.arange(24) % 4)
+    )
+    plain.train()
+    losses = [
+        float(fit(m, r, max_epochs=12).callback_metrics["loss"])
+        for m, r in ((plain, None), (model, row))
+    ]
+    assert losses[1] < 0.7 * before
+    assert losses[1] < losses[0] + 0.6
+
+
+@every_row
+def test_fast_dev_run_works(fit: Fit, row: str) -> None:
+    model = module()
+    fit(model, row, fast_dev_run=True)
+    assert (model.net.stem[0].out_channels == 4) == ("prune" in row or row == "all")
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_selection_of_nothing_is_an_error_not_a_silence(fit: Fit, name: str) -> None:
+    with pytest.raises(NoEffect, match="nowhere"):
+        fit(module(), None, EDITS[name]())
+
+
+@pytest.mark.parametrize("name", sorted(set(lightning_accel.__all__) - {"load_from_checkpoint"}))
+def test_unknown_arguments_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        getattr(lightning_accel, name)(no_such_argument=1)
+
+
+@pytest.mark.parametrize("name", lightning_accel.__all__)
+def test_every_public_name_explains_itself(name: str) -> None:
+    text = getattr(lightning_accel, name).__doc__
+    assert text and len(text.splitlines()[0]) > 20

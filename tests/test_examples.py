@@ -1,0 +1,217 @@
+"""The examples run from any folder, and the data and models are what they say."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data.digits import Digits
+from data.pydoc import Pydoc
+from lightning.pytorch import LightningDataModule, Trainer
+from models.gpt import GPT
+from models.resnet import ResNet
+from models.vit import ViT
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = ["amp", "compile", "prune", "amp_compile", "amp_prune", "amp_compile_prune"]
+
+
+def run(*arguments: str, cwd: Path, script: str = "examples/train.py") -> str:
+    """Run a script as a user would, and return what it printed."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+
+def test_digits_are_split_without_overlap_and_stratified() -> None:
+    data = Digits()
+    data.setup("fit")
+    parts = [data.train, data.val, data.test]
+    assert [len(part) for part in parts] == [1257, 180, 360]
+    everything = torch.cat([part.tensors[0] for part in parts]).flatten(1)
+    assert len({tuple(row) for row in everything.tolist()}) == 1797
+    for part in parts:
+        share = part.tensors[1].bincount().float() / len(part)
+        assert (share - 0.1).abs().max() < 0.02
+
+
+def test_the_split_does_not_depend_on_the_seed() -> None:
+    first, second = Digits(seed=0), Digits(seed=1)
+    first.setup("fit")
+    second.setup("test")
+    assert torch.equal(first.test.tensors[0], second.test.tensors[0])
+
+
+@pytest.mark.parametrize("data", [Digits(), Pydoc(num_windows=64)], ids=["digits", "pydoc"])
+def test_the_order_of_samples_is_a_function_of_seed_and_epoch(data: LightningDataModule) -> None:
+    data.setup("fit")
+
+    def epoch(number: int) -> torch.Tensor:
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(number)
+        return torch.cat([batch[0] for batch in loader])
+
+    before = torch.get_rng_state()
+    first = epoch(0)
+    assert torch.equal(first, epoch(0)), "a new loader repeats the epoch"
+    assert not torch.equal(first, epoch(1)), "the next epoch has another order"
+    assert torch.equal(before, torch.get_rng_state()), "the global generator is left alone"
+
+
+def test_pydoc_is_real_text_and_targets_are_the_next_bytes() -> None:
+    data = Pydoc(num_windows=64)
+    data.setup("fit")
+    tokens, targets = data.train[0]
+    assert torch.equal(tokens[1:], targets[:-1])
+    text = b"".join(bytes(data.train[i][0].tolist()) for i in range(64)).decode(errors="ignore")
+    assert " the " in text and tokens.shape == (128,)
+
+
+# --- models -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("[md]*/*.py")), ids=lambda path: path.stem
+)
+def test_models_and_data_know_nothing_of_this_package(path: Path) -> None:
+    assert "lightning_accel" not in {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in _imported(node)
+    }
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+def test_the_gpt_ties_its_head_and_looks_back_only() -> None:
+    model = GPT(dim=16, context=8).eval()
+    assert model.head.weight is model.tokens.weight
+    tokens = torch.randint(0, 256, (2, 8))
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 256
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens)[:, :-1], model(changed)[:, :-1])
+
+
+@pytest.mark.parametrize("model", [ResNet(widths=(8, 16), depth=1), ViT(dim=16, depth=1)])
+def test_image_models_learn(model: Any, trainer_kwargs: dict[str, Any]) -> None:
+    trainer = Trainer(**trainer_kwargs | {"max_epochs": 4})
+    trainer.fit(model, Digits())
+    assert trainer.callback_metrics["val/acc"] > 0.5
+
+
+def test_the_gpt_learns_more_than_letter_frequencies(trainer_kwargs: dict[str, Any]) -> None:
+    trainer = Trainer(**trainer_kwargs | {"max_epochs": 1})
+    data = Pydoc(batch_size=16, context=64, num_windows=3200)
+    trainer.fit(GPT(dim=48, depth=1, context=64), data)
+    counts = data.train.tensors[0].flatten().bincount(minlength=256) + 1.0
+    frequencies = (counts / counts.sum()).log2()
+    unigram = -frequencies[data.val.tensors[1].flatten()].mean()
+    assert trainer.callback_metrics["val/bits_per_byte"] < unigram
+
+
+@pytest.mark.slow
+def test_the_default_resnet_reaches_98_percent(trainer_kwargs: dict[str, Any]) -> None:
+    trainer = Trainer(**trainer_kwargs | {"max_epochs": 20})
+    trainer.fit(ResNet(), data := Digits())
+    assert trainer.test(datamodule=data, model=trainer.model, verbose=False)[0]["test/acc"] >= 0.98
+
+
+# --- train.py ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_preset_ends_the_run(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/train.py"), "+accel=typo"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "amp_compile_prune" in done.stderr, "the message lists what there is"
+
+
+def test_a_secret_on_the_command_line_ends_the_run_unseen(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/train.py"), "+service.token=c4n4ry"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "does not belong on the command line" in done.stderr
+    assert "c4n4ry" not in done.stdout + done.stderr
+
+
+def test_train_runs_from_any_folder_and_writes_into_its_own(tmp_path: Path) -> None:
+    printed = run("trainer=fast", "logger=csv", "accelerator=cpu", cwd=tmp_path)
+    assert "test/acc" in printed
+    assert [p.name for p in tmp_path.iterdir()] == ["outputs"]
+    saved = list(tmp_path.glob("outputs/*/csv/hparams.yaml"))
+    assert len(saved) == 1
+    assert "!!python" not in saved[0].read_text()
+
+
+def test_a_checkpoint_of_train_resumes_it(tmp_path: Path) -> None:
+    run("trainer=fast", "logger=csv", cwd=tmp_path)
+    checkpoint = next(tmp_path.glob("outputs/*/csv/checkpoints/*.ckpt"))
+    held = torch.load(checkpoint, weights_only=True)
+    assert held["hyper_parameters"]["widths"] == [64, 128]
+    overrides = ["trainer=fast", "trainer.max_epochs=3", f"ckpt_path='{checkpoint}'"]
+    assert "Restored all states" in run(*overrides, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["digits_resnet", "digits_vit", "pydoc_gpt"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_finishes_with_a_true_table(
+    tmp_path: Path, preset: str, experiment: str
+) -> None:
+    chosen = [] if experiment == "digits_resnet" else [f"+experiment={experiment}"]
+    fast = ["trainer.max_epochs=2", "trainer.limit_train_batches=4", "trainer.limit_val_batches=1"]
+    run(f"+accel={preset}", *chosen, *fast, "trainer.limit_test_batches=1", cwd=tmp_path)
+    (path,) = tmp_path.glob("outputs/*/report.json")
+    report = json.loads(path.read_text())
+    dense, final, ratios = report["dense"], report["final"], report["ratios"]
+    for quantity in ("params", "macs"):
+        assert ratios[quantity] == pytest.approx(dense[quantity] / final[quantity], rel=1e-3)
+        if "prune" in preset:
+            assert ratios[quantity] > 1.3
+        else:
+            assert ratios[quantity] == pytest.approx(1)
+    assert all(gain > 0 for gain in ratios["latency"].values())
+
+
+@pytest.mark.slow
+def test_two_callbacks_give_the_same_without_hydra(tmp_path: Path) -> None:
+    script = (ROOT / "examples/01_two_callbacks.py").read_text()
+    lines = [line for line in script.splitlines() if line.strip()]
+    assert len(lines) < 15
+    printed = run(cwd=tmp_path, script="examples/01_two_callbacks.py")
+    assert "test/acc" in printed
