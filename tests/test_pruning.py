@@ -334,8 +334,8 @@ def test_an_unreachable_target_says_what_is_reachable() -> None:
 
 
 def test_selection_removes_the_least_and_breaks_ties_by_position() -> None:
-    assert least(torch.ones(6), ratio=0.5) == [0, 1, 2]
-    assert least(torch.tensor([1.0, 5, 2, 4]), ratio=0.3) == [0]
+    assert least(torch.ones(6), kept=3) == [0, 1, 2]
+    assert least(torch.tensor([1.0, 5, 2, 4]), kept=3) == [0]
 
 
 def test_a_global_random_state_is_not_moved() -> None:
@@ -617,6 +617,37 @@ def test_a_target_of_macs_is_met_along_a_schedule(fit: Fit) -> None:
     dense = macs(model.net, x)
     fit(model, StructuredPruning(target_macs=0.4, when=[0, 1]), epochs=2)
     assert 0.34 <= macs(model.net, x) / dense <= 0.4
+
+
+@pytest.mark.parametrize("width", [5, 6, 8])
+def test_a_schedule_ends_where_one_cut_would(fit: Fit, width: int) -> None:
+    once, thrice = Images(width), Images(width)
+    fit(once, StructuredPruning(ratio=0.5, when=4))
+    fit(thrice, StructuredPruning(ratio=0.5, when=[1, 2, 4]))
+    assert [p.shape for p in once.parameters()] == [p.shape for p in thrice.parameters()]
+
+
+def test_a_step_that_rounding_puts_off_is_made_up_for(fit: Fit) -> None:
+    model, pruning = Images(8), StructuredPruning(ratio=0.5, when=[1, 2, 3], round_to=4)
+    fit(model, pruning)
+    assert model.net.stem[0].out_channels == 4
+    assert len(pruning.history) < 3
+
+
+def test_what_cannot_work_is_told_before_the_first_step(fit: Fit) -> None:
+    class Rounds(Images):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.steps += 1
+            return super().training_step(batch, batch_idx)
+
+    model = Rounds()
+    with pytest.raises(NoEffect, match="remain"):
+        fit(model, StructuredPruning(target_macs=0.001, when=4))
+    assert model.steps == 0
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])

@@ -22,8 +22,8 @@ from lightning_accel.bridge.example import (
     run_step,
 )
 from lightning_accel.bridge.model_edit import ModelEdit, commit
-from lightning_accel.bridge.restore import averages
-from lightning_accel.errors import AccelError, Unsupported, explain
+from lightning_accel.bridge.restore import averages, pristine
+from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.prune import check_ratio, check_round_to, plan
 from lightning_accel.pruning.recalibrate import recalibrate
@@ -154,17 +154,32 @@ class StructuredPruning(ModelEdit):
         self.select.require(pl_module)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rehearse, so that what cannot work is told now and not in the middle of the fit."""
+        done = self._done()
+        if done < len(self.when):
+            self._decide(trainer, pl_module, done, len(self.when), scored=False)
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = sum(epoch <= trainer.current_epoch for epoch in self.when)
         if _is_trial(trainer):  # a trial of everything in one epoch
             due = len(self.when)
-        done = self.history[-1]["step"] if self.history else 0
-        if due > done:
-            self._prune(trainer, pl_module, done, due)
+        if due > self._done():
+            self._prune(trainer, pl_module, self._done(), due)
+
+    def _done(self) -> int:
+        return int(self.history[-1]["step"]) if self.history else 0
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, done: int, due: int) -> None:
         before = sum(p.numel() for p in pl_module.parameters())
-        cut = self._decide(trainer, pl_module, done, due)
+        try:
+            cut = self._decide(trainer, pl_module, done, due)
+        except NoEffect as error:  # rounding can put a step off, but not the whole
+            if due == len(self.when) and not self.history:
+                raise
+            rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {error}")
+            return
         receipt = commit(trainer, pl_module, cut, lambda: self._statistics(trainer, pl_module))
         after = sum(p.numel() for p in pl_module.parameters())
         self.receipt = self.receipt + receipt
@@ -179,24 +194,24 @@ class StructuredPruning(ModelEdit):
         )
         self._report(trainer, receipt, before, after)
 
-    def _decide(self, trainer: Trainer, pl_module: LightningModule, done: int, due: int) -> Cut:
-        asked = 1 - self.ratio if self.ratio is not None else self.target_macs
-        assert asked is not None
+    def _decide(
+        self, trainer: Trainer, pl_module: LightningModule, done: int, due: int, scored: bool = True
+    ) -> Cut:
         steps = len(self.when)
-        keep = share_left(asked, due, steps) / share_left(asked, done, steps)
+        macs = self.target_macs
+        if macs is not None:
+            macs = share_left(macs, due, steps) / share_left(macs, done, steps)
+        taylor = scored and self.importance == "taylor"
         with isolate_rng():
-            calls = find_example(trainer, pl_module, self.example)
-            source = pl_module
-            if self.importance == "taylor":
-                source = self._with_gradients(trainer, pl_module)
             return plan(
-                source,
-                calls=calls,
-                ratio=1 - keep if self.ratio is not None else None,
-                target_macs=keep if self.ratio is None else None,
-                importance=self.importance,
+                self._with_gradients(trainer, pl_module) if taylor else pl_module,
+                calls=find_example(trainer, pl_module, self.example),
+                ratio=None if self.ratio is None else self.ratio * due / steps,
+                target_macs=macs,
+                importance=self.importance if scored else "magnitude",
                 select=self.select,
                 round_to=self.round_to,
+                dense=pristine(pl_module),
             )
 
     def _with_gradients(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:

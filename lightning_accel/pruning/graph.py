@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from lightning_accel.errors import NoEffect
 from lightning_accel.pruning.importance import score
 from lightning_accel.pruning.probes import Probes
-from lightning_accel.pruning.selection import least
+from lightning_accel.pruning.selection import kept_width, least
 from lightning_accel.pruning.trace import ROOTS, trace
-from lightning_accel.surgery import Change, Cut, Select
+from lightning_accel.surgery import Change, Cut, Select, Structure
 from lightning_accel.surgery.call import Call
+
+_AS_IT_IS = Structure()
 
 
 class Group(NamedTuple):
@@ -36,6 +38,7 @@ class Graph:
         select: Every layer whose outputs shrink must be among these.
         importance: See `importance.KNOWN`.
         frozen: Names of parameters that must not be touched.
+        dense: Shapes before an earlier cut, of which shares are meant.
 
     Raises:
         AccelError: The calls fail, or their outputs do not depend on the parameters.
@@ -50,10 +53,12 @@ class Graph:
         select: Select,
         importance: str,
         frozen: frozenset[str] = frozenset(),
+        dense: Structure = _AS_IT_IS,
     ) -> None:
         self.model = model.eval()
         self.names = {module: name for name, module in model.named_modules()}
         self.frozen = frozen
+        self.dense = dense
         self.skipped: list[Change] = []
         self._dependencies, outputs = trace(model, calls, self.names)
         self.groups = list(self._find(select, importance, outputs))
@@ -73,10 +78,14 @@ class Graph:
     def cut(
         self, ratio: float, *, round_to: int | None, groups: Sequence[Group] | None = None
     ) -> Cut:
-        """Return the cut that removes this share of the channels of each group."""
+        """Return the cut after which this share of each group's dense channels is gone."""
         probes = Probes(self.model, self.names)
         for group in self.groups if groups is None else groups:
-            gone = least(group.scores, ratio=ratio, blocks=group.blocks, round_to=round_to)
+            dense = self.dense.tensors.get(f"{group.root}.weight".lstrip("."))
+            dim = 1 if getattr(self.model.get_submodule(group.root), "transposed", False) else 0
+            width = dense[dim] if dense else len(group.scores)
+            kept = kept_width(width, ratio=ratio, blocks=group.blocks, round_to=round_to)
+            gone = least(group.scores, kept=kept, blocks=group.blocks)
             if gone:
                 root = group.items[0].dep
                 part = self._dependencies.get_pruning_group(root.target.module, root.handler, gone)

@@ -19,10 +19,10 @@ from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.graph import Graph, Group
 from lightning_accel.pruning.target import ratio_for_macs
 from lightning_accel.pruning.verify import Verifier, in_dtype_of
-from lightning_accel.surgery import Change, Cut, Receipt, Select, twin
+from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
 from lightning_accel.surgery.call import Call, as_call, first
 
-_EVERYTHING = Select()
+_EVERYTHING, _AS_IT_IS = Select(), Structure()
 _SAMPLES = 2  # enough for batch norm in train mode
 
 
@@ -89,15 +89,22 @@ def plan(
     importance: str = "magnitude",
     select: Select = _EVERYTHING,
     round_to: int | None = None,
+    dense: Structure = _AS_IT_IS,
 ) -> Cut:
-    """Return the proved cut for a share of channels, or for a share of MACs to keep; change nothing."""
+    """Return the proved cut for a share of channels, or for a share of MACs to keep; change nothing.
+
+    `dense` holds the shapes before earlier cuts, if there were any: `ratio` is a share of those, and
+    `target_macs` one of the MACs now.
+    """
     scoring.check(importance)
     check_round_to(round_to)
     if importance == "taylor":
         scoring.require_gradients(model)
     small = in_dtype_of(first(calls, _SAMPLES), model)
     frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
-    graph = Graph(twin(model), small, select=select, importance=importance, frozen=frozen)
+    graph = Graph(
+        twin(model), small, select=select, importance=importance, frozen=frozen, dense=dense
+    )
     verifier = Verifier(model, small)
     good, refused = _sound(graph, verifier, ratio or 0.5, round_to)
     if target_macs is not None:

@@ -88,4 +88,6 @@ if __name__ == "__main__":
     whole = fit(folder / "a", importance, find_unused)
     resumed = fit(folder / "b", importance, find_unused, str(folder / "a" / "epoch=1.ckpt"))
     rank = torch.distributed.get_rank()
-    (folder / f"rank{rank}.json").write_text(json.dumps({"whole": whole.seen, "resumed": resumed.seen}))
+    (folder / f"rank{rank}.json").write_text(
+        json.dumps({"whole": whole.seen, "resumed": resumed.seen})
+    )
