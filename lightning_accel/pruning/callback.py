@@ -108,7 +108,7 @@ class StructuredPruning(ModelEdit):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(when=self.when, select=str(self.select))
+        return self._generate_state_key(select=str(self.select))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class StructuredPruning(ModelEdit):
             self._prune(trainer, pl_module, self._done(), due)
 
     def _done(self) -> int:
-        return int(self.history[-1]["step"]) if self.history else 0
+        return min(int(self.history[-1]["step"]), len(self.when)) if self.history else 0
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, done: int, due: int) -> None:
         before = sum(p.numel() for p in pl_module.parameters())
