@@ -216,6 +216,22 @@ def test_when_all_of_it_breaks_the_network_is_as_it_was() -> None:
     assert net.training
 
 
+def test_a_branch_that_never_ran_is_named() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(8, 4)
+            self.attention = nn.MultiheadAttention(8, 2)  # its out_proj is used without being called
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attention(x, x, x)[0]
+            return self.b(F.relu(self.a(x))) if x.shape[0] < 100 else self.c(x)
+
+    receipt = prune(Branching(), example=torch.randn(2, 8), ratio=0.5)
+    idle = [change.name for change in receipt.skipped if "never ran" in change.what]
+    assert idle == ["c"]
+
+
 def test_a_forward_that_loses_the_gradient_is_named() -> None:
     class Rounding(nn.Module):
         def __init__(self) -> None:

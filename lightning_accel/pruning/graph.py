@@ -62,11 +62,7 @@ class Graph:
         self.skipped: list[Change] = []
         self._dependencies, outputs = trace(model, calls, self.names)
         self.groups = list(self._find(select, importance, outputs))
-        self.skipped += [
-            Change(name, "it never ran on the example")
-            for module, name in self.names.items()
-            if isinstance(module, ROOTS) and module not in self._dependencies.module2node
-        ]
+        self.skipped += self._idle()
         if not self.groups:
             reasons = "; ".join(f"{c.name}: {c.what}" for c in self.skipped[:4])
             raise NoEffect(
