@@ -88,6 +88,12 @@ class Graph:
                 probes.prune(part, self._dependencies)
         return probes.cut()
 
+    def _idle(self) -> Iterator[Change]:
+        inside = {c for m in self.names if isinstance(m, nn.MultiheadAttention) for c in m.modules()}
+        for module, name in self.names.items():
+            if isinstance(module, ROOTS) and module not in {*self._dependencies.module2node, *inside}:
+                yield Change(name, "it never ran on the example")
+
     def _find(self, select: Select, importance: str, outputs: set[nn.Module]) -> Iterator[Group]:
         chosen = set(select.require(self.model))
         seen: set[nn.Module] = set()
