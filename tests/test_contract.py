@@ -49,7 +49,7 @@ def compiled() -> BlockCompile:
     return BlockCompile(backend="eager")
 
 
-def report(*_: Any) -> AccelReport:
+def report() -> AccelReport:
     return AccelReport(budget_s=0.2)
 
 
@@ -72,8 +72,6 @@ EDITS: dict[str, Callable[[], ModelEdit]] = {
     "prune": lambda: StructuredPruning(ratio=0.5, select="nowhere.*"),
     "compile": lambda: BlockCompile(backend="eager", select="nowhere.*"),
 }
-BLUNT = {"amp", "amp+prune", "all"}
-"""Rows that compute in bfloat16."""
 
 
 class Module(LightningModule):
@@ -97,7 +95,7 @@ class Module(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)]
 
 
 class Manual(Module):
@@ -114,8 +112,10 @@ class Manual(Module):
 
 def data() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(24, 3, 8, 8, generator=generator)
-    return DataLoader(TensorDataset(x, torch.arange(24) % 4), 8)
+    x, y = torch.randn(24, 3, 8, 8, generator=generator), torch.arange(24) % 4
+    x[:, 0] += 2.0 * (y % 2).view(-1, 1, 1)  # which of four is written into two channels
+    x[:, 1] += 2.0 * (y // 2).view(-1, 1, 1)
+    return DataLoader(TensorDataset(x, y), 8)
 
 
 def module(kind: type[Module] = Module) -> Module:
@@ -298,17 +298,12 @@ def test_a_moving_average_goes_along(fit: Fit, row: str) -> None:
 
 @every_row
 def test_it_learns_what_the_plain_run_learns(fit: Fit, row: str) -> None:
-    plain, model = module(), module()
-    before = float(
-        F.cross_entropy(plain.net.eval()(data().dataset.tensors[0]), torch.arange(24) % 4)
-    )
-    plain.train()
-    losses = [
-        float(fit(m, r, max_epochs=12).callback_metrics["loss"])
-        for m, r in ((plain, None), (model, row))
-    ]
-    assert losses[1] < 0.7 * before
-    assert losses[1] < losses[0] + 0.6
+    losses = {}
+    for name in (None, row):
+        trainer = fit(module(), name, max_epochs=12)
+        losses[name] = float(trainer.callback_metrics["val_loss"])
+    assert losses[None] < 0.4  # of 1.39 at the start
+    assert losses[row] < losses[None] + 0.3
 
 
 @every_row

@@ -1,0 +1,37 @@
+# make demo | test | check | bench: each makes its own environment in .venv on first use.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+# The first interpreter >= 3.11 that runs and can make an environment; set PYTHON to choose another.
+FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	if "$$p" -c '$(FITS)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
+PY := .venv/bin/python
+SOURCES := lightning_accel examples benchmarks tests
+
+help:
+	@head -n 1 Makefile
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no python3 >= 3.11 with venv and ensurepip found" >&2; exit 1; }
+	test -x $(PY) || "$(PYTHON)" -m venv .venv
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,examples]'
+	@touch $@
+
+demo: .venv/.stamp
+	$(PY) examples/demo.py
+
+test: .venv/.stamp
+	$(PY) -m pytest
+
+check: .venv/.stamp
+	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_house.py
+
+bench: .venv/.stamp
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
+
+clean:
+	rm -rf .venv build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis

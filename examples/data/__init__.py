@@ -1,0 +1,1 @@
+"""Plain LightningDataModules over data that every machine has."""

@@ -1,0 +1,1 @@
+"""Plain LightningModules that know nothing of lightning_accel."""

@@ -1,0 +1,5 @@
+"""The command `lightning-accel`."""
+
+from lightning_accel.cli.main import main
+
+__all__ = ["main"]

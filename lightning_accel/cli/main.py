@@ -1,0 +1,28 @@
+"""The words after `lightning-accel`. A command is a module with `add(commands)` and one line here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from lightning_accel.cli import env
+
+_COMMANDS = (env,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code of the process."""
+    args = _parser().parse_args(argv)
+    code: int = args.run(args)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-accel",
+        description="Make the training you already have with Lightning faster, and measure it.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in _COMMANDS:
+        command.add(commands)
+    return parser

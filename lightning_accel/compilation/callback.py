@@ -1,0 +1,240 @@
+"""When to compile: as the last edit before training, again after a prune, and the proof that it worked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_accel.bridge.model_edit import ModelEdit
+from lightning_accel.compilation.blocks import (
+    Backend,
+    check,
+    compile_blocks,
+    recompile,
+    without_effect,
+)
+from lightning_accel.compilation.explain import Capture, captures, table
+from lightning_accel.errors import AccelError, NoEffect, explain
+from lightning_accel.measure.table import Table
+from lightning_accel.surgery import Receipt, Select, Stage
+
+_ANSWERS = ("warn", "raise", "ignore")
+_BACKENDS = {"xla": "openxla", "tpu": "tpu"}
+
+
+class BlockCompile(ModelEdit):
+    """Compile the networks inside the LightningModule, and check that this had an effect.
+
+    Repeated blocks are compiled once per kind, other networks as a whole, in place: names in checkpoints
+    stay the same, and copies are uncompiled. After the first step every called target must have captured
+    a graph. After a prune all is compiled anew, once. The module stays compiled after the fit.
+
+    Args:
+        select: Networks or blocks to compile: a `Select`, a name pattern or several; by default all
+            networks of the module. What is named here must be called in the first training step.
+        blocks: Whether to look for repeated blocks; `False` compiles each network as a whole.
+        backend: "auto" is inductor, or what a TPU needs; or a name known to `torch.compile`.
+        mode: A mode of inductor, such as "reduce-overhead" or "max-autotune".
+        dynamic: As in `torch.compile`; `None` lets the batch become dynamic when its size changes.
+        fullgraph: Raise where a graph would break.
+        on_graph_break: "warn", "raise" or "ignore", after the first step.
+
+    Raises:
+        ValueError: A name is unknown; backends and modes are checked at setup.
+
+    >>> BlockCompile(select="net", on_graph_break="raise").on_graph_break
+    'raise'
+    """
+
+    stage: ClassVar[Stage] = Stage.COMPILE
+
+    def __init__(
+        self,
+        select: Select | str | Iterable[str] | dict[str, Any] | None = None,
+        *,
+        blocks: bool = True,
+        backend: Backend = "auto",
+        mode: str | None = None,
+        dynamic: bool | None = None,
+        fullgraph: bool = False,
+        on_graph_break: str = "warn",
+    ) -> None:
+        if on_graph_break not in _ANSWERS:
+            raise ValueError(
+                explain("unknown `on_graph_break`", repr(on_graph_break), f"pass one of {_ANSWERS}")
+            )
+        for name, value in (("blocks", blocks), ("dynamic", dynamic), ("fullgraph", fullgraph)):
+            if not isinstance(value, bool) and not (name == "dynamic" and value is None):
+                raise TypeError(explain(f"`{name}` is true or false", repr(value), "pass a bool"))
+        if not isinstance(backend, str) and not callable(backend):
+            raise TypeError(explain("`backend` is a name", repr(backend), "pass 'auto'"))
+        self.named = select is not None
+        self.select = Select.of(select)
+        self.blocks = blocks
+        self.backend = backend
+        self.mode = mode
+        self.dynamic = dynamic
+        self.fullgraph = fullgraph
+        self.on_graph_break = on_graph_break
+        self.receipt = Receipt()
+        self.captures: list[Capture] = []
+        self._unproved = False
+        self._settled: tuple[Table, dict[str, int]] | None = None
+
+    @property
+    def report(self) -> Table:
+        """Graphs, graph breaks and recompilations of the last fit or evaluation, one row each."""
+        return self._settled[0] if self._settled else table(self.captures)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """How many graphs, graph breaks and recompilations there were."""
+        if self._settled:
+            return self._settled[1]
+        return {
+            "graphs": sum(c.graphs for c in self.captures),
+            "graph_breaks": sum(len(c.breaks) for c in self.captures),
+            "recompilations": sum(len(c.recompilations) for c in self.captures),
+        }
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check(self._backend(trainer), self.mode)
+        self.receipt, self.captures, self._settled = Receipt(), [], None
+        if any(True for _ in pl_module.parameters()):
+            self._compile(trainer, pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._compile(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._compile(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._compile(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._compile(trainer, pl_module)
+
+    def on_model_edit_end(
+        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
+    ) -> None:
+        """Compile anew what another edit reshaped."""
+        self._renew(pl_module)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._prove(pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._prove_evaluation(trainer, pl_module)
+
+    @override
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._prove_evaluation(trainer, pl_module)
+
+    @override
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._prove_evaluation(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settled = None
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What others compile after training, to measure it, is not of the training.
+        self._settled = self.report, self.totals
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rank_zero_info(self.report.to_text())
+        values = {f"compilation/{name}": float(count) for name, count in self.totals.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
+
+    def _compile(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compile what is not, anew what was reshaped by a checkpoint; otherwise do nothing."""
+        self._renew(pl_module)
+        self.receipt = self.receipt + compile_blocks(
+            pl_module,
+            select=self.select,
+            blocks=self.blocks,
+            itself=False,
+            backend=self._backend(trainer),
+            mode=self.mode,
+            dynamic=self.dynamic,
+            fullgraph=self.fullgraph,
+        )
+        self._collect(pl_module)
+
+    def _renew(self, pl_module: LightningModule) -> None:
+        receipt = recompile(pl_module)
+        if receipt:
+            self.receipt = self.receipt + receipt
+            self._collect(pl_module)
+
+    def _collect(self, pl_module: LightningModule) -> None:
+        current = captures(pl_module)
+        self._unproved = self._unproved or any(c not in self.captures for c in current)
+        past = [c for c in self.captures if c not in current and c.called]
+        self.captures = past + current
+
+    def _prove_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":  # what a sanity check calls is not what training calls
+            self._prove(pl_module)
+
+    def _prove(self, pl_module: LightningModule) -> None:
+        """After the first step, raise for targets without effect, and tell of graph breaks."""
+        if not self._unproved:
+            return
+        self._unproved = False
+        current = captures(pl_module)
+        for capture in without_effect(pl_module):
+            why = f": {capture.failures[0]}" if capture.failures else ""
+            raise NoEffect(
+                f"compiling `{capture.name}` had no effect",
+                f"no graph was captured in the first step{why}",
+                f"leave it out with select=Select(exclude={tuple(capture.targets)!r})",
+            )
+        uncalled = [name for capture in current for name in capture.uncalled]
+        if (self.named and uncalled) or not any(capture.called for capture in current):
+            raise NoEffect(
+                f"compiling `{', '.join(uncalled)}` had no effect",
+                "the first step did not call it as a module",
+                "select the modules that are called, such as 'net' rather than a list of layers",
+            )
+        self._tell_breaks(current)
+
+    def _tell_breaks(self, current: list[Capture]) -> None:
+        broken = [(c.name, at, why) for c in current for at, why in c.breaks.items()]
+        if not broken or self.on_graph_break == "ignore":
+            return
+        what = f"compiled targets have {len(broken)} graph break(s), each of which costs speed"
+        found = "; ".join(f"`{name}` at {at}: {why}" for name, at, why in broken[:8])
+        do = "rewrite these lines, exclude the target, or pass on_graph_break='ignore'"
+        if self.on_graph_break == "raise":
+            raise AccelError(what, found, do)
+        rank_zero_warn(explain(what, found, do))
+
+    def _backend(self, trainer: Trainer) -> Backend:
+        if self.backend != "auto":
+            return self.backend
+        return _BACKENDS.get(trainer.strategy.root_device.type, "inductor")

@@ -1,0 +1,153 @@
+"""One job of a Hydra app: seeds, one W&B run of its own, ranks that agree, no secrets left behind.
+
+Hydra runs the jobs of a sweep one after another in one process, and three things leak between them.
+Lightning starts the other ranks with the command line of the whole sweep, so that they sweep again and
+may train with other values (Lightning #18175, open). It leaves `LOCAL_RANK` in the environment, which
+makes the next job wait for ranks that nobody starts. And W&B merges all jobs into the run that is open.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_accel.errors import explain
+from lightning_accel.redact import names_secret, redacted
+
+_LEFT_BY_LIGHTNING = (
+    "GROUP_RANK",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "WORLD_SIZE",
+)
+
+
+@contextmanager
+def job(cfg: Mapping[str, Any]) -> Iterator[None]:
+    """Surround the body of a `@hydra.main` function; outside of Hydra it seeds and closes W&B.
+
+    W&B works offline when no API key is found, decided before its first init. The runs of a sweep
+    share one group, the name of the sweep's folder.
+
+    Raises:
+        ValueError: A secret was given on the command line, where `ps` and the loggers would show it.
+
+    >>> with job({"seed": 1}):
+    ...     int(torch.randint(100, ()))
+    45
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_environment())
+        stack.enter_context(_closed_wandb())
+        hydra = _hydra_config()
+        if hydra is not None:
+            _scrub(Path(hydra.runtime.output_dir) / str(hydra.output_subdir))
+            _refuse_secrets(hydra.overrides.task)
+            if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
+                stack.enter_context(_one_of_a_sweep(hydra))
+        if not (os.environ.get("WANDB_MODE") or _has_wandb_key()):
+            os.environ["WANDB_MODE"] = "offline"
+        if cfg.get("seed") is not None:
+            seed_everything(int(cfg["seed"]), workers=True, verbose=False)
+        yield
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    names = (*_LEFT_BY_LIGHTNING, "WANDB_MODE", "WANDB_RUN_GROUP")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def _closed_wandb() -> Iterator[None]:
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish(exit_code=int(failed))
+
+
+@contextmanager
+def _one_of_a_sweep(hydra: Any) -> Iterator[None]:
+    from omegaconf import read_write
+
+    argv = sys.argv
+    sys.argv = [argv[0], *hydra.overrides.task]
+    with read_write(hydra.run):
+        hydra.run.dir = hydra.runtime.output_dir
+    if "WANDB_SWEEP_ID" not in os.environ:  # an agent of W&B groups by itself
+        os.environ.setdefault("WANDB_RUN_GROUP", Path(hydra.sweep.dir).name)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _hydra_config() -> Any:
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.get() if HydraConfig.initialized() else None
+
+
+def _refuse_secrets(overrides: list[str]) -> None:
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if names_secret(key) and value not in ("", "null") and "${" not in value:
+            raise ValueError(
+                explain(
+                    "a secret does not belong on the command line",
+                    f"{key}=***",
+                    f"put it into the environment and say '{key}=${{oc.env:NAME}}'",
+                )
+            )
+
+
+@rank_zero_only
+def _scrub(folder: Path) -> None:
+    """Take the secrets out of what Hydra has already saved."""
+    from omegaconf import OmegaConf
+
+    for path in folder.glob("*.yaml"):
+        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        clean = redacted(saved)
+        if clean != saved:
+            OmegaConf.save(OmegaConf.create(clean), path)
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    places = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for path in (Path(place).expanduser() for place in places if place):
+        try:
+            if path.is_file():
+                return netrc.netrc(path).authenticators(host) is not None
+        except (netrc.NetrcParseError, OSError):
+            return False
+    return False

@@ -1,0 +1,409 @@
+"""When to measure: `StepMeter` while training, `AccelReport` at its end."""
+
+from __future__ import annotations
+
+import platform
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
+
+from lightning_accel import hardware
+from lightning_accel.bridge.example import find_example, inert_copy
+from lightning_accel.bridge.restore import pristine
+from lightning_accel.errors import Unsupported, explain
+from lightning_accel.measure.flops import undisturbed
+from lightning_accel.measure.report import Report
+from lightning_accel.measure.subject import (
+    Runnable,
+    is_compiled,
+    localise_norms,
+    measure_subjects,
+    num_samples,
+    restore,
+)
+from lightning_accel.measure.table import show
+from lightning_accel.measure.timing import Pace
+from lightning_accel.surgery import Receipt, Stage
+from lightning_accel.surgery.call import Call
+
+
+class _Paced(Callback):
+    """Feeds a `Pace` from the hooks of a fit; validation, checkpoints and edits do not count.
+
+    A step is an optimizer step, as in `trainer.global_step`: with four accumulated batches it takes
+    four of them.
+    """
+
+    def __init__(self) -> None:
+        self.pace = Pace()
+        self._global_step = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pace.restart()
+        self._global_step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self.pace.tick(
+            steps=step - self._global_step, samples=num_samples(batch) or 0, now=time.perf_counter()
+        )
+        self._global_step = step
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pace.pause()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pace.pause()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.pace.pause()
+
+    def on_model_edit_end(
+        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
+    ) -> None:
+        self.pace.restart()
+
+
+class StepMeter(_Paced):
+    """Log `measure/steps_per_s` and `measure/samples_per_s` without ever waiting for the device.
+
+    Each value covers the steps since the one before. Warm-up, compilation after an edit, validation,
+    checkpoints and the change of epochs are left out. Samples are those of all processes that train
+    on data of their own.
+
+    Args:
+        every_n_steps: Optimizer steps between two values; the Trainer's `log_every_n_steps` if `None`.
+
+    Raises:
+        ValueError: `every_n_steps` is below 1.
+
+    >>> StepMeter(every_n_steps=10).every_n_steps
+    10
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        super().__init__()
+        if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
+            raise ValueError(
+                explain("`every_n_steps` is a number of steps", repr(every_n_steps), "pass 50, say")
+            )
+        self.every_n_steps = every_n_steps
+        self.last: dict[str, float] = {}
+        self._next = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._next = self._following(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._global_step >= self._next:
+            self._next = self._following(trainer)
+            self._log(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.last:  # a fit shorter than one interval
+            self._log(trainer)
+
+    def _following(self, trainer: Trainer) -> int:
+        every = self.every_n_steps or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
+        return (trainer.global_step // every + 1) * every
+
+    def _log(self, trainer: Trainer) -> None:
+        if self.pace.steps_per_s is None:
+            return
+        self.last = {"measure/steps_per_s": self.pace.steps_per_s}
+        if self.pace.samples_per_s is not None:
+            self.last["measure/samples_per_s"] = self.pace.samples_per_s * _num_shards(trainer)
+        self.pace.clear()
+        # Not `self.log`, which costs a fifth of a millisecond on every step.
+        for logger in trainer.loggers:
+            logger.log_metrics(self.last, step=max(trainer.global_step - 1, 0))
+
+
+class AccelReport(_Paced):
+    """At the end of a fit, measure the dense model against the final one and say what was gained.
+
+    Parameters, multiply-accumulates of one sample, latency at batch 1 and at the training batch, and
+    training steps per second (a forward and a backward, no optimizer, no data), on the same inputs,
+    in the same process, in interleaved blocks. The dense side is the model as you wrote it, uncompiled,
+    under your own precision; when the precision is this package's, in float32. Metrics of the dense
+    side are those logged last before the first edit. Printed, logged to every logger, and saved.
+
+    Weights, buffers, gradients, flags and random state are bit-equal before and after. An error while
+    measuring becomes a warning: a finished training is never lost.
+
+    Args:
+        path: Where the JSON goes, markdown beside it; by default `report.json` in `default_root_dir`.
+        dense_metrics: Metrics of a dense training to compare with, instead of those before the edit.
+        budget_s: Seconds of measuring; warm-up and compilation come on top.
+        example: Arguments of the LightningModule's `forward`; by default what its networks receive.
+
+    Raises:
+        ValueError: `budget_s` is not above 0.
+
+    >>> AccelReport("outputs/report.json", budget_s=5).path
+    PosixPath('outputs/report.json')
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        dense_metrics: Mapping[str, float] | None = None,
+        budget_s: float = 10.0,
+        example: Any = None,
+    ) -> None:
+        super().__init__()
+        if not budget_s > 0:
+            raise ValueError(
+                explain("`budget_s` is a time", repr(budget_s), "pass seconds above 0")
+            )
+        self.path = None if path is None else Path(path)
+        self.dense_metrics = None if dense_metrics is None else _plain(dense_metrics)
+        self.budget_s = budget_s
+        self.example = example
+        self.report: Report | None = None
+        self._edits: list[dict[str, Any]] = []
+        self._before: dict[str, Any] = {}
+        self._latest: dict[str, float] = {}
+        self._module: weakref.ref[LightningModule] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": None}  # for launchers that pickle the Trainer
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "edits": [dict(edit) for edit in self._edits],
+            "before": dict(self._before),
+            "latest": dict(self._latest),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._edits, self._before = list(state_dict["edits"]), dict(state_dict["before"])
+        self._latest = dict(state_dict["latest"])
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        pristine(pl_module)
+        if not self._is_of(pl_module):
+            self._module = weakref.ref(pl_module)
+            self._edits, self._before, self._latest, self.report = [], {}, {}, None
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:  # kept for an edit right after a resume
+            self._latest = _plain(trainer.callback_metrics)
+
+    def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        params = sum(p.numel() for p in pl_module.parameters())
+        if self._before.get("params", params) == params:  # nothing was taken out so far
+            self._before = {
+                "params": params,
+                "metrics": {**self._latest, **_plain(trainer.callback_metrics)},
+                "steps_per_s": self.pace.steps_per_s,
+            }
+
+    @override
+    def on_model_edit_end(
+        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
+    ) -> None:
+        super().on_model_edit_end(trainer, pl_module, receipt)
+        self._edits.append(
+            {
+                "epoch": int(trainer.current_epoch),
+                "step": int(trainer.global_step),
+                "num_changes": len(receipt.changes),
+                "params": sum(p.numel() for p in pl_module.parameters()),
+            }
+        )
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.report = report = Report()
+        self._describe(report, trainer)
+        failed = "measuring the dense model against the final one failed"
+        # The innermost catches: `isolate_rng` does not restore when an error passes through it.
+        with undisturbed(pl_module), isolate_rng(), self._told_not_raised(failed):
+            self._measure(report, trainer, pl_module)
+        trainer.strategy.barrier("lightning_accel.AccelReport")
+        self._publish(trainer)
+        with self._told_not_raised("the report could not be shown"):
+            rank_zero_info("\n" + report.table().to_text())
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.report is None or not self._is_of(pl_module):
+            return
+        params = sum(p.numel() for p in pl_module.parameters())
+        if params != self.report.final.params:
+            self.report.note(f"test metrics are those of a checkpoint with {params:,} parameters")
+        self.report.final.metrics.update(_plain(trainer.callback_metrics))
+        self._publish(trainer)
+
+    def _describe(self, report: Report, trainer: Trainer) -> None:
+        before = (
+            self._before.get("metrics", {}) if self.dense_metrics is None else self.dense_metrics
+        )
+        report.dense.metrics = dict(before)
+        report.final.metrics = _plain(trainer.callback_metrics)
+        after = self.pace.steps_per_s
+        report.extra["edits"] = [dict(edit) for edit in self._edits]
+        report.extra["observed_steps_per_s"] = {
+            "before": self._before.get("steps_per_s") if self._edits else after,
+            "after": after,
+        }
+        report.extra["world_size"] = trainer.world_size
+        report.extra["precision"] = str(trainer.precision_plugin.precision)
+        report.extra["versions"] = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+        }
+
+    def _measure(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:
+        _refuse_sharded(trainer)
+        # On all ranks, because a training step may communicate; what follows does not.
+        calls = find_example(trainer, pl_module, self.example)
+        if not trainer.is_global_zero:
+            return
+        device = trainer.strategy.root_device
+        report.extra["hardware"] = hardware.describe(device).to_dict()
+        report.extra["num_threads"] = torch.get_num_threads()
+        fast = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        with (
+            inert_copy(trainer, pl_module) as dense,
+            inert_copy(trainer, pl_module) as final,
+        ):
+            restore(dense, pristine(pl_module))
+            measure_subjects(
+                self._dense(trainer, dense, calls),
+                self._final(report, trainer, pl_module, final, calls),
+                device=device,
+                budget_s=min(self.budget_s, 0.5) if fast else self.budget_s,
+                report=report,
+            )
+
+    def _dense(self, trainer: Trainer, dense: LightningModule, calls: tuple[Call, ...]) -> Runnable:
+        """The user's model; what a precision or a memory format of ours did to it is undone."""
+        localise_norms(dense)
+        params = dict(dense.named_parameters())
+        for name in _reformatted(trainer):
+            if name in params:
+                params[name].data = params[name].data.contiguous()
+        plugin = trainer.precision_plugin
+        if getattr(plugin, "accel_baseline", None) == "32-true":
+            return Runnable(dense, dense, calls)
+        return Runnable(dense, dense, calls, plugin.forward_context, plugin.train_step_context)
+
+    def _final(
+        self,
+        report: Report,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        copy: LightningModule,
+        calls: tuple[Call, ...],
+    ) -> Runnable:
+        """A copy of the final model, or the model itself where a copy would lose its compiled code."""
+        plugin = trainer.precision_plugin
+        model = pl_module if is_compiled(pl_module) else copy
+        if localise_norms(copy) and model is pl_module:
+            report.note("the final model was measured uncompiled: SyncBatchNorm needs all ranks")
+            model = copy
+        return Runnable(model, copy, calls, plugin.forward_context, plugin.train_step_context)
+
+    def _is_of(self, pl_module: LightningModule) -> bool:
+        return self._module is not None and self._module() is pl_module
+
+    def _publish(self, trainer: Trainer) -> None:
+        """Save and log the report, on rank 0; in `fast_dev_run` nothing is written, as by Lightning."""
+        if self.report is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with self._told_not_raised("the report could not be saved"):
+            self.report.save(self.path or Path(trainer.default_root_dir) / "report.json")
+        with self._told_not_raised("the report could not be logged"):
+            for logger in trainer.loggers:
+                logger.log_metrics(self.report.flat(), step=trainer.global_step)
+                if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
+                    _log_to_wandb(logger, self.report)
+
+    @contextmanager
+    def _told_not_raised(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            if self.report is not None:
+                self.report.note(f"{what}: {found.splitlines()[0]}")
+            rank_zero_warn(
+                explain(
+                    what,
+                    found,
+                    "nothing for this training, which is complete; pass `example=` to AccelReport or "
+                    "report this if the model runs",
+                )
+            )
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): float(value) for name, value in metrics.items()}
+
+
+def _reformatted(trainer: Trainer) -> set[str]:
+    """Return the weights whose memory format an edit of ours changed."""
+    edits = [c for c in trainer.callbacks if getattr(c, "stage", None) == Stage.MEMORY]  # type: ignore[attr-defined]
+    receipts = [
+        edit.receipt for edit in edits if isinstance(getattr(edit, "receipt", None), Receipt)
+    ]
+    return {change.name for receipt in receipts for change in receipt.changes}
+
+
+def _num_shards(trainer: Trainer) -> int:
+    """Return how many processes train on data of their own."""
+    shards = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    return int(shards.get("num_replicas", 1))
+
+
+def _refuse_sharded(trainer: Trainer) -> None:
+    if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+        raise Unsupported(
+            "a report needs whole parameters on one process",
+            type(trainer.strategy).__name__,
+            "measure an unsharded copy with `lightning_accel.measure.measure_pair`",
+        )
+
+
+def _log_to_wandb(logger: Any, report: Report) -> None:
+    table = report.table()
+    rows = [[show(cell) for cell in row] for row in table.rows]
+    logger.log_table("report/table", columns=["quantity", *table.columns[1:]], data=rows)
+    logger.experiment.summary.update(report.flat())

@@ -1,0 +1,243 @@
+"""The dense model against the final one: same inputs, same process, interleaved, as one report.
+
+Everything comes in as callables, so nothing here knows a Trainer. A time is the tenth percentile of
+its blocks, which other work on the machine disturbs least; the median and the spread stand beside it
+under `spread`. A gain is dense by final: 2.0 means half the arithmetic, half the time, twice the steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_accel.measure.flops import Macs
+from lightning_accel.measure.memory import model_size
+from lightning_accel.measure.table import Cell, Table, finite
+from lightning_accel.measure.timing import Comparison, compare
+
+
+class Subject(NamedTuple):
+    """One side of a report: a model and what to run.
+
+    `forward` has one call per batch size, `step` is one forward and backward, `macs` those of one
+    sample. What is `None` or absent on either side is left out of the report.
+    """
+
+    model: nn.Module
+    forward: Mapping[int, Callable[[], Any]]
+    step: Callable[[], Any] | None = None
+    macs: Macs | None = None
+
+
+@dataclass
+class Side:
+    """What is known of one side; `latency_ms` by batch size, `metrics` by their logged names."""
+
+    params: int | None = None
+    macs: int | None = None
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    steps_per_s: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Ratios:
+    """The gains: 2.0 means half the arithmetic, half the time, twice the steps."""
+
+    macs: float | None = None
+    params: float | None = None
+    latency: dict[str, float] = field(default_factory=dict)
+    steps_per_s: float | None = None
+
+
+@dataclass
+class Report:
+    """What an edit or a whole fit gave; `extra` holds further keys of the JSON file.
+
+    >>> report = Report(Side(params=100), Side(params=50), Ratios(params=2.0))
+    >>> report.to_dict()["ratios"]["params"]
+    2.0
+    >>> Report.from_dict(report.to_dict()) == report
+    True
+    """
+
+    dense: Side = field(default_factory=Side)
+    final: Side = field(default_factory=Side)
+    ratios: Ratios = field(default_factory=Ratios)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers, with `null` for what is unknown or no finite number."""
+        known = {
+            "dense": asdict(self.dense),
+            "final": asdict(self.final),
+            "ratios": asdict(self.ratios),
+        }
+        plain: dict[str, Any] = finite({**known, **self.extra})
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Report:
+        """Read what `to_dict` gave."""
+        extra = {k: v for k, v in plain.items() if k not in ("dense", "final", "ratios")}
+        sides = Side(**plain["dense"]), Side(**plain["final"])
+        return cls(*sides, Ratios(**plain["ratios"]), extra)
+
+    def note(self, text: str) -> None:
+        """Add a remark for the reader of the table, once."""
+        notes = self.extra.setdefault("notes", [])
+        if text not in notes:
+            notes.append(text)
+
+    def table(self, title: str = "Dense model against final model") -> Table:
+        """Return the report as a table with the columns dense, final and gain."""
+        rows: list[list[Cell]] = [
+            ["parameters", self.dense.params, self.final.params, _times(self.ratios.params)],
+            ["MACs per sample", self.dense.macs, self.final.macs, _times(self.ratios.macs)],
+        ]
+        for batch, gain in self.ratios.latency.items():
+            cells = self.dense.latency_ms[batch], self.final.latency_ms[batch]
+            rows.append([f"latency, batch {batch} (ms)", *cells, _times(gain)])
+        speed = self.dense.steps_per_s, self.final.steps_per_s
+        rows.append(["training steps/s", *speed, _times(self.ratios.steps_per_s)])
+        for name in {**self.dense.metrics, **self.final.metrics}:
+            before, after = self.dense.metrics.get(name), self.final.metrics.get(name)
+            known = before is not None and after is not None
+            rows.append([name, before, after, f"{after - before:+.4g}" if known else None])  # type: ignore[operator]
+        return Table(
+            ["", "dense", "final", "gain"], rows, title, tuple(self.extra.get("notes", ()))
+        )
+
+    def flat(self, prefix: str = "report") -> dict[str, float]:
+        """Return every number under one key each, as loggers want it."""
+        numbers: dict[str, float] = {}
+
+        def visit(key: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for name, item in value.items():
+                    visit(f"{key}_{name}", item)
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                numbers[key] = float(value)
+
+        plain = self.to_dict()
+        for key, part in (("dense", "dense"), ("final", "final"), ("ratio", "ratios")):
+            visit(f"{prefix}/{key}", plain[part])
+        return numbers
+
+    def save(self, path: str | Path) -> tuple[Path, Path]:
+        """Write `path` as JSON and its neighbour of the same name as markdown, each atomically."""
+        target = Path(path)
+        beside = target.with_suffix(".md")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _replace(target, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        _replace(beside, self.table().to_markdown() + "\n")
+        return target, beside
+
+
+def measure_pair(
+    dense: Subject,
+    final: Subject,
+    *,
+    device: torch.device | str = "cpu",
+    budget_s: float = 10.0,
+    report: Report | None = None,
+) -> Report:
+    """Measure two subjects side by side.
+
+    Args:
+        dense: The model as it was.
+        final: The model as it is.
+        device: Where both are.
+        budget_s: Seconds of measuring, shared by all comparisons; warm-up and compilation not included.
+        report: A report to fill, so that what was measured before an error is kept.
+
+    >>> net = nn.Linear(64, 64)
+    >>> subject = Subject(net, {1: lambda: net(torch.ones(1, 64))})
+    >>> measure_pair(subject, subject, budget_s=0.05).ratios.params
+    1.0
+    """
+    report = report if report is not None else Report()
+    _count(report, dense, final)
+    sizes = [batch for batch in dense.forward if batch in final.forward]
+    step = dense.step is not None and final.step is not None
+    share_s = budget_s / max(1, len(sizes) + step)
+    for batch in sizes:
+        found = compare(dense.forward[batch], final.forward[batch], device=device, budget_s=share_s)
+        key = str(batch)
+        report.dense.latency_ms[key] = found.baseline.p10_ms
+        report.final.latency_ms[key] = found.candidate.p10_ms
+        report.ratios.latency[key] = found.ratio
+        _keep_spread(report, f"latency_{key}", found)
+    if dense.step is not None and final.step is not None:
+        found = compare(dense.step, final.step, device=device, budget_s=share_s)
+        report.dense.steps_per_s = 1000 / found.baseline.p10_ms
+        report.final.steps_per_s = 1000 / found.candidate.p10_ms
+        report.ratios.steps_per_s = found.ratio
+        _keep_spread(report, "training_step", found)
+    return report
+
+
+def _count(report: Report, dense: Subject, final: Subject) -> None:
+    report.dense.params = model_size(dense.model).params
+    report.final.params = model_size(final.model).params
+    report.ratios.params = _gain(report.dense.params, report.final.params)
+    if dense.macs is None or final.macs is None:
+        return
+    report.dense.macs, report.final.macs = dense.macs.macs, final.macs.macs
+    report.ratios.macs = _gain(dense.macs.macs, final.macs.macs)
+    missed = sorted({*dense.macs.missed, *final.macs.missed})
+    report.extra["macs_partial"] = bool(missed)
+    if missed:
+        report.extra["macs_missed"] = missed
+        report.note(f"MACs are partial, no formula for: {', '.join(missed[:6])}")
+
+
+def _keep_spread(report: Report, key: str, found: Comparison) -> None:
+    report.extra.setdefault("spread", {})[key] = {
+        "dense": found.baseline._asdict(),
+        "final": found.candidate._asdict(),
+        "ratio_low": found.low,
+        "ratio_high": found.high,
+        "busy": found.busy,
+    }
+    if found.contended:
+        report.note(
+            f"other work disturbed {key}: the threads ran {found.busy:.0%} of the time, "
+            f"gain between {found.low:.2f}x and {found.high:.2f}x"
+        )
+
+
+def _gain(dense: float | None, final: float | None) -> float | None:
+    return dense / final if dense is not None and final else None
+
+
+def _times(gain: float | None) -> str | None:
+    return None if gain is None else f"{gain:.2f}x"
+
+
+def _replace(target: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0o600, which hides it from others
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    present = os.umask(0)
+    os.umask(present)
+    return present

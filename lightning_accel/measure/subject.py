@@ -1,0 +1,200 @@
+"""From a model and its example calls to callables that can be timed, on both sides alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_accel.measure.flops import Macs, count_run, eval_mode
+from lightning_accel.measure.report import Report, Subject, measure_pair
+from lightning_accel.surgery import Structure
+from lightning_accel.surgery.call import Call, batch_size, first, run
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+class Runnable(NamedTuple):
+    """A model to time, an uncompiled one of the same shape to count, its calls and its contexts."""
+
+    model: nn.Module
+    eager: nn.Module
+    calls: Sequence[Call]
+    forward_context: Context = nullcontext
+    step_context: Context = nullcontext
+
+
+def measure_subjects(
+    dense: Runnable,
+    final: Runnable,
+    *,
+    device: torch.device | str = "cpu",
+    budget_s: float = 10.0,
+    report: Report,
+) -> Report:
+    """Fill `report` by running both sides: forward in eval mode, then steps in their training mode.
+
+    What fails on a side (a batch of one, a backward) is left out with a note that says why.
+
+    >>> net = nn.Linear(4, 2)
+    >>> side = Runnable(net, net, [Call("", (torch.ones(8, 4),), {})])
+    >>> sorted(measure_subjects(side, side, budget_s=0.1, report=Report()).ratios.latency)
+    ['1', '8']
+    """
+    macs = _counted(dense, report), _counted(final, report)
+    whole = batch_size(dense.calls)
+    sizes = [] if whole is None else sorted({1, whole})
+    with eval_mode(dense.model), eval_mode(final.model):
+        forwards = [{size: forward(side, size) for size in sizes} for side in (dense, final)]
+        for size in sizes:
+            if not _both_run(f"latency at batch {size}", forwards, size, report):
+                sizes = [kept for kept in sizes if kept != size]
+        pair = [
+            Subject(side.model, {size: calls[size] for size in sizes}, macs=found)
+            for side, calls, found in zip((dense, final), forwards, macs, strict=True)
+        ]
+        share = len(sizes) / (len(sizes) + 1)
+        measure_pair(pair[0], pair[1], device=device, budget_s=budget_s * share, report=report)
+    steps = [{0: training_step(side)} for side in (dense, final)]
+    if _both_run("training steps/s", steps, 0, report):
+        pair = [
+            Subject(side.model, {}, step=step[0])
+            for side, step in zip((dense, final), steps, strict=True)
+        ]
+        measure_pair(
+            pair[0], pair[1], device=device, budget_s=budget_s * (1 - share), report=report
+        )
+    return report
+
+
+def count(side: Runnable) -> Macs:
+    """Count the multiply-accumulates of one sample."""
+    with side.forward_context():
+        found = count_run(lambda: run(side.eager, side.calls), side.eager)
+    return found._replace(macs=round(found.macs / (batch_size(side.calls) or 1)))
+
+
+def forward(side: Runnable, size: int) -> Callable[[], None]:
+    """Return a forward on the first `size` samples; training flags are the caller's business."""
+    calls = side.calls if size == batch_size(side.calls) else first(side.calls, size)
+
+    def call() -> None:
+        with torch.inference_mode(), side.forward_context():
+            run(side.model, calls)
+
+    return call
+
+
+def training_step(side: Runnable) -> Callable[[], None]:
+    """Return a forward and a backward on the whole batch, which leaves all gradients alone."""
+    params = [p for p in side.model.parameters() if p.requires_grad]
+
+    def call() -> None:
+        with torch.enable_grad(), side.step_context():
+            outputs = tree_leaves(run(side.model, side.calls))
+            losses = [
+                t.float().mean() for t in outputs if isinstance(t, Tensor) and t.requires_grad
+            ]
+            loss = torch.stack(losses).sum()
+        torch.autograd.grad(loss, params, allow_unused=True)  # `backward` would write to `.grad`
+
+    return call
+
+
+def num_samples(batch: Any) -> int | None:
+    """Return the size of dimension 0 of the first tensor of a batch, or of the first list of texts.
+
+    >>> num_samples({"image": [torch.ones(8, 3)], "label": torch.ones(8)})
+    8
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        if batch and isinstance(batch[0], str):
+            return len(batch)
+        return next((size for item in batch if (size := num_samples(item)) is not None), None)
+    leaves = tree_leaves(batch)
+    return None if leaves == [batch] else num_samples(leaves)
+
+
+def restore(model: nn.Module, structure: Structure) -> None:
+    """Give `model` an earlier structure, with small random values wherever that made room.
+
+    >>> net = nn.Linear(4, 2)
+    >>> restore(net, Structure.of(nn.Linear(4, 8)))
+    >>> net(torch.ones(4)).shape, bool(net.weight.any())
+    (torch.Size([8]), True)
+    """
+    resized = {change.name for change in structure.apply(model).changes}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in resized and tensor.is_floating_point():
+            _fill(name, tensor)
+
+
+@torch.no_grad()
+def _fill(name: str, tensor: Tensor) -> None:
+    """Fill so that activations keep their size: neither denormals nor infinities slow a kernel."""
+    if tensor.dim() >= 2:
+        tensor.normal_(std=max(1, tensor[0].numel()) ** -0.5)
+    elif name.rsplit(".", 1)[-1] in ("bias", "running_mean"):
+        tensor.zero_()
+    else:
+        tensor.fill_(1.0)  # scales and variances
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a part of `model` is compiled in place, which a copy would not be.
+
+    >>> is_compiled(nn.Linear(2, 2))
+    False
+    """
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def localise_norms(model: nn.Module) -> bool:
+    """Make every `SyncBatchNorm` local in place, so that one rank can run alone; say if any was.
+
+    >>> localise_norms(nn.Sequential(nn.SyncBatchNorm(2))), localise_norms(nn.BatchNorm1d(2))
+    (True, False)
+    """
+    found = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    for module in found:
+        module.__class__ = _LocalBatchNorm  # type: ignore[assignment]
+    return bool(found)
+
+
+class _LocalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over any number of dimensions, of this process alone."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept what `SyncBatchNorm` accepts."""
+
+
+def _counted(side: Runnable, report: Report) -> Macs | None:
+    try:
+        return count(side)
+    except Exception as error:
+        report.note(f"MACs are left out: {_reason(error)}")
+        return None
+
+
+def _both_run(
+    what: str, calls: Sequence[dict[int, Callable[[], None]]], key: int, report: Report
+) -> bool:
+    try:
+        for side in calls:
+            side[key]()
+    except Exception as error:
+        report.note(f"{what} is left out: {_reason(error)}")
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

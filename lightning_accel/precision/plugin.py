@@ -1,0 +1,276 @@
+"""Automatic mixed precision for the Trainer, in the best format of its device, with Lightning's gaps closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.precision.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_accel.errors import AccelError, Unsupported
+from lightning_accel.precision.autocast import autocast
+from lightning_accel.precision.policy import Policy, check, resolve
+
+_LIGHTNING_NAMES = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+_REFUSED = {
+    "FSDP": "use Trainer(precision='bf16-mixed'), which shards in that format",
+    "DeepSpeed": "use Trainer(precision='bf16-mixed'), which configures DeepSpeed's engine",
+    "XLA": "use Trainer(precision='bf16-true')",
+}
+
+
+class AutocastPrecision(MixedPrecision):
+    """Compute in the format that is fast on the Trainer's device; the weights stay in fp32.
+
+    Over `Trainer(precision="bf16-mixed")` of Lightning 2.6.6: the device is the one the model is really on,
+    also for accelerators that Lightning does not know; each weight is cast once per step, not once per
+    use; with fp16 a scheduler waits when the scaler skipped its optimizer's step; and bf16 allows gradient
+    clipping with fused optimizers. The format is chosen when the Trainer starts, and said with its reason.
+
+    Args:
+        format: "auto", "bf16", "fp16" or "fp32".
+
+    Raises:
+        ValueError: The format is unknown.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(plugins=[AutocastPrecision("bf16")], accelerator="cpu", logger=False)
+    >>> trainer.precision_plugin
+    AutocastPrecision('bf16')
+    """
+
+    accel_baseline: ClassVar[str] = "32-true"
+    """What `AccelReport` compares with."""
+
+    def __init__(self, format: str = "auto") -> None:
+        # MixedPrecision.__init__ wants a device, which nobody knows yet.
+        self.format = check(format)
+        self.policy: Policy | None = None
+        self.device: str = ""
+        self.precision = "32-true"
+        self.scaler: torch.amp.GradScaler | None = None
+        self._gate: _Gate | None = None
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the scaler skipped the last optimizer step; with a fused optimizer this waits for it."""
+        return self._gate is not None and self._gate.skipped
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Choose the format: the first call of a run that knows the device."""
+        assert isinstance(module, LightningModule)
+        strategy = module.trainer.strategy
+        _refuse(strategy)
+        self._choose(strategy.root_device, strategy)
+        return module
+
+    @override
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        """Watch the optimizers, now that model and optimizers are in place."""
+        kinds = {p.device.type for p in model.parameters()} - {"meta"}
+        if kinds and self.device not in kinds:  # a strategy that does not tell its real device
+            self._choose(next(p.device for p in model.parameters() if p.device.type in kinds))
+        self._release()
+        if self.policy is None or self.policy.dtype is None:
+            return model, optimizers, lr_schedulers
+        for optimizer in optimizers:
+            # In manual optimization weights change within the context; their casts must go.
+            self._handles.append(optimizer.register_step_post_hook(_forget_casts))
+        module = model if isinstance(model, LightningModule) else getattr(model, "module", None)
+        if self.scaler is not None and isinstance(module, LightningModule):
+            self._gate = _Gate(module, optimizers, [config.scheduler for config in lr_schedulers])
+        return model, optimizers, lr_schedulers
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Step, and note whether the scaler let it happen."""
+        if self._gate is None:
+            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        with self._gate.attempt(optimizer):
+            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+
+    @override
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        if self.scaler is not None:
+            super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+            return
+        # MixedPrecision refuses fused optimizers even without a scaler; Lightning #21435, can go with 2.7.
+        Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
+
+    @override
+    def autocast_context_manager(self) -> torch.autocast:
+        policy = self._chosen()
+        if policy.dtype is None:
+            return torch.autocast(self.device, enabled=False)
+        return autocast(self.device, policy.dtype)
+
+    @contextmanager
+    @override
+    def forward_context(self) -> Iterator[None]:
+        """Compute in the chosen format; in fp32, leave a surrounding autocast alone."""
+        policy = self._chosen()
+        if policy.dtype is None:
+            yield
+        else:
+            with autocast(self.device, policy.dtype):
+                yield
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+            state["attempts"] = self._gate.state() if self._gate is not None else []
+        return state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.scaler is not None and state_dict:
+            # Lightning's own plugin stores the scaler's state bare.
+            self.scaler.load_state_dict(state_dict.get("scaler", state_dict))
+            if self._gate is not None:
+                self._gate.load(state_dict.get("attempts", []))
+
+    @override
+    def teardown(self) -> None:
+        self._release()
+        super().teardown()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.format!r})"
+
+    def _choose(self, device: torch.device, strategy: Strategy | None = None) -> None:
+        policy = resolve(self.format, device)
+        if strategy is not None:
+            policy = strategy.broadcast(policy)  # ranks time their devices, and must not differ
+            if policy.scaler and isinstance(strategy, ModelParallelStrategy):
+                raise Unsupported(
+                    "a gradient scaler cannot see all shards of a gradient",
+                    f"fp16 with {type(strategy).__name__}",
+                    "pass 'fp32', or 'bf16' where the device has it",
+                )
+        if (policy, device.type) == (self.policy, self.device):
+            return
+        self.policy, self.device = policy, device.type
+        self.precision = _LIGHTNING_NAMES[policy.dtype]  # type: ignore[assignment]
+        self.scaler = torch.amp.GradScaler(device.type) if policy.scaler else None
+        format = str(policy.dtype or torch.float32).removeprefix("torch.")
+        rank_zero_info(f"Computing in {format} on {device.type}: {policy.reason}.")
+
+    def _chosen(self) -> Policy:
+        if self.policy is None:
+            raise AccelError(
+                "the format is chosen when a Trainer starts, and none has",
+                repr(self),
+                "call this within fit, validate, test or predict",
+            )
+        return self.policy
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._gate is not None:
+            self._gate.open()
+            self._gate = None
+
+
+class _Gate:
+    """Holds a scheduler back while every step of its optimizer since its last one was skipped.
+
+    A scheduler that runs on after a skipped step reaches its later values too early (Lightning #5558, open
+    since 2021). Whether a step happened is learnt from the optimizer's own hook: with ordinary optimizers
+    the scaler has decided on the host already and the hook ran or did not; fused ones decide on the
+    device, so their answer stays a tensor there until a scheduler is due. No step waits for the device.
+    """
+
+    def __init__(
+        self, module: LightningModule, optimizers: list[Optimizer], schedulers: list[Any]
+    ) -> None:
+        self._module = module
+        self._schedulers = schedulers
+        self._step = module.lr_scheduler_step
+        self._attempts = [0] * len(schedulers)
+        self._taken: list[int | Tensor] = [0] * len(schedulers)
+        self._last: int | Tensor = 1
+        self._counting: Optimizer | None = None
+        self._hooks = [o.register_step_post_hook(self._took) for o in optimizers]
+        module.lr_scheduler_step = self._scheduler_step  # type: ignore[method-assign]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Gate:
+        return self  # a copy of the module must not copy the training that hangs on this
+
+    @property
+    def skipped(self) -> bool:
+        return not float(self._last)
+
+    @contextmanager
+    def attempt(self, optimizer: Any) -> Iterator[None]:
+        """Count one optimizer step, and whether it took place."""
+        self._last = 0
+        yield
+        for index, scheduler in enumerate(self._schedulers):
+            steered = getattr(scheduler, "optimizer", None)
+            if steered is getattr(optimizer, "optimizer", optimizer):
+                self._attempts[index] += 1
+                self._taken[index] = self._taken[index] + self._last
+
+    def state(self) -> list[list[float]]:
+        return [[a, float(t)] for a, t in zip(self._attempts, self._taken, strict=True)]
+
+    def load(self, state: list[list[float]]) -> None:
+        for index, (attempts, taken) in enumerate(state[: len(self._schedulers)]):
+            self._attempts[index], self._taken[index] = int(attempts), int(taken)
+
+    def open(self) -> None:
+        """Give the module its own method back."""
+        for handle in self._hooks:
+            handle.remove()
+        vars(self._module).pop("lr_scheduler_step", None)
+
+    def _took(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # set by the scaler for fused optimizers
+        self._last = 1 if found_inf is None else (found_inf == 0).float()
+
+    def _scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        index = next((i for i, s in enumerate(self._schedulers) if s is scheduler), None)
+        if index is not None:
+            held = self._attempts[index] > 0 and not float(self._taken[index])
+            self._attempts[index], self._taken[index] = 0, 0
+            if held:
+                return
+        self._step(scheduler, metric)
+
+
+def _forget_casts(*_: Any) -> None:
+    torch.clear_autocast_cache()
+
+
+def _refuse(strategy: Strategy) -> None:
+    lineage = [base.__name__ for base in type(strategy).__mro__]
+    for kind, instead in _REFUSED.items():
+        if any(kind in name for name in lineage):
+            raise Unsupported(
+                "AutocastPrecision does not go with this strategy", lineage[0], instead
+            )

@@ -1,0 +1,254 @@
+"""Configuration to Trainer: everything checked before anything is built, edits in the right order.
+
+A configuration names classes to build (`_target_`), and so is a program. Only classes on a list may run:
+Lightning's own parts, this package, `torch.nn` and `torch.optim`. A name counts by what it really is, so
+`lightning.pytorch.callbacks.model_checkpoint.os.system` is `os.system`. The whole tree is checked before
+the first object is made, and a name outside the list is not even imported. Who wants more says so in
+Python, never in yaml: `build(cfg, allow=("my_models.",))`.
+
+Hydra sets a plain string when a group is not on its search path (`+accel=amp_prune` gives
+`cfg.accel == "amp_prune"` and nothing else); that is an error here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from difflib import get_close_matches
+from functools import reduce
+from pkgutil import iter_modules
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import XLAAccelerator
+
+import lightning_accel
+from lightning_accel.errors import Unsupported, explain
+from lightning_accel.redact import redacted
+
+ALLOWED = (
+    "lightning.pytorch.Trainer",
+    "lightning.pytorch.trainer.trainer.Trainer",
+    "lightning.pytorch.callbacks.",
+    "lightning.pytorch.loggers.",
+    "lightning.pytorch.plugins.",
+    "lightning.pytorch.profilers.",
+    "lightning.pytorch.strategies.",
+    "lightning_accel.",
+    "torch.nn.",
+    "torch.optim.",
+)
+"""Where classes may come from; an entry that ends in a dot covers all below it."""
+
+_GROUPS = ("accel", "accelerator", "callbacks", "data", "experiment", "logger", "model", "trainer")
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+class Run(NamedTuple):
+    """What a configuration describes. `config` is plain, resolved and without secrets."""
+
+    trainer: Trainer
+    model: LightningModule
+    data: LightningDataModule | None
+    ckpt_path: str | None
+    config: dict[str, Any]
+
+
+def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:
+    """Build Trainer, model and data from a Hydra configuration or from plain dicts.
+
+    Keys: `trainer`, `model`, and optionally `data`, `callbacks`, `logger` (each a dict of nodes by name)
+    and `ckpt_path`. `trainer.plugins` may be a dict of nodes too, so that presets merge. Callbacks with a
+    `stage` come after the others, in the order of their stages.
+
+    Args:
+        cfg: The configuration; interpolations are resolved here.
+        allow: More places to build from: `"models."` covers the classes and functions that are defined
+            below `models`, an entry without the dot that one object.
+
+    Raises:
+        ValueError: A group was not found, a node has no `_target_`, or a target is not allowed.
+        Unsupported: The accelerator cannot work on this machine.
+
+    >>> logging = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    >>> run = build(
+    ...     {
+    ...         "trainer": {"_target_": "lightning.pytorch.Trainer", "max_epochs": 3, **logging},
+    ...         "model": {"_target_": "lightning.pytorch.demos.boring_classes.BoringModel"},
+    ...     },
+    ...     allow=("lightning.pytorch.demos.",),
+    ... )
+    >>> run.trainer.max_epochs, type(run.model).__name__
+    (3, 'BoringModel')
+    """
+    tree = _plain(cfg)
+    _check_groups(tree)
+    for key in ("trainer", "model"):
+        _check_node(tree.get(key), key)
+    places = (allow,) if isinstance(allow, str) else tuple(allow)
+    _check_targets(tree, places)
+    with _whitelist(ALLOWED + places):
+        trainer = _trainer(tree)
+        model = _make(tree["model"])
+        data = _make(tree["data"]) if tree.get("data") else None
+    config = redacted(tree)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config)
+    return Run(trainer, model, data, tree.get("ckpt_path"), config)
+
+
+def _plain(cfg: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    node = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(dict(cfg))
+    tree: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    for _, inner in _walk(tree):
+        inner.pop("_convert_", None)  # all that we build gets plain containers
+    return tree
+
+
+def _check_groups(tree: Mapping[str, Any]) -> None:
+    known = (*_GROUPS, *(m.name for m in iter_modules(lightning_accel.__path__) if m.ispkg))
+    for key, value in tree.items():
+        meant = key if key in known else next(iter(get_close_matches(key, known, 1, 0.8)), None)
+        words = value if isinstance(value, list) else [value]
+        if meant is None or not all(isinstance(word, str) for word in words):
+            continue
+        raise ValueError(
+            explain(
+                f"the config group `{key}` was not found, so `{key}={value}` would do nothing",
+                f"the plain value {value!r} where a group sets a mapping",
+                f"say `{meant}`"
+                if meant != key
+                else "install lightning-accel, or add `hydra.searchpath: [pkg://lightning_accel.conf]`",
+            )
+        )
+    url = str(tree.get("ckpt_path") or "")
+    if "://" in url:
+        raise ValueError(
+            explain(
+                "a checkpoint from a URL is loaded as a program", url, "download and pass a file"
+            )
+        )
+
+
+def _check_node(node: Any, where: str) -> None:
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ValueError(
+            explain(
+                f"`{where}` does not say what to build",
+                f"no `_target_` in {node!r}",
+                f"choose a group that sets it, or drop the overrides of `{where}`",
+            )
+        )
+
+
+def _check_targets(tree: Any, allow: tuple[str, ...]) -> None:
+    targets = [(where, node["_target_"]) for where, node in _walk(tree) if "_target_" in node]
+    for where, target in targets:  # names first: nothing outside the list is imported
+        named = isinstance(target, str) and _DOTTED.fullmatch(target) is not None
+        if not named or not _covered(target, ALLOWED + allow):
+            raise _refusal(where, target, "a name outside the list")
+    for where, target in targets:
+        if target not in allow and not _is_what_it_says(target, allow):
+            raise _refusal(where, target, "something that is not a class from there")
+
+
+def _is_what_it_says(target: str, allow: tuple[str, ...]) -> bool:
+    from hydra.utils import get_object
+
+    try:
+        found = get_object(target)
+    except Exception as error:  # Hydra wraps whatever an import raises
+        raise ValueError(
+            explain(f"`{target}` cannot be imported", str(error), "fix the name")
+        ) from error
+    home, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
+    if not isinstance(found, (type, FunctionType)) or home not in sys.modules:
+        return False
+    try:
+        real = reduce(getattr, name.split("."), sys.modules[home]) is found
+    except AttributeError:
+        return False
+    places = ALLOWED + allow if isinstance(found, type) else allow
+    return real and _covered(f"{home}.{name}", places)
+
+
+def _covered(name: str, places: tuple[str, ...]) -> bool:
+    return any(name.startswith(p) if p.endswith(".") else name == p for p in places)
+
+
+def _refusal(where: str, target: Any, found: str) -> ValueError:
+    return ValueError(
+        explain(
+            f"`{where}._target_: {target}` is not allowed to run",
+            found,
+            "allow it in Python if you trust it: build(cfg, allow=('package.',))",
+        )
+    )
+
+
+def _walk(tree: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(tree, dict):
+        yield where, tree
+        for key, value in tree.items():
+            yield from _walk(value, f"{where}.{key}".lstrip("."))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from _walk(value, f"{where}[{index}]")
+
+
+def _trainer(tree: Mapping[str, Any]) -> Trainer:
+    node = dict(tree["trainer"])
+    if "callbacks" in node:
+        raise ValueError(
+            explain(
+                "`trainer.callbacks` is a list, which presets cannot add to", "", "use `callbacks`"
+            )
+        )
+    if node.get("accelerator") == "tpu" and not XLAAccelerator.is_available():
+        raise Unsupported(
+            "Lightning reaches a TPU through torch_xla only",
+            "no torch_xla that works with this torch, or no TPU",
+            "install torch==2.9.* with torch_xla==2.9.* on a TPU machine, or say accelerator=auto",
+        )
+    loggers = _all(tree.get("logger"), "logger")
+    arguments: dict[str, Any] = {"callbacks": _in_order(_all(tree.get("callbacks"), "callbacks"))}
+    if isinstance(node.get("plugins"), dict):
+        arguments["plugins"] = _all(node.pop("plugins"), "trainer.plugins")
+    if loggers or "logger" not in node:
+        arguments["logger"] = loggers or False
+    return _make(node, partial=True)(**arguments)
+
+
+def _all(nodes: Any, where: str) -> list[Any]:
+    if nodes is not None and not isinstance(nodes, dict):
+        raise ValueError(
+            explain(f"`{where}` is a dict of nodes by name", repr(nodes), "name each node")
+        )
+    given = {name: node for name, node in (nodes or {}).items() if node is not None}
+    for name, node in given.items():
+        _check_node(node, f"{where}.{name}")
+    return [_make(node) for node in given.values()]
+
+
+def _in_order(callbacks: list[Callback]) -> list[Callback]:
+    return sorted(callbacks, key=lambda callback: int(getattr(callback, "stage", -1)))
+
+
+def _make(node: dict[str, Any], *, partial: bool = False) -> Any:
+    from hydra.utils import instantiate
+
+    return instantiate({**node, **({"_partial_": True} if partial else {})}, _convert_="all")
+
+
+def _whitelist(places: tuple[str, ...]) -> AbstractContextManager[Any]:
+    """Tell Hydra 1.4 what has been allowed; 1.3 has no such list."""
+    try:
+        from hydra.utils import execution_whitelist  # type: ignore[attr-defined]
+    except ImportError:
+        return nullcontext()
+    return execution_whitelist([f"{p}*" if p.endswith(".") else p for p in places])

@@ -1,0 +1,88 @@
+"""What every test gets: one thread, fixed seeds, an empty folder, a quiet Lightning, no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+os.environ.setdefault("WANDB_SILENT", "true")
+for _name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run, and say why."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("xla") and importlib.util.find_spec("torch_xla") is None:
+        pytest.skip("needs torch_xla")
+    if item.get_closest_marker("ddp") and not torch.distributed.is_available():
+        pytest.skip("needs torch.distributed")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in `tmp_path`, so that nothing a test writes lands in the tree."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse every connection that leaves this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        host = address[0] if isinstance(address, tuple) else "localhost"
+        if self.family != socket.AF_UNIX and host not in ("localhost", "127.0.0.1", "::1"):
+            raise OSError(f"a test tried to reach {address}: tests use no network")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def root() -> Path:
+    """The root of the source tree."""
+    return ROOT
+
+
+@pytest.fixture
+def trainer_kwargs(tmp_path: Path) -> dict[str, Any]:
+    """Arguments of a Trainer for a tiny, silent fit on one CPU device."""
+    return {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": str(tmp_path),
+    }
+
+
+@pytest.fixture
+def clean_dynamo() -> Iterator[None]:
+    """Start and end with an empty compile cache of this process."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

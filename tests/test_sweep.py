@@ -1,0 +1,148 @@
+"""A sweep over presets: one W&B run per job, in one group, with its configuration and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = ["trainer=fast", "accelerator=cpu", "model.widths=[8,16]", "model.depth=1"]
+pytestmark = [pytest.mark.slow, pytest.mark.sweep]
+
+
+def call(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run without any W&B credentials and with a private home."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
+    env |= {
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(cwd),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_SILENT": "true",
+    }
+    with subprocess.Popen(
+        command, stdout=-1, stderr=-1, text=True, cwd=cwd, env=env, start_new_session=True
+    ) as process:
+        try:
+            printed, errors = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # ranks outlive the one that started them
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, printed, errors)
+
+
+def train(cwd: Path, *arguments: str) -> str:
+    done = call([sys.executable, str(ROOT / "examples/train.py"), *arguments], cwd)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def inspect(run: Path, *options: str) -> list[dict[str, Any]]:
+    """Read an offline run back with W&B's own reader."""
+    wandb = Path(sys.executable).with_name("wandb")
+    done = call([str(wandb), "leet", "inspect", *options, "--json", str(run)], run)
+    assert done.returncode == 0, done.stderr
+    if "--summary" in options:
+        return [json.loads(done.stdout)]
+    return [json.loads(line) for line in done.stdout.splitlines() if line]
+
+
+def test_a_sweep_logs_one_run_per_job_grouped_with_config_and_report(tmp_path: Path) -> None:
+    sweep_of = ["+accel=amp,prune,amp_prune", "seed=0,1", "logger=wandb"]
+    train(tmp_path, "-m", *sweep_of, "+callbacks.report.budget_s=1", *FAST)
+    (sweep,) = (tmp_path / "outputs").iterdir()
+    runs = sorted(sweep.glob("*/wandb/offline-run-*"))
+    assert len(runs) == 6
+    seen = []
+    for run in runs:
+        (summary,) = inspect(run, "--summary")
+        config = summary["config"]
+        assert summary["exit_code"] == 0
+        seen.append((tuple(sorted(config["accel"])), config["seed"]))
+        assert config["trainer"]["max_epochs"] == 2
+        ratios = {k: v for k, v in summary["summary"].items() if "ratio" in k}
+        assert ratios, f"no report in {sorted(summary['summary'])}"
+        groups = {r["run"]["run_group"] for r in inspect(run) if "run_group" in r.get("run", {})}
+        assert groups == {sweep.name}
+    presets = [("amp",), ("prune",), ("amp", "prune")]
+    assert sorted(seen) == sorted((preset, seed) for preset in presets for seed in (0, 1))
+    reports = [json.loads(p.read_text()) for p in sorted(sweep.glob("*/report.json"))]
+    assert len(reports) == 6
+
+
+def test_a_run_belongs_to_no_group_and_keeps_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = "c4n4ry-0123456789"
+    monkeypatch.setenv("SERVICE_TOKEN", canary)
+    (tmp_path / "more" / "db").mkdir(parents=True)
+    (tmp_path / "more" / "db" / "mine.yaml").write_text(
+        f"password: {canary}\nurl: 'db://me:{canary}@host/x'\n"
+    )
+    more = [
+        f"hydra.searchpath=[file://{tmp_path}/more]",
+        "+db=mine",
+        "+note=${oc.env:SERVICE_TOKEN}",
+    ]
+    train(tmp_path, "logger=wandb", *more, *FAST)
+    (out,) = (tmp_path / "outputs").iterdir()
+    (run,) = out.glob("wandb/offline-run-*")
+    (summary,) = inspect(run, "--summary")
+    assert summary["config"]["note"] == summary["config"]["db"]["password"] == "***"
+    assert not any("run_group" in record.get("run", {}) for record in inspect(run))
+    assert not [p for p in out.rglob("*") if p.is_file() and canary.encode() in p.read_bytes()]
+
+
+APP = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import hydra, torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import LightningModule, Trainer
+from lightning_accel.job import job
+
+class Tiny(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(2, 1)
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).sum()
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(8, 2), 2)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg):
+    with job(cfg):
+        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=2, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer.fit(Tiny())
+        hydra_ = HydraConfig.get()
+        seen = dict(lr=cfg.lr, seed=torch.initial_seed(), mode=hydra_.mode.name)
+        name = f"rank{{trainer.global_rank}}-{{os.getpid()}}.json"
+        open(os.path.join(hydra_.runtime.output_dir, name), "w").write(json.dumps(seen))
+
+main()
+"""
+
+
+@pytest.mark.ddp
+def test_the_ranks_of_a_sweep_train_with_the_same_values(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(APP.format(tests=str(ROOT / "tests")))
+    sweep = ["-m", "+lr=0.1,0.2", "+seed=7", "hydra.sweep.dir=sweep"]
+    done = call([sys.executable, "app.py", *sweep], tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for job, lr in enumerate([0.1, 0.2]):
+        ranks = sorted((tmp_path / "sweep" / str(job)).glob("rank*.json"))
+        assert [path.name[:5] for path in ranks] == ["rank0", "rank1"], "each rank ran once"
+        seen = [json.loads(path.read_text()) for path in ranks]
+        assert [(rank["lr"], rank["seed"]) for rank in seen] == [(lr, 7)] * 2
+        assert [rank["mode"] for rank in seen] == ["MULTIRUN", "RUN"]
+    assert not (tmp_path / "outputs").exists() and not (tmp_path / "multirun").exists()

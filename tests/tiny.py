@@ -1,0 +1,86 @@
+"""Four tiny nets, one per family of models: dense, convolutional, attention, tied weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MLP(nn.Module):
+    """Three linear layers: 8 features to 4 classes."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+        )
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class ConvNet(nn.Module):
+    """Convolutions with batch norm around one residual: 3x8x8 images to 4 classes."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        )
+        self.conv = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.down = nn.Sequential(
+            nn.Conv2d(width, 2 * width, 3, stride=2), nn.BatchNorm2d(2 * width)
+        )
+        self.head = nn.Linear(2 * width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.down(x + self.conv(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class AttentionNet(nn.Module):
+    """One pre-norm transformer block with fused qkv: sequences of 8 features to 4 classes."""
+
+    def __init__(self, dim: int = 16, num_heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.embed, self.norm1, self.norm2 = nn.Linear(8, dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.head = nn.Linear(dim, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)  # (batch, time, dim)
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, time, head_dim)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head((x + self.mlp(self.norm2(x))).mean(1))
+
+
+class TiedLM(nn.Module):
+    """A byte-pair toy whose output layer is its embedding: tokens of 12 to logits of 12."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, dim)
+        self.hidden = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.head = nn.Linear(dim, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.head(x + self.hidden(x))
+
+
+INPUTS = {
+    MLP: lambda: torch.randn(4, 8),
+    ConvNet: lambda: torch.randn(4, 3, 8, 8),
+    AttentionNet: lambda: torch.randn(4, 5, 8),
+    TiedLM: lambda: torch.randint(0, 12, (4, 6)),
+}
+"""A batch for each net, to parametrise over."""
