@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import BlockCompile, Select, StructuredPruning
 from lightning_accel.compilation import callback as adapter
 from lightning_accel.compilation import captures, compile_blocks, find_blocks
-from lightning_accel.compilation.blocks import recompile, region
+from lightning_accel.compilation.region import recompile, region
 from lightning_accel.errors import AccelError, NoEffect, Unsupported
 from lightning_accel.pruning import prune
 
@@ -47,19 +47,16 @@ class Spy:
 
     def __init__(self) -> None:
         self.graphs: list[list[Any]] = []
+        """Sizes of the inputs of each graph when it was captured."""
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self.graphs.append(list(inputs))
+        shapes = [tuple(v.shape) if isinstance(v, Tensor) else (v,) for v in inputs]
+        self.graphs.append([size for shape in shapes for size in shape])
         return graph.forward
 
     @property
     def static(self) -> bool:
-        return not any(
-            isinstance(size, torch.SymInt)
-            for inputs in self.graphs
-            for value in inputs
-            for size in ([value] if not isinstance(value, Tensor) else value.shape)
-        )
+        return not any(isinstance(size, torch.SymInt) for sizes in self.graphs for size in sizes)
 
 
 class Block(nn.Module):

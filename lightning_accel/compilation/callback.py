@@ -10,14 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.bridge.model_edit import ModelEdit
-from lightning_accel.compilation.blocks import (
-    Backend,
-    check,
-    compile_blocks,
-    recompile,
-    without_effect,
-)
+from lightning_accel.compilation.blocks import compile_blocks
 from lightning_accel.compilation.explain import Capture, captures, table
+from lightning_accel.compilation.region import Backend, check, recompile, without_effect
 from lightning_accel.errors import AccelError, NoEffect, explain
 from lightning_accel.measure.table import Table
 from lightning_accel.surgery import Receipt, Select, Stage

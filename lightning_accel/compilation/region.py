@@ -1,0 +1,223 @@
+"""How one kind of block is compiled in place, without the gaps of `nn.Module.compile`.
+
+- That method silently does nothing for classes of torch.nn (`nn.Sequential`, `nn.Linear`, ...), whose frames
+  dynamo skips: PyTorch #150915. Compiling a function of ours that calls the module has no such gap. It
+  can go when `nn.Sequential(nn.Linear(2, 2)).compile()` captures a graph in the oldest torch we take.
+- Each kind has a code object of its own. Dynamo keeps graphs, their limit of eight, and the sizes seen
+  so far per code object: two kinds on one would evict each other, and a second width would make the
+  channels of both dynamic. Training and evaluation are kept apart for the same reason.
+- The module keeps its class, its names in the state dict, and copies and pickles as an uncompiled one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_accel.compilation.explain import Capture, note, now, runs_cached_graphs
+from lightning_accel.errors import explain
+from lightning_accel.surgery import Change, Receipt
+
+Backend = str | Callable[..., Any]
+
+_SCALARS = (bool, int, float, str, tuple, type(None))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is handed to `torch.compile`."""
+
+    backend: Backend = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = None
+    fullgraph: bool = False
+
+
+class Kind:
+    """One kind of block: the functions that its blocks share, and what they captured."""
+
+    def __init__(self, signature: tuple[Any, ...], settings: Settings, capture: Capture) -> None:
+        self.signature = signature
+        self.settings = settings
+        self.capture = capture
+        label = f"{capture.targets[0]} ({capture.kind})"
+        self.train = _compiled(settings, f"{label} in training")
+        self.eval = _compiled(settings, f"{label} in evaluation")
+
+    def fits(self, signature: tuple[Any, ...], settings: Settings) -> bool:
+        return (self.signature, self.settings) == (signature, settings)
+
+
+class Region:
+    """What a compiled module calls instead of its `_call_impl`.
+
+    Graphs contain the hooks that were there when they were captured, and do not notice others: a block
+    with hooks of its own shares no graph with others, and one that gets or loses hooks gets new graphs.
+    """
+
+    def __init__(self, module: nn.Module, name: str, kind: Kind) -> None:
+        self.module = module
+        self.name = name
+        self.kind = kind
+        self.capture = kind.capture
+        self.hooks = _hooks(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if torch.compiler.is_compiling():  # within somebody else's graph
+            return module._call_impl(*args, **kwargs)
+        if (hooks := _hooks(module)) != self.hooks:
+            self.hooks = hooks
+            self.kind = Kind(self.kind.signature, self.kind.settings, self.capture)
+        before = now()
+        run = self.kind.train if module.training else self.kind.eval
+        try:
+            return run(module, *args, **kwargs)
+        finally:
+            self.capture.called.add(self.name)
+            note(self.capture, before)
+
+
+def region(module: nn.Module) -> Region | None:
+    """Return how we compiled this module, or `None`."""
+    found = module._compiled_call_impl
+    return found if isinstance(found, Region) else None
+
+
+def attach(targets: dict[str, nn.Module], settings: Settings, renew: bool = False) -> Receipt:
+    """Compile modules by name, those alike as one kind; what is compiled so already stays.
+
+    Args:
+        targets: Modules by their names in the model.
+        settings: How to compile.
+        renew: Take new code also where it fits.
+    """
+    kinds: dict[tuple[Any, ...], Kind] = {}
+    changes = []
+    for name, module in targets.items():
+        same, present = signature(module), region(module)
+        key = (same, *(_hooks(m) for m in module.modules()))
+        if present is not None and not renew and present.kind.fits(same, settings):
+            kinds.setdefault(key, present.kind)
+            continue
+        if key not in kinds:
+            kinds[key] = Kind(same, settings, Capture([name], type(module).__name__))
+        elif name not in kinds[key].capture.targets:
+            kinds[key].capture.targets.append(name)
+        module._compiled_call_impl = Region(module, name, kinds[key])
+        after = f"{type(module).__name__} by {_name(settings.backend)}"
+        changes.append(Change(name, "compiled", "eager" if present is None else "compiled", after))
+    return Receipt(tuple(changes))
+
+
+def recompile(model: nn.Module) -> Receipt:
+    """Give reshaped blocks new graphs, and drop the old ones; falsy when no block was reshaped.
+
+    Everything dynamo remembers is reset, also for other compiled modules of this process, which compile
+    again at their next call. The sizes it has seen would otherwise make the new channels dynamic, in a
+    slower graph, wherever a graph breaks inside a function of the user's.
+    """
+    regions = {r.name: r for m in model.modules() if (r := region(m)) is not None}
+    if all(r.kind.signature == signature(r.module) for r in regions.values()):
+        return Receipt()
+    if any(r.capture.called for r in regions.values()):
+        torch._dynamo.reset()
+    settings = {r.kind.settings for r in regions.values()}
+    receipt = Receipt()
+    for one in settings:
+        same = {n: r.module for n, r in regions.items() if r.kind.settings == one}
+        receipt = receipt + attach(same, one, renew=True)
+    return receipt
+
+
+def without_effect(model: nn.Module) -> list[Capture]:
+    """Return the captures of blocks that were called and run eagerly all the same."""
+    found: dict[int, Capture] = {}
+    regions = [r for m in model.modules() if (r := region(m)) is not None and r.capture.called]
+    for one in regions:
+        if not one.capture.graphs and not runs_cached_graphs(one.module):
+            found[id(one.capture)] = one.capture
+    return list(found.values())
+
+
+def check(backend: Backend, mode: str | None) -> None:
+    """Raise unless `torch.compile` knows the backend and the mode, and they go together."""
+    if isinstance(backend, str):
+        known = torch.compiler.list_backends(exclude_tags=())
+        if backend not in known:
+            raise ValueError(
+                explain("unknown `backend`", repr(backend), f"pass one of {', '.join(known)}")
+            )
+    if mode is None:
+        return
+    if backend != "inductor":
+        raise ValueError(
+            explain(
+                "modes belong to backend='inductor'", f"mode={mode!r} with {backend!r}", "drop it"
+            )
+        )
+    from torch._inductor import list_mode_options
+
+    modes = list(list_mode_options())
+    if mode not in modes:
+        raise ValueError(explain("unknown `mode`", repr(mode), f"pass one of {', '.join(modes)}"))
+
+
+def signature(module: nn.Module) -> tuple[Any, ...]:
+    """Return what decides whether two blocks can share a graph: classes, shapes and numbers read.
+
+    Integers that a user's class holds, such as the index of a layer, mostly are not read and do not count.
+    """
+    inner = [(name, type(m), _numbers(m)) for name, m in module.named_modules()]
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return (*inner, *((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in tensors))
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Tell whether the class is one of torch.nn."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _compiled(settings: Settings, name: str) -> Callable[..., Any]:
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    own = FunctionType(run.__code__.replace(co_name=name), globals(), name)
+    return torch.compile(
+        own,
+        backend=settings.backend,
+        mode=settings.mode,
+        dynamic=settings.dynamic,
+        fullgraph=settings.fullgraph,
+    )
+
+
+def _numbers(module: nn.Module) -> tuple[Any, ...]:
+    read = _SCALARS if is_of_torch(module) else (float,)
+    values = {k: v for k, v in vars(module).items() if isinstance(v, read) and k != "training"}
+    return tuple((k, v) for k, v in values.items() if not k.startswith("_") and _is_hashable(v))
+
+
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    held = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return tuple(id(hook) for hooks in held if hooks for hook in hooks.values())
+
+
+def _is_hashable(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_hashable(item) for item in value)
+    return isinstance(value, _SCALARS)
+
+
+def _name(backend: Backend) -> str:
+    return backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend))
