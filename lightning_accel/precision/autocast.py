@@ -8,6 +8,9 @@ is cast once. Lightning 2.5.5 to 2.6.6 switch this off (its #20921), because of 
   Lightning's answer. `cache_keeps_gradients` tells which by trying. It can go with torch 2.10.
 - A weight that an optimizer changes within the context (manual optimization) keeps its old cast. The
   plugin clears the cache after every optimizer step.
+
+As in PyTorch at large, the cache does not know dtypes: whoever enters another `torch.autocast` of a different
+short dtype within, for the same weights, passes `cache_enabled=False` to it.
 """
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.precision.autocast import autocast
+from lightning_accel.precision.gate import Gate
 from lightning_accel.precision.policy import Policy, check, resolve
 
 _LIGHTNING_NAMES = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
@@ -59,7 +60,7 @@ class AutocastPrecision(MixedPrecision):
         self.device: str = ""
         self.precision = "32-true"
         self.scaler: torch.amp.GradScaler | None = None
-        self._gate: _Gate | None = None
+        self._gate: Gate | None = None
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -92,7 +93,7 @@ class AutocastPrecision(MixedPrecision):
             self._handles.append(optimizer.register_step_post_hook(_forget_casts))
         module = model if isinstance(model, LightningModule) else getattr(model, "module", None)
         if self.scaler is not None and isinstance(module, LightningModule):
-            self._gate = _Gate(module, optimizers, [config.scheduler for config in lr_schedulers])
+            self._gate = Gate(module, optimizers, [config.scheduler for config in lr_schedulers])
         return model, optimizers, lr_schedulers
 
     @override
@@ -194,73 +195,6 @@ class AutocastPrecision(MixedPrecision):
         if self._gate is not None:
             self._gate.open()
             self._gate = None
-
-
-class _Gate:
-    """Holds a scheduler back while every step of its optimizer since its last one was skipped.
-
-    A scheduler that runs on after a skipped step reaches its later values too early (Lightning #5558, open
-    since 2021). Whether a step happened is learnt from the optimizer's own hook: with ordinary optimizers
-    the scaler has decided on the host already and the hook ran or did not; fused ones decide on the
-    device, so their answer stays a tensor there until a scheduler is due. No step waits for the device.
-    """
-
-    def __init__(
-        self, module: LightningModule, optimizers: list[Optimizer], schedulers: list[Any]
-    ) -> None:
-        self._module = module
-        self._schedulers = schedulers
-        self._step = module.lr_scheduler_step
-        self._attempts = [0] * len(schedulers)
-        self._taken: list[int | Tensor] = [0] * len(schedulers)
-        self._last: int | Tensor = 1
-        self._counting: Optimizer | None = None
-        self._hooks = [o.register_step_post_hook(self._took) for o in optimizers]
-        module.lr_scheduler_step = self._scheduler_step  # type: ignore[method-assign]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Gate:
-        return self  # a copy of the module must not copy the training that hangs on this
-
-    @property
-    def skipped(self) -> bool:
-        return not float(self._last)
-
-    @contextmanager
-    def attempt(self, optimizer: Any) -> Iterator[None]:
-        """Count one optimizer step, and whether it took place."""
-        self._last = 0
-        yield
-        for index, scheduler in enumerate(self._schedulers):
-            steered = getattr(scheduler, "optimizer", None)
-            if steered is getattr(optimizer, "optimizer", optimizer):
-                self._attempts[index] += 1
-                self._taken[index] = self._taken[index] + self._last
-
-    def state(self) -> list[list[float]]:
-        return [[a, float(t)] for a, t in zip(self._attempts, self._taken, strict=True)]
-
-    def load(self, state: list[list[float]]) -> None:
-        for index, (attempts, taken) in enumerate(state[: len(self._schedulers)]):
-            self._attempts[index], self._taken[index] = int(attempts), int(taken)
-
-    def open(self) -> None:
-        """Give the module its own method back."""
-        for handle in self._hooks:
-            handle.remove()
-        vars(self._module).pop("lr_scheduler_step", None)
-
-    def _took(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # set by the scaler for fused optimizers
-        self._last = 1 if found_inf is None else (found_inf == 0).float()
-
-    def _scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        index = next((i for i, s in enumerate(self._schedulers) if s is scheduler), None)
-        if index is not None:
-            held = self._attempts[index] > 0 and not float(self._taken[index])
-            self._attempts[index], self._taken[index] = 0, 0
-            if held:
-                return
-        self._step(scheduler, metric)
 
 
 def _forget_casts(*_: Any) -> None:
