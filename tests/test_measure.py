@@ -537,7 +537,7 @@ def test_a_model_that_refuses_a_batch_of_one_is_measured_without() -> None:
     measure_subjects(side, side, budget_s=0.1, report=report)
     assert set(report.ratios.latency) == {"6"}
     assert report.ratios.steps_per_s is not None
-    assert report.extra["notes"] == ["latency at batch 1 is left out: ValueError: pairs only"]
+    assert "latency at batch 1 is left out: ValueError: pairs only" in report.extra["notes"]
 
 
 def test_a_model_without_a_backward_is_measured_without_training() -> None:
@@ -547,7 +547,7 @@ def test_a_model_without_a_backward_is_measured_without_training() -> None:
     measure_subjects(side, side, budget_s=0.05, report=report)
     assert report.ratios.steps_per_s is None
     assert set(report.ratios.latency) == {"1", "6"}
-    assert "training steps/s is left out" in report.extra["notes"][0]
+    assert any("training steps/s is left out" in note for note in report.extra["notes"])
 
 
 def test_synchronised_norms_become_local_and_compute_the_same() -> None:

@@ -58,10 +58,9 @@ class _Paced(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        self.pace.tick(
-            steps=step - self._global_step, samples=num_samples(batch) or 0, now=time.perf_counter()
-        )
+        now, step = time.perf_counter(), trainer.global_step
+        samples = self._samples(batch)
+        self.pace.tick(steps=step - self._global_step, samples=samples, now=now)
         self._global_step = step
 
     @override
@@ -82,6 +81,9 @@ class _Paced(Callback):
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
         self.pace.restart()
+
+    def _samples(self, batch: Any) -> int:
+        return 0
 
 
 class StepMeter(_Paced):
@@ -129,6 +131,10 @@ class StepMeter(_Paced):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.last:  # a fit shorter than one interval
             self._log(trainer)
+
+    @override
+    def _samples(self, batch: Any) -> int:
+        return num_samples(batch) or 0
 
     def _following(self, trainer: Trainer) -> int:
         every = self.every_n_steps or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
