@@ -232,6 +232,8 @@ def test_a_module_held_twice_is_compiled_once() -> None:
     shared = Block()
     net = nn.ModuleDict({"a": Stack(shared, shared), "b": shared})
     assert list(find_blocks(net, blocks=False)) == ["a", "b"]
+    twice = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared])})
+    assert list(find_blocks(twice)) == ["a"]
     assert len(compile_blocks(net["a"], backend="eager").changes) == 1
 
 
@@ -245,6 +247,22 @@ def test_metrics_losses_and_recurrent_layers_are_left_alone() -> None:
 
     user = module(metric=Learned(), loss=nn.CrossEntropyLoss(), rnn=nn.LSTM(8, 8))
     assert {name.partition(".")[0] for name in find_blocks(user, itself=False)} == {"net"}
+
+
+def test_a_network_with_a_recurrent_layer_is_compiled_around_it() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(8, 8), nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0])
+
+    net, spy = Tagger(), Spy()
+    assert list(find_blocks(net)) == ["head"]
+    compile_blocks(net, backend=spy)
+    net(torch.randn(4, 8))
+    assert len(spy.graphs) == 1
 
 
 def test_what_others_compiled_is_left_alone() -> None:
@@ -369,6 +387,15 @@ def test_keys_copies_and_pickles_are_those_of_the_eager_network() -> None:
         torch.testing.assert_close(copied(x), expected)
 
 
+def test_a_compiled_network_can_be_exported() -> None:
+    net, x = Stack(), torch.ones(4, 8)
+    compile_blocks(net, backend="eager")
+    expected = net(x)
+    for strict in (False, True):
+        exported = torch.export.export(net, (x,), strict=strict)
+        torch.testing.assert_close(exported.module()(x), expected)
+
+
 def test_a_compiled_block_can_stand_in_a_larger_graph() -> None:
     net, spy = Stack(), Spy()
     compile_blocks(net, backend="eager")
@@ -401,7 +428,60 @@ def test_a_reshaped_network_is_compiled_again_once_and_statically() -> None:
     assert not recompile(net)
 
 
-def test_without_a_reset_the_channels_would_become_dynamic() -> None:
+def test_layers_without_shapes_of_their_own_stay_static_too() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    net, spy, x = nn.Sequential(nn.Linear(8, 8), Scale(), nn.Linear(8, 4)), Spy(), torch.ones(4, 8)
+    compile_blocks(net, select=Select(types=("Linear", "Scale")), backend=spy)
+    net(x)
+    prune(net, example=x, ratio=0.5)
+    recompile(net)
+    net(x)
+    assert len(spy.graphs) == 6
+    assert spy.static
+
+
+def test_many_prunes_after_graph_breaks_do_not_use_up_dynamos_limit() -> None:
+    net, spy, x = Branching(), Spy(), torch.ones(4, 8)
+    net.fc, net.out = nn.Linear(8, 32), nn.Linear(32, 4)
+    compile_blocks(net, backend=spy)
+    for step in range(12):
+        net(x)
+        assert len(spy.graphs) == 2 * step + 2
+        prune(net, example=x, ratio=0.1)
+        recompile(net)
+
+
+def test_compiled_modules_of_others_keep_their_graphs() -> None:
+    net, spy, x = tiny.MLP(), Spy(), torch.randn(4, 8)
+    other = torch.compile(tiny.MLP(), backend=spy)
+    compile_blocks(net, backend="eager")
+    other(x), net(x)
+    prune(net, example=x, ratio=0.5)
+    recompile(net)
+    other(x), net(x)
+    assert len(spy.graphs) == 1
+
+
+def test_a_block_that_comes_later_shares_the_graphs_of_its_kind() -> None:
+    net, spy, x = Stack(), Spy(), torch.ones(4, 8)
+    compile_blocks(net, backend=spy)
+    net(x)
+    net.layers.append(Block())
+    assert [change.name for change in compile_blocks(net, backend=spy).changes] == ["layers.4"]
+    net(x)
+    assert len(spy.graphs) == 1
+
+
+def test_sizes_seen_before_would_make_the_channels_dynamic_DUMMY_channels_would_become_dynamic() -> (
+    None
+):
     """The trap that `recompile` is for; if this fails, it may go."""
     spy = Spy()
     broken = torch.compile(lambda x: x * 2, backend=spy)
@@ -452,6 +532,26 @@ def test_a_graph_break_is_named_with_the_users_line_and_counted_once() -> None:
     assert "the line to be named" in Path(file).read_text().splitlines()[int(line) - 1]
     assert "graph_break" in reason
     assert capture.graphs == 2
+
+
+def test_a_graph_break_in_torchs_code_is_put_at_the_users_line() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x)
+            torch.nn.utils.rnn.pack_sequence([x])  # the line
+            return x + 1
+
+    net = Looking()
+    compile_blocks(net, backend="eager")
+    net(torch.randn(4, 8))
+    for place in captures(net)[0].breaks:
+        file, line = place.rsplit(":", 1)
+        assert "# the line" in Path(file).read_text().splitlines()[int(line) - 1]
+    assert captures(net)[0].breaks
 
 
 def test_a_recompilation_is_named_with_its_reason() -> None:
@@ -572,6 +672,11 @@ def test_the_backend_is_chosen_by_the_device(trainer: Any, monkeypatch: pytest.M
     monkeypatch.setattr(type(run.strategy), "root_device", torch.device("xla"))
     assert BlockCompile()._backend(run) == "openxla"
     assert BlockCompile(backend="eager")._backend(run) == "eager"
+
+
+def test_names_are_checked_at_setup_also_for_networks_built_late(trainer: Any) -> None:
+    with pytest.raises(ValueError, match="inductor"):
+        BlockCompile(backend="indctor").setup(trainer(), LightningModule(), "fit")
 
 
 def test_a_selection_of_nothing_is_an_error_at_setup(trainer: Any) -> None:

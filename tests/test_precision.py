@@ -30,6 +30,7 @@ from lightning_accel import AutocastPrecision, Select, StructuredPruning, hardwa
 from lightning_accel.errors import AccelError, NoEffect, Unsupported
 from lightning_accel.precision import MemoryFormat, Policy, channels_last, plugin, policy, resolve
 from lightning_accel.precision.autocast import autocast, cache_keeps_gradients, takes_effect
+from lightning_accel.precision.gate import Gate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -482,6 +483,18 @@ def test_an_epoch_with_one_good_step_moves_an_epoch_scheduler(trainer: Any) -> N
     assert user.lrs[::4] == [1.0, 1.0, 0.5]  # nothing happened in the first; the second ended badly
 
 
+def test_a_scheduler_that_is_due_before_any_step_is_not_held_back() -> None:
+    """As on resume at the end of an epoch."""
+    user = module(kind=Exploding)
+    configured = user.configure_optimizers()
+    scheduler = configured["lr_scheduler"]["scheduler"]
+    gate = Gate(user, [configured["optimizer"]], [scheduler])
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        user.lr_scheduler_step(scheduler, None)
+    assert scheduler.get_last_lr() == [LR / 2]
+    gate.open()
+
+
 @pytest.mark.usefixtures("_fp16_here")
 def test_the_last_step_skipped_is_known(trainer: Any) -> None:
     user, precision, skipped = module(kind=Exploding), AutocastPrecision(), []
@@ -524,11 +537,12 @@ def test_the_scaler_does_not_reach_a_copy_of_the_module(trainer: Any) -> None:
 
 
 @pytest.mark.usefixtures("_fp16_here")
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # forgets steps on resume
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_resume_with_a_scaler_is_bit_equal(trainer: Any, tmp_path: Path, stop: int) -> None:
     saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     whole = module(kind=Exploding)
-    whole.frequency, whole.bad = 2, (0, 1, 4)
+    whole.frequency, whole.bad = 2, (0, 1, 5)
 
     class Clock(Callback):
         """Steps that overflow are counted over both runs."""

@@ -221,7 +221,9 @@ def test_a_branch_that_never_ran_is_named() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(8, 4)
-            self.attention = nn.MultiheadAttention(8, 2)  # its out_proj is used without being called
+            self.attention = nn.MultiheadAttention(
+                8, 2
+            )  # its out_proj is used without being called
 
         def forward(self, x: Tensor) -> Tensor:
             x = x + self.attention(x, x, x)[0]

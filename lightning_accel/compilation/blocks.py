@@ -106,9 +106,11 @@ def _networks(
     if not _is_network(module) or _is_compiled_by_others(module):
         return
     excluded = Select(select.exclude) if select.exclude else None
-    inner = [f"{name}.{n}".strip(".") for n, _ in module.named_modules()]
-    whole = allowed and _has_forward(module) and select.matches(name, module)
-    if whole and not (excluded and any(excluded.matches(n, module) for n in inner)):
+    inner = {f"{name}.{n}".strip("."): m for n, m in module.named_modules()}
+    barred = any(
+        _is_recurrent(m) or (excluded and excluded.matches(n, m)) for n, m in inner.items()
+    )
+    if allowed and not barred and _has_forward(module) and select.matches(name, module):
         yield name, module
         return
     for child_name, child in module.named_children():
@@ -145,10 +147,13 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _is_network(module: nn.Module) -> bool:
-    """Tell whether there is something to compile; dynamo never captures torch's recurrent layers."""
     metric = any(base.__module__.startswith("torchmetrics") for base in type(module).__mro__)
-    recurrent = isinstance(module, nn.RNNBase)
-    return not metric and not recurrent and any(True for _ in module.parameters())
+    usable = not metric and not _is_recurrent(module)
+    return usable and any(True for _ in module.parameters())
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase)  # dynamo gives up on whatever calls one
 
 
 def _is_compiled_by_others(module: nn.Module) -> bool:

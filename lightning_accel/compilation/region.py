@@ -4,8 +4,9 @@
   dynamo skips: PyTorch #150915. Compiling a function of ours that calls the module has no such gap. It
   can go when `nn.Sequential(nn.Linear(2, 2)).compile()` captures a graph in the oldest torch we take.
 - Each kind has a code object of its own. Dynamo keeps graphs, their limit of eight, and the sizes seen
-  so far per code object: two kinds on one would evict each other, and a second width would make the
-  channels of both dynamic. Training and evaluation are kept apart for the same reason.
+  so far per code object: kinds that share one would use up the limit, after which all run eagerly, and
+  a second width would make the channels of both dynamic. Training and evaluation are kept apart for
+  the same reason, and a reshaped block starts with a new one.
 - The module keeps its class, its names in the state dict, and copies and pickles as an uncompiled one.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from types import FunctionType
 from typing import Any
 
@@ -25,6 +27,7 @@ from lightning_accel.surgery import Change, Receipt
 
 Backend = str | Callable[..., Any]
 
+_SERIAL = count()
 _SCALARS = (bool, int, float, str, tuple, type(None))
 
 
@@ -45,7 +48,7 @@ class Kind:
         self.signature = signature
         self.settings = settings
         self.capture = capture
-        label = f"{capture.targets[0]} ({capture.kind})"
+        label = f"{capture.targets[0]} ({capture.kind}) #{next(_SERIAL)}"  # names are not to recur
         self.train = _compiled(settings, f"{label} in training")
         self.eval = _compiled(settings, f"{label} in evaluation")
 
@@ -69,8 +72,6 @@ class Region:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        if torch.compiler.is_compiling():  # within somebody else's graph
-            return module._call_impl(*args, **kwargs)
         if (hooks := _hooks(module)) != self.hooks:
             self.hooks = hooks
             self.kind = Kind(self.kind.signature, self.kind.settings, self.capture)
@@ -116,16 +117,17 @@ def attach(targets: dict[str, nn.Module], settings: Settings, renew: bool = Fals
 
 
 def recompile(model: nn.Module) -> Receipt:
-    """Give reshaped blocks new graphs, and drop the old ones; falsy when no block was reshaped.
+    """Start every block with new code after some were reshaped; falsy when none was.
 
-    Everything dynamo remembers is reset, also for other compiled modules of this process, which compile
-    again at their next call. The sizes it has seen would otherwise make the new channels dynamic, in a
-    slower graph, wherever a graph breaks inside a function of the user's.
+    So each kind is captured once more, with static sizes. Where graphs break, dynamo also keeps graphs for
+    the user's own functions, which have no new code; there all of dynamo is reset, or the old shapes would
+    use up its limit after a few prunes. So it is with modes, whose CUDA graphs hold memory. Other
+    compiled modules of this process then compile again at their next call, and stay correct.
     """
     regions = {r.name: r for m in model.modules() if (r := region(m)) is not None}
     if all(r.kind.signature == signature(r.module) for r in regions.values()):
         return Receipt()
-    if any(r.capture.called for r in regions.values()):
+    if any(r.capture.breaks or r.kind.settings.mode for r in regions.values()):
         torch._dynamo.reset()
     settings = {r.kind.settings for r in regions.values()}
     receipt = Receipt()

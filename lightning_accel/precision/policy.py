@@ -23,7 +23,11 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Policy(NamedTuple):
-    """A format: the dtype of autocast (`None`: compute in fp32), whether to scale, and why."""
+    """A format: the dtype of autocast (`None`: compute in fp32), whether to scale, and why.
+
+    >>> Policy(torch.bfloat16, False, "asked for").dtype
+    torch.bfloat16
+    """
 
     dtype: torch.dtype | None
     scaler: bool

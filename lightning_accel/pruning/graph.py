@@ -89,9 +89,14 @@ class Graph:
         return probes.cut()
 
     def _idle(self) -> Iterator[Change]:
-        inside = {c for m in self.names if isinstance(m, nn.MultiheadAttention) for c in m.modules()}
+        inside = {
+            c for m in self.names if isinstance(m, nn.MultiheadAttention) for c in m.modules()
+        }
         for module, name in self.names.items():
-            if isinstance(module, ROOTS) and module not in {*self._dependencies.module2node, *inside}:
+            if isinstance(module, ROOTS) and module not in {
+                *self._dependencies.module2node,
+                *inside,
+            }:
                 yield Change(name, "it never ran on the example")
 
     def _find(self, select: Select, importance: str, outputs: set[nn.Module]) -> Iterator[Group]:
