@@ -45,29 +45,28 @@ def measure_subjects(
     >>> sorted(measure_subjects(side, side, budget_s=0.1, report=Report()).ratios.latency)
     ['1', '8']
     """
-    macs = _counted(dense, report), _counted(final, report)
+    sides = dense, final
+    macs = [_counted(side, report) for side in sides]
+    counted = [Subject(s.model, {}, macs=found) for s, found in zip(sides, macs, strict=True)]
+    measure_pair(counted[0], counted[1], report=report)
     whole = batch_size(dense.calls)
-    sizes = [] if whole is None else sorted({1, whole})
+    # The training batch first: compiled code is made for the first size it meets.
+    sizes = [] if whole is None else sorted({1, whole}, reverse=True)
+    share_s = budget_s / (len(sizes) + 1)
     with eval_mode(dense.model), eval_mode(final.model):
-        forwards = [{size: forward(side, size) for size in sizes} for side in (dense, final)]
         for size in sizes:
-            if not _both_run(f"latency at batch {size}", forwards, size, report):
-                sizes = [kept for kept in sizes if kept != size]
-        pair = [
-            Subject(side.model, {size: calls[size] for size in sizes}, macs=found)
-            for side, calls, found in zip((dense, final), forwards, macs, strict=True)
-        ]
-        share = len(sizes) / (len(sizes) + 1)
-        measure_pair(pair[0], pair[1], device=device, budget_s=budget_s * share, report=report)
-    steps = [{0: training_step(side)} for side in (dense, final)]
+            calls = [{size: forward(side, size)} for side in sides]
+            if _both_run(f"latency at batch {size}", calls, size, report):
+                pair = [Subject(s.model, call) for s, call in zip(sides, calls, strict=True)]
+                measure_pair(pair[0], pair[1], device=device, budget_s=share_s, report=report)
+    for times in (report.dense.latency_ms, report.final.latency_ms, report.ratios.latency):
+        ascending = sorted(times.items(), key=lambda item: int(item[0]))
+        times.clear()
+        times.update(ascending)
+    steps = [{0: training_step(side)} for side in sides]
     if _both_run("training steps/s", steps, 0, report):
-        pair = [
-            Subject(side.model, {}, step=step[0])
-            for side, step in zip((dense, final), steps, strict=True)
-        ]
-        measure_pair(
-            pair[0], pair[1], device=device, budget_s=budget_s * (1 - share), report=report
-        )
+        pair = [Subject(s.model, {}, step=step[0]) for s, step in zip(sides, steps, strict=True)]
+        measure_pair(pair[0], pair[1], device=device, budget_s=share_s, report=report)
     return report
 
 

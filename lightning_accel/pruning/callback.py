@@ -97,6 +97,8 @@ class StructuredPruning(ModelEdit):
         self.importance = scoring.check(importance)
         self.when = epochs(when)
         self.select = Select.of(select)
+        # Lightning asks for the key on every hook of every step.
+        self._key = self._generate_state_key(select=str(self.select))
         self.round_to = round_to
         self.recalibrate = recalibrate
         self.example = example
@@ -108,7 +110,7 @@ class StructuredPruning(ModelEdit):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(select=str(self.select))
+        return self._key
 
     @override
     def state_dict(self) -> dict[str, Any]:

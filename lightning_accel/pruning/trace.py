@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_accel.errors import AccelError
-from lightning_accel.surgery.call import Call, run, tensors
+from lightning_accel.surgery.call import Call, run, same_random_state, tensors
 
 ROOTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
 """Layers whose outputs can be pruned."""
@@ -42,7 +42,7 @@ def trace(
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     dependencies = DependencyGraph()
-    with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.enable_grad(), same_random_state(model):
         warnings.simplefilter("ignore")
         dependencies.build_dependency(model, None, forward_fn=forward, verbose=False)
     return dependencies, outputs

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_accel.errors import BrokenModel
 from lightning_accel.pruning.trace import where
 from lightning_accel.surgery import Cut, twin
-from lightning_accel.surgery.call import Call, cast, run, tensors
+from lightning_accel.surgery.call import Call, cast, run, same_random_state, tensors
 
 TOLERANCE = 1e-6
 
@@ -70,7 +70,7 @@ class Verifier:
         _backward(small, calls)
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _AffineNorms():
+        with torch.no_grad(), same_random_state(model), _AffineNorms():
             torch.manual_seed(0)
             return _tensors(_run_located(model, self.exact_calls))
 
@@ -120,7 +120,7 @@ def _trains(model: nn.Module, calls: Sequence[Call]) -> bool:
 
 def _backward(model: nn.Module, calls: Sequence[Call]) -> None:
     model.train()
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.enable_grad(), same_random_state(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outputs = [t for t in _tensors(_run_located(model, calls)) if t.requires_grad]
         total = sum(t.float().mean() for t in outputs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +34,14 @@ def as_call(example: Any, name: str = "") -> Call:
 def run(model: nn.Module, calls: Sequence[Call]) -> list[Any]:
     """Make the calls one after another and return their outputs."""
     return [model.get_submodule(call.name)(*call.args, **call.kwargs) for call in calls]
+
+
+@contextmanager
+def same_random_state(model: nn.Module) -> Iterator[None]:
+    """Put torch's random state back at the end, that of the model's own devices included."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
 
 
 def tensors(value: Any) -> list[Tensor]:
