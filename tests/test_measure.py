@@ -1219,3 +1219,15 @@ def test_two_processes_report_once_and_count_all_samples(tmp_path: Path, root: P
     assert plain["ratios"]["params"] > 2
     assert plain["final"]["metrics"].keys() == {"val_loss", "test_loss"}
     assert plain.get("notes", []) == [n for n in plain.get("notes", []) if "disturbed" in n]
+
+
+def test_what_became_slower_is_said() -> None:
+    small, large = nn.Linear(8, 8), nn.Linear(2048, 2048)
+    subjects = [
+        Subject(net, {1: lambda net=net, x=torch.ones(1, net.in_features): net(x)})
+        for net in (small, large)
+    ]
+    slower = measure_pair(subjects[0], subjects[1], budget_s=0.2)
+    assert any("slower here: latency_1" in note for note in slower.extra["notes"])
+    faster = measure_pair(subjects[1], subjects[0], budget_s=0.2)
+    assert not any("slower" in note for note in faster.extra.get("notes", []))

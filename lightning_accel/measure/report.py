@@ -208,6 +208,11 @@ def _keep_spread(report: Report, key: str, found: Comparison) -> None:
         "ratio_high": found.high,
         "busy": found.busy,
     }
+    if found.high < 1:
+        report.note(
+            f"the final model is slower here: {key}, {found.ratio:.2f}x "
+            f"(between {found.low:.2f}x and {found.high:.2f}x)"
+        )
     if found.contended:
         report.note(
             f"other work disturbed {key}: the threads ran {found.busy:.0%} of the time, "
