@@ -1223,10 +1223,8 @@ def test_two_processes_report_once_and_count_all_samples(tmp_path: Path, root: P
 
 def test_what_became_slower_is_said() -> None:
     small, large = nn.Linear(8, 8), nn.Linear(2048, 2048)
-    subjects = [
-        Subject(net, {1: lambda net=net, x=torch.ones(1, net.in_features): net(x)})
-        for net in (small, large)
-    ]
+    few, many = torch.ones(1, 8), torch.ones(1, 2048)
+    subjects = [Subject(small, {1: lambda: small(few)}), Subject(large, {1: lambda: large(many)})]
     slower = measure_pair(subjects[0], subjects[1], budget_s=0.2)
     assert any("slower here: latency_1" in note for note in slower.extra["notes"])
     faster = measure_pair(subjects[1], subjects[0], budget_s=0.2)

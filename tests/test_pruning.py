@@ -876,6 +876,11 @@ class TestRefusals:
             fit(Functional(), StructuredPruning(ratio=0.5))
 
 
+def test_a_fit_that_ends_before_its_prune_is_not_silent(fit: Fit) -> None:
+    with pytest.warns(UserWarning, match=r"0 of 2.*epochs \[2, 3\]"):
+        fit(seeded(), StructuredPruning(ratio=0.5, when=[2, 3]), max_steps=5)
+
+
 def test_the_same_trainer_going_on_does_not_prune_again(trainer_kwargs: dict[str, Any]) -> None:
     model, pruning = seeded(), StructuredPruning(ratio=0.5, when=1)
     trainer_kwargs.update(callbacks=[pruning])

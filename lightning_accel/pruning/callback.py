@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
@@ -169,6 +169,19 @@ class StructuredPruning(ModelEdit):
             due = len(self.when)
         if due > self._done():
             self._prune(trainer, pl_module, self._done(), due)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # `current_epoch` counts on before this hook.
+        missed = [e for e in self.when[self._done() :] if e >= trainer.current_epoch]
+        if missed and not _is_trial(trainer):
+            rank_zero_warn(
+                explain(
+                    f"the fit ended before {type(self).__name__} had done all of its steps",
+                    f"{self._done()} of {len(self.when)}, with epochs {missed} still to come",
+                    "resume from a checkpoint of this fit, or prune earlier",
+                )
+            )
 
     def _done(self) -> int:
         return min(int(self.history[-1]["step"]), len(self.when)) if self.history else 0
