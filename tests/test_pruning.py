@@ -299,7 +299,9 @@ def test_a_layer_that_hangs_on_an_unselected_one_stays() -> None:
     ids=["tensor", "tuple", "dict"],
 )
 def test_examples_come_in_three_forms(example: Any) -> None:
-    prune(tiny.MLP(), example=example, ratio=0.5)
+    net = tiny.MLP()
+    prune(net, example=example, ratio=0.5)
+    assert net.head.in_features == 8
 
 
 def test_group_norm_and_grouped_convolutions_keep_equal_groups() -> None:
