@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel.bridge import ModelEdit, batches_of, find_example
-from lightning_accel.errors import AccelError
+from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.surgery import Stage
 
 pytestmark = pytest.mark.filterwarnings(
@@ -176,3 +176,16 @@ def test_edits_in_a_wrong_order_are_refused_with_the_right_one(
         trainer.fit(
             Module(), DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.arange(4)), 4)
         )
+
+
+def test_the_other_package_of_lightning_is_told_apart(trainer_kwargs: dict[str, Any]) -> None:
+    import pytorch_lightning
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
+    class Edit(ModelEdit):
+        stage = Stage.SHAPE
+
+    trainer = pytorch_lightning.Trainer(**{**trainer_kwargs, "callbacks": [Edit()]})
+    data = DataLoader(TensorDataset(torch.randn(4, 8)), 4)
+    with pytest.raises(Unsupported, match=r"Trainer of `pytorch_lightning`.*lightning\.pytorch"):
+        trainer.fit(BoringModel(), data)

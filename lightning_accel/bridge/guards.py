@@ -8,6 +8,16 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning_accel.errors import AccelError, Unsupported
 
 
+def refuse_mirror(trainer: object) -> None:
+    """Raise when the Trainer comes from `pytorch_lightning`, whose classes are not these ones."""
+    if not isinstance(trainer, Trainer):
+        raise Unsupported(
+            "lightning_accel works with `lightning.pytorch`; two packages of Lightning do not mix",
+            f"a Trainer of `{type(trainer).__module__.split('.')[0]}`",
+            "import Trainer, LightningModule and callbacks from `lightning.pytorch`",
+        )
+
+
 def refuse_sharded(strategy: Strategy, what: str) -> None:
     """Raise unless parameters are whole on every rank and can be re-wrapped in mid-training."""
     lineage = [base.__name__ for base in type(strategy).__mro__]

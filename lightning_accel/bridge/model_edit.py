@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_accel.bridge.guards import refuse_compiled
+from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
 from lightning_accel.bridge.restore import averages, register, remember
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery import Cut, Receipt, Stage, follow
@@ -32,6 +32,7 @@ class ModelEdit(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the order of the Trainer's edits, and let checkpoints carry the structure."""
+        refuse_mirror(trainer)
         _check_order(trainer)
         refuse_compiled(pl_module)
         register(pl_module)
