@@ -1218,7 +1218,7 @@ def test_two_processes_report_once_and_count_all_samples(tmp_path: Path, root: P
     assert plain["world_size"] == 2
     assert plain["ratios"]["params"] > 2
     assert plain["final"]["metrics"].keys() == {"val_loss", "test_loss"}
-    assert plain.get("notes", []) == [n for n in plain.get("notes", []) if "disturbed" in n]
+    assert not any("left out" in note or "failed" in note for note in plain.get("notes", []))
 
 
 def test_what_became_slower_is_said() -> None:
