@@ -198,9 +198,9 @@ def test_a_misspelt_group_is_an_error_that_names_the_right_one(
 
 
 def test_a_users_own_keys_are_left_alone(house: types.ModuleType) -> None:
-    built(
-        config(train=True, test=True, tags=["dev"], task_name="train", paths={"root": "."}, lr=0.1)
-    )
+    mine = {"train": True, "tags": ["dev"], "task_name": "train", "paths": {"root": "."}, "lr": 0.1}
+    found = built(config(**mine)).config
+    assert {key: found[key] for key in mine} == mine
 
 
 @pytest.mark.parametrize("key", ["callbacks", "logger"])
