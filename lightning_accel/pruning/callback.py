@@ -1,37 +1,42 @@
-"""When to prune: before an epoch of a fit, once or along a schedule."""
+"""When to prune: before an epoch of a fit, once or along a schedule, and when to take it back."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_accel.bridge import guards
-from lightning_accel.bridge.example import (
-    batches,
-    calls_of,
-    find_example,
-    inert_copy,
-    run_step,
-)
+from lightning_accel.bridge.copies import TrainingData, renew_buffers
+from lightning_accel.bridge.example import batches, calls_of, find_example
 from lightning_accel.bridge.model_edit import ModelEdit, commit
-from lightning_accel.bridge.restore import averages, pristine
-from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
-from lightning_accel.pruning import importance as scoring
-from lightning_accel.pruning.prune import check_ratio, check_round_to, plan
+from lightning_accel.bridge.restore import pristine
+from lightning_accel.bridge.rewind import remember_fit, rewind
+from lightning_accel.errors import NoEffect, Unsupported, explain
+from lightning_accel.pruning import guard as guarding
+from lightning_accel.pruning import schedule as scheduling
+from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.recalibrate import recalibrate
-from lightning_accel.pruning.schedule import epochs, share_left
-from lightning_accel.surgery import Cut, Receipt, Select, Stage, twin
-from lightning_accel.surgery.call import Call
+from lightning_accel.pruning.request import READ_THE_LOSS, Request
+from lightning_accel.pruning.target import Target
+from lightning_accel.surgery import Cut, Receipt, Select, Stage
 
-_TAYLOR_BATCHES = 10
+_BATCHES = 10  # of training data, for an importance that measures
+
+
+class _Decision(NamedTuple):
+    """What to take out, what is then left of the target's unit, or why there is nothing to take out."""
+
+    cut: Cut
+    kept: float | None = None
+    reason: str = ""
 
 
 class StructuredPruning(ModelEdit):
@@ -42,14 +47,27 @@ class StructuredPruning(ModelEdit):
 
     Args:
         ratio: Share of the channels of every layer to remove, above 0 and below 1.
-        target_macs: Instead of `ratio`, the share of the multiply-accumulates to keep.
-        importance: "magnitude", "taylor" (gradients of ten training batches) or "random".
-        when: Epoch before which to prune, counted from 0; or a list of epochs over which the share
-            rises linearly to the one asked for.
+        target: Instead of `ratio`, what to keep of the network at the start of the fit: `Macs(0.5)`,
+            `Params(0.5)`, `Latency(0.5)` on the device of the fit, `Memory(0.5)`.
+        importance: One of `importance.KNOWN`, or a function of model and group; those that measure do so
+            on ten training batches.
+        scope: "local" takes the same share of every layer, "global" ranks all channels together,
+            "isomorphic" those of layers of equal structure.
+        when: Epoch before which to prune, counted from 0; or a list of epochs.
+        schedule: How the share rises over the epochs of `when`: "linear", "cubic" (most of it early),
+            "iterative" (the same share of what is left), or "one_shot" for one epoch.
         select: Layers whose channels may go: a `Select`, a name pattern or several. The last layer is
             never pruned.
-        round_to: Kept channels are raised to a multiple of this.
+        round_to: Kept channels are raised to a multiple of this; or "measured", which tries which
+            multiple is fastest on this device. `None` is no rounding, but "measured" for `Latency`.
+        attention: Whole "heads" go, or the same places of every head ("width").
         recalibrate: Training batches for new batch-norm statistics after each prune; 0 keeps the old.
+        max_drop: How much worse `monitor` may get than before the first prune. Beyond that when the next
+            prune is due, or at the end, the last prune is taken back and none follows.
+        monitor: A metric that is logged in validation.
+        mode: "max" where more of it is better, "min" where less is.
+        patience: With `max_drop`, epochs of fine-tuning before a prune can be taken back; a prune that
+            is due meanwhile waits.
         example: Arguments of the LightningModule's `forward`; by default `example_input_array`, else
             what its networks receive in `training_step`.
 
@@ -67,40 +85,44 @@ class StructuredPruning(ModelEdit):
         self,
         ratio: float | None = None,
         *,
-        target_macs: float | None = None,
-        importance: str = "magnitude",
+        target: Target | None = None,
+        importance: Importance = "magnitude",
+        scope: str = "local",
         when: int | Iterable[int] = 0,
+        schedule: str = "linear",
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
-        round_to: int | None = None,
+        round_to: int | str | None = None,
+        attention: str = "heads",
         recalibrate: int = 10,
+        max_drop: float | None = None,
+        monitor: str | None = None,
+        mode: str = "max",
+        patience: int = 1,
         example: Any = None,
     ) -> None:
-        if (ratio is None) == (target_macs is None):
-            raise ValueError(
-                explain(
-                    "pruning takes either `ratio` or `target_macs`",
-                    f"ratio={ratio!r}, target_macs={target_macs!r}",
-                    "pass one of the two",
-                )
-            )
-        if ratio is not None:
-            check_ratio(ratio)
-        if target_macs is not None:
-            check_ratio(target_macs, "target_macs")
-        check_round_to(round_to)
+        self.when = scheduling.epochs(when)
+        self.select = Select.of(select)
+        self.request = Request(
+            ratio=ratio,
+            target=target,
+            importance=importance,
+            scope=scope,
+            steps=len(self.when),
+            schedule=schedule,
+            select=self.select,
+            round_to=round_to,
+            attention=attention,
+        )
         if type(recalibrate) is not int or recalibrate < 0:
             raise ValueError(
                 explain("`recalibrate` is a number of batches", repr(recalibrate), "pass 10, say")
             )
-        self.ratio = ratio
-        self.target_macs = target_macs
-        self.importance = scoring.check(importance)
-        self.when = epochs(when)
-        self.select = Select.of(select)
         # Lightning asks for the key on every hook of every step.
         self._key = self._generate_state_key(select=str(self.select))
-        self.round_to = round_to
         self.recalibrate = recalibrate
+        self.guard = guarding.guard(
+            max_drop=max_drop, monitor=monitor, mode=mode, patience=patience, when=self.when
+        )
         self.example = example
         self.receipt = Receipt()
         self.history: list[dict[str, Any]] = []
@@ -114,11 +136,14 @@ class StructuredPruning(ModelEdit):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [dict(step) for step in self.history]}
+        state: dict[str, Any] = {"history": [dict(step) for step in self.history]}
+        return state if self.guard is None else {**state, "guard": self.guard.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
+        if self.guard is not None and "guard" in state_dict:
+            self.guard.load_state_dict(state_dict["guard"])
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -128,18 +153,12 @@ class StructuredPruning(ModelEdit):
         what = type(self).__name__
         guards.refuse_sharded(trainer.strategy, what)
         guards.refuse_spawn(trainer.strategy, what)
-        last = trainer.max_epochs
-        if not _is_trial(trainer) and last is not None and 0 <= last <= self.when[-1]:
-            raise ValueError(
-                explain(
-                    "`when` names an epoch that this fit never reaches",
-                    f"epoch {self.when[-1]}, counted from 0, with max_epochs={last}",
-                    f"prune at epoch {last - 1} at the latest, or raise max_epochs",
-                )
-            )
-        if self.importance == "taylor" and not pl_module.automatic_optimization:
+        if not _is_trial(trainer):
+            scheduling.require_reached(self.when, trainer.max_epochs)
+        importance = self.request.importance
+        if importance in READ_THE_LOSS and not pl_module.automatic_optimization:
             raise Unsupported(
-                "importance='taylor' needs the loss that `training_step` returns",
+                f"importance={importance!r} needs the loss that `training_step` returns",
                 "a module with manual optimization",
                 "use importance='magnitude'",
             )
@@ -149,6 +168,8 @@ class StructuredPruning(ModelEdit):
             # Another fit; a second `trainer.fit` of the same model goes on where the first ended.
             self._trainer, self._module = weakref.ref(trainer), weakref.ref(pl_module)
             self.receipt, self.history = Receipt(), []
+            if self.guard is not None:
+                self.guard.reset()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,23 +179,51 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rehearse, so that what cannot work is told now and not in the middle of the fit."""
-        done = self._done()
-        if done < len(self.when):
-            self._decide(trainer, pl_module, done, len(self.when), scored=False)
+        if self._done() < len(self.when):
+            with isolate_rng():
+                calls = find_example(trainer, pl_module, self.example)
+                self.request.rehearse(
+                    pl_module, calls, left=self._left(), dense=pristine(pl_module)
+                )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = sum(epoch <= trainer.current_epoch for epoch in self.when)
-        if _is_trial(trainer):  # a trial of everything in one epoch
-            due = len(self.when)
-        if due > self._done():
-            self._prune(trainer, pl_module, self._done(), due)
+        trial = _is_trial(trainer)  # of everything in one epoch
+        due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
+        if due <= self._done():
+            return
+        if self.guard is None or trial:
+            self._prune(trainer, pl_module, due)
+        elif self._may_go_on(trainer, pl_module):
+            self.guard.require_value()
+            snapshot = remember_fit(trainer, pl_module)
+            steps = range(self._done() + 1, due + 1)  # one at a time; rounding can put some off
+            if any(self._prune(trainer, pl_module, step) for step in steps):
+                self.guard.begin(epoch=trainer.current_epoch, snapshot=snapshot)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.guard is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self.guard.note(trainer.callback_metrics)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before the last checkpoint is written, so that it holds the network that passed.
+        if trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs:
+            self._may_go_on(trainer, pl_module, final=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._may_go_on(trainer, pl_module, final=True)
         # `current_epoch` counts on before this hook.
-        missed = [e for e in self.when[self._done() :] if e >= trainer.current_epoch]
-        if missed and not _is_trial(trainer):
+        missed = [
+            epoch
+            for epoch in self.when[self._done() :]
+            if epoch >= trainer.current_epoch or self.guard is not None
+        ]
+        stopped = self.guard is not None and self.guard.stopped
+        if missed and not stopped and not _is_trial(trainer):
             rank_zero_warn(
                 explain(
                     f"the fit ended before {type(self).__name__} had done all of its steps",
@@ -186,16 +235,34 @@ class StructuredPruning(ModelEdit):
     def _done(self) -> int:
         return min(int(self.history[-1]["step"]), len(self.when)) if self.history else 0
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule, done: int, due: int) -> None:
+    def _may_go_on(self, trainer: Trainer, pl_module: LightningModule, final: bool = False) -> bool:
+        """Judge the last prune, and take it back if need be; whether the next one may come."""
+        if self.guard is None or self.guard.stopped:
+            return self.guard is None
+        verdict = self.guard.verdict(epoch=trainer.current_epoch, final=final)
+        verdict = trainer.strategy.broadcast(verdict)
+        if verdict == "back":
+            assert self.guard.snapshot is not None
+            rank_zero_warn(
+                f"The prune before epoch {self.guard.pruned_at} is taken back: {self.guard.says()}."
+            )
+            self.receipt = self.receipt + rewind(trainer, pl_module, self.guard.snapshot)
+            self.history[-1]["rolled_back"] = trainer.current_epoch
+        if verdict == "back" or (verdict == "go" and final):
+            self.guard.close(stopped=verdict == "back")
+        return verdict == "go"
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, due: int) -> bool:
         before = sum(p.numel() for p in pl_module.parameters())
-        try:
-            cut = self._decide(trainer, pl_module, done, due)
-        except NoEffect as error:  # rounding can put a step off, but not the whole
+        found = self._decide(trainer, pl_module, due)
+        if not found.cut:  # rounding can put a step off, but not the whole
             if due == len(self.when) and not self.history:
-                raise
-            rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {error}")
-            return
-        receipt = commit(trainer, pl_module, cut, lambda: self._statistics(trainer, pl_module))
+                raise NoEffect(found.reason)
+            if self.history:
+                self.history[-1]["step"] = due
+            rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.reason}")
+            return False
+        receipt = commit(trainer, pl_module, found.cut, lambda: self._renew(trainer, pl_module))
         after = sum(p.numel() for p in pl_module.parameters())
         self.receipt = self.receipt + receipt
         self.history.append(
@@ -204,58 +271,37 @@ class StructuredPruning(ModelEdit):
                 "epoch": trainer.current_epoch,
                 "params_before": before,
                 "params_after": after,
+                "kept": found.kept,
                 "skipped": {change.name: change.what for change in receipt.skipped},
             }
         )
         self._report(trainer, receipt, before, after)
+        return True
 
-    def _decide(
-        self, trainer: Trainer, pl_module: LightningModule, done: int, due: int, scored: bool = True
-    ) -> Cut:
-        steps = len(self.when)
-        macs = self.target_macs
-        if macs is not None:
-            macs = share_left(macs, due, steps) / share_left(macs, done, steps)
-        taylor = scored and self.importance == "taylor"
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> _Decision:
+        """Decide on all processes, because networks may talk to each other, and take rank 0's word."""
+        data = TrainingData(trainer, pl_module, _BATCHES)
+        left, dense = self._left(), pristine(pl_module)
         with isolate_rng():
-            return plan(
-                self._with_gradients(trainer, pl_module) if taylor else pl_module,
-                calls=find_example(trainer, pl_module, self.example),
-                ratio=None if self.ratio is None else self.ratio * due / steps,
-                target_macs=macs,
-                importance=self.importance if scored else "magnitude",
-                select=self.select,
-                round_to=self.round_to,
-                dense=pristine(pl_module),
-            )
+            calls = find_example(trainer, pl_module, self.example)
+            try:
+                cut = self.request.plan(
+                    pl_module, calls, due=due, left=left, dense=dense, source=data
+                )
+                found = _Decision(cut, self.request.kept(pl_module, calls, cut))
+            except NoEffect as error:
+                found = _Decision(Cut(), reason=str(error))
+        return trainer.strategy.broadcast(found)
 
-    def _with_gradients(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:
-        with inert_copy(trainer, pl_module) as copy:
-            copy.zero_grad()
-            for index, batch in enumerate(batches(trainer, _TAYLOR_BATCHES)):
-                output = run_step(trainer, copy, batch, index)
-                loss = output["loss"] if isinstance(output, dict) else output
-                if not isinstance(loss, Tensor):
-                    raise AccelError(
-                        "importance='taylor' needs the loss that `training_step` returns",
-                        type(output).__name__,
-                        "return the loss, or use importance='magnitude'",
-                    )
-                loss.backward()
-            return copy
+    def _left(self) -> float:
+        """Return the share of the target's unit that is left since the start of the fit."""
+        return math.prod(step["kept"] for step in self.history if step["kept"] is not None)
 
-    def _statistics(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.recalibrate:
-            return
-        data = batches(trainer, self.recalibrate)
-        for model in (pl_module, *averages(trainer.callbacks, pl_module)):  # type: ignore[attr-defined]
-            # A copy runs: the user's hooks stay silent and nothing is compiled for it.
-            copy = twin(model)
-            with isolate_rng(), trainer.precision_plugin.train_step_context():
-                recalibrate(copy, _prepared(trainer, pl_module, data))
-            buffers = dict(copy.named_buffers())
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+    def _renew(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.recalibrate:
+            data = batches(trainer, self.recalibrate)
+            calls = partial(calls_of, trainer, pl_module, data)
+            renew_buffers(trainer, pl_module, lambda copy: recalibrate(copy, calls()))
 
     def _report(self, trainer: Trainer, receipt: Receipt, before: int, after: int) -> None:
         left = after / before
@@ -263,21 +309,18 @@ class StructuredPruning(ModelEdit):
             f"Pruned before epoch {trainer.current_epoch}: {before:,} -> {after:,} parameters "
             f"({left:.0%}), {len(receipt.changes)} tensors."
         )
+        values = {"pruning/params": float(after), "pruning/params_left": left}
+        if self.request.target is not None:
+            values["pruning/target_left"] = self._left()
+            text += (
+                f"\n  {self.request.says(self._done(), self._left(), trainer.strategy.root_device)}"
+            )
         for change in receipt.skipped:
             text += f"\n  left alone: `{change.name}`: {change.what}"
         rank_zero_info(text)
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {"pruning/params": float(after), "pruning/params_left": left}, trainer.global_step
-            )
+            logger.log_metrics(values, trainer.global_step)
 
 
 def _is_trial(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
-
-
-@torch.no_grad()
-def _prepared(
-    trainer: Trainer, pl_module: LightningModule, data: list[Any]
-) -> Iterable[tuple[Call, ...]]:
-    yield from calls_of(trainer, pl_module, data)

@@ -1,62 +1,75 @@
 """Structured pruning as one transaction: trace, choose, prove on a copy, and only then cut.
 
-Groups that torch-pruning cannot handle, or whose removal does not pass the proof of `verify`, are left
-alone and listed in the receipt with the reason. Coupled layers by DepGraph (Fang et al. 2023,
-arXiv:2301.12900).
+Groups whose removal does not pass the proof of `verify` are left alone and listed in the receipt with the
+reason; the rest is cut together, in place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_accel.errors import BrokenModel, NoEffect, explain
+from lightning_accel.pruning import activations, selection
 from lightning_accel.pruning import importance as scoring
-from lightning_accel.pruning.graph import Graph, Group
-from lightning_accel.pruning.target import ratio_for_macs
+from lightning_accel.pruning.graph import Gone, Graph, Group
+from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.verify import Verifier, in_dtype_of
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
 from lightning_accel.surgery.call import Call, as_call, first
 
+if TYPE_CHECKING:
+    from lightning_accel.pruning.target import Target
+
 _EVERYTHING, _AS_IT_IS = Select(), Structure()
 _SAMPLES = 2  # enough for batch norm in train mode
+_NARROW = 0.999  # no share of the channels beyond this is asked for
 
 
 def prune(
     model: nn.Module,
     *,
     example: Any,
-    ratio: float,
-    importance: str = "magnitude",
+    ratio: float | None = None,
+    target: Target | None = None,
+    importance: Importance = "magnitude",
+    scope: str = "local",
     select: Select | str | Sequence[str] | None = None,
     round_to: int | None = None,
+    attention: str = "heads",
 ) -> Receipt:
-    """Remove the least important channels of a network in place; every layer loses the same share.
+    """Remove the least important channels and attention heads of a network in place.
 
     Parameters stay the same objects (pass the receipt to `surgery.follow` for optimizer state), and
     train flags, `requires_grad`, ties, dtypes, memory formats and hooks stay as they are. The layers
     that make the output keep their width, and no layer loses all of its channels.
 
     Args:
-        model: Any network that autograd can trace.
+        model: Any network that runs on `example`.
         example: What `model` takes: a tensor, a tuple of arguments, or a dict of keyword arguments.
         ratio: Share of channels to remove, above 0 and below 1. Halving the channels of neighbouring
-            layers leaves about a quarter of the arithmetic; see `target_macs` of the callback.
-        importance: "magnitude", "taylor" (needs gradients) or "random".
+            layers leaves about a quarter of the arithmetic.
+        target: Instead of `ratio`, what to reach: `Macs(0.5)`, `Params(0.5)`, `Latency(0.5)`.
+        importance: One of `importance.KNOWN`, or a function of model and group ("taylor" needs
+            gradients; "activation" measures on `example`).
+        scope: "local" takes the same share of every group of layers; "global" ranks all channels
+            together, "isomorphic" those of groups of equal structure.
         select: Layers whose channels may go; everything by default.
         round_to: Kept channels are raised to a multiple of this.
+        attention: Whole "heads" go, or the same places of every head ("width").
 
     Returns:
         What was cut, and under `skipped` what was left alone and why.
 
     Raises:
         ValueError: An argument is out of range.
-        NoEffect: Nothing could be pruned.
-        AccelError: The network cannot be traced.
+        NoEffect: Nothing could be pruned, or the target is out of reach.
+        AccelError: The network fails on the example.
         BrokenModel: Every candidate broke the network, which is as it was.
 
     >>> import torch
@@ -69,14 +82,18 @@ def prune(
       (2): Linear(in_features=4, out_features=2, bias=True)
     )
     """
-    check_ratio(ratio)
+    if ratio is not None:
+        check_ratio(ratio)
     return plan(
         model,
         calls=(as_call(example),),
         ratio=ratio,
+        target=target,
         importance=importance,
+        scope=scope,
         select=Select.of(select),
         round_to=round_to,
+        attention=attention,
     ).apply(model)
 
 
@@ -85,43 +102,71 @@ def plan(
     *,
     calls: Sequence[Call],
     ratio: float | None = None,
-    target_macs: float | None = None,
-    importance: str = "magnitude",
+    target: Target | None = None,
+    importance: Importance = "magnitude",
+    scope: str = "local",
     select: Select = _EVERYTHING,
     round_to: int | None = None,
+    attention: str = "heads",
     dense: Structure = _AS_IT_IS,
+    batches: Iterable[Sequence[Call]] = (),
+    statistics: activations.Statistics | None = None,
+    seconds: float = 300.0,
 ) -> Cut:
-    """Return the proved cut for a share of channels, or for a share of MACs to keep; change nothing.
+    """Return the proved cut for a share of channels, or for a target; change nothing.
 
-    `dense` holds the shapes before earlier cuts, if there were any: `ratio` is a share of those, and
-    `target_macs` one of the MACs now.
+    `dense` holds the shapes before earlier cuts, if there were any: `ratio` is a share of those.
+    `batches` are the calls of calibration batches, for importances that measure. After `seconds` no
+    more groups are tried one by one; those not tried by then are left alone, and listed.
     """
-    scoring.check(importance)
+    check_asked(ratio, target)
     check_round_to(round_to)
+    scoring.check(importance)
+    selection.check_scope(scope)
+    until = time.monotonic() + seconds
     if importance == "taylor":
         scoring.require_gradients(model)
     small = in_dtype_of(first(calls, _SAMPLES), model)
     frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
     graph = Graph(
-        twin(model), small, select=select, importance=importance, frozen=frozen, dense=dense
+        twin(model),
+        small,
+        copy=twin,
+        select=select,
+        frozen=frozen,
+        dense=dense,
+        attention=attention,
     )
+    if importance == "activation" and statistics is None:
+        data = list(batches) or [in_dtype_of(calls, model)]
+        statistics = activations.collect(graph.model, graph.groups, data)
+    scores, refused = _scores(graph, importance, statistics)
     verifier = Verifier(model, small)
-    good, refused = _sound(graph, verifier, ratio or 0.5, round_to)
-    if target_macs is not None:
-        ratio = ratio_for_macs(graph, good, small, share=target_macs, round_to=round_to)
-    assert ratio is not None
-    cut = graph.cut(ratio, round_to=round_to, groups=good)
-    skipped = (*graph.skipped, *refused)
-    if not cut:
-        raise NoEffect(
-            f"removing {ratio:.0%} of the channels removes nothing",
-            f"{len(good)} groups of at most {max(len(g.scores) for g in good)} channels"
-            + (f", round_to={round_to}" if round_to else ""),
-            "raise `ratio`, or lower `round_to`",
-        )
-    verifier.equivalence(cut)
-    verifier.training(cut)
-    return dataclasses.replace(cut, skipped=skipped)
+    groups = [group for group in graph.groups if group.name in scores]
+    while groups:
+        picked = list(groups)
+
+        def pick(share: float, picked: list[Group] = picked) -> dict[str, list[int]]:
+            return selection.choose(
+                picked, scores, ratio=min(share, _NARROW), scope=scope, round_to=round_to
+            )
+
+        gone = pick(ratio) if ratio is not None else target.reach(graph, pick)  # type: ignore[union-attr]
+        if not gone:
+            raise _nothing(ratio, target, groups, round_to)
+        wrong = _culprits(graph, verifier, groups, gone, until)
+        if not wrong:
+            cut = graph.cut(gone)
+            narrow = selection.immovable(groups, round_to=round_to)
+            return dataclasses.replace(cut, skipped=(*graph.skipped, *refused, *narrow))
+        refused += wrong
+        groups = [g for g in groups if g.name not in {change.name for change in wrong}]
+    listed = "; ".join(f"`{c.name}`: {c.what}" for c in refused[:4])
+    raise BrokenModel(
+        "no group of channels can be removed without breaking the network",
+        listed,
+        "choose other layers by `select`; the network is as it was",
+    )
 
 
 def check_ratio(ratio: Any, name: str = "ratio") -> None:
@@ -142,48 +187,95 @@ def check_round_to(round_to: Any) -> None:
         )
 
 
-def _sound(
-    graph: Graph, verifier: Verifier, ratio: float, round_to: int | None
-) -> tuple[list[Group], list[Change]]:
-    """Split the groups into those that can be cut together and those that cannot, with reasons."""
+def check_asked(ratio: Any, target: Any) -> None:
+    """Raise unless exactly one of `ratio` and `target` is given."""
+    if (ratio is None) == (target is None):
+        raise ValueError(
+            explain(
+                "pruning takes either `ratio` or `target`",
+                f"ratio={ratio!r}, target={target!r}",
+                "pass one of the two",
+            )
+        )
+
+
+def _scores(
+    graph: Graph, importance: Importance, statistics: activations.Statistics | None
+) -> tuple[dict[str, Tensor], list[Change]]:
+    scores, refused = {}, []
+    for group in graph.groups:
+        try:
+            scores[group.name] = scoring.score(
+                graph.model, group, importance, statistics=statistics
+            )
+        except ValueError as error:
+            refused.append(Change(group.name, str(error)))
+    return scores, refused
+
+
+def _nothing(
+    ratio: float | None, target: Any, groups: Sequence[Group], round_to: int | None
+) -> NoEffect:
+    asked = f"{ratio:.0%} of the channels" if ratio is not None else f"what {target!r} asks"
+    return NoEffect(
+        f"removing {asked} removes nothing",
+        f"{len(groups)} groups of at most {max(g.units for g in groups)} channels"
+        + (f", round_to={round_to}" if round_to else ""),
+        "raise `ratio`, or lower `round_to`",
+    )
+
+
+def _culprits(
+    graph: Graph,
+    verifier: Verifier,
+    groups: Sequence[Group],
+    gone: Gone,
+    until: float,
+) -> list[Change]:
+    """Return the groups that cannot be cut (with the others), with reasons; none if all can."""
+    bundles: dict[Any, dict[str, Sequence[int]]] = {}
+    for group in groups:
+        if group.name in gone:
+            key = group.name if group.link is None else group.link
+            bundles.setdefault(key, {})[group.name] = gone[group.name]
     refused: list[Change] = []
 
-    def failure(groups: Sequence[Group]) -> str:
+    def failure(some: Sequence[Mapping[str, Sequence[int]]]) -> str:
         try:
-            verifier.equivalence(graph.cut(ratio, round_to=round_to, groups=groups))
+            cut = graph.cut({name: units for part in some for name, units in part.items()})
+            verifier.equivalence(cut)
+            verifier.training(cut)
         except (BrokenModel, ValueError, IndexError, AssertionError, RuntimeError) as error:
-            return str(error).removesuffix(f" Do: {_remedy(error)}.")
+            return str(error).rpartition(" Do: ")[0] or str(error)
         return ""
 
-    def sound(groups: list[Group]) -> list[Group]:
-        reason = failure(groups)
-        if not reason:
-            return groups
-        if len(groups) == 1:
-            refused.append(Change(groups[0].root, reason))
+    def refuse(part: Mapping[str, Sequence[int]], reason: str) -> None:
+        refused.extend(Change(name, reason) for name in part)
+
+    def sound(some: list[dict[str, Sequence[int]]]) -> list[dict[str, Sequence[int]]]:
+        if time.monotonic() > until:
+            for part in some:
+                refuse(part, "not tried: the time for trying groups one by one was over")
             return []
-        half = len(groups) // 2
-        left, right = sound(groups[:half]), sound(groups[half:])
+        reason = failure(some)
+        if not reason:
+            return some
+        if len(some) == 1:
+            if graph.rescale(some[0]) and not failure(some):
+                return some
+            refuse(some[0], reason)
+            return []
+        half = len(some) // 2
+        left, right = sound(some[:half]), sound(some[half:])
         if not left or not right or not failure(left + right):
             return left + right
-        for group in right:  # sound apart, not together
-            reason = failure([*left, group])
+        for part in right:  # sound apart, not together
+            reason = failure([*left, part])
             if reason:
-                refused.append(Change(group.root, reason))
+                refuse(part, reason)
             else:
-                left = [*left, group]
+                left = [*left, part]
         return left
 
-    good = sound(graph.groups)
-    if not good:
-        listed = "; ".join(f"`{c.name}`: {c.what}" for c in refused[:4])
-        raise BrokenModel(
-            "no group of channels can be removed without breaking the network",
-            listed,
-            "choose other layers by `select`; the network is as it was",
-        )
-    return good, refused
-
-
-def _remedy(error: Exception) -> str:
-    return str(error).rpartition(" Do: ")[2].rstrip(".")
+    sound(list(bundles.values()))
+    return refused

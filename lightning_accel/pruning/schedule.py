@@ -1,12 +1,29 @@
-"""How much is gone after each step of a pruning schedule."""
+"""How much is gone after each step of a pruning schedule.
+
+With t the share of the steps that are done and k the share to keep at the end:
+
+- `one_shot`: everything in one step;
+- `linear`: 1 - (1 - k) t, the same amount each time;
+- `cubic`: 1 - (1 - k) (1 - (1 - t)^3), most of it early, while there is redundancy and time to recover
+  (Zhu and Gupta 2017, arXiv:1710.01878);
+- `iterative`: k^t, the same share of what is left each time (Han et al. 2015, arXiv:1506.02626).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
 from lightning_accel.errors import explain
+
+_GONE: dict[str, Callable[[float, float], float]] = {
+    "one_shot": lambda ratio, done: ratio * done,
+    "linear": lambda ratio, done: ratio * done,
+    "cubic": lambda ratio, done: ratio * (1.0 - (1.0 - done) ** 3),
+    "iterative": lambda ratio, done: 1.0 - (1.0 - ratio) ** done,
+}
+SCHEDULES = tuple(_GONE)
 
 
 def epochs(when: Any) -> tuple[int, ...]:
@@ -28,10 +45,56 @@ def epochs(when: Any) -> tuple[int, ...]:
     return listed
 
 
-def share_left(kept: float, step: int, steps: int) -> float:
-    """Return the share to keep after `step` of `steps`, falling linearly from 1 to `kept`.
+def require_reached(when: tuple[int, ...], max_epochs: int | None) -> None:
+    """Raise unless a fit of so many epochs comes to the last prune; -1 and `None` are no limit."""
+    if max_epochs is not None and 0 <= max_epochs <= when[-1]:
+        raise ValueError(
+            explain(
+                "`when` names an epoch that this fit never reaches",
+                f"epoch {when[-1]}, counted from 0, with max_epochs={max_epochs}",
+                f"prune at epoch {max_epochs - 1} at the latest, or raise max_epochs",
+            )
+        )
+
+
+def check(schedule: Any, steps: int) -> str:
+    """Return a known schedule that fits the number of steps, or raise `ValueError`."""
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            explain("unknown schedule", repr(schedule), f"choose one of {', '.join(SCHEDULES)}")
+        )
+    if schedule == "one_shot" and steps > 1:
+        raise ValueError(
+            explain(
+                "schedule='one_shot' prunes once",
+                f"{steps} epochs in `when`",
+                "pass one epoch, or schedule='linear'",
+            )
+        )
+    return str(schedule)
+
+
+def share_gone(ratio: float, step: int, steps: int, schedule: str = "linear") -> float:
+    """Return the share that is gone after `step` of `steps`, of what there was before the first.
+
+    Args:
+        ratio: Share that is gone after the last step; reached exactly.
+        step: Steps that are done, 0 to `steps`.
+        steps: Number of steps.
+        schedule: One of `SCHEDULES`.
+
+    >>> [round(share_gone(0.6, step, 3, "cubic"), 3) for step in (0, 1, 2, 3)]
+    [0.0, 0.422, 0.578, 0.6]
+    """
+    return ratio if step == steps else _GONE[schedule](ratio, step / steps)
+
+
+def share_left(kept: float, step: int, steps: int, schedule: str = "linear") -> float:
+    """Return the share to keep after `step` of `steps`, falling from 1 to `kept`.
 
     >>> [share_left(0.4, step, 3) for step in (0, 1, 3)]
     [1.0, 0.8, 0.4]
+    >>> [round(share_left(0.125, step, 3, "iterative"), 6) for step in (0, 1, 2, 3)]
+    [1.0, 0.5, 0.25, 0.125]
     """
-    return 1.0 - (1.0 - kept) * step / steps
+    return kept if step == steps else 1.0 - share_gone(1.0 - kept, step, steps, schedule)

@@ -1,57 +1,377 @@
-"""Which share of channels leads to a share of the arithmetic.
+"""From a budget to the channels that must go: arithmetic, parameters, time on this device, memory.
 
-Channels are the wrong interface for a budget: half of them leave anything from a fifth to two thirds
-of the MACs. So the ratio is found by bisection on copies; one trace serves all tries.
+Channels are the wrong interface for a budget: half of them leave anything from a fifth to two thirds of
+the arithmetic, and a third less arithmetic may take as long as before. So the share of channels is found
+by bisection on what the budget is about: counted exactly for `Macs` and `Params`, counted on a copy for
+`Memory`, measured in short blocks beside the dense network for `Latency`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from lightning_accel.errors import NoEffect
-from lightning_accel.measure.flops import count_macs
-from lightning_accel.pruning.graph import Graph, Group
-from lightning_accel.surgery import twin
-from lightning_accel.surgery.call import Call
+from lightning_accel.errors import NoEffect, explain
+from lightning_accel.measure.flops import count_macs, eval_mode
+from lightning_accel.measure.memory import model_size, peak_memory
+from lightning_accel.measure.timing import compare
+from lightning_accel.surgery import Cut, twin
+from lightning_accel.surgery.call import Call, batch_size, run
+
+Gone = Mapping[str, Sequence[int]]
+"""Units that are removed, ascending, by name of their group."""
+Pick = Callable[[float], Gone]
+"""What goes when this share of the channels is to go; a larger share removes no less."""
 
 _STEPS = 12
+_MOST = 1.0 - 2.0**-_STEPS
+_TRIES = 10
+_MIXES, _CLOSE = 8, 0.99
 
 
-def ratio_for_macs(
-    graph: Graph,
-    groups: Sequence[Group],
-    calls: Sequence[Call],
-    *,
-    share: float,
-    round_to: int | None,
-) -> float:
-    """Return the smallest ratio that leaves at most `share` of the MACs, to 1/4096.
+class Prunable(Protocol):
+    """What a target needs of `graph.Graph`."""
 
-    Raises:
-        NoEffect: Even almost all channels of these groups leave more than that.
+    model: nn.Module
+    calls: tuple[Call, ...]
+    groups: list[Any]
+
+    def cut(self, gone: Gone) -> Cut: ...
+    def macs(self, gone: Gone) -> float: ...
+    def params(self, gone: Gone) -> int: ...
+
+
+class _Bracket(NamedTuple):
+    """The share of channels that meets a target, the last removal that misses it, and its own."""
+
+    ratio: float
+    too_little: Gone
+    enough: Gone
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """A share to keep, above 0 and below 1, of something that the network needs before it is pruned."""
+
+    share: float
+
+    unit: ClassVar[str]
+    measured: ClassVar[bool] = False
+    """Whether two equal questions may get two answers."""
+
+    def __post_init__(self) -> None:
+        check_share(self.share, f"{type(self).__name__}.share")
+
+    @abstractmethod
+    def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
+        """Return what `after` needs as a share of what `before` needs for the same calls."""
+
+    def of(self, calls: Sequence[Call]) -> Self:
+        """Take from the user's own example what was left open."""
+        return self
+
+    def of_rest(self, share: float) -> Self:
+        """Return this target for another share.
+
+        Raises:
+            NoEffect: There is nothing left to remove.
+        """
+        if share >= 1:
+            raise NoEffect("what was removed already is more than is due", f"{share:.0%} may stay")
+        return dataclasses.replace(self, share=share)
+
+    def kept(self, graph: Prunable, gone: Gone) -> float:
+        """Return the share of the present network's need that is left without `gone`."""
+        after = twin(graph.model)
+        graph.cut(gone).apply(after)
+        return self.compared(graph.model, after, graph.calls)
+
+    def reach(self, graph: Prunable, pick: Pick) -> Gone:
+        """Return what has to go so that just no more than the share is left.
+
+        Raises:
+            NoEffect: Even almost all channels of these groups leave more.
+        """
+        return self._bracket(graph, pick).enough
+
+    def _bracket(self, graph: Prunable, pick: Pick) -> _Bracket:
+        _require(self, self.kept(graph, pick(_MOST)))
+        return _bisect(self, graph, pick)
+
+    def says(self, achieved: float, device: torch.device | str = "cpu") -> str:
+        """Write what was reached and what was asked for, with its unit and, if it matters, the device.
+
+        >>> Macs(0.5).says(0.4912)
+        '49.1 % of the multiply-accumulates (asked: 50 %)'
+        >>> Latency(0.5, batch_size=32).says(0.49)
+        '49.0 % of the milliseconds of a forward at batch 32 on cpu (asked: 50 %)'
+        """
+        what = self.unit
+        if isinstance(self, (Latency, Memory)):
+            what += f" at batch {self.batch_size}" if self.batch_size else ""
+            what += f" on {device}"
+        return f"{100 * achieved:.1f} % of the {what} (asked: {100 * self.share:.3g} %)"
+
+
+@dataclass(frozen=True)
+class Macs(Target):
+    """Keep this share of the multiply-accumulates.
+
+    >>> Macs(0.5).share
+    0.5
     """
-    dense = macs_of(graph.model, calls)
 
-    def left(ratio: float) -> float:
-        model = twin(graph.model)
-        graph.cut(ratio, round_to=round_to, groups=groups).apply(model)
-        return macs_of(model, calls) / dense
+    unit: ClassVar[str] = "multiply-accumulates"
 
-    low, high = 0.0, 1.0 - 2.0**-_STEPS
-    if left(high) > share:
-        raise NoEffect(
-            f"the network cannot be pruned to {share:.0%} of its MACs",
-            f"{left(high):.0%} remain when one channel per prunable layer is left",
-            "raise `target_macs`, or widen `select`",
+    def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
+        return macs_of(after, calls) / macs_of(before, calls)
+
+    def kept(self, graph: Prunable, gone: Gone) -> float:
+        return graph.macs(gone) / graph.macs({})
+
+    def reach(self, graph: Prunable, pick: Pick) -> Gone:
+        return _closest(self, graph, pick, self._bracket(graph, pick))
+
+
+@dataclass(frozen=True)
+class Params(Target):
+    """Keep this share of the parameters."""
+
+    unit: ClassVar[str] = "parameters"
+
+    def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
+        return model_size(after).params / model_size(before).params
+
+    def kept(self, graph: Prunable, gone: Gone) -> float:
+        return graph.params(gone) / graph.params({})
+
+    def reach(self, graph: Prunable, pick: Pick) -> Gone:
+        return _closest(self, graph, pick, self._bracket(graph, pick))
+
+
+@dataclass(frozen=True)
+class Memory(Target):
+    """Keep this share of the bytes that a forward needs: weights, buffers and its peak beyond them.
+
+    Args:
+        share: Share to keep.
+        batch_size: Samples of the forward; `None` takes as many as the example has.
+    """
+
+    batch_size: int | None = None
+
+    unit: ClassVar[str] = "bytes at the peak of a forward"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_batch_size(self.batch_size)
+
+    def of(self, calls: Sequence[Call]) -> Self:
+        return dataclasses.replace(self, batch_size=self.batch_size or batch_size(calls))
+
+    def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
+        calls = _repeated(calls, self.batch_size)
+        need = [_bytes(model, calls) for model in (before, after)]
+        return need[1] / need[0]
+
+
+@dataclass(frozen=True)
+class Latency(Target):
+    """Keep this share of the time of a forward on the device where the network is, measured there.
+
+    In eval mode, uncompiled, in the number format of the weights. Both networks run in one process, in
+    short blocks of random order, so that what disturbs one disturbs the other.
+
+    Args:
+        share: Share to keep.
+        batch_size: Samples of the forward; `None` takes as many as the example has.
+        tolerance: How far the measured share may lie above the one asked for, as a share of it.
+        budget_s: Seconds of one measurement; a search takes about six, at most twelve.
+    """
+
+    batch_size: int | None = None
+    tolerance: float = 0.05
+    budget_s: float = 1.0
+
+    unit: ClassVar[str] = "milliseconds of a forward"
+    measured: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self.tolerance, "Latency.tolerance")
+        _check_batch_size(self.batch_size)
+        if not _is_number(self.budget_s) or not 0 < self.budget_s < math.inf:
+            raise ValueError(
+                explain("`Latency.budget_s` is in seconds", repr(self.budget_s), "pass 1.0, say")
+            )
+
+    def of(self, calls: Sequence[Call]) -> Self:
+        return dataclasses.replace(self, batch_size=self.batch_size or batch_size(calls))
+
+    def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
+        calls = _repeated(calls, self.batch_size)
+        device = next(before.parameters()).device
+        with eval_mode(before), eval_mode(after):
+            found = compare(
+                _forward(before, calls),
+                _forward(after, calls),
+                device=device,
+                budget_s=self.budget_s,
+            )
+        return 1.0 / found.ratio
+
+    def reach(self, graph: Prunable, pick: Pick) -> Gone:
+        """Return what has to go; few measurements, the first where the arithmetic meets the share."""
+        below, enough = _MOST, pick(_MOST)
+        least = self.kept(graph, enough)
+        _require(self, least)
+        above, most = 0.0, 1.0
+        too_little: Gone = {}
+        ratio = _bisect(Macs(self.share), graph, pick).ratio
+        for _ in range(_TRIES):
+            gone = pick(ratio)
+            if same(gone, enough) or same(gone, too_little):
+                left = least if same(gone, enough) else most
+            else:
+                left = self.kept(graph, gone)
+                if abs(left / self.share - 1) <= self.tolerance / 2:
+                    left = (left + self.kept(graph, gone)) / 2
+                    if abs(left / self.share - 1) <= self.tolerance / 2:
+                        return gone
+            if left <= self.share:
+                below, least, enough = ratio, left, gone
+            else:
+                above, most, too_little = ratio, left, gone
+            # Where a straight line through both sides would meet the share, but well inside.
+            place = (most - self.share) / max(most - least, 1e-9)
+            ratio = above + (below - above) * min(max(place, 0.15), 0.85)
+        return enough
+
+
+def check_share(value: Any, name: str) -> None:
+    """Raise unless `value` is a number above 0 and below 1."""
+    if not _is_number(value) or not math.isfinite(value) or not 0 < value < 1:
+        error = ValueError if _is_number(value) else TypeError
+        raise error(
+            explain(f"`{name}` is a share above 0 and below 1", repr(value), "pass 0.5, say")
         )
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if left(middle) <= share else (middle, high)
-    return high
 
 
 def macs_of(model: nn.Module, calls: Sequence[Call]) -> int:
     """Return the multiply-accumulates of the calls."""
     return sum(count_macs(model.get_submodule(c.name), c.args, c.kwargs).macs for c in calls)
+
+
+def _bisect(target: Target, graph: Prunable, pick: Pick) -> _Bracket:
+    above, below = 0.0, _MOST
+    too_little: Gone = {}
+    enough = pick(below)
+    for _ in range(_STEPS):
+        middle = (above + below) / 2
+        gone = pick(middle)
+        if same(gone, enough) or (
+            not same(gone, too_little) and target.kept(graph, gone) <= target.share
+        ):
+            below, enough = middle, gone
+        else:
+            above, too_little = middle, gone
+    return _Bracket(below, too_little, enough)
+
+
+def _closest(target: Target, graph: Prunable, pick: Pick, bracket: _Bracket) -> Gone:
+    """Mix removals of neighbouring shares, to come nearer to the target than one share of all can.
+
+    Groups of equal width lose a channel at the same share; the target may need only some of these. So a
+    little more than enough is taken, and given back group by group, the most expensive first.
+    """
+    parts: dict[Any, list[str]] = {}
+    for group in graph.groups:
+        parts.setdefault(group.name if group.link is None else group.link, []).append(group.name)
+    best, most = bracket.enough, target.kept(graph, bracket.enough)
+    for extra in range(_MIXES):
+        if most >= _CLOSE * target.share:
+            break
+        more = pick(min(bracket.ratio + extra / 100, _MOST))
+        mixed = _given_back(target, graph, list(parts.values()), more, bracket.too_little)
+        kept = target.kept(graph, mixed)
+        if most < kept <= target.share:
+            best, most = mixed, kept
+    return best
+
+
+def _given_back(
+    target: Target, graph: Prunable, parts: list[list[str]], gone: Gone, less: Gone
+) -> Gone:
+    def without(some: Gone, names: list[str]) -> Gone:
+        mixed = {**some, **{name: less.get(name, []) for name in names}}
+        return {name: units for name, units in mixed.items() if len(units)}
+
+    movable = [names for names in parts if not same(without(gone, names), gone)]
+    movable.sort(key=lambda names: -target.kept(graph, without(gone, names)))
+    for names in movable:
+        tried = without(gone, names)
+        if target.kept(graph, tried) <= target.share:
+            gone = tried
+    return gone
+
+
+def _require(target: Target, least: float) -> None:
+    if least > target.share:
+        raise NoEffect(
+            f"the network cannot be pruned to {target.share:.0%} of its {target.unit}",
+            f"{least:.0%} remain when one channel per prunable layer is left",
+            "raise the share of the target, or widen `select`",
+        )
+
+
+def same(one: Gone, other: Gone) -> bool:
+    """Whether two removals take the same units."""
+    return {n: list(u) for n, u in one.items()} == {n: list(u) for n, u in other.items()}
+
+
+def _repeated(calls: Sequence[Call], size: int | None) -> tuple[Call, ...]:
+    """Give the calls a batch of `size` samples by repeating the ones that they have."""
+    batch = batch_size(calls)
+    if size is None or not batch or batch == size:
+        return tuple(calls)
+
+    def repeat(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != batch:
+            return value
+        return value[torch.arange(size, device=value.device) % batch]
+
+    return tuple(Call(c.name, *tree_map(repeat, (c.args, c.kwargs))) for c in calls)
+
+
+def _forward(model: nn.Module, calls: Sequence[Call]) -> Callable[[], None]:
+    def call() -> None:
+        with torch.inference_mode():
+            run(model, calls)
+
+    return call
+
+
+def _bytes(model: nn.Module, calls: Sequence[Call]) -> int:
+    size, device = model_size(model), next(model.parameters()).device
+    with eval_mode(model):
+        peak = peak_memory(_forward(model, calls), device=device).peak_bytes
+    return size.param_bytes + size.buffer_bytes + peak
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_batch_size(size: Any) -> None:
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(
+            explain("`batch_size` is a positive number of samples", repr(size), "pass 32, or None")
+        )

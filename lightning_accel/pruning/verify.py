@@ -1,28 +1,49 @@
 """A cut is right when the smaller network computes what the masked dense one computes.
 
 Setting the removed elements to zero and leaving them in place must give the same outputs, in float64
-to about 1e-12, once normalisations over the cut dimension are replaced by their affine part on both
-sides (their statistics change by design, which fine-tuning repairs). This catches what merely running
-cannot: heads or channels wired to the wrong consumer without any error.
+to about 1e-12, once statistics over the cut dimension are the same on both sides (they change by design,
+which fine-tuning repairs; see `statistics`). This catches what merely running cannot: heads or channels
+wired to the wrong consumer without any error.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_accel.errors import BrokenModel
-from lightning_accel.pruning.trace import where
+from lightning_accel.pruning.statistics import Record, Replay
 from lightning_accel.surgery import Cut, twin
-from lightning_accel.surgery.call import Call, cast, run, same_random_state, tensors
+from lightning_accel.surgery.call import Call, as_call, cast, run, same_random_state, tensors
 
 TOLERANCE = 1e-6
+
+
+def mask_equivalence(model: nn.Module, cut: Cut, *, example: Any) -> float:
+    """Return how far the cut network is from the masked one, relative to the output's largest value.
+
+    A right cut gives rounding errors of float64, about 1e-15. `model` is not changed.
+
+    Args:
+        model: The network for which the cut was planned.
+        cut: What `plan` returns.
+        example: A tensor, a tuple of arguments, or a dict of keyword arguments; any data will do.
+
+    Raises:
+        BrokenModel: The cut network fails, or its outputs have another shape.
+
+    >>> from lightning_accel.pruning import plan
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> x = torch.ones(1, 4)
+    >>> mask_equivalence(net, plan(net, calls=(as_call(x),), ratio=0.5), example=x) < 1e-10
+    True
+    """
+    return Verifier(model, (as_call(example),)).difference(cut)
 
 
 class Verifier:
@@ -43,22 +64,40 @@ class Verifier:
 
     def equivalence(self, cut: Cut) -> None:
         """Raise `BrokenModel` unless the cut network equals the masked one."""
+        error = self.difference(cut)
+        if not error <= (TOLERANCE if self.dtype == torch.float64 else 1e-3):
+            raise BrokenModel(
+                "the cut network does not compute what the masked one computes",
+                f"a relative difference of {error:.1e}",
+                _REMEDY,
+            )
+
+    def difference(self, cut: Cut) -> float:
+        """Return the largest difference between the cut and the masked network, over the output's scale.
+
+        Raises:
+            BrokenModel: The cut network fails, or its outputs have another shape.
+        """
         dense, small = twin(self.exact), twin(self.exact)
         cut.masked(dense)
         cut.apply(small)
-        expected = self._outputs(dense)
-        found = self._outputs(small)
+        record = Record()
+        with torch.no_grad(), same_random_state(dense), record:
+            torch.manual_seed(0)
+            expected = _tensors(run(dense, self.exact_calls))
+        with torch.no_grad(), same_random_state(small), _located(small) as stack:
+            torch.manual_seed(0)
+            with Replay(record.notes, cut, stack):
+                found = _tensors(run(small, self.exact_calls))
         if [t.shape for t in expected] != [t.shape for t in found]:
             raise BrokenModel("the cut changes the shape of the network's output", "", _REMEDY)
+        worst = 0.0
         for want, have in zip(expected, found, strict=True):
-            scale = want.abs().max().clamp_min(1e-12) if want.numel() else want.new_ones(())
-            error = float((want - have).abs().max() / scale) if want.numel() else 0.0
-            if not error <= (TOLERANCE if self.dtype == torch.float64 else 1e-3):
-                raise BrokenModel(
-                    "the cut network does not compute what the masked one computes",
-                    f"a relative difference of {error:.1e}",
-                    _REMEDY,
-                )
+            if want.numel():
+                scale = want.abs().max().clamp_min(1e-12)
+                error = float((want - have).abs().max() / scale)
+                worst = error if not error <= worst else worst
+        return worst
 
     def training(self, cut: Cut) -> None:
         """Raise `BrokenModel` unless forward and backward run in train mode, where they did before."""
@@ -69,45 +108,33 @@ class Verifier:
         cut.apply(small)
         _backward(small, calls)
 
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        with torch.no_grad(), same_random_state(model), _AffineNorms():
-            torch.manual_seed(0)
-            return _tensors(_run_located(model, self.exact_calls))
-
 
 _REMEDY = "exclude the module with `select=Select(exclude=...)`"
 
 
-class _AffineNorms(TorchFunctionMode):
-    """Replace normalisations across channels by their affine part."""
+@contextmanager
+def _located(model: nn.Module) -> Iterator[list[str]]:
+    """Give the list of modules now running; an error says in which one it happened."""
+    stack: list[str] = []
 
-    _LAYER = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
-    _GROUP = {F.group_norm, torch.group_norm}
+    def leave(*_: Any) -> None:
+        stack.pop()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self._LAYER or func in self._GROUP:
-            x = args[0] if args else kwargs["input"]
-            weight = args[2] if len(args) > 2 else kwargs.get("weight")
-            has_bias = func not in (F.rms_norm, torch.rms_norm)
-            bias = (args[3] if len(args) > 3 else kwargs.get("bias")) if has_bias else None
-            shape = (-1, *[1] * (x.dim() - 2)) if func in self._GROUP else None
-            x = x if weight is None else x * (weight if shape is None else weight.view(shape))
-            return x if bias is None else x + (bias if shape is None else bias.view(shape))
-        return func(*args, **kwargs)
-
-
-def _run_located(model: nn.Module, calls: Sequence[Call]) -> list[Any]:
-    names = {module: name for name, module in model.named_modules()}
-    with where(model, names) as stack:
-        try:
-            return run(model, calls)
-        except Exception as error:
-            raise BrokenModel(
-                f"the cut network fails in `{stack[-1] if stack else ''}`",
-                f"{type(error).__name__}: {error}",
-                _REMEDY,
-            ) from error
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield stack
+    except Exception as error:
+        raise BrokenModel(
+            f"the cut network fails in `{stack[-1] if stack else ''}`",
+            f"{type(error).__name__}: {error}",
+            _REMEDY,
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _trains(model: nn.Module, calls: Sequence[Call]) -> bool:
@@ -122,7 +149,8 @@ def _backward(model: nn.Module, calls: Sequence[Call]) -> None:
     model.train()
     with torch.enable_grad(), same_random_state(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outputs = [t for t in _tensors(_run_located(model, calls)) if t.requires_grad]
+        with _located(model):
+            outputs = [t for t in _tensors(run(model, calls)) if t.requires_grad]
         total = sum(t.float().mean() for t in outputs)
         if isinstance(total, Tensor):
             try:

@@ -29,13 +29,15 @@ from lightning_accel.surgery.structure import (
 class Cut:
     """The kept elements of named tensors, and the new value of integer attributes of modules.
 
-    `before` holds the shapes and attributes that the cut expects to find.
+    `before` holds the shapes and attributes that the cut expects to find. `scaled` multiplies what is
+    kept of a tensor, so that the function stays the same (see `pruning.scaling`).
     """
 
     kept: Mapping[str, Kept] = field(default_factory=dict)
     before: Structure = field(default_factory=Structure)
     attributes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
     skipped: tuple[Change, ...] = ()
+    scaled: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.kept)
@@ -58,7 +60,10 @@ class Cut:
                 continue  # a tied tensor under its second name
             done.add(id(old))
             old_shape, gradient = tuple(old.shape), old.grad
-            new = replace_data(model, name, kept.take(old))
+            data = kept.take(old)
+            if name in self.scaled:
+                data.mul_(self.scaled[name].to(data))
+            new = replace_data(model, name, data)
             done.add(id(new))
             if gradient is not None:
                 new.grad = kept.take(gradient)

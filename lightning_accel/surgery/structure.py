@@ -70,9 +70,10 @@ class Structure:
         return Structure({**self.tensors, **other.tensors}, attributes)
 
     def apply(self, model: nn.Module) -> Receipt:
-        """Give `model` these sizes in place. Tensors whose shape changes become zeros.
+        """Give `model` these sizes in place. Parameters whose shape changes become zeros.
 
-        Parameters stay the same objects, tied ones stay tied, flags and dtypes stay.
+        Buffers that checkpoints do not hold are the same along a cut dimension, so they are shortened
+        or repeated. Parameters stay the same objects, tied ones stay tied, flags and dtypes stay.
         """
         tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
         changes = []
@@ -80,7 +81,10 @@ class Structure:
             tensor = tensors[name]
             if tuple(tensor.shape) != tuple(shape):
                 changes.append(Change(name, "resized", text(tensor.shape), text(shape)))
-                replace_data(model, name, tensor.new_zeros(shape))
+                data = tensor.new_zeros(shape)
+                if not isinstance(tensor, nn.Parameter):
+                    data = _repeated(tensor, shape)
+                replace_data(model, name, data)
         for name, sizes in self.attributes.items():
             for key, size in sizes.items():
                 set_size(modules[name], key, size)
@@ -173,6 +177,14 @@ def replace_data(model: nn.Module, name: str, data: Tensor) -> Tensor:
             if held is tensor:
                 module._parameters[leaf] = successor
     return successor
+
+
+def _repeated(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return `tensor` with each dimension cut to, or repeated up to, the size asked for."""
+    for dim, size in enumerate(shape):
+        places = torch.arange(size, device=tensor.device) % max(tensor.shape[dim], 1)
+        tensor = tensor.index_select(dim, places)
+    return tensor.contiguous()
 
 
 def set_size(module: nn.Module, key: str, size: Size) -> None:

@@ -1,0 +1,69 @@
+"""What runs on copies of the user's module, so that its hooks, logs and optimizers notice nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_accel.bridge.example import batches, calls_of, inert_copy, run_step
+from lightning_accel.bridge.restore import averages
+from lightning_accel.errors import AccelError
+from lightning_accel.surgery import twin
+from lightning_accel.surgery.call import Call
+
+
+class TrainingData:
+    """Up to `count` batches of a fit's training data, seen through copies of the module."""
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._count = count
+
+    def calls(self) -> Iterator[tuple[Call, ...]]:
+        """Yield the calls of the module's networks for each batch."""
+        return calls_of(self._trainer, self._module, batches(self._trainer, self._count))
+
+    def copy(self) -> LightningModule:
+        """Return a copy on which `training_step` has no effect outside it."""
+        with inert_copy(self._trainer, self._module) as copy:
+            return copy
+
+    def losses(self, copy: LightningModule) -> Iterator[Tensor]:
+        """Yield the loss of each batch on a copy, one graph at a time."""
+        for index, batch in enumerate(batches(self._trainer, self._count)):
+            output = run_step(self._trainer, copy, batch, index)
+            loss = output["loss"] if isinstance(output, dict) else output
+            if not isinstance(loss, Tensor):
+                raise AccelError(
+                    "this importance needs the loss that `training_step` returns",
+                    type(output).__name__,
+                    "return the loss, or use importance='magnitude'",
+                )
+            yield loss
+
+    def with_gradients(self) -> LightningModule:
+        """Return a copy whose parameters hold the summed gradients of the batches."""
+        copy = self.copy()
+        copy.zero_grad()
+        for loss in self.losses(copy):
+            loss.backward()
+        return copy
+
+
+@torch.no_grad()
+def renew_buffers(
+    trainer: Trainer, pl_module: LightningModule, work: Callable[[nn.Module], object]
+) -> None:
+    """Let `work` change the buffers of a copy, and take them over; the weight averages' as well."""
+    for model in (pl_module, *averages(trainer.callbacks, pl_module)):  # type: ignore[attr-defined]
+        copy = twin(model)
+        with isolate_rng(), trainer.precision_plugin.train_step_context():
+            work(copy)
+        buffers = dict(copy.named_buffers())
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])

@@ -1,0 +1,395 @@
+"""One forward pass that follows each channel through every operation.
+
+Two modes watch the pass. Below, on aten operations, `rules` says how the dimensions of the results
+come from those of the arguments; a rule exists per operation, not per layer, so that modules written
+by anybody are followed alike, and what has no rule is fixed. Above, on torch functions, the numbers that
+a forward passes as sizes are read (`sizes`).
+
+A dimension that is split in two, such as channels into heads and their width, can lose whole heads, or the
+same places of every head. `live` says which, per split; the first pass finds out which splits make the
+batch of a matrix product (attention), so that the second can remove heads.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_accel.measure.flops import unfused
+from lightning_accel.pruning.atoms import Atoms, Ids
+from lightning_accel.pruning.sizes import (
+    Attribute,
+    Equation,
+    Length,
+    Origin,
+    leaves,
+    remember_attributes,
+)
+from lightning_accel.surgery.call import Call, run, tensors
+from lightning_accel.surgery.structure import named_tensors
+
+Site = tuple[int, int]
+
+
+class Axis(NamedTuple):
+    """The atoms of one dimension, and the splits that it is a factor of: (site, which factor)."""
+
+    atoms: Ids
+    factors: frozenset[tuple[Site, int]] = frozenset()
+
+
+class Info(NamedTuple):
+    """What is known of a tensor; `source` names the parameter or buffer that it is a view of."""
+
+    axes: tuple[Axis, ...]
+    source: str = ""
+
+
+class Product(NamedTuple):
+    """One matrix product or convolution: as many multiply-accumulates as these dimensions multiply to."""
+
+    module: str
+    axes: tuple[Ids, ...]
+    times: int
+
+
+class Flow(TorchDispatchMode):
+    """The atoms of a model and what joins them.
+
+    Args:
+        model: A twin, in eval mode. Its integer attributes are replaced.
+        live: Which factor stays prunable at the splits named.
+        skip: Atoms are fixed where these modules run, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, live: Mapping[Site, int]) -> None:
+        super().__init__()
+        self.model = model
+        self.live = live
+        self.atoms = Atoms()
+        self.infos: Any = WeakTensorKeyDictionary()
+        self.own: dict[str, Info] = {}
+        self.read: list[Ids] = []
+        self.made: list[Ids] = []
+        self.headed: list[Ids] = []
+        self.batched: dict[Site, int] = {}
+        self.splits: dict[Site, tuple[int, ...]] = {}
+        self.equations: list[Equation] = []
+        self.products: list[Product] = []
+        self.unknown: set[str] = set()
+        self.queries: list[tuple[Ids, bool]] = []  # per product: last axis of its left side, scaled
+        self.stack: list[str] = []
+        self.adjustable: Sequence[bool] | None = None
+        self.groups_adjustable = True
+        self.groups: Ids | None = None
+        self.step = 0
+        self.entered: list[int] = []
+        self.dense: dict[Attribute, int] = {}
+        for name, tensor in named_tensors(model):
+            known = self.infos.get(tensor)
+            if known is None:
+                axes = tuple(Axis(self.atoms.fresh(n)) for n in tensor.shape)
+                known = self.infos[tensor] = Info(axes, name)
+            self.own[name] = known
+
+    # -- what rules use -----------------------------------------------------------------------------
+
+    @property
+    def place(self) -> str:
+        return self.stack[-1] if self.stack else ""
+
+    @property
+    def here(self) -> str:
+        """The module now running, as messages name it."""
+        return f"`{self.place or type(self.model).__name__}`"
+
+    def info(self, tensor: Tensor) -> Info:
+        known = self.infos.get(tensor)
+        if known is None or len(known.axes) != tensor.dim():
+            reason = f"it meets a constant in the forward of {self.here}"
+            known = Info(tuple(Axis(self.atoms.fresh(n, reason)) for n in tensor.shape))
+            self.infos[tensor] = known
+        return known
+
+    def still(self, size: int, reason: str) -> Axis:
+        return Axis(self.atoms.fresh(size, reason))
+
+    def fix(self, axis: Axis, reason: str) -> None:
+        if len(axis.atoms) > 1:
+            self.atoms.fix(axis.atoms, f"{reason} in {self.here}")
+
+    def multiply(self, *axes: Axis, times: int = 1) -> None:
+        self.products.append(Product(self.place, tuple(a.atoms for a in axes), times))
+
+    # -- the trace ----------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from lightning_accel.pruning.rules import follow
+
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.step += 1
+        follow(self, func, args, kwargs, result)
+        return result
+
+    def passes(self, calls: Sequence[Call], *, counted: bool = True) -> None:
+        """Run the calls; fix what hangs on their arguments and outputs."""
+        products, queries = list(self.products), list(self.queries)
+        for tensor in (t for call in calls for t in tensors((call.args, call.kwargs))):
+            axes = tuple(self.still(n, "it hangs on the network's input") for n in tensor.shape)
+            self.infos[tensor] = Info(axes)
+        with (
+            torch.no_grad(),
+            unfused(self.model),
+            sdpa_kernel(SDPBackend.MATH),
+            self._located(),
+            Numbers(self),
+            self,
+        ):
+            outputs = run(self.model, calls)
+        if not counted:
+            self.products, self.queries = products, queries
+        for tensor in tensors(outputs):
+            for axis in self.info(tensor).axes:
+                self.atoms.fix(axis.atoms, "it makes the network's output")
+
+    @contextmanager
+    def _located(self) -> Iterator[None]:
+        def leave(*_: Any) -> None:
+            self.stack.pop()
+
+        self.stack.clear()
+        handles = []
+        for name, module in self.model.named_modules():
+            handles.append(
+                module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name))
+            )
+            handles.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Numbers(TorchFunctionMode):
+    """Reads the sizes that a forward passes to torch functions, and gives out sizes with an origin."""
+
+    _SHAPED = {"view": 1, "reshape": 1, "expand": 1, "broadcast_to": 1, "zeros": 0, "ones": 0}
+    _SHAPED |= {"empty": 0, "rand": 0, "randn": 0, "new_zeros": 1, "new_ones": 1, "new_empty": 1}
+    _SHAPED |= {"full": 0, "new_full": 1}
+    _GROUPED = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "group_norm": 1}
+    _GROUPED |= {"conv_transpose1d": 6, "conv_transpose2d": 6, "conv_transpose3d": 6}
+    _CHECKS = {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+        remember_attributes(flow.model, self._compared)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__self__", None) is _SHAPE:
+            return torch.Size(self._lengths(args[0]))
+        name = getattr(func, "__name__", "")
+        if name == "size" and isinstance(args[0], Tensor):
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            lengths = self._lengths(args[0])
+            return torch.Size(lengths) if dim is None else lengths[dim]
+        if name in self._SHAPED:
+            return self._shaped(func, name, args, kwargs)
+        if name == "unflatten":
+            return self._unflatten(func, args, kwargs)
+        if name in self._GROUPED:
+            return self._grouped(func, name, args, kwargs)
+        after = getattr(self, f"_after_{name.strip('_')}", None)
+        if after is not None:
+            result = func(*args, **kwargs)
+            after(result, *args, **kwargs)
+            return result
+        inner = self._inner(func)
+        if inner is None:
+            return func(*args, **kwargs)
+        with self:
+            return inner(*args, **kwargs)
+
+    def _inner(self, func: Any) -> Any:
+        """Return a Python function of torch as it runs without overriding, so that its inside is seen."""
+        if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch."):
+            return None
+        if not self._CHECKS & set(func.__code__.co_names):
+            return None
+        never = dict.fromkeys(self._CHECKS, lambda *_: False)
+        inner = types.FunctionType(
+            func.__code__,
+            {**func.__globals__, **never},
+            func.__name__,
+            func.__defaults__,
+            func.__closure__,
+        )
+        inner.__kwdefaults__ = func.__kwdefaults__
+        return inner
+
+    def _lengths(self, tensor: Tensor) -> list[int]:
+        known = self.flow.infos.get(tensor)
+        if known is None or len(known.axes) != tensor.dim():
+            return list(tensor.shape)
+        return [Origin(len(axis.atoms), Length(axis.atoms), self._compared) for axis in known.axes]
+
+    def _compared(self, left: Any, right: Any) -> None:
+        for one, other in ((left, right), (right, left)):
+            attribute = any(isinstance(leaf, Attribute) for leaf in leaves(one))
+            if attribute and isinstance(other, Length):
+                self.flow.equations.append(Equation(one, other.atoms, self.flow.place))
+
+    def _counts(self, number: Any, atoms: Ids) -> None:
+        """Note that `number` counts `atoms`; one that is written in the code fixes them."""
+        if isinstance(number, Origin):
+            if int(number) == len(atoms):
+                self.flow.equations.append(Equation(number.of, atoms, self.flow.place))
+        elif type(number) is int and number > 1 and len(atoms):
+            text = f"the size {number} is written in the code of {self.flow.here}"
+            self.flow.atoms.fix(atoms, text)
+
+    def _shaped(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        given = args[self._SHAPED[name] :]
+        if name in ("full", "new_full"):
+            given = given[:1]
+        given = given or [kwargs.get("size", kwargs.get("shape", ()))]
+        sizes = list(given[0]) if given and isinstance(given[0], (tuple, list)) else list(given)
+        if not all(isinstance(size, int) for size in sizes):
+            return func(*args, **kwargs)
+        return self._with_sizes(func, args, kwargs, sizes)
+
+    def _unflatten(self, func: Any, args: Any, kwargs: Any) -> Any:
+        names = ("input", "dim", "sizes")
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        tensor, dim, sizes = (bound[key] for key in names)
+        dim = dim % tensor.dim()
+        rest = [-1] * dim, [-1] * (tensor.dim() - dim - 1)
+        return self._with_sizes(func, args, kwargs, [*rest[0], *sizes, *rest[1]])
+
+    def _with_sizes(self, func: Any, args: Any, kwargs: Any, sizes: list[int]) -> Any:
+        self.flow.adjustable = [isinstance(s, Origin) or s in (-1, 1) for s in sizes]
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.flow.adjustable = None
+        axes = self.flow.info(result).axes
+        if len(axes) == len(sizes):
+            for size, axis in zip(sizes, axes, strict=True):
+                self._counts(size, axis.atoms)
+        return result
+
+    def _grouped(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        place = self._GROUPED[name]
+        key = "num_groups" if name == "group_norm" else "groups"
+        groups = args[place] if len(args) > place else kwargs.get(key, 1)
+        self.flow.groups_adjustable, self.flow.groups = isinstance(groups, Origin), None
+        result = func(*args, **kwargs)
+        if self.flow.groups is not None:
+            self._counts(groups, self.flow.groups)
+        self.flow.groups_adjustable = True
+        return result
+
+    def _after_split(
+        self, result: Any, _: Any = None, size: Any = None, dim: int = 0, **named: Any
+    ) -> None:
+        for key in ("split_size_or_sections", "split_size", "split_sizes"):
+            size = named.get(key, size)
+        pieces = [self.flow.info(piece).axes[dim].atoms for piece in result]
+        if isinstance(size, int):
+            for piece in pieces[1:]:
+                if len(piece) == len(pieces[0]):
+                    self.flow.atoms.join(pieces[0], piece)
+            size = [size] * (len(pieces) - 1)
+        for number, piece in zip(size, pieces, strict=False):
+            self._counts(number, piece)
+
+    _after_split_with_sizes = _after_split
+
+    def _after_chunk(
+        self, result: Any, _: Any = None, chunks: Any = None, dim: int = 0, **named: Any
+    ) -> None:
+        pieces = [self.flow.info(piece).axes[dim].atoms for piece in result]
+        for piece in pieces[1:]:
+            if len(piece) == len(pieces[0]):
+                self.flow.atoms.join(pieces[0], piece)
+            else:
+                self.flow.atoms.fix(np.concatenate(pieces), "it is chunked into unequal parts")
+
+    def _after_tensor_split(
+        self, result: Any, _: Any = None, places: Any = None, dim: int = 0, **named: Any
+    ) -> None:
+        if isinstance(named.get("sections", places), int):
+            self._after_chunk(result, dim=dim)
+        else:
+            for piece in result:
+                self.flow.fix(self.flow.info(piece).axes[dim], "it is split at fixed places")
+
+    def _after_narrow(self, result: Any, input: Tensor, dim: int, start: Any, length: int) -> None:
+        atoms = self.flow.info(input).axes[dim].atoms
+        if isinstance(start, int):
+            self._bound(start, atoms)
+            self._counts(length, self.flow.info(result).axes[dim].atoms)
+
+    def _after_getitem(self, result: Any, tensor: Tensor, index: Any) -> None:
+        axes = self.flow.info(tensor).axes
+        index = index if isinstance(index, tuple) else (index,)
+        taken = sum(
+            i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
+            for i in index
+            if i is not None and i is not Ellipsis
+        )
+        dim = 0
+        for item in index:
+            if item is Ellipsis:
+                dim += len(axes) - taken
+            elif isinstance(item, slice):
+                for bound in (item.start, item.stop):
+                    if isinstance(bound, int):
+                        self._bound(bound, axes[dim].atoms)
+                dim += 1
+            elif item is not None:
+                dim += item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+
+    def _bound(self, bound: int, atoms: Ids) -> None:
+        if 0 < bound < len(atoms):
+            self._counts(bound, atoms[:bound])
+        elif bound < 0 and -bound < len(atoms):
+            self._counts(-bound, atoms[bound:])
+
+    def _after_layer_norm(self, result: Tensor, *args: Any, **kwargs: Any) -> None:
+        shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+        for size, axis in zip(shape, self.flow.info(result).axes[-len(shape) :], strict=True):
+            self._counts(size, axis.atoms)
+
+    _after_rms_norm = _after_layer_norm
+
+    def _after_matmul(self, result: Any, input: Tensor, *_: Any, **named: Any) -> None:
+        self._product(input, scaled=False)
+
+    _after_bmm = _after_matmul
+
+    def _after_scaled_dot_product_attention(
+        self, result: Any, query: Tensor, *_: Any, **named: Any
+    ) -> None:
+        self._product(query, scaled=named.get("scale") is None)
+
+    def _product(self, left: Tensor, *, scaled: bool) -> None:
+        axes = self.flow.info(left).axes
+        last = axes[-1].atoms if axes else self.flow.atoms.fresh(0)
+        self.flow.queries.append((last, scaled))
+
+
+_SHAPE = torch.Tensor.shape

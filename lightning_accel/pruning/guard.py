@@ -1,0 +1,163 @@
+"""The accuracy guard: when a prune has cost too much.
+
+A prune is a bet that fine-tuning makes up for it. Before each one the whole state of the fit is copied
+(`surgery.snapshot`). When the next prune is due, or the fit ends, the monitored metric is compared with its value
+before the first prune. Beyond the budget, the last prune is taken back, bit for bit, and no other is
+tried. Not taken back are the counters of the training loop: epochs that were spent are spent.
+
+The snapshot travels inside checkpoints, which are about twice as large while a verdict is open; so a
+resumed fit judges like the uninterrupted one, and there is no second file to lose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_accel.errors import AccelError, explain
+from lightning_accel.surgery.snapshot import Snapshot
+
+MODES = ("max", "min")
+_ROUNDING = 1e-6  # metrics are float32: 0.95 - 0.94 is a little more than 0.01
+
+
+class Guard:
+    """When to go on, to wait and to go back, given the validated metric.
+
+    Args:
+        max_drop: How much worse the metric may be than before the first prune, in its own units.
+        monitor: Name of a metric that is logged in validation.
+        mode: "max" where more is better, "min" where less is.
+        patience: Epochs of fine-tuning that a prune may have before it is judged.
+
+    >>> guard = Guard(max_drop=0.01, monitor="val_acc", mode="max", patience=1)
+    >>> guard.note({"val_acc": 0.95})
+    >>> guard.begin(epoch=2, snapshot=None)
+    >>> guard.note({"val_acc": 0.93})
+    >>> guard.verdict(epoch=2), guard.verdict(epoch=3)
+    ('wait', 'back')
+    """
+
+    def __init__(self, *, max_drop: float, monitor: str, mode: str, patience: int) -> None:
+        self.max_drop = max_drop
+        self.monitor = monitor
+        self.mode = mode
+        self.patience = patience
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the fit."""
+        self.baseline: float | None = None
+        self.latest: float | None = None
+        self.snapshot: Snapshot | None = None
+        self.pruned_at: int | None = None
+        self.stopped = False
+
+    def note(self, metrics: Mapping[str, Any]) -> None:
+        """Take in what validation gave.
+
+        Raises:
+            AccelError: The monitored metric is not among it.
+        """
+        if self.monitor not in metrics:
+            raise AccelError(
+                f"`monitor` names no metric that validation logs: {self.monitor!r}",
+                ", ".join(sorted(metrics)) or "no metric at all",
+                "log it in `validation_step`, or name another",
+            )
+        self.latest = float(metrics[self.monitor])
+
+    def require_value(self) -> None:
+        """Raise unless there is a value to compare with."""
+        if self.latest is None and self.baseline is None:
+            raise AccelError(
+                f"`{self.monitor}` has no value from before the first prune",
+                "no validation in this fit so far",
+                "validate earlier, or prune later",
+            )
+
+    def begin(self, *, epoch: int, snapshot: Snapshot | None) -> None:
+        """Open the verdict on a prune before `epoch`; the first sets the value to compare with."""
+        if self.baseline is None:
+            self.baseline = self.latest
+        self.latest, self.snapshot, self.pruned_at = None, snapshot, epoch
+
+    def verdict(self, *, epoch: int, final: bool = False) -> str:
+        """Return "go" (no verdict is open, or within the budget), "wait" or "back".
+
+        Args:
+            epoch: Epochs that are done.
+            final: There will be no other validation.
+        """
+        if self.pruned_at is None or self.is_within():
+            return "go"
+        unjudged = self.latest is None or epoch - self.pruned_at < self.patience
+        return "wait" if unjudged and not final else "back"
+
+    def is_within(self) -> bool:
+        """Whether the last validated value is within the budget; without one it is not."""
+        if self.latest is None or self.baseline is None or not math.isfinite(self.latest):
+            return False
+        drop = self.baseline - self.latest if self.mode == "max" else self.latest - self.baseline
+        return drop <= self.max_drop + _ROUNDING * max(1.0, abs(self.baseline))
+
+    def close(self, *, stopped: bool) -> None:
+        """End the verdict; after `stopped` nothing is pruned any more."""
+        self.snapshot, self.pruned_at = None, None
+        self.stopped = self.stopped or stopped
+
+    def says(self) -> str:
+        """Write what the verdict rests on."""
+        now = "not validated since" if self.latest is None else f"{self.latest:.4g}"
+        return f"`{self.monitor}` {now}, {self.baseline:.4g} before the first prune"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint, the snapshot included."""
+        return {
+            "baseline": self.baseline,
+            "latest": self.latest,
+            "pruned_at": self.pruned_at,
+            "stopped": self.stopped,
+            "snapshot": self.snapshot.to_dict() if self.snapshot else None,
+        }
+
+    def load_state_dict(self, plain: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.baseline, self.latest = plain["baseline"], plain["latest"]
+        self.pruned_at, self.stopped = plain["pruned_at"], plain["stopped"]
+        self.snapshot = Snapshot.from_dict(plain["snapshot"]) if plain["snapshot"] else None
+
+
+def guard(
+    *, max_drop: Any, monitor: Any, mode: Any, patience: Any, when: Sequence[int]
+) -> Guard | None:
+    """Check the arguments and return a guard, or `None` without a budget."""
+    if max_drop is None and monitor is None:
+        return None
+    number = isinstance(max_drop, (int, float)) and not isinstance(max_drop, bool)
+    if not number or not 0 <= max_drop < math.inf or not isinstance(monitor, str) or not monitor:
+        raise ValueError(
+            explain(
+                "an accuracy guard needs a metric and how much worse it may get",
+                f"max_drop={max_drop!r}, monitor={monitor!r}",
+                "pass max_drop=0.01, monitor='val_acc', say",
+            )
+        )
+    if mode not in MODES:
+        raise ValueError(
+            explain("`mode` says which way is better", repr(mode), "pass 'max' or 'min'")
+        )
+    if type(patience) is not int or patience < 1:
+        raise ValueError(
+            explain("`patience` is a number of epochs, at least 1", repr(patience), "pass 1, say")
+        )
+    if when[0] == 0:
+        raise ValueError(
+            explain(
+                "`max_drop` compares with the network before the first prune",
+                "a prune before epoch 0, and so before any validation",
+                "let `when` begin with 1 or later",
+            )
+        )
+    return Guard(max_drop=float(max_drop), monitor=monitor, mode=mode, patience=patience)

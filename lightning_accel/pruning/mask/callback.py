@@ -1,0 +1,216 @@
+"""When single weights are masked: before an epoch of a fit, and held from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_accel.bridge import guards
+from lightning_accel.bridge.restore import averages
+from lightning_accel.errors import explain
+from lightning_accel.pruning import masks as masking
+from lightning_accel.surgery import Receipt, Select
+
+
+class WeightMasks(Callback):
+    """Keep chosen single weights at zero during a fit, whatever the optimizer does.
+
+    Masks are decided once, are equal on all ranks, travel in checkpoints as plain boolean tensors, and
+    are cut along when `StructuredPruning` cuts the network. Weight averages are masked too. The saved
+    weights are ordinary ones that are zero: nothing of this package is needed to load them.
+
+    Args:
+        amount: Share of the weights to mask, above 0 and below 1; the smallest ones.
+        pattern: Instead of `amount`, "2:4": the smaller two of every four neighbouring inputs.
+        scope: With `amount`, "local" (this share of each layer) or "global" (of all together).
+        when: Epoch before which to mask, counted from 0.
+        select: Layers to mask: a `Select`, a name pattern or several. All linear layers and
+            convolutions by default.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: An argument is of another type.
+
+    >>> WeightMasks(pattern="2:4", when=3).when
+    3
+    """
+
+    def __init__(
+        self,
+        amount: float | None = None,
+        *,
+        pattern: str | None = None,
+        scope: str = "local",
+        when: int = 0,
+        select: Select | str | Sequence[str] | dict[str, Any] | None = None,
+    ) -> None:
+        if (amount is None) == (pattern is None):
+            raise ValueError(
+                explain(
+                    "masks take either `amount` or `pattern`",
+                    f"amount={amount!r}, pattern={pattern!r}",
+                    "pass one of the two",
+                )
+            )
+        if type(when) is not int or when < 0:
+            raise ValueError(
+                explain("`when` is an epoch, counted from 0", repr(when), "pass 3, say")
+            )
+        self.amount = None if amount is None else masking.check_amount(amount)
+        self.pattern = None if pattern is None else masking.check_pattern(pattern)
+        self.scope = masking.check_scope(scope)
+        self.when = when
+        self.select = Select.of(select)
+        # Lightning asks for the key on every hook of every step.
+        self._key = self._generate_state_key(select=str(self.select))
+        self.masks: dict[str, Tensor] = {}
+        self.receipt = Receipt()
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._key
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": {name: keep.cpu() for name, keep in self.masks.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.masks = dict(state_dict["masks"])
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        guards.refuse_mirror(trainer)
+        guards.refuse_sharded(trainer.strategy, type(self).__name__)
+        last = trainer.max_epochs
+        if not _is_trial(trainer) and last is not None and 0 <= last <= self.when:
+            raise ValueError(
+                explain(
+                    "`when` names an epoch that this fit never reaches",
+                    f"epoch {self.when}, counted from 0, with max_epochs={last}",
+                    f"mask at epoch {last - 1} at the latest, or raise max_epochs",
+                )
+            )
+        self.masks, self.receipt = {}, Receipt()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.select.require(pl_module)
+        self._hold(trainer, pl_module)
+        if self.masks:  # resumed
+            self._apply(trainer, pl_module, self.masks)
+        self._decide_when_due(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._decide_when_due(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        masking.hold_gradients(pl_module, self.masks)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._release()
+
+    def on_model_edit_end(
+        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
+    ) -> None:
+        """Cut the masks along with the network, and put a pattern back that the cut took apart."""
+        if not self.masks:
+            return
+        followed = masking.follow_masks(pl_module, self.masks, receipt)
+        keep, skipped = followed.keep, followed.skipped
+        if self.pattern is not None:
+            again = masking.restored(pl_module, keep, pattern=self.pattern)
+            keep, skipped = again.keep, skipped + again.skipped
+        if skipped:
+            rank_zero_warn(
+                explain(
+                    f"{len(skipped)} masks could not follow the edit",
+                    "; ".join(f"`{change.name}`: {change.what}" for change in skipped[:4]),
+                    "round the kept channels to a multiple of 4, or mask after the last prune",
+                )
+            )
+        self._apply(trainer, pl_module, keep)
+
+    def _decide_when_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning 2.6 leaves out `on_train_epoch_start` of the epoch after a checkpoint that was
+        # written in the last step of one, so the start of the fit counts too.
+        due = trainer.current_epoch >= self.when or _is_trial(trainer)
+        if due and not self.masks:
+            self._decide(trainer, pl_module)
+
+    def _decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.pattern is not None:
+            found = masking.pattern_masks(pl_module, pattern=self.pattern, select=self.select)
+        else:
+            assert self.amount is not None
+            found = masking.magnitude_masks(
+                pl_module, amount=self.amount, select=self.select, scope=self.scope
+            )
+        if trainer.world_size > 1:
+            found = trainer.strategy.broadcast(found)
+        receipt = self._apply(trainer, pl_module, found.keep)
+        self.receipt = Receipt(receipt.changes, skipped=found.skipped)
+        self._report(trainer)
+
+    def _apply(
+        self, trainer: Trainer, pl_module: LightningModule, keep: dict[str, Tensor]
+    ) -> Receipt:
+        self.masks = {name: mask.to(pl_module.device) for name, mask in keep.items()}
+        receipt = masking.apply_masks(pl_module, self.masks)
+        for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
+            masking.apply_masks(average, self.masks)
+        for optimizer in trainer.optimizers:
+            masking.hold(pl_module, self.masks, optimizer)
+        return receipt
+
+    def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let every step of every optimizer end with the masks, in manual optimization too."""
+        self._release()
+
+        def after(optimizer: Optimizer, *_: Any) -> None:
+            masking.hold(pl_module, self.masks, optimizer)
+
+        self._handles = [o.register_step_post_hook(after) for o in trainer.optimizers]
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _report(self, trainer: Trainer) -> None:
+        share = masking.zero_share(self.masks)
+        text = (
+            f"Masked before epoch {trainer.current_epoch}: {share:.0%} of the weights of "
+            f"{len(self.masks)} layers stay zero."
+        )
+        for change in self.receipt.skipped:
+            text += f"\n  left alone: `{change.name}`: {change.what}"
+        rank_zero_info(text)
+        for logger in trainer.loggers:
+            logger.log_metrics({"pruning/weights_masked": share}, trainer.global_step)
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))

@@ -1,0 +1,162 @@
+"""What a fit is asked to prune, and what of that is due at one step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.errors import explain
+from lightning_accel.pruning import importance as scoring
+from lightning_accel.pruning import schedule as scheduling
+from lightning_accel.pruning import selection
+from lightning_accel.pruning.activations import Statistics, collect_gradients
+from lightning_accel.pruning.importance import Importance
+from lightning_accel.pruning.prune import check_asked, check_ratio, plan
+from lightning_accel.pruning.rounding import check_round_to
+from lightning_accel.pruning.sensitivity import graph_of
+from lightning_accel.pruning.target import Target
+from lightning_accel.pruning.verify import in_dtype_of
+from lightning_accel.surgery import Cut, Select, Structure, twin
+from lightning_accel.surgery.call import Call
+
+READ_THE_LOSS = ("taylor", "taylor2")
+
+
+class Source(Protocol):
+    """Training data, for importances that measure."""
+
+    def calls(self) -> Iterable[Sequence[Call]]: ...
+    def with_gradients(self) -> nn.Module: ...
+    def copy(self) -> nn.Module: ...
+    def losses(self, copy: Any) -> Iterable[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `StructuredPruning` that say what to prune; checked.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: An argument is of another type.
+    """
+
+    ratio: float | None
+    target: Target | None
+    importance: Importance
+    scope: str
+    steps: int
+    schedule: str
+    select: Select
+    round_to: int | str | None
+    attention: str
+
+    def __post_init__(self) -> None:
+        check_asked(self.ratio, self.target)
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+        if self.target is not None and not isinstance(self.target, Target):
+            raise TypeError(
+                explain("`target` says what to keep", repr(self.target), "pass Macs(0.5), say")
+            )
+        check_round_to(self.round_to)
+        scoring.check(self.importance)
+        selection.check_scope(self.scope)
+        scheduling.check(self.schedule, self.steps)
+
+    def plan(
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        *,
+        due: int,
+        left: float,
+        dense: Structure,
+        source: Source,
+    ) -> Cut:
+        """Return the proved cut that brings the model to where it should be after step `due`.
+
+        Args:
+            model: The network; it stays as it is.
+            calls: Example calls.
+            due: Step, from 1.
+            left: Share of the target's unit that earlier steps left.
+            dense: Sizes before the first step of what has been pruned by now.
+            source: Training data.
+
+        Raises:
+            NoEffect: There is nothing to remove, or the target is out of reach.
+        """
+        ratio, target = self.ratio, None
+        if ratio is not None:
+            ratio = scheduling.share_gone(ratio, due, self.steps, self.schedule)
+        elif self.target is not None:
+            share = scheduling.share_left(self.target.share, due, self.steps, self.schedule)
+            target = self.target.of(calls).of_rest(share / left)
+        measures = self.importance == "activation"
+        return plan(
+            source.with_gradients() if self.importance == "taylor" else model,
+            calls=calls,
+            ratio=ratio,
+            target=target,
+            importance=self.importance,
+            scope=self.scope,
+            select=self.select,
+            round_to=self.round_to,
+            attention=self.attention,
+            dense=dense,
+            batches=list(source.calls()) if measures else (),
+            statistics=self._statistics(calls, dense, source),
+        )
+
+    def rehearse(
+        self, model: nn.Module, calls: Sequence[Call], *, left: float, dense: Structure
+    ) -> None:
+        """Do it all on a copy, but by magnitude and without measuring time.
+
+        Raises:
+            NoEffect: There is nothing to remove, or the target is out of reach.
+        """
+        ratio, target = self.ratio, self.target
+        if target is not None:
+            target = target.of(calls).of_rest(target.share / left)
+            if target.measured:
+                ratio, target = 1 - target.share, None
+        plan(
+            model,
+            calls=calls,
+            ratio=ratio,
+            target=target,
+            scope=self.scope,
+            select=self.select,
+            round_to=self.round_to if isinstance(self.round_to, int) else None,
+            attention=self.attention,
+            dense=dense,
+        )
+
+    def kept(self, model: nn.Module, calls: Sequence[Call], cut: Cut) -> float | None:
+        """Return the share of the target's unit that the cut leaves, counted or measured on copies."""
+        if self.target is None:
+            return None
+        before, after = twin(model), twin(model)
+        cut.apply(after)
+        return self.target.of(calls).compared(before, after, in_dtype_of(calls, model))
+
+    def says(self, due: int, left: float, device: torch.device) -> str:
+        """Write what of the target's unit is left after a step, and what was asked for."""
+        assert self.target is not None
+        share = scheduling.share_left(self.target.share, due, self.steps, self.schedule)
+        return dataclasses.replace(self.target, share=share).says(left, device)
+
+    def _statistics(
+        self, calls: Sequence[Call], dense: Structure, source: Source
+    ) -> Statistics | None:
+        if self.importance != "taylor2":
+            return None
+        copy = source.copy()
+        graph = graph_of(copy, calls, select=self.select, attention=self.attention, dense=dense)
+        return collect_gradients(copy, graph.groups, source.losses(copy))

@@ -1,0 +1,164 @@
+"""When a penalty acts: between backward and each optimizer step of a fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_accel.bridge import guards
+from lightning_accel.bridge.example import find_example
+from lightning_accel.errors import explain
+from lightning_accel.pruning import sparsity
+from lightning_accel.pruning.graph import Graph, Group
+from lightning_accel.surgery import Receipt, Select, twin
+from lightning_accel.surgery.call import first
+
+_SAMPLES = 2  # enough to trace
+
+
+class SparsityTraining(Callback):
+    """Make units of a network small while it trains, so that cutting them later costs little.
+
+    The penalty's exact gradient is added after backward and before gradient clipping, to what each
+    optimizer holds. It acts on what can be pruned: the same groups that `StructuredPruning` finds.
+    Put it before a `StructuredPruning` that cuts at a later epoch; groups follow each cut.
+
+    Args:
+        penalty: "slimming" (scales of batch norms), "group_lasso" (norms of whole units) or "growing"
+            (squared norms of the units picked to go, rising until they are gone).
+        strength: Factor of the penalty; with "growing", what is added to it every `every` steps.
+        ratio: With "growing", the share of each group's units to drive out.
+        every: With "growing", optimizer steps between two rises.
+        ceiling: With "growing", the largest factor.
+        select: Layers whose units are penalised: a `Select`, a name pattern or several.
+        example: Arguments of the LightningModule's `forward`; by default as `StructuredPruning`.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    >>> SparsityTraining("group_lasso", strength=1e-3).penalty
+    'group_lasso'
+    """
+
+    def __init__(
+        self,
+        penalty: str = "group_lasso",
+        *,
+        strength: float = 1e-4,
+        ratio: float = 0.5,
+        every: int = 10,
+        ceiling: float = 1.0,
+        select: Select | str | Sequence[str] | dict[str, Any] | None = None,
+        example: Any = None,
+    ) -> None:
+        if penalty not in sparsity.PENALTIES:
+            listed = ", ".join(sparsity.PENALTIES)
+            raise ValueError(explain("unknown penalty", repr(penalty), f"choose one of {listed}"))
+        for name, value in (("strength", strength), ("ceiling", ceiling)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(
+                    explain(f"`{name}` is a number above 0", repr(value), "pass 1e-4, say")
+                )
+        if not 0 < ratio < 1:
+            raise ValueError(
+                explain("`ratio` is a share above 0 and below 1", repr(ratio), "pass 0.5, say")
+            )
+        if type(every) is not int or every < 1:
+            raise ValueError(
+                explain("`every` is a positive number of steps", repr(every), "pass 10, say")
+            )
+        self.penalty = penalty
+        self.strength = strength
+        self.ratio = ratio
+        self.every = every
+        self.ceiling = ceiling
+        self.select = Select.of(select)
+        self.example = example
+        # Lightning asks for the key on every hook of every step.
+        self._key = self._generate_state_key(penalty=penalty, select=str(self.select))
+        self.groups: list[Group] = []
+        self.picked: dict[str, Tensor] = {}
+        self._began = -1
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._key
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"picked": dict(self.picked), "began": self._began}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.picked, self._began = dict(state_dict["picked"]), int(state_dict["began"])
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        guards.refuse_mirror(trainer)
+        guards.refuse_sharded(trainer.strategy, type(self).__name__)
+        self.groups, self.picked, self._began = [], {}, -1
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        guards.require_optimizer(trainer, type(self).__name__)
+        self.groups = self._find(trainer, pl_module)
+        if self._began < 0:
+            self._began = trainer.global_step
+            if self.penalty == "growing":
+                self.picked = sparsity.pick(pl_module, self.groups, ratio=self.ratio)
+        self._gradients(trainer, pl_module)  # what cannot work is told now
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        sparsity.add_to_grad(pl_module, self._gradients(trainer, pl_module), held=held)
+
+    def on_model_edit_end(
+        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
+    ) -> None:
+        """Find the groups of the smaller network; units that stay keep their part."""
+        if not self.groups:
+            return
+        before, self.groups = self.groups, self._find(trainer, pl_module)
+        if self.penalty != "growing":
+            return
+        self.picked, lost = sparsity.follow_picked(self.picked, before, self.groups, receipt)
+        if lost:
+            rank_zero_warn(
+                explain(
+                    f"{len(lost)} groups could not follow the edit and are no longer driven out",
+                    ", ".join(lost[:4]),
+                    "start the fit anew to pick units of the smaller network",
+                )
+            )
+
+    def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> sparsity.Gradients:
+        if self.penalty == "slimming":
+            return sparsity.slimming(pl_module, self.groups, strength=self.strength)
+        if self.penalty == "group_lasso":
+            return sparsity.group_lasso(pl_module, self.groups, strength=self.strength)
+        rises = (trainer.global_step - self._began) // self.every + 1
+        factor = min(self.ceiling, self.strength * rises)
+        strengths = {name: factor * units.double() for name, units in self.picked.items()}
+        return sparsity.growing(pl_module, self.groups, strengths=strengths)
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> list[Group]:
+        frozen = frozenset(n for n, p in pl_module.named_parameters() if not p.requires_grad)
+        calls = first(find_example(trainer, pl_module, self.example), _SAMPLES)
+        with isolate_rng(), torch.enable_grad():
+            graph = Graph(twin(pl_module), calls, copy=twin, select=self.select, frozen=frozen)
+        return list(graph.groups)
