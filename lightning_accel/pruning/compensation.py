@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from lightning_accel.pruning.graph import Group
 
 Gone = Mapping[str, Sequence[int]]
+_ANOTHER_WAY = "it is not called in the same way after the cut"
+_WIDE = 8192  # inputs x kernel from which a layer is not solved: X^T X would take over half a GB
 
 
 class Compensation(NamedTuple):
@@ -230,12 +232,17 @@ def _solve_layer(
     offset = old.new_zeros(old.shape[:2]) if bias is None else exact(bias).view(old.shape[:2])
     free = int(bias is not None and bias.requires_grad)
     inputs = old.shape[-1]
+    if inputs > _WIDE:
+        return f"its {inputs} inputs are more than the {_WIDE} that are solved together"
     gram = old.new_zeros(len(old), inputs + free, inputs + free)
     cross = old.new_zeros(len(old), inputs + free, old.shape[1])
     before = 0.0
     for wanted, given in _pairs(dense, cut, name, batches):
         if wanted is None or given is None:
-            return "it is not called in the same way after the cut"
+            return _ANOTHER_WAY
+        given, wanted = samples(layer, given), samples(layer, wanted)
+        if len(given) != len(wanted):
+            return _ANOTHER_WAY
         for x, y in _unfolded(layer, given, wanted, kept):
             missing = y - x @ old.mT - offset[:, None]
             x = F.pad(x, (0, free), value=1.0)
@@ -287,10 +294,9 @@ def _pairs(
 
 
 def _unfolded(
-    layer: nn.Module, given: Tensor, wanted: Tensor, kept: Tensor | None
+    layer: nn.Module, x: Tensor, y: Tensor, kept: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield X and Y, some samples at a time."""
-    x, y = samples(layer, given), samples(layer, wanted)
     if kept is not None:
         y = y[:, kept.to(y.device)]
     step = pieces(layer, x)

@@ -131,7 +131,6 @@ def plan(
     graph = Graph(
         twin(model),
         small,
-        copy=twin,
         select=select,
         frozen=frozen,
         dense=dense,

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_accel.errors import NoEffect, explain
-from lightning_accel.pruning.target import Gone, Latency, Macs, Prunable, Target, same
+from lightning_accel.pruning.graph import Gone
+from lightning_accel.pruning.target import Latency, Macs, Prunable, Target, same
 
 MEASURED = "measured"
 MULTIPLES = (1, 4, 8, 16, 32)

@@ -18,9 +18,9 @@ from lightning_accel.measure.flops import eval_mode
 from lightning_accel.measure.table import Cell, Table
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import selection
-from lightning_accel.pruning.graph import Graph, Group
+from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.target import Gone, Latency, Macs, Params, check_share
+from lightning_accel.pruning.target import Latency, Macs, Params, check_share
 from lightning_accel.pruning.verify import in_dtype_of
 from lightning_accel.surgery import Select, Structure, twin
 from lightning_accel.surgery.call import Call, first, run, same_random_state, tensors
@@ -140,7 +140,6 @@ def graph_of(
     return Graph(
         twin(model),
         in_dtype_of(first(calls, _SAMPLES), model),
-        copy=twin,
         select=select,
         frozen=frozen,
         dense=dense,

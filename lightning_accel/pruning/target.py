@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -23,11 +23,10 @@ from lightning_accel.errors import NoEffect, explain
 from lightning_accel.measure.flops import count_macs, eval_mode
 from lightning_accel.measure.memory import model_size, peak_memory
 from lightning_accel.measure.timing import compare
+from lightning_accel.pruning.graph import Gone
 from lightning_accel.surgery import Cut, twin
 from lightning_accel.surgery.call import Call, batch_size, run
 
-Gone = Mapping[str, Sequence[int]]
-"""Units that are removed, ascending, by name of their group."""
 Pick = Callable[[float], Gone]
 """What goes when this share of the channels is to go; a larger share removes no less."""
 

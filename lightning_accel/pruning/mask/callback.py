@@ -181,8 +181,6 @@ class WeightMasks(Callback):
         receipt = masking.apply_masks(pl_module, self.masks)
         for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
             masking.apply_masks(average, self.masks)
-        for optimizer in trainer.optimizers:
-            masking.hold(pl_module, self.masks, optimizer)
         return receipt
 
     def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:

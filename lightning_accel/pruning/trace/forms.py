@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_accel.pruning.atoms import Ids
-from lightning_accel.pruning.sizes import Attribute, Equation, Length, Sum
+from lightning_accel.pruning.trace.atoms import Ids
+from lightning_accel.pruning.trace.sizes import Attribute, Equation, Length, Sum
 
 Form = dict[str, int]  # group -> positions per unit; "" -> constant
 
@@ -105,9 +105,9 @@ class Forms:
             for one, other in ((left, right), (right, left)):
                 if set(one) <= {""}:
                     return {key: n * one.get("", 0) for key, n in other.items()}
-        if expression.verb is operator.floordiv and set(right) == {""}:
-            if all(n % right[""] == 0 for n in left.values()):
-                return {key: n // right[""] for key, n in left.items()}
+        divides = expression.verb is operator.floordiv and set(right) == {""}
+        if divides and all(n % right[""] == 0 for n in left.values()):
+            return {key: n // right[""] for key, n in left.items()}
         return None
 
 

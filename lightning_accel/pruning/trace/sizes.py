@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_accel.pruning.atoms import Ids
+from lightning_accel.pruning.trace.atoms import Ids
 
 
 class Attribute(NamedTuple):

@@ -1,33 +1,17 @@
-"""One forward pass that follows each channel through every operation.
-
-Two modes watch the pass. Below, on aten operations, `rules` says how the dimensions of the results
-come from those of the arguments; a rule exists per operation, not per layer, so that modules written
-by anybody are followed alike, and what has no rule is fixed. Above, on torch functions, the numbers that
-a forward passes as sizes are read (`sizes`).
-
-A dimension that is split in two, such as channels into heads and their width, can lose whole heads, or the
-same places of every head. `live` says which, per split; the first pass finds out which splits make the
-batch of a matrix product (attention), so that the second can remove heads.
-"""
+"""The numbers that a forward passes to torch functions, and sizes that remember where they come from."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_accel.measure.flops import unfused
-from lightning_accel.pruning.atoms import Atoms, Ids
-from lightning_accel.pruning.sizes import (
+from lightning_accel.pruning.trace.atoms import Ids
+from lightning_accel.pruning.trace.sizes import (
     Attribute,
     Equation,
     Length,
@@ -35,151 +19,9 @@ from lightning_accel.pruning.sizes import (
     leaves,
     remember_attributes,
 )
-from lightning_accel.surgery.call import Call, run, tensors
-from lightning_accel.surgery.structure import named_tensors
 
-Site = tuple[int, int]
-
-
-class Axis(NamedTuple):
-    """The atoms of one dimension, and the splits that it is a factor of: (site, which factor)."""
-
-    atoms: Ids
-    factors: frozenset[tuple[Site, int]] = frozenset()
-
-
-class Info(NamedTuple):
-    """What is known of a tensor; `source` names the parameter or buffer that it is a view of."""
-
-    axes: tuple[Axis, ...]
-    source: str = ""
-
-
-class Product(NamedTuple):
-    """One matrix product or convolution: as many multiply-accumulates as these dimensions multiply to."""
-
-    module: str
-    axes: tuple[Ids, ...]
-    times: int
-
-
-class Flow(TorchDispatchMode):
-    """The atoms of a model and what joins them.
-
-    Args:
-        model: A twin, in eval mode. Its integer attributes are replaced.
-        live: Which factor stays prunable at the splits named.
-        skip: Atoms are fixed where these modules run, with the reason.
-    """
-
-    def __init__(self, model: nn.Module, live: Mapping[Site, int]) -> None:
-        super().__init__()
-        self.model = model
-        self.live = live
-        self.atoms = Atoms()
-        self.infos: Any = WeakTensorKeyDictionary()
-        self.own: dict[str, Info] = {}
-        self.read: list[Ids] = []
-        self.made: list[Ids] = []
-        self.headed: list[Ids] = []
-        self.batched: dict[Site, int] = {}
-        self.splits: dict[Site, tuple[int, ...]] = {}
-        self.equations: list[Equation] = []
-        self.products: list[Product] = []
-        self.unknown: set[str] = set()
-        self.queries: list[tuple[Ids, bool]] = []  # per product: last axis of its left side, scaled
-        self.stack: list[str] = []
-        self.adjustable: Sequence[bool] | None = None
-        self.groups_adjustable = True
-        self.groups: Ids | None = None
-        self.step = 0
-        self.entered: list[int] = []
-        self.dense: dict[Attribute, int] = {}
-        for name, tensor in named_tensors(model):
-            known = self.infos.get(tensor)
-            if known is None:
-                axes = tuple(Axis(self.atoms.fresh(n)) for n in tensor.shape)
-                known = self.infos[tensor] = Info(axes, name)
-            self.own[name] = known
-
-    # -- what rules use -----------------------------------------------------------------------------
-
-    @property
-    def place(self) -> str:
-        return self.stack[-1] if self.stack else ""
-
-    @property
-    def here(self) -> str:
-        """The module now running, as messages name it."""
-        return f"`{self.place or type(self.model).__name__}`"
-
-    def info(self, tensor: Tensor) -> Info:
-        known = self.infos.get(tensor)
-        if known is None or len(known.axes) != tensor.dim():
-            reason = f"it meets a constant in the forward of {self.here}"
-            known = Info(tuple(Axis(self.atoms.fresh(n, reason)) for n in tensor.shape))
-            self.infos[tensor] = known
-        return known
-
-    def still(self, size: int, reason: str) -> Axis:
-        return Axis(self.atoms.fresh(size, reason))
-
-    def fix(self, axis: Axis, reason: str) -> None:
-        if len(axis.atoms) > 1:
-            self.atoms.fix(axis.atoms, f"{reason} in {self.here}")
-
-    def multiply(self, *axes: Axis, times: int = 1) -> None:
-        self.products.append(Product(self.place, tuple(a.atoms for a in axes), times))
-
-    # -- the trace ----------------------------------------------------------------------------------
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from lightning_accel.pruning.rules import follow
-
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self.step += 1
-        follow(self, func, args, kwargs, result)
-        return result
-
-    def passes(self, calls: Sequence[Call], *, counted: bool = True) -> None:
-        """Run the calls; fix what hangs on their arguments and outputs."""
-        products, queries = list(self.products), list(self.queries)
-        for tensor in (t for call in calls for t in tensors((call.args, call.kwargs))):
-            axes = tuple(self.still(n, "it hangs on the network's input") for n in tensor.shape)
-            self.infos[tensor] = Info(axes)
-        with (
-            torch.no_grad(),
-            unfused(self.model),
-            sdpa_kernel(SDPBackend.MATH),
-            self._located(),
-            Numbers(self),
-            self,
-        ):
-            outputs = run(self.model, calls)
-        if not counted:
-            self.products, self.queries = products, queries
-        for tensor in tensors(outputs):
-            for axis in self.info(tensor).axes:
-                self.atoms.fix(axis.atoms, "it makes the network's output")
-
-    @contextmanager
-    def _located(self) -> Iterator[None]:
-        def leave(*_: Any) -> None:
-            self.stack.pop()
-
-        self.stack.clear()
-        handles = []
-        for name, module in self.model.named_modules():
-            handles.append(
-                module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name))
-            )
-            handles.append(module.register_forward_hook(leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+if TYPE_CHECKING:
+    from lightning_accel.pruning.trace.flow import Flow
 
 
 class Numbers(TorchFunctionMode):

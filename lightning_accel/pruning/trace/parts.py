@@ -1,0 +1,169 @@
+"""Rules of operations that take dimensions apart, pick from them, and put them together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_accel.pruning.trace.flow import Axis, Flow
+from lightning_accel.pruning.trace.rule import broadcast, put, rule, still, tensors_in
+
+
+@rule("slice")
+def _slice(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    dim, step = a.get("dim", 0), a.get("step", 1)
+    start, end = a.get("start"), a.get("end")
+    axis = info.axes[dim]
+    if step != 1:
+        flow.fix(axis, "it is sliced with a step")
+    axes = list(info.axes)
+    axes[dim] = Axis(axis.atoms[start:end:step], axis.factors)
+    put(flow, result, axes, info.source)
+
+
+@rule("select")
+def _select(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    axes = list(info.axes)
+    flow.fix(axes.pop(a["dim"]), "one place of it is selected")
+    put(flow, result, axes, info.source)
+
+
+@rule("unbind")
+def _unbind(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    info = flow.info(a["self"])
+    axes = list(info.axes)
+    flow.fix(axes.pop(a.get("dim", 0)), "it is unbound")
+    for tensor in result:
+        put(flow, tensor, axes, info.source)
+
+
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk")
+@rule("unsafe_chunk")
+def _pieces(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    info, start = flow.info(a["self"]), 0
+    dim = a.get("dim", 0)
+    for tensor in result:
+        axes, size = list(info.axes), tensor.shape[dim]
+        axes[dim] = Axis(axes[dim].atoms[start : start + size], axes[dim].factors)
+        put(flow, tensor, axes, info.source)
+        start += size
+
+
+@rule("cat", "concat")
+def _cat(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    infos = [flow.info(t) for t in a["tensors"] if tuple(t.shape) != (0,)]
+    dim = a.get("dim", 0) % max(result.dim(), 1)
+    axes = []
+    for n in range(result.dim()):
+        if n == dim:
+            axes.append(Axis(np.concatenate([i.axes[n].atoms for i in infos])))
+        else:
+            for other in infos[1:]:
+                flow.atoms.join(infos[0].axes[n].atoms, other.axes[n].atoms)
+            axes.append(infos[0].axes[n])
+    put(flow, result, axes)
+
+
+@rule("stack")
+def _stack(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    infos = [flow.info(t) for t in a["tensors"]]
+    axes = broadcast(flow, infos, a["tensors"][0].shape)
+    axes.insert(a.get("dim", 0) % result.dim(), flow.still(len(infos), "it is stacked"))
+    put(flow, result, axes)
+
+
+@rule("flip")
+def _flip(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    dims = {d % result.dim() for d in a["dims"]}
+    put(
+        flow,
+        result,
+        [
+            Axis(x.atoms[::-1].copy(), x.factors) if n in dims else x
+            for n, x in enumerate(info.axes)
+        ],
+    )
+
+
+@rule("topk", "kthvalue", "gather")
+def picked(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    for tensor in tensors_in(a):
+        for axis in flow.info(tensor).axes:
+            flow.fix(axis, "places of it are picked")
+    still(flow, result)
+
+
+@rule("index_select")
+def _index_select(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info, dim = flow.info(a["self"]), a["dim"] % result.dim()
+    flow.fix(info.axes[dim], "places of it are picked")
+    still(flow, result, [None if n == dim else x for n, x in enumerate(info.axes)])
+
+
+@rule("index")
+def _index(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info, indices = flow.info(a["self"]), list(a["indices"])
+    if any(i is not None and i.dtype == torch.bool for i in indices):
+        return picked(flow, a, result)
+    indices += [None] * (len(info.axes) - len(indices))
+    places = [n for n, i in enumerate(indices) if i is not None]
+    for n in places:
+        flow.fix(info.axes[n], "places of it are picked")
+        for axis in flow.info(indices[n]).axes:
+            flow.fix(axis, "it picks places")
+    width = max(indices[n].dim() for n in places)
+    together = places == list(range(places[0], places[-1] + 1))
+    rest: list[Axis | None] = [x for n, x in enumerate(info.axes) if n not in places]
+    at = places[0] if together else 0
+    still(flow, result, [*rest[:at], *[None] * width, *rest[at:]])
+    return None
+
+
+@rule("embedding")
+def _embedding(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    weight, indices = flow.info(a["weight"]), flow.info(a["indices"])
+    flow.fix(weight.axes[0], "it is looked up by index")
+    if weight.source:
+        flow.made.append(weight.axes[1].atoms)
+    put(flow, result, [*indices.axes, weight.axes[1]])
+
+
+@rule("constant_pad_nd")
+def _pad(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    axes = list(flow.info(a["self"]).axes)
+    pad = list(a["pad"])
+    for place in range(len(pad) // 2):
+        before, after = pad[2 * place : 2 * place + 2]
+        dim = len(axes) - 1 - place
+        old = axes[dim]
+        if before < 0 or after < 0:
+            flow.fix(old, "it is cropped")
+        if before or after:
+            kept = old.atoms[max(-before, 0) : len(old.atoms) - max(-after, 0)]
+            reason = f"it is padding in {flow.here}"
+            ends = [flow.atoms.fresh(max(size, 0), reason) for size in (before, after)]
+            axes[dim] = Axis(np.concatenate([ends[0], kept, ends[1]]))
+    put(flow, result, axes)
+
+
+@rule("unfold")
+def _unfold(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info, dim = flow.info(a["self"]), a["dimension"] % a["self"].dim()
+    flow.fix(info.axes[dim], "it is unfolded")
+    still(flow, result, [None if n == dim else x for n, x in enumerate(info.axes)])
+
+
+@rule("glu")
+def _glu(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    axes = list(flow.info(a["self"]).axes)
+    dim = a.get("dim", -1)
+    half = len(axes[dim].atoms) // 2
+    flow.atoms.join(axes[dim].atoms[:half], axes[dim].atoms[half:])
+    axes[dim] = Axis(axes[dim].atoms[:half], axes[dim].factors)
+    put(flow, result, axes)

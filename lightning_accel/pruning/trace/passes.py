@@ -1,0 +1,105 @@
+"""The passes: find the heads first, then follow the channels, in eval and in train mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_accel.errors import AccelError
+from lightning_accel.measure.flops import unfused
+from lightning_accel.pruning.trace.flow import Flow, Info, Site
+from lightning_accel.pruning.trace.numbers import Numbers
+from lightning_accel.pruning.trace.rule import follow
+from lightning_accel.surgery import twin
+from lightning_accel.surgery.call import Call, run, same_random_state, tensors
+
+_TRIES = 4
+
+
+def traced(model: nn.Module, calls: Sequence[Call], *, attention: str = "heads") -> Flow:
+    """Run copies of `model` on the calls until no new heads are found; return what the last one showed.
+
+    Args:
+        model: Is not touched.
+        calls: Small ones; values do not matter, sizes do.
+        attention: Where channels are split into heads, "heads" can go, or "width", the same places of
+            every head.
+
+    Raises:
+        AccelError: The forward fails.
+    """
+    live: dict[Site, int] = {}
+    for _ in range(_TRIES):
+        flow = Flow(twin(model).eval(), live, follow)
+        with same_random_state(model):
+            _passes(flow, calls)
+            new = _heads(flow, attention)
+            if new.items() <= live.items():
+                with suppress(AccelError):  # it may not train on so few samples
+                    flow.model.train()
+                    _passes(flow, calls, counted=False)
+                new = _heads(flow, attention)
+        if new.items() <= live.items():
+            break
+        live = {**live, **new}
+    return flow
+
+
+def _heads(flow: Flow, attention: str) -> dict[Site, int]:
+    """Return which factor of each split into heads can go."""
+    found = {s: f for s, f in flow.batched.items() if s in flow.splits}
+    if attention == "width":
+        return {s: max(set(flow.splits[s]) - {f}, default=f) for s, f in found.items()}
+    return found
+
+
+def _passes(flow: Flow, calls: Sequence[Call], *, counted: bool = True) -> None:
+    """Run the calls; fix what hangs on their arguments and outputs."""
+    products, queries = list(flow.products), list(flow.queries)
+    for tensor in (t for call in calls for t in tensors((call.args, call.kwargs))):
+        axes = tuple(flow.still(n, "it hangs on the network's input") for n in tensor.shape)
+        flow.infos[tensor] = Info(axes)
+    try:
+        with (
+            torch.no_grad(),
+            unfused(flow.model),
+            sdpa_kernel(SDPBackend.MATH),
+            _located(flow),
+            Numbers(flow),
+            flow,
+        ):
+            outputs = run(flow.model, calls)
+    except Exception as error:
+        raise AccelError(
+            "the network cannot be traced: its forward fails on the example",
+            f"{type(error).__name__} in {flow.here}: {error}",
+            "pass an `example` that the network accepts",
+        ) from error
+    if not counted:
+        flow.products, flow.queries = products, queries
+    for tensor in tensors(outputs):
+        for axis in flow.info(tensor).axes:
+            flow.atoms.fix(axis.atoms, "it makes the network's output")
+
+
+@contextmanager
+def _located(flow: Flow) -> Iterator[None]:
+    def leave(*_: object) -> None:
+        flow.stack.pop()
+
+    flow.stack.clear()
+    handles = []
+    for name, module in flow.model.named_modules():
+        handles.append(
+            module.register_forward_pre_hook(lambda *_, name=name: flow.stack.append(name))
+        )
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,173 @@
+"""Rules of matrix products and convolutions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_accel.pruning.trace.atoms import Atoms, Ids
+from lightning_accel.pruning.trace.flow import Axis, Flow, Info
+from lightning_accel.pruning.trace.rule import broadcast, put, rule, still
+
+
+def _contract(flow: Flow, left: Info, right: Info, a: Axis, b: Axis) -> None:
+    flow.atoms.join(a.atoms, b.atoms)
+    for info, axis in ((left, a), (right, b)):
+        if info.source:
+            flow.read.append(axis.atoms)
+
+
+def _makes(flow: Flow, info: Info, axis: Axis) -> None:
+    if info.source:
+        flow.made.append(axis.atoms)
+
+
+@rule("mm", "matmul")
+def _mm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    _matrix(flow, a["self"], a["mat2"], result)
+
+
+@rule("addmm")
+def _addmm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    _matrix(flow, a["mat1"], a["mat2"], result, a["self"])
+
+
+def _matrix(
+    flow: Flow, one: Tensor, two: Tensor, result: Tensor, bias: Tensor | None = None
+) -> None:
+    left, right = flow.info(one), flow.info(two)
+    _contract(flow, left, right, left.axes[1], right.axes[0])
+    _makes(flow, left, left.axes[0])
+    _makes(flow, right, right.axes[1])
+    axes = [left.axes[0], right.axes[1]]
+    flow.multiply(*axes, left.axes[1])
+    put(flow, result, axes)
+    if bias is not None:
+        broadcast(flow, [flow.info(result), flow.info(bias)], result.shape)
+
+
+@rule("linear")
+def _linear(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    left, weight = flow.info(a["input"]), flow.info(a["weight"])
+    _contract(flow, left, weight, left.axes[-1], weight.axes[1])
+    _makes(flow, weight, weight.axes[0])
+    flow.multiply(*left.axes, weight.axes[0])
+    put(flow, result, [*left.axes[:-1], weight.axes[0]])
+    if a.get("bias") is not None:
+        flow.atoms.join(weight.axes[0].atoms, flow.info(a["bias"]).axes[0].atoms)
+
+
+@rule("bmm")
+def _bmm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    left, right = flow.info(a["self"]), flow.info(a["mat2"])
+    for axis in (left.axes[0], right.axes[0]):
+        flow.batched.update(dict(axis.factors))
+    flow.atoms.join(left.axes[0].atoms, right.axes[0].atoms)
+    _contract(flow, left, right, left.axes[2], right.axes[1])
+    axes = [left.axes[0], left.axes[1], right.axes[2]]
+    flow.multiply(*axes, left.axes[2])
+    put(flow, result, axes)
+
+
+@rule("baddbmm")
+def _baddbmm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    _bmm(flow, {"self": a["batch1"], "mat2": a["batch2"]}, result)
+    broadcast(flow, [flow.info(result), flow.info(a["self"])], result.shape)
+
+
+@rule("mv", "addmv")
+def _mv(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    left, right = flow.info(a.get("mat", a["self"])), flow.info(a["vec"])
+    _contract(flow, left, right, left.axes[1], right.axes[0])
+    flow.multiply(*left.axes)
+    put(flow, result, [left.axes[0]])
+
+
+@rule("dot", "vdot")
+def _dot(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    left, right = flow.info(a["self"]), flow.info(a["tensor" if "tensor" in a else "other"])
+    flow.atoms.join(left.axes[0].atoms, right.axes[0].atoms)
+    put(flow, result, [])
+
+
+@rule("convolution", "convolution_overrideable", "_convolution")
+def _convolution(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    x, weight = flow.info(a["input"]), flow.info(a["weight"])
+    transposed, groups = a["transposed"], a["groups"]
+    spatial = len(weight.axes) - 2
+    reason = "it is a spatial dimension"
+    for axis in (*weight.axes[2:], *x.axes[-spatial:]):
+        flow.fix(axis, reason)
+    rows, columns = weight.axes[:2]
+    source = x.axes[-spatial - 1]
+    if groups == 1:
+        inner, outer = (rows, columns) if transposed else (columns, rows)
+        _contract(flow, x, weight, source, inner)
+        flow.groups = None
+    else:
+        inner, outer = _grouped(flow, source, rows, columns, groups, transposed)
+        if weight.source and not transposed:
+            flow.read.append(columns.atoms)
+    if weight.source:
+        flow.made.append((columns if transposed and groups == 1 else rows).atoms)
+    if a["bias"] is not None:
+        flow.atoms.join(outer.atoms, flow.info(a["bias"]).axes[0].atoms)
+    axes: list[Axis | None] = [*x.axes[: -spatial - 1], outer]
+    still(flow, result, axes)
+    over = x.axes if transposed else flow.info(result).axes
+    flow.multiply(*over, columns if groups > 1 or not transposed else outer, times=_kernel(weight))
+
+
+def _kernel(weight: Info) -> int:
+    return math.prod(len(x.atoms) for x in weight.axes[2:])
+
+
+def _grouped(
+    flow: Flow, source: Axis, rows: Axis, columns: Axis, groups: int, transposed: bool
+) -> tuple[Axis, Axis]:
+    """Join what a grouped convolution needs; return its input's and its output's channels."""
+    into = source.atoms.reshape(groups, -1)
+    if transposed:
+        flow.atoms.join(into, rows.atoms.reshape(groups, -1))
+        outer = flow.atoms.fresh(groups * len(columns.atoms))
+    else:
+        outer = rows.atoms
+    out = outer.reshape(groups, -1)
+    if by_groups(flow, into, out):
+        flow.atoms.join(into[:, :1], into)
+        flow.atoms.join(into[:, :1], out)
+        flow.atoms.fix(columns.atoms, "the groups of a convolution stay whole")
+        flow.groups = into[:, 0]
+    else:
+        flow.atoms.join(into[:1], into)
+        flow.atoms.join(out[:1], out)
+        flow.atoms.join((out if transposed else into)[0], columns.atoms)
+        flow.groups = None
+    return source, Axis(outer)
+
+
+def by_groups(flow: Flow, into: Ids, out: Ids) -> bool:
+    """Whether whole groups go, rather than the same places of every group: what leaves more choice."""
+    if not flow.groups_adjustable:
+        return False
+    if into.shape[1] == 1:
+        return True
+    if flow.atoms.is_fixed(into).any() or flow.atoms.is_fixed(out).any():
+        return False
+    both = np.concatenate([into, out], axis=1)
+    return _parts(flow, both[:, :1], both) > _parts(flow, both[:1], both)
+
+
+def _parts(flow: Flow, one: Ids, other: Ids) -> int:
+    """Return into how many parts `other` falls once `one` is joined to it."""
+    roots = flow.atoms.find(other)
+    known, places = np.unique(roots, return_inverse=True)
+    trial = Atoms()
+    trial.fresh(len(known))
+    labels = places.reshape(other.shape)
+    first = np.searchsorted(known, flow.atoms.find(one))
+    trial.join(first, labels)
+    return len(np.unique(trial.find(labels)))

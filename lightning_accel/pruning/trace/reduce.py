@@ -1,0 +1,78 @@
+"""Rules of operations that run along a dimension: sums and means, softmax, transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_accel.pruning.trace.flow import Flow
+from lightning_accel.pruning.trace.rule import fixing, pointwise, put, rule, still, tensors_in
+
+
+@rule("roll")
+def _roll(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    fixing(flow, a["self"], a.get("dims") or range(result.dim()), "it is rolled", result)
+
+
+@rule(
+    "_softmax", "_log_softmax", "_safe_softmax", "softmax", "cumsum", "cumprod", "sort", "argsort"
+)
+@rule("logcumsumexp", "cummax", "cummin")
+def _across(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    fixing(flow, a["self"], [a.get("dim", -1)], "its channels compete", result)
+
+
+@rule("tril", "triu")
+def _triangle(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    fixing(flow, a["self"], [-1, -2], "it is a triangle", result)
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def _fft(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    fixing(flow, a["self"], a["dim"], "a Fourier transform runs over it", result)
+
+
+@rule(
+    "sum", "mean", "amax", "amin", "max", "min", "any", "all", "var", "std", "var_mean", "std_mean"
+)
+@rule("linalg_vector_norm", "norm", "count_nonzero")
+def _reduce(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    if "other" in a:
+        return pointwise(flow, a, result)
+    info = flow.info(a["self"])
+    dims = a.get("dim")
+    dims = range(len(info.axes)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % max(len(info.axes), 1) for d in (dims if len(dims) else range(len(info.axes)))}
+    if a.get("keepdim"):
+        axes = [flow.still(1, "it is reduced") if n in gone else x for n, x in enumerate(info.axes)]
+    else:
+        axes = [x for n, x in enumerate(info.axes) if n not in gone]
+    for tensor in tensors_in(result):
+        if tensor.dim() == len(axes):
+            put(flow, tensor, axes)
+        else:
+            still(flow, tensor)
+    return None
+
+
+@rule("logsumexp", "prod", "argmax", "argmin")
+def _compete(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    info = flow.info(a["self"])
+    dims = a.get("dim")
+    dims = range(len(info.axes)) if dims is None else [dims] if isinstance(dims, int) else dims
+    for dim in dims:
+        flow.fix(info.axes[dim], "its channels compete")
+    _reduce(flow, a, result)
+
+
+@rule("view_as_real")
+def _view_as_real(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    still(flow, result, flow.info(a["self"]).axes)
+
+
+@rule("view_as_complex")
+def _view_as_complex(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    flow.fix(info.axes[-1], "it holds complex parts")
+    put(flow, result, info.axes[:-1])

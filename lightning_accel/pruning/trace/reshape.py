@@ -1,0 +1,166 @@
+"""Rules of operations that reorder, split and merge dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_accel.pruning.trace.flow import Axis, Flow
+from lightning_accel.pruning.trace.rule import put, rule, same, unknown
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
+def _reshape(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    if 0 in result.shape or not isinstance(a.get("size", ()), (list, tuple)):
+        return (
+            same(flow, a, result) if a["self"].shape == result.shape else unknown(flow, a, result)
+        )
+    flags = flow.adjustable
+    flags = flags if flags is not None and len(flags) == result.dim() else [True] * result.dim()
+    axes: list[Axis | None] = [None] * result.dim()
+    olds = [x for x in info.axes if len(x.atoms) != 1]
+    news = [(n, size) for n, size in enumerate(result.shape) if size != 1]
+    part = 0
+    while news:
+        old, new = [olds.pop(0)], [news.pop(0)]
+        while (have := math.prod(len(x.atoms) for x in old)) != (
+            want := math.prod(size for _, size in new)
+        ):
+            if have < want:
+                old.append(olds.pop(0))
+            else:
+                new.append(news.pop(0))
+        if len(old) == len(new) and [len(x.atoms) for x in old] == [size for _, size in new]:
+            factors = old
+        else:
+            merged = _merge(flow, old)
+            places = [n for n, _ in new]
+            factors = _split(
+                flow, merged, [s for _, s in new], [flags[n] for n in places], (flow.step, part)
+            )
+        for (n, _), axis in zip(new, factors, strict=True):
+            axes[n] = axis
+        part += 1
+    ones = iter([x for x in info.axes if len(x.atoms) == 1])
+    full = [axis or next(ones, None) or flow.still(1, "it has size 1") for axis in axes]
+    put(flow, result, full, info.source)
+
+
+def _merge(flow: Flow, axes: Sequence[Axis]) -> Axis:
+    if len(axes) == 1:
+        return axes[0]
+    sizes = [len(x.atoms) for x in axes]
+    free = [n for n, x in enumerate(axes) if flow.atoms.is_free(x.atoms)]
+    factors = frozenset().union(*(x.factors for x in axes))
+    if not free:
+        return Axis(np.full(math.prod(sizes), axes[0].atoms[0]), factors)
+    chosen = max(free, key=lambda n: len(np.unique(flow.atoms.find(axes[n].atoms))))
+    for n in free:
+        if n != chosen:
+            flow.fix(axes[n], "it is merged with another dimension")
+    shape = [size if n == chosen else 1 for n, size in enumerate(sizes)]
+    return Axis(np.broadcast_to(axes[chosen].atoms.reshape(shape), sizes).reshape(-1), factors)
+
+
+def _split(
+    flow: Flow, axis: Axis, sizes: Sequence[int], flags: Sequence[bool], site: tuple[int, int]
+) -> list[Axis]:
+    if len(sizes) == 1:
+        return [axis]
+    grid = flow.atoms.find(axis.atoms).reshape(sizes)
+    varying = [n for n in range(len(sizes)) if not (grid == grid.take([0], axis=n)).all()]
+    flow.splits[site] = tuple(varying)
+    reason = f"a split in the forward of {flow.here} keeps this part whole"
+    factors = [
+        Axis(np.full(size, flow.atoms.fresh(1, reason)[0]), frozenset({(site, n)}))
+        for n, size in enumerate(sizes)
+    ]
+    if not flow.atoms.is_free(axis.atoms):
+        return factors
+    able = [n for n in varying if flags[n]]
+    if not able:
+        flow.atoms.fix(axis.atoms, f"sizes are written in the code of {flow.here}")
+        return factors
+    chosen = flow.live.get(site, -1)
+    if chosen not in able:
+        chosen = max(able, key=lambda n: sizes[n])
+    lines = np.moveaxis(grid, chosen, 0).reshape(sizes[chosen], -1)
+    flow.atoms.join(lines[:, :1], lines)
+    if flow.live.get(site) == chosen:
+        flow.headed.append(lines[:, 0])
+    factors[chosen] = Axis(lines[:, 0], frozenset({(site, chosen)}))
+    return factors
+
+
+@rule("permute")
+def _permute(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    put(flow, result, [info.axes[d] for d in a["dims"]], info.source)
+
+
+@rule("transpose", "swapaxes")
+def _transpose(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    axes = list(info.axes)
+    axes[a["dim0"]], axes[a["dim1"]] = axes[a["dim1"]], axes[a["dim0"]]
+    put(flow, result, axes, info.source)
+
+
+@rule("t", "numpy_T", "mT")
+def _t(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    put(flow, result, info.axes[::-1], info.source)
+
+
+@rule("unsqueeze")
+def _unsqueeze(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    axes = list(info.axes)
+    axes.insert(a["dim"] % result.dim(), flow.still(1, "it has size 1"))
+    put(flow, result, axes, info.source)
+
+
+@rule("squeeze")
+def _squeeze(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    dims = a.get("dim", list(range(len(info.axes))))
+    dims = {d % max(len(info.axes), 1) for d in ([dims] if isinstance(dims, int) else dims)}
+    axes = [x for n, x in enumerate(info.axes) if n not in dims or len(x.atoms) != 1]
+    put(flow, result, axes, info.source)
+
+
+@rule("expand")
+def _expand(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    flags = flow.adjustable
+    flags = flags if flags is not None and len(flags) == result.dim() else [True] * result.dim()
+    ahead = result.dim() - len(info.axes)
+    axes = []
+    for n, size in enumerate(result.shape):
+        old = info.axes[n - ahead] if n >= ahead else None
+        if old is not None and len(old.atoms) == size:
+            axes.append(old)
+        elif flags[n]:
+            axes.append(Axis(flow.atoms.fresh(size), old.factors if old else frozenset()))
+        else:
+            axes.append(flow.still(size, "its size is written in the code"))
+    put(flow, result, axes)
+
+
+@rule("repeat")
+def _repeat(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    ahead = result.dim() - len(info.axes)
+    axes = []
+    for n, size in enumerate(result.shape):
+        old = info.axes[n - ahead] if n >= ahead else None
+        if old is None or (len(old.atoms) == 1 and size > 1):
+            axes.append(flow.still(size, f"it is repeated in {flow.here}"))
+        else:
+            axes.append(Axis(np.tile(old.atoms, size // max(len(old.atoms), 1)), old.factors))
+    put(flow, result, axes)

@@ -1,0 +1,127 @@
+"""The table of rules, and what rules have in common.
+
+A rule gives the results of one aten operation their dimensions, and joins or fixes those of its
+arguments. `a` holds the arguments by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_accel.pruning.trace.flow import Axis, Flow, Info
+
+Rule = Callable[[Flow, dict[str, Any], Any], None]
+RULES: dict[str, Rule] = {}
+
+_MISFIT = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def follow(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    """Apply the rule of `func`; fix all dimensions where there is none, or where it does not fit."""
+    schema = func._schema
+    name = schema.name.removeprefix("aten::")
+    bound = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
+    known = RULES.get(name) or RULES.get(name.rstrip("_"))
+    if known is None and torch.Tag.pointwise in func.tags:
+        known = pointwise
+    if known is not None:
+        try:
+            return known(flow, bound, result)
+        except _MISFIT:
+            pass  # an overload that the rule does not know: safe, because all of it is fixed
+    if tensors_in(bound):
+        flow.unknown.add(schema.name)
+    return unknown(flow, bound, result)
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    return (
+        [t for v in values for t in tensors_in(v)]
+        if isinstance(values, (list, tuple, type({}.values())))
+        else []
+    )
+
+
+def put(flow: Flow, result: Tensor, axes: Sequence[Axis], source: str = "") -> None:
+    assert tuple(len(a.atoms) for a in axes) == tuple(result.shape), (axes, result.shape)
+    flow.infos[result] = Info(tuple(axes), source)
+
+
+def still(flow: Flow, result: Any, axes: Sequence[Axis | None] = ()) -> None:
+    """Give `result` these axes; the missing ones are fixed."""
+    for tensor in tensors_in(result):
+        known = [*axes, *[None] * tensor.dim()][: tensor.dim()]
+        reason = f"it is made anew in the forward of {flow.here}"
+        put(
+            flow,
+            tensor,
+            [
+                axis if axis is not None and len(axis.atoms) == n else flow.still(n, reason)
+                for axis, n in zip(known, tensor.shape, strict=True)
+            ],
+        )
+
+
+def pointwise(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    inputs = [flow.info(t) for t in tensors_in(a)]
+    for tensor in tensors_in(result):
+        axes = broadcast(flow, inputs, tensor.shape)
+        if len(axes) == tensor.dim():
+            put(flow, tensor, axes)
+
+
+def broadcast(flow: Flow, inputs: Sequence[Info], shape: Sequence[int]) -> list[Axis]:
+    axes = []
+    for back in range(len(shape), 0, -1):
+        met = [i.axes[-back] for i in inputs if len(i.axes) >= back]
+        met = [x for x in met if len(x.atoms) == shape[-back]]
+        if not met:
+            met = [flow.still(shape[-back], "it is broadcast")]
+        if shape[-back] > 1:
+            for other in met[1:]:
+                flow.atoms.join(met[0].atoms, other.atoms)
+        axes.append(Axis(met[0].atoms, frozenset().union(*(x.factors for x in met))))
+    return axes
+
+
+def unknown(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    for tensor in tensors_in(a):
+        for axis in flow.info(tensor).axes:
+            flow.fix(axis, "an operation without a rule reads it")
+    known = {id(t) for t in tensors_in(a)}
+    still(flow, [t for t in tensors_in(result) if id(t) not in known])
+
+
+def fixing(flow: Flow, tensor: Tensor, dims: Any, what: str, result: Any) -> None:
+    info = flow.info(tensor)
+    for dim in dims:
+        if info.axes:
+            flow.fix(info.axes[dim], what)
+    still(flow, result, info.axes)
+
+
+@rule("clone", "_to_copy", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous")
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+@rule("_conj", "resolve_conj", "as_strided")
+def same(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    (info, *_) = (flow.info(t) for t in tensors_in(a))
+    if tuple(result.shape) == tuple(len(x.atoms) for x in info.axes):
+        put(flow, result, info.axes, info.source)
+    else:
+        unknown(flow, a, result)

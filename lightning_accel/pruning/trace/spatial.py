@@ -1,0 +1,91 @@
+"""Rules of pooling, resampling and shuffling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_accel.pruning.trace.flow import Axis, Flow
+from lightning_accel.pruning.trace.rule import RULES, Rule, put, rule, still
+
+
+def _spatial(last: int) -> Rule:
+    def rule(flow: Flow, a: dict[str, Any], result: Any) -> None:
+        info = flow.info(a["self"] if "self" in a else a["input"])
+        for axis in info.axes[-last:]:
+            flow.fix(axis, "it is a spatial dimension")
+        still(flow, result, info.axes[:-last])
+
+    return rule
+
+
+for _name in [
+    "max_pool{}d_with_indices",
+    "avg_pool{}d",
+    "_adaptive_avg_pool{}d",
+    "adaptive_avg_pool{}d",
+    "adaptive_max_pool{}d",
+    "max_pool{}d",
+    "reflection_pad{}d",
+    "replication_pad{}d",
+    "upsample_nearest{}d",
+    "_upsample_nearest_exact{}d",
+    "fractional_max_pool{}d",
+    "upsample_bilinear{}d",
+    "upsample_linear{}d",
+    "upsample_trilinear{}d",
+    "upsample_bicubic{}d",
+    "_upsample_bicubic{}d_aa",
+    "_upsample_bilinear{}d_aa",
+    "grid_sampler_{}d",
+    "quantized_max_pool{}d",
+]:
+    for _last in (1, 2, 3):
+        RULES[_name.format(_last)] = _spatial(_last)
+
+
+@rule("im2col")
+def _im2col(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    channels = info.axes[-3]
+    for axis in info.axes[-2:]:
+        flow.fix(axis, "it is a spatial dimension")
+    times = result.shape[-2] // len(channels.atoms)
+    still(flow, result, [*info.axes[:-3], Axis(np.repeat(channels.atoms, times)), None])
+
+
+@rule("col2im")
+def _col2im(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    channels = result.shape[-3]
+    grid = info.axes[-2].atoms.reshape(channels, -1)
+    flow.atoms.join(grid[:, :1], grid)
+    still(flow, result, [*info.axes[:-2], Axis(grid[:, 0]), None, None])
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    grid = info.axes[-3].atoms.reshape(result.shape[-3], -1)
+    flow.atoms.join(grid[:, :1], grid)
+    still(flow, result, [*info.axes[:-3], Axis(grid[:, 0]), None, None])
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    times = result.shape[-3] // len(info.axes[-3].atoms)
+    axis = Axis(np.repeat(info.axes[-3].atoms, times))
+    still(flow, result, [*info.axes[:-3], axis, None, None])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info = flow.info(a["self"])
+    grid = info.axes[1].atoms.reshape(a["groups"], -1)
+    flow.atoms.join(grid[:1], grid)
+    axes = list(info.axes)
+    axes[1] = Axis(grid.T.reshape(-1))
+    put(flow, result, axes)
