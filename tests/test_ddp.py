@@ -37,3 +37,16 @@ def test_ranks_agree_through_prune_and_resume(tmp_path: Path, importance: str, u
     assert len(zero["whole"]) == 4 + 2  # epochs and prunes
     assert zero["resumed"] == zero["whole"][-len(zero["resumed"]) :]
     assert len(set(zero["whole"])) == 6
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "tp"])
+def test_a_network_is_pruned_before_it_is_sharded(tmp_path: Path, kind: str) -> None:
+    """Rank 0 decides for all; a resumed run takes the shape from the sharded checkpoint."""
+    done = run_script("fsdp_prune.py", str(tmp_path), kind)
+    assert done.returncode == 0, done.stderr[-3000:]
+    zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert zero == one
+    assert len(zero["whole"]["weights"]["0.weight"]) == 16  # of 32
+    assert zero["whole"]["local"] == 8  # and really sharded
+    assert zero["resumed"]["weights"] == zero["whole"]["weights"]
+    assert zero["resumed"]["receipts"] == [True]

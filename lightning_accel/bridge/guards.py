@@ -26,8 +26,8 @@ def refuse_sharded(strategy: Strategy, what: str) -> None:
         raise Unsupported(
             f"{what} cannot change tensors that a strategy has already sharded or traced",
             lineage[0],
-            "prune in `configure_model` before sharding: `lightning_accel.pruning.prune(self.net, "
-            "example=..., ratio=...)`, or train with one device or strategy='ddp'",
+            "call `lightning_accel.pruning.prune_before_sharding(self, example=..., ratio=...)` in "
+            "`configure_model`, or train with one device or strategy='ddp'",
         )
 
 

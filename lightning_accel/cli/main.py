@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lightning_accel.cli import env
+from lightning_accel.cli import env, plan
 
-_COMMANDS = (env,)
+_COMMANDS = (env, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

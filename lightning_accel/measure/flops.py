@@ -188,11 +188,16 @@ def _bilinear(first: Any, weight: Any, second: Any, *_: Any, **__: Any) -> int:
     return int(2 * first[0] * prod(weight))  # (batch, in1), (out, in1, in2), (batch, in2)
 
 
+def _grouped_product(rows: Any, experts: Any, *_: Any, **__: Any) -> int:
+    return int(2 * prod(rows) * experts[-1])  # (tokens, inputs), (experts, inputs, outputs)
+
+
 _MISSING: dict[Any, Any] = {
     aten.mv: _product_of_vector,
     aten.dot: _product_of_vector,
     aten.addmv: _added_product_of_vector,
     aten._trilinear: _bilinear,
+    aten._grouped_mm: _grouped_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_fused_attention_overrideable: _attention,
 }

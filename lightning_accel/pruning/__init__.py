@@ -4,37 +4,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_accel.pruning.prune import plan, prune
+from lightning_accel.pruning.qubo import QuboSelector
 from lightning_accel.pruning.recalibrate import recalibrate
+from lightning_accel.pruning.reconstruction import GreedySwapSelector, Reconstruction
 from lightning_accel.pruning.target import Latency, Macs, Memory, Params
 from lightning_accel.pruning.verify import mask_equivalence
 
 if TYPE_CHECKING:
     from lightning_accel.pruning.callback import StructuredPruning
     from lightning_accel.pruning.mask.callback import WeightMasks
+    from lightning_accel.pruning.module import prune_before_sharding
     from lightning_accel.pruning.sparsify.callback import SparsityTraining
 
 __all__ = [
+    "GreedySwapSelector",
     "Latency",
     "Macs",
     "Memory",
     "Params",
+    "QuboSelector",
+    "Reconstruction",
     "SparsityTraining",
     "StructuredPruning",
     "WeightMasks",
     "mask_equivalence",
     "plan",
     "prune",
+    "prune_before_sharding",
     "recalibrate",
 ]
 
-_CALLBACKS = {
+_WITH_LIGHTNING = {
     "StructuredPruning": "callback",
     "WeightMasks": "mask.callback",
     "SparsityTraining": "sparsify.callback",
+    "prune_before_sharding": "module",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CALLBACKS:
-        return getattr(import_module(f"{__name__}.{_CALLBACKS[name]}"), name)
+    if name in _WITH_LIGHTNING:
+        return getattr(import_module(f"{__name__}.{_WITH_LIGHTNING[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

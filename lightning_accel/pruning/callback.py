@@ -32,11 +32,11 @@ _BATCHES = 10  # of training data, for an importance that measures
 
 
 class _Decision(NamedTuple):
-    """What to take out, what is then left of the target's unit, or why there is nothing to take out."""
+    """What to take out, what that leaves of the target's unit, and how that or a refusal is told."""
 
     cut: Cut
-    kept: float | None = None
-    reason: str = ""
+    kept: float | None
+    text: str
 
 
 class StructuredPruning(ModelEdit):
@@ -216,21 +216,13 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._may_go_on(trainer, pl_module, final=True)
-        # `current_epoch` counts on before this hook.
-        missed = [
-            epoch
-            for epoch in self.when[self._done() :]
-            if epoch >= trainer.current_epoch or self.guard is not None
-        ]
-        stopped = self.guard is not None and self.guard.stopped
-        if missed and not stopped and not _is_trial(trainer):
-            rank_zero_warn(
-                explain(
-                    f"the fit ended before {type(self).__name__} had done all of its steps",
-                    f"{self._done()} of {len(self.when)}, with epochs {missed} still to come",
-                    "resume from a checkpoint of this fit, or prune earlier",
-                )
-            )
+        if self.guard is not None and self.guard.stopped:
+            return
+        # `current_epoch` counts on before this hook; with a guard, steps that are past may be put off.
+        late = trainer.current_epoch if self.guard is None else 0
+        missed = [epoch for epoch in self.when[self._done() :] if epoch >= late]
+        if missed and not _is_trial(trainer):
+            rank_zero_warn(scheduling.unfinished(self.when, missed))
 
     def _done(self) -> int:
         return min(int(self.history[-1]["step"]), len(self.when)) if self.history else 0
@@ -257,10 +249,10 @@ class StructuredPruning(ModelEdit):
         found = self._decide(trainer, pl_module, due)
         if not found.cut:  # rounding can put a step off, but not the whole
             if due == len(self.when) and not self.history:
-                raise NoEffect(found.reason)
+                raise NoEffect(found.text)
             if self.history:
                 self.history[-1]["step"] = due
-            rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.reason}")
+            rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.text}")
             return False
         receipt = commit(trainer, pl_module, found.cut, lambda: self._renew(trainer, pl_module))
         after = sum(p.numel() for p in pl_module.parameters())
@@ -275,7 +267,7 @@ class StructuredPruning(ModelEdit):
                 "skipped": {change.name: change.what for change in receipt.skipped},
             }
         )
-        self._report(trainer, receipt, before, after)
+        self._report(trainer, receipt, found.text)
         return True
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> _Decision:
@@ -288,9 +280,12 @@ class StructuredPruning(ModelEdit):
                 cut = self.request.plan(
                     pl_module, calls, due=due, left=left, dense=dense, source=data
                 )
-                found = _Decision(cut, self.request.kept(pl_module, calls, cut))
+                kept = self.request.kept(pl_module, calls, cut)
+                device = trainer.strategy.root_device
+                text = self.request.says(calls, due, left * (kept or 1.0), device)
+                found = _Decision(cut, kept, text)
             except NoEffect as error:
-                found = _Decision(Cut(), reason=str(error))
+                found = _Decision(Cut(), None, str(error))
         return trainer.strategy.broadcast(found)
 
     def _left(self) -> float:
@@ -303,18 +298,16 @@ class StructuredPruning(ModelEdit):
             calls = partial(calls_of, trainer, pl_module, data)
             renew_buffers(trainer, pl_module, lambda copy: recalibrate(copy, calls()))
 
-    def _report(self, trainer: Trainer, receipt: Receipt, before: int, after: int) -> None:
-        left = after / before
+    def _report(self, trainer: Trainer, receipt: Receipt, target: str) -> None:
+        before, after = (int(self.history[-1][f"params_{when}"]) for when in ("before", "after"))
+        values = {"pruning/params": float(after), "pruning/params_left": after / before}
         text = (
             f"Pruned before epoch {trainer.current_epoch}: {before:,} -> {after:,} parameters "
-            f"({left:.0%}), {len(receipt.changes)} tensors."
+            f"({after / before:.0%}), {len(receipt.changes)} tensors."
         )
-        values = {"pruning/params": float(after), "pruning/params_left": left}
-        if self.request.target is not None:
+        if target:
             values["pruning/target_left"] = self._left()
-            text += (
-                f"\n  {self.request.says(self._done(), self._left(), trainer.strategy.root_device)}"
-            )
+            text += f"\n  {target}"
         for change in receipt.skipped:
             text += f"\n  left alone: `{change.name}`: {change.what}"
         rank_zero_info(text)

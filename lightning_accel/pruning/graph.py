@@ -95,7 +95,8 @@ class Graph:
             {name: dict.fromkeys(sizes, 0) for name, sizes in attributes.items()},
         )
         scaled = self._scaled(gone, left, kept)
-        return Cut(kept, before.now(self.model), attributes, scaled=scaled)
+        renormed = dict(self._renormed(kept))
+        return Cut(kept, before.now(self.model), attributes, scaled=scaled, renormed=renormed)
 
     def rescale(self, names: Collection[str]) -> bool:
         """Scale the queries of these groups where they were not, or the other way round; whether any."""
@@ -129,8 +130,9 @@ class Graph:
                 sites.setdefault(name, []).append(site)
         if not sites:
             return {}
+        found = query_rows(self.model, self.calls, sites, self.groups, len(self._flow.queries))
         queries: dict[str, list[_Query]] = {}
-        for name, tensors in query_rows(self.model, self.calls, sites, self.groups).items():
+        for name, tensors in found.items():
             atoms, scaled = self._flow.queries[sites[name][0]]
             queries[name] = [
                 _Query(tensor, rows, atoms, scaled) for tensor, rows in tensors.items()
@@ -156,6 +158,22 @@ class Graph:
                     }
                     found[query.tensor] = factor(query.rows, dims[dim], dim, len(dims), old, new)
         return found
+
+    def _renormed(self, kept: Mapping[str, Kept]) -> Iterator[tuple[str, Tensor]]:
+        """Yield by what magnitudes shrink with the norms of their directions, so that weights stay."""
+        tensors = dict(named_tensors(self.model))
+        for direction, magnitude, dim in dict.fromkeys(self._flow.normed):
+            if direction in kept:
+                whole = tensors[direction].detach().double()
+                part = whole.clone()
+                for other, positions in enumerate(kept[direction].dims):
+                    if positions is not None and other != dim:
+                        gone = torch.ones(whole.shape[other], dtype=torch.bool)
+                        gone[positions] = False
+                        part.index_fill_(other, gone.nonzero()[:, 0].to(whole.device), 0.0)
+                norms = [t.movedim(dim, 0).flatten(1).norm(dim=1) for t in (part, whole)]
+                shares = norms[0] / norms[1].clamp_min(1e-300)
+                yield magnitude, shares.view(tensors[magnitude].shape)
 
     def _left(self, gone: Gone) -> _Left:
         removed = np.zeros(self._flow.atoms.count, dtype=bool)

@@ -21,9 +21,6 @@ from lightning_accel.pruning.trace.sizes import Attribute, Length, leaves
 from lightning_accel.surgery import Change, Select, Structure
 from lightning_accel.surgery.structure import named_tensors
 
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
-"""Layers that are named when they stay as they are."""
-
 
 class Member(NamedTuple):
     """One dimension of one tensor in a group.
@@ -205,11 +202,16 @@ class Groups:
         path, _, leaf = name.rpartition(".")
         owner = self._model.get_submodule(path)
         if leaf == "weight" and isinstance(owner, (nn.modules.conv._ConvNd, nn.Linear)):
-            out = 1 if getattr(owner, "transposed", False) and owner.groups == 1 else 0
-            return "out" if dim == out else "in"
+            if getattr(owner, "transposed", False):
+                whole = dim == 0 and owner.groups > 1 and self._stays(name, 1)
+                return "out" if dim == 1 or whole else "in"
+            return "out" if dim == 0 else "in"
         if self._is_made[atoms].all():
             return "out"
         return "in" if self._is_read[atoms].all() else "own"
+
+    def _stays(self, name: str, dim: int) -> bool:
+        return bool(self._fixed[self.root[self._flow.own[name].axes[dim].atoms]].all())
 
     def _layers(self, members: Sequence[Member]) -> tuple[str, ...]:
         found = {}
@@ -235,7 +237,7 @@ class Groups:
                 return f"`{member.tensor}` is frozen"
         makers = [m for m in group.members if m.role == "out"]
         if not makers:
-            return "no layer makes it"
+            return _UNSELECTED  # no layer makes it: a table that only others look at
         axes = [self._flow.own[m.tensor].axes[m.dim].atoms for m in makers]
         if not any(self._is_made[atoms].any() for atoms in axes):
             return "it never ran on the example"
@@ -263,17 +265,22 @@ class Groups:
         named = {layer for group in groups for layer in group.layers}
         named |= {change.name for change in self.skipped}
         for name, module in self._model.named_modules():
-            weight = self._flow.own.get(f"{name}.weight".lstrip("."))
-            if name in named or not isinstance(module, LAYERS) or weight is None:
+            if name in named or isinstance(module, nn.Embedding):
                 continue
-            out = 1 if getattr(module, "transposed", False) and module.groups == 1 else 0
-            atoms = weight.axes[out].atoms
-            reason = self._flow.atoms.reason(atoms)
-            ran = self._is_made[atoms].any() or self._is_read[weight.axes[1 - out].atoms].any()
-            if not ran:
-                reason = "it never ran on the example"
-            if reason:
-                self.skipped.append(Change(name, reason))
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() >= 2:
+                    reason = self._why_not(f"{name}.{leaf}".lstrip("."))
+                    if reason:
+                        self.skipped.append(Change(name, reason))
+                    break
+
+    def _why_not(self, name: str) -> str:
+        """Return what keeps the outputs of a weight as they are; nothing if it only was not selected."""
+        axes = [axis.atoms for axis in self._flow.own[name].axes]
+        outs = [atoms for dim, atoms in enumerate(axes) if self._role(name, dim, atoms) == "out"]
+        if not any(self._is_made[atoms].any() or self._is_read[atoms].any() for atoms in axes):
+            return "it never ran on the example"
+        return next((why for atoms in outs if (why := self._flow.atoms.reason(atoms))), "")
 
 
 _UNSELECTED = "it is not selected"

@@ -13,6 +13,7 @@ that read it) and g their gradients:
 - `taylor2`: the same sum squared per batch, then averaged: the diagonal of the Fisher information of a
   gate on the unit, the second-order term where the first vanishes (Theis et al. 2018, arXiv:1801.05787).
 - `activation`: mean |activation| at the inputs of the layers that read it, over the mean of its group.
+- `reconstruction`: the error of the layers that read it, units chosen together (see `reconstruction`).
 - `fpgm`: distance to all other units of its group, small near their geometric median, hence redundant
   (He et al. 2019, arXiv:1811.00250), over the mean of its group.
 - `lamp`: its magnitude over that of all units at least as large (Lee et al. 2021, arXiv:2010.07611).
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,22 @@ from lightning_accel.errors import AccelError, explain
 if TYPE_CHECKING:
     from lightning_accel.pruning.activations import Statistics
     from lightning_accel.pruning.graph import Group, Member
+    from lightning_accel.pruning.reconstruction import Reconstruction
 
-KNOWN = ("magnitude", "bn_scale", "taylor", "taylor2", "activation", "fpgm", "lamp", "random")
+KNOWN = (
+    "magnitude",
+    "bn_scale",
+    "taylor",
+    "taylor2",
+    "activation",
+    "reconstruction",
+    "fpgm",
+    "lamp",
+    "random",
+)
 
-Importance = str | Callable[[nn.Module, "Group"], Tensor]
-"""A name of `KNOWN`, or a function of the model and a group that returns one number per unit."""
+Importance = Union[str, Callable[[nn.Module, "Group"], Tensor], "Reconstruction"]
+"""A name of `KNOWN`, a function of model and group that returns a number per unit, or `Reconstruction`."""
 
 
 def check(importance: Any) -> Importance:
@@ -50,7 +62,10 @@ def check(importance: Any) -> Importance:
     >>> check("magnitude")
     'magnitude'
     """
-    if not callable(importance) and importance not in KNOWN:
+    from lightning_accel.pruning.reconstruction import Reconstruction
+
+    known = isinstance(importance, (str, Reconstruction)) or callable(importance)
+    if not known or (isinstance(importance, str) and importance not in KNOWN):
         raise ValueError(
             explain(
                 "unknown importance",
@@ -58,8 +73,8 @@ def check(importance: Any) -> Importance:
                 f"choose one of {', '.join(KNOWN)}, or pass a function (model, group) -> scores",
             )
         )
-    known: Importance = importance
-    return known
+    checked: Importance = importance
+    return checked
 
 
 def require_gradients(model: nn.Module) -> None:
@@ -94,8 +109,10 @@ def score(
         found = torch.as_tensor(importance(model, group))
     elif importance in ("activation", "taylor2"):
         found = _measured(group, importance, statistics)
-    else:
+    elif isinstance(importance, str) and importance in _FORMULAS:
         found = _FORMULAS[importance](model, group)
+    else:
+        raise ValueError(f"{importance!r} ranks no group by itself")
     if found.shape != (group.units,):
         raise ValueError(f"it has {group.units} units, but scores of shape {tuple(found.shape)}")
     scores = found.detach().float().cpu()

@@ -12,14 +12,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_accel.errors import BrokenModel, NoEffect, explain
-from lightning_accel.pruning import activations, selection
+from lightning_accel.pruning import activations, compensation, selection
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.verify import Verifier, in_dtype_of
+from lightning_accel.pruning.ranking import Ranking
+from lightning_accel.pruning.verify import Verifier, in_dtype_of, runs
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
 from lightning_accel.surgery.call import Call, as_call, first
 
@@ -42,6 +43,7 @@ def prune(
     select: Select | str | Sequence[str] | None = None,
     round_to: int | None = None,
     attention: str = "heads",
+    compensate: bool = False,
 ) -> Receipt:
     """Remove the least important channels and attention heads of a network in place.
 
@@ -62,6 +64,8 @@ def prune(
         select: Layers whose channels may go; everything by default.
         round_to: Kept channels are raised to a multiple of this.
         attention: Whole "heads" go, or the same places of every head ("width").
+        compensate: Solve the layers that read what is gone anew, by least squares on `example`, which
+            should then hold a few hundred samples.
 
     Returns:
         What was cut, and under `skipped` what was left alone and why.
@@ -94,6 +98,7 @@ def prune(
         select=Select.of(select),
         round_to=round_to,
         attention=attention,
+        compensate=compensate,
     ).apply(model)
 
 
@@ -111,12 +116,14 @@ def plan(
     dense: Structure = _AS_IT_IS,
     batches: Iterable[Sequence[Call]] = (),
     statistics: activations.Statistics | None = None,
+    compensate: bool = False,
     seconds: float = 300.0,
 ) -> Cut:
     """Return the proved cut for a share of channels, or for a target; change nothing.
 
     `dense` holds the shapes before earlier cuts, if there were any: `ratio` is a share of those.
-    `batches` are the calls of calibration batches, for importances that measure. After `seconds` no
+    `batches` are the calls of calibration batches, for what measures; the calls themselves by default.
+    `compensate` solves the layers that read what is gone anew, on these batches. After `seconds` no
     more groups are tried one by one; those not tried by then are left alone, and listed.
     """
     check_asked(ratio, target)
@@ -126,7 +133,7 @@ def plan(
     until = time.monotonic() + seconds
     if importance == "taylor":
         scoring.require_gradients(model)
-    small = in_dtype_of(first(calls, _SAMPLES), model)
+    small = _small(model, calls)
     frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
     graph = Graph(
         twin(model),
@@ -136,10 +143,9 @@ def plan(
         dense=dense,
         attention=attention,
     )
-    if importance == "activation" and statistics is None:
-        data = list(batches) or [in_dtype_of(calls, model)]
-        statistics = activations.collect(graph.model, graph.groups, data)
-    scores, refused = _scores(graph, importance, statistics)
+    data = list(batches) or [in_dtype_of(calls, model)]
+    ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
+    scores, refused = ranking.scores, list(ranking.refused)
     verifier = Verifier(model, small)
     groups = [group for group in graph.groups if group.name in scores]
     while groups:
@@ -153,9 +159,12 @@ def plan(
         gone = pick(ratio) if ratio is not None else target.reach(graph, pick)  # type: ignore[union-attr]
         if not gone:
             raise _nothing(ratio, target, groups, round_to)
+        gone = ranking.refined(gone)
         wrong = _culprits(graph, verifier, groups, gone, until)
         if not wrong:
             cut = graph.cut(gone)
+            if compensate:
+                cut = _compensated(graph, cut, gone, data)
             narrow = selection.immovable(groups, round_to=round_to)
             return dataclasses.replace(cut, skipped=(*graph.skipped, *refused, *narrow))
         refused += wrong
@@ -198,18 +207,21 @@ def check_asked(ratio: Any, target: Any) -> None:
         )
 
 
-def _scores(
-    graph: Graph, importance: Importance, statistics: activations.Statistics | None
-) -> tuple[dict[str, Tensor], list[Change]]:
-    scores, refused = {}, []
-    for group in graph.groups:
-        try:
-            scores[group.name] = scoring.score(
-                graph.model, group, importance, statistics=statistics
-            )
-        except ValueError as error:
-            refused.append(Change(group.name, str(error)))
-    return scores, refused
+def _small(model: nn.Module, calls: Sequence[Call]) -> tuple[Call, ...]:
+    """Return the first samples, or all where dimension 0 is no batch (nodes of a graph, say)."""
+    whole, small = in_dtype_of(calls, model), in_dtype_of(first(calls, _SAMPLES), model)
+    return small if runs(model, small) else whole
+
+
+def _compensated(graph: Graph, cut: Cut, gone: Gone, batches: Sequence[Sequence[Call]]) -> Cut:
+    small = twin(graph.model)
+    cut.apply(small)
+    found = compensation.compensate(
+        graph.model, small, groups=graph.groups, gone=gone, batches=batches
+    )
+    before = dict(small.named_parameters())
+    added = {name: value - before[name].detach() for name, value in found.values.items()}
+    return dataclasses.replace(cut, added=added)
 
 
 def _nothing(

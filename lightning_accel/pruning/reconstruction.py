@@ -18,7 +18,7 @@ one lowers the error; `qubo` hands the same G to an annealer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,6 +169,25 @@ def swap(gram: Tensor, removed: Sequence[int]) -> list[int]:
     return gone.nonzero()[:, 0].tolist()
 
 
+def costs(gram: Tensor) -> Tensor:
+    """Return at which share of the whole error each unit goes when all go greedily, shape (units,).
+
+    >>> costs(torch.diag(torch.tensor([3.0, 1.0])))
+    tensor([1.0000, 0.2500])
+    """
+    check_gram(gram, 0)
+    gram = gram.double()
+    cost = gram.diagonal().clone()
+    shares, total = torch.zeros(len(gram), dtype=torch.float64), 0.0
+    for _ in range(len(gram)):
+        unit = int(cost.argmin())
+        total = max(total, total + float(cost[unit]))  # rounding must not turn the order round
+        shares[unit] = total
+        cost += 2 * gram[unit]
+        cost[unit] = math.inf
+    return (shares / total if total > 0 else shares).float()
+
+
 class GreedySwapSelector:
     """Choose units to remove by `greedy`, polished by `swap`: deterministic, milliseconds, no extra.
 
@@ -180,6 +199,23 @@ class GreedySwapSelector:
     def __call__(self, gram: Tensor, remove: int) -> list[int]:
         """Return `remove` units in ascending order; `gram` is G of one group."""
         return swap(gram, greedy(gram, remove))
+
+
+class Reconstruction:
+    """An importance: units are chosen together, by the error that their removal leaves (see above).
+
+    Args:
+        selector: Takes G and a number of units, returns which: `GreedySwapSelector()`, `QuboSelector()`.
+
+    >>> Reconstruction(GreedySwapSelector())
+    Reconstruction(GreedySwapSelector)
+    """
+
+    def __init__(self, selector: Callable[[Tensor, int], list[int]]) -> None:
+        self.selector = selector
+
+    def __repr__(self) -> str:
+        return f"Reconstruction({type(self.selector).__name__})"
 
 
 def check_gram(gram: Tensor, remove: int) -> None:

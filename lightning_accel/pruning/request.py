@@ -124,7 +124,7 @@ class Request:
         ratio, target = self.ratio, self.target
         if target is not None:
             target = target.of(calls).of_rest(target.share / left)
-            if target.measured:
+            if target.is_measured:
                 ratio, target = 1 - target.share, None
         plan(
             model,
@@ -146,11 +146,12 @@ class Request:
         cut.apply(after)
         return self.target.of(calls).compared(before, after, in_dtype_of(calls, model))
 
-    def says(self, due: int, left: float, device: torch.device) -> str:
+    def says(self, calls: Sequence[Call], due: int, left: float, device: torch.device) -> str:
         """Write what of the target's unit is left after a step, and what was asked for."""
-        assert self.target is not None
+        if self.target is None:
+            return ""
         share = scheduling.share_left(self.target.share, due, self.steps, self.schedule)
-        return dataclasses.replace(self.target, share=share).says(left, device)
+        return dataclasses.replace(self.target.of(calls), share=share).says(left, device)
 
     def _statistics(
         self, calls: Sequence[Call], dense: Structure, source: Source

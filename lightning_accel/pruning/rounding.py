@@ -14,7 +14,8 @@ from typing import Any
 
 from lightning_accel.errors import NoEffect, explain
 from lightning_accel.pruning.graph import Gone
-from lightning_accel.pruning.target import Latency, Macs, Prunable, Target, same
+from lightning_accel.pruning.search import same
+from lightning_accel.pruning.target import Latency, Macs, Prunable, Target
 
 MEASURED = "measured"
 MULTIPLES = (1, 4, 8, 16, 32)
@@ -69,35 +70,45 @@ def best_round_to(
 
 
 def reach(
-    target: Target,
     graph: Prunable,
     pick: Callable[[float, int | None], Gone],
     *,
+    ratio: float | None = None,
+    target: Target | None = None,
     round_to: int | str | None = None,
+    batch_size: int | None = None,
 ) -> tuple[Gone, int | None]:
-    """Return what has to go to reach a target, and the multiple of channels that was used.
+    """Return what has to go for a share of the channels or a target, and the multiple that was used.
 
     Args:
-        target: What to reach.
         graph: The network.
         pick: What goes for a share of the channels and a multiple.
+        ratio: Share of the channels to remove.
+        target: Instead of `ratio`, what to reach.
         round_to: A multiple, or "measured"; `None` is none, except that a `Latency` is measured.
+        batch_size: Samples of a forward, where rounding is measured and the target names none.
 
     Raises:
-        NoEffect: The target cannot be reached.
+        NoEffect: The target cannot be reached, or there is nothing to remove.
     """
-    if round_to is None and isinstance(target, Latency):
-        round_to = MEASURED
-    if round_to == MEASURED:
-        like = Macs(target.share)
+
+    def gone_at(multiple: int | None, goal: Target | None) -> Gone:
+        if goal is None:
+            assert ratio is not None
+            return pick(ratio, multiple)
+        return goal.reach(graph, lambda share: pick(share, multiple))
+
+    if round_to == MEASURED or (round_to is None and isinstance(target, Latency)):
+        # Multiples are compared at equal arithmetic, which is counted, so that only they are measured.
+        like = None if target is None else Macs(target.share)
         round_to = best_round_to(
             graph,
-            lambda multiple: like.reach(graph, lambda ratio: pick(ratio, multiple)),
-            batch_size=getattr(target, "batch_size", None),
+            lambda multiple: gone_at(multiple, like),
+            batch_size=getattr(target, "batch_size", None) or batch_size,
             budget_s=getattr(target, "budget_s", 1.0),
         )
     assert not isinstance(round_to, str)
-    return target.reach(graph, lambda ratio: pick(ratio, round_to)), round_to
+    return gone_at(round_to, target), round_to
 
 
 def check_round_to(round_to: Any) -> None:

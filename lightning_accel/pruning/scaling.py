@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_accel.measure.flops import unfused
+from lightning_accel.pruning.trace.numbers import without_override
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call, run, same_random_state
 
@@ -34,10 +36,16 @@ class _Queries(TorchFunctionMode):
         self.found: list[tuple[Tensor, ...]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if getattr(func, "__name__", "") in PRODUCTS:
-            given = [*args, *(kwargs or {}).values()]
+            given = [*args, *kwargs.values()]
             self.found.append(tuple(t for t in given[:3] if isinstance(t, Tensor)))
-        return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        inner = without_override(func)
+        if inner is None:
+            return func(*args, **kwargs)
+        with self:
+            return inner(*args, **kwargs)
 
 
 def query_rows(
@@ -45,6 +53,7 @@ def query_rows(
     calls: Sequence[Call],
     sites: Mapping[str, Sequence[int]],
     groups: Sequence[Group],
+    products: int,
 ) -> dict[str, dict[str, Tensor]]:
     """Return, per group, tensor name -> mask along its grouped dimension of what makes queries.
 
@@ -53,10 +62,13 @@ def query_rows(
         calls: Example calls.
         sites: For each group that is the width of heads, the numbers of its products.
         groups: The groups.
+        products: How many products the trace saw.
     """
     copy = twin(model).requires_grad_(True).eval()
-    with torch.enable_grad(), same_random_state(copy), _Queries() as queries:
+    with torch.enable_grad(), same_random_state(copy), unfused(copy), _Queries() as queries:
         run(copy, calls)
+    if len(queries.found) != products:
+        return {}  # the forward took another way with gradients; the proof will tell
     parameters = dict(copy.named_parameters(remove_duplicate=False))
     found: dict[str, dict[str, Tensor]] = {}
     for group in groups:

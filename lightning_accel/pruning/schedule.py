@@ -11,7 +11,7 @@ With t the share of the steps that are done and k the share to keep at the end:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -55,6 +55,15 @@ def require_reached(when: tuple[int, ...], max_epochs: int | None) -> None:
                 f"prune at epoch {max_epochs - 1} at the latest, or raise max_epochs",
             )
         )
+
+
+def unfinished(when: Sequence[int], missed: Sequence[int]) -> str:
+    """Write that a fit ended before its last prune."""
+    return explain(
+        "the fit ended before StructuredPruning had done all of its steps",
+        f"{len(when) - len(missed)} of {len(when)}, with epochs {list(missed)} still to come",
+        "resume from a checkpoint of this fit, or prune earlier",
+    )
 
 
 def check(schedule: Any, steps: int) -> str:

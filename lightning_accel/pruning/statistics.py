@@ -107,25 +107,33 @@ class Replay(TorchDispatchMode):
         """Return the noted statistic with the places that `own` still has, or `own`."""
         for dim in range(own.dim()):
             if noted.dim() == own.dim() and noted.shape[dim] != own.shape[dim]:
-                positions = self._places(noted.shape[dim], own.shape[dim])
+                positions = self._places(dim, noted.shape[dim], own.shape[dim])
                 if positions is None:
                     return own
                 noted = noted.index_select(dim, positions.to(noted.device))
         return noted if noted.shape == own.shape else own
 
-    def _places(self, old: int, new: int) -> Tensor | None:
-        """Return the places left of a dimension of this size, if the module running has one such cut."""
+    def _places(self, at: int, old: int, new: int) -> Tensor | None:
+        """Return the places left of a dimension of this size, if the module running has one such cut.
+
+        Where several tensors of it are cut from and to these sizes, the same dimension counts.
+        """
         for module in reversed(self._stack):
             prefix = f"{module}." if module else ""
-            found = [
-                positions
+            cut = [
+                (dim, positions)
                 for name, kept in self._cut.kept.items()
                 if name.startswith(prefix)
-                for size, positions in zip(self._cut.before.tensors[name], kept.dims, strict=True)
-                if size == old and positions is not None and len(positions) == new
+                for dim, positions in enumerate(kept.dims)
+                if positions is not None
+                and len(positions) == new
+                and self._cut.before.tensors[name][dim] == old
             ]
-            if found:
-                return found[0] if all(torch.equal(found[0], f) for f in found) else None
+            for found in ([p for _, p in cut], [p for dim, p in cut if dim == at]):
+                if found and all(torch.equal(found[0], other) for other in found):
+                    return found[0]
+            if cut:
+                return None
         return None
 
 

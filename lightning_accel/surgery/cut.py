@@ -30,7 +30,9 @@ class Cut:
     """The kept elements of named tensors, and the new value of integer attributes of modules.
 
     `before` holds the shapes and attributes that the cut expects to find. `scaled` multiplies what is
-    kept of a tensor, so that the function stays the same (see `pruning.scaling`).
+    kept of a tensor, so that the function stays the same (see `pruning.scaling`); `renormed` does so in
+    the shape before the cut, for weights divided by a norm; `added` is added last, to make up for what is
+    gone (see `pruning.compensation`).
     """
 
     kept: Mapping[str, Kept] = field(default_factory=dict)
@@ -38,6 +40,8 @@ class Cut:
     attributes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
     skipped: tuple[Change, ...] = ()
     scaled: Mapping[str, Tensor] = field(default_factory=dict)
+    renormed: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.kept)
@@ -50,6 +54,7 @@ class Cut:
             StructureMismatch: `model` is not of the shape for which the cut was made; it is untouched.
         """
         self._check(model)
+        _release(model)
         tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
         changes: list[Change] = []
         moved: list[Moved] = []
@@ -61,6 +66,8 @@ class Cut:
             done.add(id(old))
             old_shape, gradient = tuple(old.shape), old.grad
             data = kept.take(old)
+            if name in self.renormed:
+                data.mul_(kept.take(self.renormed[name].to(old)))
             if name in self.scaled:
                 data.mul_(self.scaled[name].to(data))
             new = replace_data(model, name, data)
@@ -70,21 +77,35 @@ class Cut:
             changes.append(Change(name, "pruned", text(old_shape), text(new.shape)))
             if isinstance(old, nn.Parameter) and isinstance(new, nn.Parameter):
                 moved.append(Moved(name, old, new, old_shape, kept))
+        tensors = dict(named_tensors(model))
+        for name, change in self.renormed.items():
+            if name not in self.kept:
+                tensors[name].data *= change.to(tensors[name])
+        for name, change in self.added.items():
+            tensors[name].data += change.to(tensors[name])
+            changes.append(Change(name, "compensated"))
         for name, sizes in self.attributes.items():
             for key, size in sizes.items():
                 set_size(modules[name], key, size)
         return Receipt(tuple(changes), tuple(moved), self.skipped)
 
     @torch.no_grad()
-    def masked(self, model: nn.Module) -> None:
-        """Set what the cut would remove to zero in place, and remove nothing."""
+    def masked(self, model: nn.Module, nothing: float = 0.0) -> None:
+        """Set what the cut would remove to zero in place, and remove nothing.
+
+        Args:
+            model: The network for which the cut was made.
+            nothing: What stands for zero; a tiny number where zero would be divided by zero.
+        """
         done: set[int] = set()
         tensors = dict(named_tensors(model))
         for name in self.kept:
             tensor = tensors[name]
             if id(tensor) not in done and tensor.is_floating_point():
                 done.add(id(tensor))
-                tensor.mul_(self.mask(name, tensor))
+                tensor.mul_(self.mask(name, tensor).clamp_min(nothing))
+        for name, change in self.renormed.items():
+            tensors[name].mul_(change.to(tensors[name]))
 
     def mask(self, name: str, like: Tensor) -> Tensor:
         """Return ones where the tensor `name` keeps its elements and zeros elsewhere, shaped `like`."""
@@ -113,3 +134,12 @@ class Cut:
                 ", ".join(wrong[:3]) or "other integer attributes",
                 "plan the edit anew for this model",
             )
+
+
+def _release(model: nn.Module) -> None:
+    """Detach weights that a hook of `torch.nn.utils` computed: their graph knows the old shapes."""
+    for module in model.modules():
+        if module._forward_pre_hooks:
+            for key, value in vars(module).items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    module.__dict__[key] = value.detach()

@@ -160,5 +160,5 @@ class SparsityTraining(Callback):
         frozen = frozenset(n for n, p in pl_module.named_parameters() if not p.requires_grad)
         calls = first(find_example(trainer, pl_module, self.example), _SAMPLES)
         with isolate_rng(), torch.enable_grad():
-            graph = Graph(twin(pl_module), calls, copy=twin, select=self.select, frozen=frozen)
+            graph = Graph(twin(pl_module), calls, select=self.select, frozen=frozen)
         return list(graph.groups)

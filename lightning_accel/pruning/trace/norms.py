@@ -49,7 +49,7 @@ def _batch_norm(flow: Flow, a: dict[str, Any], result: Any) -> None:
     x = flow.info(a["input"])
     _channelwise(flow, a, x.axes[1], ("weight", "bias", "running_mean", "running_var", "mean"))
     first, *rest = tensors_in(result)
-    put(flow, first, x.axes)
+    put(flow, first, x.axes, x.source)  # a standardized weight stays one
     still(flow, rest, [x.axes[1]])
 
 
@@ -63,6 +63,8 @@ def _channelwise(flow: Flow, a: dict[str, Any], channels: Axis, keys: Sequence[s
 def _weight_norm(flow: Flow, a: dict[str, Any], result: Any) -> None:
     v, g, dim = flow.info(a["v"]), flow.info(a["g"]), a.get("dim", 0)
     flow.atoms.join(v.axes[dim].atoms, g.axes[dim].atoms)
+    if v.source and g.source:
+        flow.normed.append((v.source, g.source, dim))
     weight, *rest = tensors_in(result)
     put(flow, weight, v.axes, v.source)
     still(flow, rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,29 @@ if TYPE_CHECKING:
     from lightning_accel.pruning.trace.flow import Flow
 
 
+_CHECKS = {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
+
+
+def without_override(func: Any) -> Any:
+    """Return a Python function of torch such that a mode sees what it calls, or `None` for others.
+
+    As it is, such a function goes to the mode as a whole (`multi_head_attention_forward`).
+    """
+    if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch."):
+        return None
+    if func.__module__ == "torch._tensor":
+        return None  # methods call their own public name again, and nothing else worth seeing
+    if not _CHECKS & set(func.__code__.co_names):
+        return None
+    never = dict.fromkeys(_CHECKS, lambda *_: False)
+    names = {**func.__globals__, **never}
+    inner = types.FunctionType(
+        func.__code__, names, func.__name__, func.__defaults__, func.__closure__
+    )
+    inner.__kwdefaults__ = func.__kwdefaults__
+    return inner
+
+
 class Numbers(TorchFunctionMode):
     """Reads the sizes that a forward passes to torch functions, and gives out sizes with an origin."""
 
@@ -32,7 +56,6 @@ class Numbers(TorchFunctionMode):
     _SHAPED |= {"full": 0, "new_full": 1}
     _GROUPED = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "group_norm": 1}
     _GROUPED |= {"conv_transpose1d": 6, "conv_transpose2d": 6, "conv_transpose3d": 6}
-    _CHECKS = {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -48,6 +71,8 @@ class Numbers(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             lengths = self._lengths(args[0])
             return torch.Size(lengths) if dim is None else lengths[dim]
+        if name == "numel" and isinstance(args[0], Tensor):
+            return math.prod(self._lengths(args[0]))
         if name in self._SHAPED:
             return self._shaped(func, name, args, kwargs)
         if name == "unflatten":
@@ -59,28 +84,11 @@ class Numbers(TorchFunctionMode):
             result = func(*args, **kwargs)
             after(result, *args, **kwargs)
             return result
-        inner = self._inner(func)
+        inner = without_override(func)
         if inner is None:
             return func(*args, **kwargs)
         with self:
             return inner(*args, **kwargs)
-
-    def _inner(self, func: Any) -> Any:
-        """Return a Python function of torch as it runs without overriding, so that its inside is seen."""
-        if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch."):
-            return None
-        if not self._CHECKS & set(func.__code__.co_names):
-            return None
-        never = dict.fromkeys(self._CHECKS, lambda *_: False)
-        inner = types.FunctionType(
-            func.__code__,
-            {**func.__globals__, **never},
-            func.__name__,
-            func.__defaults__,
-            func.__closure__,
-        )
-        inner.__kwdefaults__ = func.__kwdefaults__
-        return inner
 
     def _lengths(self, tensor: Tensor) -> list[int]:
         known = self.flow.infos.get(tensor)
@@ -109,7 +117,7 @@ class Numbers(TorchFunctionMode):
             given = given[:1]
         given = given or [kwargs.get("size", kwargs.get("shape", ()))]
         sizes = list(given[0]) if given and isinstance(given[0], (tuple, list)) else list(given)
-        if not all(isinstance(size, int) for size in sizes):
+        if not all(isinstance(size, int) or _is_number(size) for size in sizes):
             return func(*args, **kwargs)
         return self._with_sizes(func, args, kwargs, sizes)
 
@@ -232,6 +240,10 @@ class Numbers(TorchFunctionMode):
         axes = self.flow.info(left).axes
         last = axes[-1].atoms if axes else self.flow.atoms.fresh(0)
         self.flow.queries.append((last, scaled))
+
+
+def _is_number(size: Any) -> bool:
+    return isinstance(size, Tensor) and not size.dim()
 
 
 _SHAPE = torch.Tensor.shape

@@ -99,6 +99,34 @@ def picked(flow: Flow, a: dict[str, Any], result: Any) -> None:
     still(flow, result)
 
 
+@rule("index_add", "index_copy", "index_reduce")
+def _index_add(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    _scattered(flow, a["self"], a["source"], a["dim"])
+    put(flow, result, flow.info(a["self"]).axes)
+
+
+@rule("scatter_add", "scatter_reduce", "scatter")
+def _scatter(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    if not isinstance(a.get("src"), Tensor):
+        raise ValueError("only sources that are tensors")
+    _scattered(flow, a["self"], a["src"], a["dim"])
+    _scattered(flow, a["src"], a["index"], a["dim"])
+    put(flow, result, flow.info(a["self"]).axes)
+
+
+def _scattered(flow: Flow, into: Tensor, source: Tensor, dim: int) -> None:
+    """Join all dimensions but the one along which places are picked."""
+    left, right = flow.info(into), flow.info(source)
+    for place, (one, other) in enumerate(zip(left.axes, right.axes, strict=True)):
+        if place == dim % into.dim():
+            flow.fix(one, "places of it are picked")
+            flow.fix(other, "places of it are picked")
+        elif len(one.atoms) == len(other.atoms):
+            flow.atoms.join(one.atoms, other.atoms)
+        else:
+            raise ValueError("only whole rows")
+
+
 @rule("index_select")
 def _index_select(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     info, dim = flow.info(a["self"]), a["dim"] % result.dim()
@@ -132,6 +160,17 @@ def _embedding(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     if weight.source:
         flow.made.append(weight.axes[1].atoms)
     put(flow, result, [*indices.axes, weight.axes[1]])
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def _embedding_bag(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    weight = flow.info(a["weight"])
+    flow.fix(weight.axes[0], "it is looked up by index")
+    if weight.source:
+        flow.made.append(weight.axes[1].atoms)
+    bags, *rest = tensors_in(result)
+    still(flow, bags, [None, weight.axes[1]])
+    still(flow, rest)
 
 
 @rule("constant_pad_nd")

@@ -67,6 +67,8 @@ def _bmm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         flow.batched.update(dict(axis.factors))
     flow.atoms.join(left.axes[0].atoms, right.axes[0].atoms)
     _contract(flow, left, right, left.axes[2], right.axes[1])
+    _makes(flow, left, left.axes[1])
+    _makes(flow, right, right.axes[2])
     axes = [left.axes[0], left.axes[1], right.axes[2]]
     flow.multiply(*axes, left.axes[2])
     put(flow, result, axes)
@@ -78,12 +80,46 @@ def _baddbmm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     broadcast(flow, [flow.info(result), flow.info(a["self"])], result.shape)
 
 
+@rule("_grouped_mm")
+def _grouped_mm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    left, right = flow.info(a["self"]), flow.info(a["mat2"])
+    if len(left.axes) != 2 or len(right.axes) != 3:
+        raise ValueError("only rows of (tokens, inputs) by (experts, inputs, outputs)")
+    flow.fix(right.axes[0], "experts are picked by number")
+    _contract(flow, left, right, left.axes[1], right.axes[1])
+    _makes(flow, right, right.axes[2])
+    flow.multiply(*left.axes, right.axes[2])
+    put(flow, result, [left.axes[0], right.axes[2]])
+
+
 @rule("mv", "addmv")
 def _mv(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     left, right = flow.info(a.get("mat", a["self"])), flow.info(a["vec"])
     _contract(flow, left, right, left.axes[1], right.axes[0])
     flow.multiply(*left.axes)
     put(flow, result, [left.axes[0]])
+
+
+@rule("_trilinear")
+def _trilinear(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    infos = [flow.info(a[key]) for key in ("i1", "i2", "i3")]
+    spread: list[list[Axis | None]] = []
+    for info, key in zip(infos, ("expand1", "expand2", "expand3"), strict=True):
+        axes: list[Axis | None] = list(info.axes)
+        for dim in a[key]:
+            axes.insert(dim, None)
+        spread.append(axes)
+    joined = []
+    for dim, met in enumerate(zip(*spread, strict=True)):
+        here = [axis for axis in met if axis is not None]
+        for axis in here[1:]:
+            flow.atoms.join(here[0].atoms, axis.atoms)
+        for info, axis in zip(infos, met, strict=True):
+            if info.source and axis is not None:
+                (flow.read if dim in a["sumdim"] else flow.made).append(axis.atoms)
+        joined.append(here[0])
+    flow.multiply(*joined)
+    put(flow, result, [axis for dim, axis in enumerate(joined) if dim not in a["sumdim"]])
 
 
 @rule("dot", "vdot")
@@ -111,8 +147,9 @@ def _convolution(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         inner, outer = _grouped(flow, source, rows, columns, groups, transposed)
         if weight.source and not transposed:
             flow.read.append(columns.atoms)
-    if weight.source:
-        flow.made.append((columns if transposed and groups == 1 else rows).atoms)
+    _makes(flow, weight, columns if transposed else rows)
+    if transposed and groups > 1:
+        _makes(flow, weight, rows)
     if a["bias"] is not None:
         flow.atoms.join(outer.atoms, flow.info(a["bias"]).axes[0].atoms)
     axes: list[Axis | None] = [*x.axes[: -spatial - 1], outer]

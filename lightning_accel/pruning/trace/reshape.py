@@ -77,7 +77,7 @@ def _split(
     flow.splits[site] = tuple(varying)
     reason = f"a split in the forward of {flow.here} keeps this part whole"
     factors = [
-        Axis(np.full(size, flow.atoms.fresh(1, reason)[0]), frozenset({(site, n)}))
+        Axis(np.full(size, flow.atoms.fresh(1, reason)[0]), axis.factors | {(site, n)})
         for n, size in enumerate(sizes)
     ]
     if not flow.atoms.is_free(axis.atoms):
@@ -93,7 +93,7 @@ def _split(
     flow.atoms.join(lines[:, :1], lines)
     if flow.live.get(site) == chosen:
         flow.headed.append(lines[:, 0])
-    factors[chosen] = Axis(lines[:, 0], frozenset({(site, chosen)}))
+    factors[chosen] = Axis(lines[:, 0], axis.factors | {(site, chosen)})
     return factors
 
 

@@ -83,7 +83,13 @@ def pointwise(flow: Flow, a: dict[str, Any], result: Any) -> None:
     for tensor in tensors_in(result):
         axes = broadcast(flow, inputs, tensor.shape)
         if len(axes) == tensor.dim():
-            put(flow, tensor, axes)
+            put(flow, tensor, axes, _source(inputs, tensor.shape))
+
+
+def _source(inputs: Sequence[Info], shape: Sequence[int]) -> str:
+    """Return the parameter of which the result is a function: a scaled, masked or standardized weight."""
+    whole = [i for i in inputs if [len(x.atoms) for x in i.axes] == list(shape)]
+    return whole[0].source if whole and all(i.source for i in whole) else ""
 
 
 def broadcast(flow: Flow, inputs: Sequence[Info], shape: Sequence[int]) -> list[Axis]:

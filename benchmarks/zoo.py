@@ -1,0 +1,694 @@
+"""Real architectures by configuration, with random weights: nothing is downloaded.
+
+`build(name)` makes one of `NAMES`, and just as well any other model of timm or torchvision, as in
+`build("timm/resnet26t")`. Inputs are small, so that what takes time is the network's structure and not
+its arithmetic. `python benchmarks/zoo.py` prints the list; with `--build-all` each is made and run forward
+and backward, and what fails or is slow is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CLASSES = 10
+VOCABULARY = 96
+_BATCH = 2
+_SLOW_S = 5.0
+
+# Image size and arguments; the smallest of each family, with its structure as it is.
+_TIMM: dict[str, tuple[int, dict[str, Any]]] = {
+    # plain, grouped, attended and norm-free residual networks
+    "resnet18": (64, {}),
+    "resnet50": (64, {}),
+    "resnet26t": (64, {}),
+    "resnet50_gn": (64, {}),
+    "resnext26ts": (64, {}),
+    "resnext50_32x4d": (64, {}),
+    "wide_resnet50_2": (64, {}),
+    "resnetv2_50": (64, {}),
+    "resnetv2_50x1_bit": (64, {}),
+    "resnetblur18": (64, {}),
+    "seresnet18": (64, {}),
+    "ecaresnet26t": (64, {}),
+    "gcresnet33ts": (64, {}),
+    "skresnet18": (64, {}),
+    "resnest14d": (64, {}),
+    "res2net50_14w_8s": (64, {}),
+    "res2next50": (64, {}),
+    "nf_resnet26": (64, {}),
+    "nfnet_l0": (64, {}),
+    "eca_nfnet_l0": (64, {}),
+    "regnetx_002": (64, {}),
+    "regnety_002": (64, {}),
+    "regnetz_005": (64, {}),
+    "gernet_s": (64, {}),
+    # dense, aggregated, partial, multi-branch
+    "densenet121": (64, {}),
+    "rdnet_tiny": (64, {}),
+    "vovnet39a": (64, {}),
+    "ese_vovnet19b_dw": (64, {}),
+    "dpn48b": (64, {}),
+    "dla34": (64, {}),
+    "dla46x_c": (64, {}),
+    "hrnet_w18_small": (64, {}),
+    "hgnetv2_b0": (64, {}),
+    "selecsls42b": (64, {}),
+    "cspresnet50": (64, {}),
+    "cspresnext50": (64, {}),
+    "cspdarknet53": (64, {}),
+    "darknet17": (64, {}),
+    "cs3darknet_focus_s": (64, {}),
+    "vgg11_bn": (64, {"mlp_ratio": 0.125}),
+    "inception_v3": (96, {"aux_logits": False}),
+    "inception_v4": (96, {}),
+    "inception_resnet_v2": (96, {}),
+    "xception41": (64, {}),
+    "legacy_xception": (64, {}),
+    "tresnet_m": (64, {}),
+    # mobile
+    "mobilenetv1_100": (64, {}),
+    "mobilenetv2_035": (64, {}),
+    "mobilenetv3_small_050": (64, {}),
+    "mobilenetv4_conv_small": (64, {}),
+    "mobilenetv4_hybrid_medium": (64, {}),
+    "mobileone_s0": (64, {}),
+    "efficientnet_b0": (64, {}),
+    "efficientnetv2_rw_t": (64, {}),
+    "tf_efficientnet_lite0": (64, {}),
+    "efficientnet_b0_gn": (64, {}),
+    "mixnet_s": (64, {}),
+    "mnasnet_small": (64, {}),
+    "semnasnet_050": (64, {}),
+    "fbnetc_100": (64, {}),
+    "hardcorenas_a": (64, {}),
+    "tinynet_e": (64, {}),
+    "lcnet_050": (64, {}),
+    "rexnet_100": (64, {}),
+    "ghostnet_050": (64, {}),
+    "ghostnetv2_100": (64, {}),
+    "repghostnet_050": (64, {}),
+    "repvgg_a0": (64, {}),
+    "repvit_m0_9": (64, {}),
+    "starnet_s050": (64, {}),
+    "fasternet_t0": (64, {}),
+    "shvit_s1": (64, {}),
+    # convolutional, in the manner of a transformer
+    "convnext_atto": (64, {}),
+    "convnextv2_atto": (64, {}),
+    "convmixer_1024_20_ks9_p14": (56, {}),
+    "inception_next_atto": (64, {}),
+    "poolformer_s12": (64, {}),
+    "poolformerv2_s12": (64, {}),
+    "convformer_s18": (64, {}),
+    "caformer_s18": (64, {}),
+    "focalnet_tiny_srf": (64, {}),
+    "efficientvit_b0": (64, {}),
+    "efficientvit_m0": (64, {}),
+    "fastvit_t8": (64, {}),
+    "mambaout_femto": (64, {}),
+    # perceptrons and recurrences over patches
+    "mixer_s32_224": (64, {"img_size": 64}),
+    "gmixer_12_224": (64, {"img_size": 64}),
+    "resmlp_12_224": (64, {"img_size": 64}),
+    "gmlp_ti16_224": (64, {"img_size": 64}),
+    "sequencer2d_s": (64, {"img_size": 64}),
+    # transformers
+    "vit_tiny_patch16_224": (64, {"img_size": 64}),
+    "vit_small_patch32_224": (64, {"img_size": 64}),
+    "vit_tiny_r_s16_p8_224": (64, {"img_size": 64}),
+    "vit_relpos_small_patch16_224": (64, {"img_size": 64}),
+    "vit_small_patch14_reg4_dinov2": (56, {"img_size": 56}),
+    "vit_small_patch16_dinov3": (64, {"img_size": 64}),
+    "vit_base_patch16_siglip_224": (64, {"img_size": 64, "depth": 4}),
+    "vit_wee_patch16_reg1_gap_256": (64, {"img_size": 64}),
+    "vit_dwee_patch16_reg1_gap_256": (64, {"img_size": 64}),
+    "deit_tiny_patch16_224": (64, {"img_size": 64}),
+    "deit_tiny_distilled_patch16_224": (64, {"img_size": 64}),
+    "deit3_small_patch16_224": (64, {"img_size": 64}),
+    "beit_base_patch16_224": (64, {"img_size": 64, "depth": 4}),
+    "eva02_tiny_patch14_224": (56, {"img_size": 56}),
+    "cait_xxs24_224": (64, {"img_size": 64}),
+    "xcit_nano_12_p16_224": (64, {"img_size": 64}),
+    "swin_tiny_patch4_window7_224": (56, {"img_size": 56}),
+    "swinv2_tiny_window8_256": (64, {"img_size": 64}),
+    "swinv2_cr_tiny_224": (64, {"img_size": 64}),
+    "pvt_v2_b0": (64, {}),
+    "twins_svt_small": (64, {"img_size": 64}),
+    "twins_pcpvt_small": (64, {"img_size": 64}),
+    "davit_tiny": (64, {}),
+    "nest_tiny": (64, {"img_size": 64}),
+    "hiera_tiny_224": (64, {"img_size": 64}),
+    "mvitv2_tiny": (64, {"img_size": 64}),
+    "gcvit_xxtiny": (64, {"img_size": 64}),
+    "tnt_s_patch16_224": (64, {"img_size": 64}),
+    "pit_ti_224": (64, {"img_size": 64}),
+    "pit_ti_distilled_224": (64, {"img_size": 64}),
+    "volo_d1_224": (64, {"img_size": 64}),
+    "crossvit_tiny_240": (240, {}),
+    "coat_lite_tiny": (64, {"img_size": 64}),
+    "coat_tiny": (64, {"img_size": 64}),
+    "convit_tiny": (64, {"img_size": 64}),
+    # both
+    "coatnet_nano_rw_224": (64, {"img_size": 64}),
+    "maxvit_pico_rw_256": (64, {"img_size": 64}),
+    "maxvit_tiny_tf_224": (64, {"img_size": 64}),
+    "levit_128s": (64, {"img_size": 64}),
+    "levit_conv_128s": (64, {"img_size": 64}),
+    "efficientformer_l1": (224, {}),
+    "efficientformerv2_s0": (224, {}),
+    "edgenext_xx_small": (64, {}),
+    "mobilevit_xxs": (64, {}),
+    "mobilevitv2_050": (64, {}),
+    "tiny_vit_5m_224": (64, {}),
+    "visformer_tiny": (64, {"img_size": 64}),
+    "swiftformer_xs": (64, {}),
+    "botnet26t_256": (128, {"img_size": 128}),
+    "lambda_resnet26t": (128, {}),
+    "halonet26t": (256, {}),
+    "nextvit_small": (64, {}),
+}
+
+_TORCHVISION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "vit_b_32": ((64, 64), {}),
+    "resnet18": ((64, 64), {}),
+    "resnext50_32x4d": ((64, 64), {}),
+    "densenet121": ((64, 64), {}),
+    "squeezenet1_1": ((64, 64), {}),
+    "shufflenet_v2_x0_5": ((64, 64), {}),
+    "mobilenet_v2": ((64, 64), {}),
+    "mobilenet_v3_small": ((64, 64), {}),
+    "mnasnet0_5": ((64, 64), {}),
+    "efficientnet_b0": ((64, 64), {}),
+    "regnet_y_400mf": ((64, 64), {}),
+    "googlenet": ((64, 64), {"init_weights": False, "aux_logits": False}),
+    "inception_v3": ((96, 96), {"init_weights": False, "aux_logits": False}),
+    "convnext_tiny": ((64, 64), {}),
+    "swin_t": ((64, 64), {}),
+    "swin_v2_t": ((64, 64), {}),
+    "maxvit_t": ((224, 224), {}),
+    "r3d_18": ((4, 32, 32), {}),
+    "r2plus1d_18": ((4, 32, 32), {}),
+    "mc3_18": ((4, 32, 32), {}),
+    "fcn_resnet50": ((64, 64), {"weights_backbone": None}),
+    "deeplabv3_mobilenet_v3_large": ((64, 64), {"weights_backbone": None}),
+    "lraspp_mobilenet_v3_large": ((64, 64), {"weights_backbone": None}),
+}
+
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+_WIDE_TEXT = {**_TEXT, "num_labels": 3, "pad_token_id": 1}
+_SMALL_HEADS = {**_TEXT, "head_dim": 16}
+_GROUPED = {**_SMALL_HEADS, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_IMAGE = {
+    **{key: value for key, value in _TEXT.items() if key != "vocab_size"},
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 5,
+}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+}
+
+# Class, class of its configuration, what is in that, and the inputs.
+_TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "bert": ("BertForSequenceClassification", "BertConfig", {**_TEXT, "num_labels": 3}, "text"),
+    "bert_eager": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        {**_TEXT, "num_labels": 3, "attn_implementation": "eager"},
+        "text",
+    ),
+    "bert_masked": ("BertForMaskedLM", "BertConfig", _TEXT, "text and mask"),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", _WIDE_TEXT, "text"),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {"vocab_size": VOCABULARY, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128},
+        "text",
+    ),
+    "albert": (
+        "AlbertForSequenceClassification",
+        "AlbertConfig",
+        {**_TEXT, "embedding_size": 32, "num_labels": 3},
+        "text",
+    ),
+    "electra": (
+        "ElectraForSequenceClassification",
+        "ElectraConfig",
+        {**_TEXT, "embedding_size": 32},
+        "text",
+    ),
+    "deberta_v2": ("DebertaV2ForSequenceClassification", "DebertaV2Config", _TEXT, "text"),
+    "modernbert": (
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        {**_TEXT, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2},
+        "text",
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32},
+        "text",
+    ),
+    "gptj": (
+        "GPTJForCausalLM",
+        "GPTJConfig",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+        "text",
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _TEXT, "text"),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 128,
+            "word_embed_proj_dim": 64,
+            "max_position_embeddings": 64,
+        },
+        "text",
+    ),
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+        "text",
+    ),
+    "falcon": ("FalconForCausalLM", "FalconConfig", _TEXT, "text"),
+    "llama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**_TEXT, "num_key_value_heads": 2},
+        "text",
+    ),
+    "llama_multi_query": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**_TEXT, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        "text",
+    ),
+    "mistral": ("MistralForCausalLM", "MistralConfig", _GROUPED, "text"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**_TEXT, "num_key_value_heads": 2}, "text"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _GROUPED, "text"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_GROUPED, **_EXPERTS}, "text"),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", _GROUPED, "text"),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _GROUPED, "text"),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _GROUPED, "text"),
+    "phi": ("PhiForCausalLM", "PhiConfig", {**_TEXT, "partial_rotary_factor": 0.5}, "text"),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**_TEXT, "pad_token_id": 0}, "text"),
+    "stablelm": (
+        "StableLmForCausalLM",
+        "StableLmConfig",
+        {**_TEXT, "num_key_value_heads": 4},
+        "text",
+    ),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {**_TEXT, "pad_token_id": 0}, "text"),
+    "cohere": ("CohereForCausalLM", "CohereConfig", {**_TEXT, "pad_token_id": 0}, "text"),
+    "t5": ("T5ForConditionalGeneration", "T5Config", _T5, "text to text"),
+    "t5_encoder": ("T5EncoderModel", "T5Config", _T5, "text"),
+    "bart": ("BartForConditionalGeneration", "BartConfig", _BART, "text to text"),
+    "vit": ("ViTForImageClassification", "ViTConfig", _IMAGE, "image"),
+    "deit": ("DeiTForImageClassification", "DeiTConfig", _IMAGE, "image"),
+    "beit": ("BeitForImageClassification", "BeitConfig", _IMAGE, "image"),
+    "dinov2": (
+        "Dinov2ForImageClassification",
+        "Dinov2Config",
+        {**_IMAGE, "mlp_ratio": 2},
+        "image",
+    ),
+    "swin": (
+        "SwinForImageClassification",
+        "SwinConfig",
+        {
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 4],
+            "image_size": 32,
+            "patch_size": 2,
+            "window_size": 4,
+            "num_labels": 5,
+        },
+        "image",
+    ),
+    "convnext": (
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "num_labels": 5},
+        "image",
+    ),
+    "resnet": (
+        "ResNetForImageClassification",
+        "ResNetConfig",
+        {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32],
+            "depths": [1, 1],
+            "layer_type": "basic",
+            "num_labels": 5,
+        },
+        "image",
+    ),
+    "mobilenet_v2": (
+        "MobileNetV2ForImageClassification",
+        "MobileNetV2Config",
+        {"depth_multiplier": 0.35, "image_size": 32, "num_labels": 5},
+        "image",
+    ),
+    "segformer": (
+        "SegformerForImageClassification",
+        "SegformerConfig",
+        {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1], "num_labels": 5},
+        "image",
+    ),
+    "clip_vision": ("CLIPVisionModel", "CLIPVisionConfig", _IMAGE, "image"),
+    "clip_text": ("CLIPTextModel", "CLIPTextConfig", _TEXT, "text"),
+    "siglip_vision": ("SiglipVisionModel", "SiglipVisionConfig", _IMAGE, "image"),
+    "wav2vec2": (
+        "Wav2Vec2ForSequenceClassification",
+        "Wav2Vec2Config",
+        {
+            **_TEXT,
+            "conv_dim": [32, 32],
+            "conv_stride": [5, 4],
+            "conv_kernel": [10, 8],
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+            "num_labels": 3,
+        },
+        "sound",
+    ),
+    "whisper_encoder": (
+        "WhisperEncoder",
+        "WhisperConfig",
+        {**_BART, "num_mel_bins": 20, "max_source_positions": 32, "pad_token_id": 0},
+        "spectrogram",
+    ),
+    "mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+        "text",
+    ),
+}
+
+
+class Recurrent(nn.Module):
+    """Classify a sequence by the last output of torch's own recurrent layers."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(16, 32)
+        self.recurrent = kind(32, 48, batch_first=True, **options)
+        self.hidden = nn.Linear(96 if options.get("bidirectional") else 48, 64)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.recurrent(self.inputs(x).relu())  # (batch, time, features)
+        return self.head(self.hidden(states[:, -1]).relu())
+
+
+class Encoder(nn.Module):
+    """Classify a sequence by torch's own transformer layers."""
+
+    def __init__(self, dim: int = 64, depth: int = 2, **options: Any) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(16, dim)
+        layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, batch_first=True, **options)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(dim, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.inputs(x)).mean(1))
+
+
+class Translator(nn.Module):
+    """Encode one sequence and decode another by torch's own transformer."""
+
+    def __init__(self, dim: int = 64) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(16, dim)
+        self.transformer = nn.Transformer(dim, 4, 2, 2, 2 * dim, batch_first=True)
+        self.head = nn.Linear(dim, CLASSES)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.head(self.transformer(self.inputs(source), self.inputs(target)))
+
+
+_TORCH: dict[str, Callable[[], nn.Module]] = {
+    "transformer_encoder": lambda: Encoder(),
+    "transformer_encoder_pre_norm": lambda: Encoder(norm_first=True, activation="gelu"),
+    "transformer": lambda: Translator(),
+    "lstm": lambda: Recurrent(nn.LSTM),
+    "lstm_two_layers_both_ways": lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True),
+    "gru": lambda: Recurrent(nn.GRU),
+    "gru_two_layers": lambda: Recurrent(nn.GRU, num_layers=2),
+}
+
+NAMES: tuple[str, ...] = tuple(
+    f"{library}/{name}"
+    for library, table in (
+        ("timm", _TIMM),
+        ("torchvision", _TORCHVISION),
+        ("transformers", _TRANSFORMERS),
+        ("torch", _TORCH),
+    )
+    for name in table
+)
+"""The architectures of the benchmark, as "library/model"."""
+
+
+def available() -> list[str]:
+    """Return those of `NAMES` whose library is installed here."""
+    needs = {"timm": ("timm", "torchvision"), "torch": ()}
+    missing = {
+        library
+        for library in _BUILDERS
+        if not all(map(importlib.util.find_spec, needs.get(library, (library,))))
+    }
+    return [name for name in NAMES if name.partition("/")[0] not in missing]
+
+
+def build(name: str) -> tuple[nn.Module, Any]:
+    """Make a model with random weights in eval mode, and two samples that it takes.
+
+    The example is a tensor, a tuple of arguments, or a dict of keyword arguments. Models of timm and
+    torchvision outside `NAMES` are made in their own image size, shrunk where they take another.
+
+    Raises:
+        KeyError: There is no such library, or it has no such model.
+    """
+    library, _, model = name.partition("/")
+    torch.manual_seed(0)
+    built, example = _BUILDERS[library](model)
+    return built.eval(), example
+
+
+def other_batch(example: Any, size: int) -> Any:
+    """Return an example with `size` samples: its own, repeated where there are too few.
+
+    >>> other_batch((torch.ones(2, 3),), 5)[0].shape
+    torch.Size([5, 3])
+    """
+    if isinstance(example, dict):
+        return {key: other_batch(value, size) for key, value in example.items()}
+    if isinstance(example, tuple):
+        return tuple(other_batch(value, size) for value in example)
+    return example[torch.arange(size) % len(example)] if isinstance(example, Tensor) else example
+
+
+def load_torchvision() -> None:
+    """Import torchvision, also where its compiled part does not fit torch.
+
+    Without it two operators are missing, which no classifier needs, and the import fails; so they are
+    declared first. timm and transformers import torchvision as well; without it they do without.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        for operator in ("nms", "qnms"):
+            _DECLARED.define(operator + arguments)
+        importlib.import_module("torchvision")
+
+
+_DECLARED = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def _timm(model: str) -> tuple[nn.Module, Any]:
+    load_torchvision()
+    import timm
+
+    if model in _TIMM:
+        size, options = _TIMM[model]
+        return timm.create_model(model, num_classes=CLASSES, **options), _images(size, size)
+    if not timm.is_model(model):
+        raise KeyError(f"timm has no model {model!r}")
+    with contextlib.suppress(Exception):
+        built = timm.create_model(model, num_classes=CLASSES, img_size=64)
+        built.eval()(_images(64, 64))
+        return built, _images(64, 64)
+    built = timm.create_model(model, num_classes=CLASSES)
+    return built, _images(*built.default_cfg["input_size"][1:])
+
+
+def _torchvision(model: str) -> tuple[nn.Module, Any]:
+    load_torchvision()
+    from torchvision.models import VisionTransformer, get_model, list_models
+
+    if model == "vit_b_32":  # its builder takes neither a smaller width nor fewer layers
+        return VisionTransformer(64, 16, 3, 4, 96, 192, num_classes=CLASSES), _images(64, 64)
+    if model not in list_models():
+        raise KeyError(f"torchvision has no model {model!r}")
+    sizes, options = _TORCHVISION.get(model, ((224, 224), {}))
+    return get_model(model, weights=None, num_classes=CLASSES, **options), _images(*sizes)
+
+
+def _transformers(model: str) -> tuple[nn.Module, Any]:
+    load_torchvision()  # transformers imports it, if it is there
+    import transformers
+    from transformers.models.whisper import modeling_whisper
+
+    kind, configuration, options, inputs = _TRANSFORMERS[model]
+    config = getattr(transformers, configuration)(**options)
+    make = getattr(transformers, kind, None) or getattr(modeling_whisper, kind)
+    for switch in ("use_cache", "return_dict"):
+        setattr(config, switch, switch == "return_dict")
+    return make(config), _INPUTS[inputs]()
+
+
+def _torch(model: str) -> tuple[nn.Module, Any]:
+    sequence = torch.randn(_BATCH, 7, 16)
+    example: Any = (sequence, torch.randn(_BATCH, 5, 16)) if model == "transformer" else sequence
+    return _TORCH[model](), example
+
+
+_BUILDERS: dict[str, Callable[[str], tuple[nn.Module, Any]]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+    "torch": _torch,
+}
+
+
+def _images(*sizes: int) -> Tensor:
+    return torch.randn(_BATCH, 3, *sizes)
+
+
+def _tokens(length: int = 9) -> Tensor:
+    return torch.randint(5, VOCABULARY, (_BATCH, length))
+
+
+_INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "text": lambda: {"input_ids": _tokens()},
+    "text and mask": lambda: {
+        "input_ids": _tokens(),
+        "attention_mask": (torch.arange(9) < torch.tensor([[9], [6]])).long(),
+    },
+    "text to text": lambda: {"input_ids": _tokens(), "decoder_input_ids": _tokens(6)},
+    "image": lambda: {"pixel_values": _images(32, 32)},
+    "sound": lambda: {"input_values": torch.randn(_BATCH, 1200)},
+    "spectrogram": lambda: {"input_features": torch.randn(_BATCH, 20, 64)},
+}
+
+
+def quiet() -> None:
+    """Silence what the libraries say while models are made, and keep them off the network."""
+    warnings.simplefilter("ignore")
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+
+
+def main() -> int:
+    """Print the names, or make and run each; exit status 1 when one fails or is slow."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--build-all", action="store_true", help="make and run each")
+    parser.add_argument("--only", default="*", help="pattern of names, such as 'timm/vit*'")
+    args = parser.parse_args()
+    quiet()
+    names = [name for name in available() if fnmatchcase(name, args.only)]
+    if not args.build_all:
+        print("\n".join(names))
+        return 0
+    torch.set_num_threads(1)
+    failures = [failure for name in names for failure in _tried(name)]
+    print(f"{len(names) - len(failures)} of {len(names)} work", *failures, sep="\n")
+    return int(bool(failures))
+
+
+def _tried(name: str) -> Iterator[str]:
+    from lightning_accel.measure.flops import count_macs
+    from lightning_accel.surgery.call import as_call, tensors
+
+    try:
+        start = time.perf_counter()
+        model, example = build(name)
+        made = time.perf_counter()
+        call = as_call(example)
+        with torch.no_grad():
+            model(*call.args, **call.kwargs)
+        ran = time.perf_counter()
+        outputs = tensors(model.train()(*call.args, **call.kwargs))
+        sum(t.float().mean() for t in outputs if t.requires_grad).backward()  # type: ignore[union-attr]
+        macs = count_macs(model.requires_grad_(False), call.args, call.kwargs)
+    except Exception as error:
+        yield f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    missed = f", uncounted {', '.join(macs.missed)}" if macs.partial else ""
+    print(
+        f"{name}: made in {made - start:.1f} s, ran in {ran - made:.2f} s, "
+        f"{size:.1f} M parameters, {macs.macs / 1e6:.0f} M multiply-accumulates{missed}",
+        flush=True,
+    )
+    if ran - start > _SLOW_S:
+        yield f"{name}: takes {ran - start:.1f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

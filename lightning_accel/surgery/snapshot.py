@@ -1,0 +1,219 @@
+"""The state of a fit as plain data, and back: to a smaller or a larger network than there is now.
+
+Weights, buffers and sizes, weight averages, optimizers, schedulers, gradient scaler and random state are
+copied to the CPU, and put back bit for bit. All of it is safe for `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_accel.errors import StructureMismatch
+from lightning_accel.surgery.receipt import Change, Receipt
+from lightning_accel.surgery.structure import Structure, named_tensors, replace_data, text
+
+
+class Stateful(Protocol):
+    """An optimizer, a scheduler, a scaler."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a fit on the CPU, independent of the fit.
+
+    Args:
+        structure: Sizes, at that time, of what had been pruned by then.
+        tensors: Parameters and buffers by name, a tied one once.
+        copies: The same for each weight average.
+        states: State of each optimizer, scheduler and scaler by name.
+        random: Random states, one per process.
+    """
+
+    structure: Structure
+    tensors: Mapping[str, Tensor]
+    copies: Sequence[Mapping[str, Tensor]] = ()
+    states: Mapping[str, Any] = field(default_factory=dict)
+    random: Sequence[Mapping[str, Any]] = ()
+
+    @classmethod
+    def take(
+        cls,
+        model: nn.Module,
+        *,
+        pristine: Structure,
+        copies: Iterable[nn.Module] = (),
+        holders: Mapping[str, Stateful] | None = None,
+        random: Sequence[Mapping[str, Any]] = (),
+    ) -> Snapshot:
+        """Copy everything.
+
+        Args:
+            model: The network.
+            pristine: Sizes before the first prune of what has been pruned so far.
+            copies: Weight averages of the model.
+            holders: What else has a state, by name.
+            random: What `random_state` gave, of each process.
+        """
+        return cls(
+            pristine.now(model),
+            _tensors(model),
+            [_tensors(copied) for copied in copies],
+            {name: _plain(holder.state_dict()) for name, holder in (holders or {}).items()},
+            list(random),
+        )
+
+    @torch.no_grad()
+    def restore(
+        self,
+        model: nn.Module,
+        *,
+        pristine: Structure,
+        copies: Iterable[nn.Module] = (),
+        holders: Mapping[str, Stateful] | None = None,
+    ) -> Receipt:
+        """Put everything but the random state back in place, bit-equal, from any more pruned structure.
+
+        Parameters stay the same objects where autograd allows it. A weight average that began after the
+        snapshot begins anew.
+
+        Args:
+            pristine: Sizes before the first prune of what has been pruned by now.
+
+        Raises:
+            StructureMismatch: The model has other tensors than it had; nothing is changed.
+        """
+        structure = pristine.updated(self.structure)
+        copied = list(copies)
+        sources = [*self.copies, *[self.tensors] * len(copied)][: len(copied)]
+        for holder, source in ((model, self.tensors), *zip(copied, sources, strict=True)):
+            _check(holder, source)
+        changes = _put(model, self.tensors, structure)
+        for average, source in zip(copied, sources, strict=True):
+            _put(average, source, structure)
+        for name, held in (holders or {}).items():
+            if name in self.states:
+                _load(held, self.states[name])
+        return Receipt(tuple(changes))
+
+    def restore_random(self, process: int = 0) -> None:
+        """Put back the random state of this process, if it was there when the snapshot was taken."""
+        if process < len(self.random):
+            set_random_state(self.random[process])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers and tensors."""
+        return {
+            "structure": self.structure.to_dict(),
+            "tensors": dict(self.tensors),
+            "copies": [dict(tensors) for tensors in self.copies],
+            "states": dict(self.states),
+            "random": [dict(state) for state in self.random],
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Snapshot:
+        """Read `to_dict`'s form."""
+        return cls(
+            Structure.from_dict(plain["structure"]),
+            _plain(plain["tensors"]),
+            _plain(plain["copies"]),
+            _plain(plain["states"]),
+            _plain(plain["random"]),
+        )
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of this process's generators as plain data."""
+    version, words, gauss = random.getstate()
+    numbers: Any = np.random.get_state(legacy=True)
+    kind, keys, place, has_gauss, cached = numbers
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": [version, list(words), gauss],
+        "numpy": [kind, keys.tolist(), int(place), int(has_gauss), float(cached)],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` returned."""
+    version, words, gauss = state["python"]
+    kind, keys, *rest = state["numpy"]
+    torch.set_rng_state(state["torch"].cpu())
+    for device, held in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(held.cpu(), device)
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in named_tensors(model):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = _on_cpu(tensor)
+    return found
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    held = tensor.detach()
+    return held.clone() if held.device.type == "cpu" else held.cpu()
+
+
+def _plain(state: Any) -> Any:
+    """Copy any nesting; tensors come to the CPU."""
+    return tree_map(lambda v: _on_cpu(v) if isinstance(v, Tensor) else copy.deepcopy(v), state)
+
+
+def _check(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    present = dict(named_tensors(model))
+    odd = [n for n, t in tensors.items() if n not in present or present[n].dim() != t.dim()]
+    if odd:
+        raise StructureMismatch(
+            "the network before the prune had tensors that it has no more",
+            ", ".join(odd[:3]),
+            "let no other callback replace modules between prunes, or leave `max_drop` out",
+        )
+
+
+def _put(model: nn.Module, tensors: Mapping[str, Tensor], structure: Structure) -> list[Change]:
+    changes = []
+    for name, stored in tensors.items():
+        tensor = dict(named_tensors(model))[name]
+        if tensor.shape == stored.shape:
+            tensor.copy_(stored)
+            continue
+        changes.append(Change(name, "rolled back", text(tensor.shape), text(stored.shape)))
+        replace_data(model, name, stored.to(tensor.device, copy=True))
+    structure.apply(model)  # what is left: the integers that the forward reads
+    return changes
+
+
+def _load(holder: Stateful, state: Any) -> None:
+    holder.load_state_dict(_plain(state))
+    if isinstance(holder, torch.optim.Optimizer):
+        _in_its_own_dtype(holder, state)
+
+
+def _in_its_own_dtype(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Undo that `load_state_dict` converts state to the number format of its parameter."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    for number, parameter in zip(numbers, params, strict=True):
+        for key, stored in state["state"].get(number, {}).items():
+            loaded = optimizer.state[parameter][key]
+            if isinstance(stored, Tensor) and loaded.dtype != stored.dtype:
+                optimizer.state[parameter][key] = stored.to(loaded.device, copy=True)

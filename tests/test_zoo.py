@@ -1,0 +1,199 @@
+"""The benchmarks of pruning: real architectures come out right, and the oracle can tell when not."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what the libraries warn of is theirs
+
+
+@pytest.fixture
+def benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a script of benchmarks/ by name."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def zoo(benchmark: Any) -> Any:
+    return benchmark("zoo")
+
+
+@pytest.fixture
+def prune_zoo(benchmark: Any) -> Any:
+    return benchmark("prune_zoo")
+
+
+class Net(nn.Module):
+    """Norms over channels, and channels that meet twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm0 = nn.Linear(8, 24), nn.LayerNorm(24)
+        self.up, self.norm1, self.down = nn.Linear(24, 48), nn.LayerNorm(48), nn.Linear(48, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm0(self.stem(x))
+        return self.head(x + self.down(self.norm1(self.up(x)).relu()))
+
+
+def test_every_network_has_a_name_of_its_own(zoo: Any) -> None:
+    assert len(zoo.NAMES) >= 80
+    assert len(set(zoo.NAMES)) == len(zoo.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("example", "order"),
+    [
+        (torch.arange(4).view(2, 2), [0, 1, 2, 3, 0, 1]),
+        ((torch.arange(4).view(2, 2), 7), [0, 1, 2, 3, 0, 1]),
+        ({"x": torch.arange(4).view(2, 2)}, [0, 1, 2, 3, 0, 1]),
+    ],
+)
+def test_another_batch_repeats_the_samples(zoo: Any, example: Any, order: list[int]) -> None:
+    other = zoo.other_batch(example, 3)
+    found = other["x"] if isinstance(other, dict) else other[0] if type(other) is tuple else other
+    assert found.flatten().tolist() == order
+
+
+def test_distinct_values_are_distinct_within_each_tensor(prune_zoo: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64), nn.Linear(300, 40))
+    prune_zoo.distinct(net)
+    tensors = [*net.parameters(), net[1].running_mean, net[1].running_var]
+    assert all(t.unique().numel() == t.numel() for t in tensors)
+    assert 0.02 < float(net[0].weight.std()) < 0.2
+
+
+def pruned(prune_zoo: Any) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    net, example = Net(), torch.randn(4, 8)
+    prune_zoo.distinct(net)
+    dense = copy.deepcopy(net)
+    prune_zoo.ours(net, example)
+    return dense, net, example
+
+
+def test_the_oracle_agrees_with_a_right_cut(prune_zoo: Any) -> None:
+    dense, small, example = pruned(prune_zoo)
+    assert small.up.out_features < 48 and small.stem.out_features < 24
+    assert prune_zoo.difference(dense, small, example) < 1e-12
+    found = prune_zoo.checked(dense, small, example)
+    assert found["runs"] and prune_zoo.is_right(found) and prune_zoo.is_reached(found)
+
+
+def test_the_oracle_finds_channels_wired_to_the_wrong_columns(prune_zoo: Any) -> None:
+    dense, small, example = pruned(prune_zoo)
+    with torch.no_grad():
+        small.down.weight.copy_(small.down.weight.roll(1, dims=1))
+    assert prune_zoo.difference(dense, small, example) > 1e-3
+
+
+def test_the_oracle_finds_a_column_of_a_channel_that_is_gone(prune_zoo: Any) -> None:
+    dense, small, example = pruned(prune_zoo)
+    gone = [c for c in dense.head.weight.unbind(1) if not (c == small.head.weight.T).all(1).any()]
+    with torch.no_grad():
+        small.head.weight[:, 0] = gone[0]
+    assert prune_zoo.difference(dense, small, example) > 1e-3
+
+
+def test_the_oracle_says_when_values_are_new(prune_zoo: Any) -> None:
+    dense, small, example = pruned(prune_zoo)
+    with torch.no_grad():
+        small.head.weight.mul_(1.5)
+    with pytest.raises(LookupError, match="new values"):
+        prune_zoo.difference(dense, small, example)
+
+
+def test_the_oracle_believes_scaled_rows_where_it_is_told_their_places(prune_zoo: Any) -> None:
+    net, example = Net(), torch.randn(4, 8)
+    prune_zoo.distinct(net)
+    dense = copy.deepcopy(net)
+    places = prune_zoo.ours(net, example)["places"]
+    with torch.no_grad():
+        net.up.weight.mul_(0.5)
+    assert prune_zoo.difference(dense, net, example, places) > 1e-3
+    with torch.no_grad():
+        net.up.weight[0, 0] += 1.0
+    with pytest.raises(LookupError, match="new values"):
+        prune_zoo.difference(dense, net, example, places)
+
+
+def test_the_oracle_proves_nothing_with_a_constant_network(prune_zoo: Any) -> None:
+    net = Net()
+    nn.init.zeros_(net.head.weight)
+    with pytest.raises(LookupError, match="proves nothing"):
+        prune_zoo.difference(net, net, torch.randn(4, 8))
+
+
+def test_a_hang_is_a_result(prune_zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prune_zoo.WAYS, "ours", lambda *_: time.sleep(60))
+    limits = {"make": 60.0, "prune": 0.3, "check": 60.0}
+    ((name, _, found),) = prune_zoo.run(["torch/gru"], ["ours"], 1, limits)
+    assert (name, found["fails"]) == ("torch/gru", "prune: not back after 0 s")
+    assert prune_zoo.verdict(found).startswith("no (prune: not back")
+
+
+def test_promises_are_kept_only_if_all_networks_are_right(prune_zoo: Any) -> None:
+    good = {"runs": True, "error": 1e-15, "macs": 0.49, "seconds": 1.0, "fails": ""}
+    wrong = {**good, "error": 0.1}
+    assert prune_zoo._kept(prune_zoo.summary({"a": {"ours": good}}, "ours"))
+    assert not prune_zoo._kept(
+        prune_zoo.summary({"a": {"ours": good}, "b": {"ours": wrong}}, "ours")
+    )
+
+
+def test_the_picture_of_accuracy_is_one_file(benchmark: Any) -> None:
+    accuracy = benchmark("prune_accuracy")
+    task = accuracy.digits(True)
+    found = {("dense", 1.0, "cut"): [99.0, 98.0]}
+    for share in accuracy.SHARES:
+        for name in ("magnitude", "magnitude, compensated"):
+            for moment in ("cut", "tuned"):
+                found[name, share, moment] = [90 * share, 80 * share]
+    svg = accuracy.picture([(task, found)])
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg") and "href" not in svg
+    assert len(root.findall(".//{*}polyline")) == 4
+    assert "59.50 ± 3.50" in accuracy.table(task, found, "cut").to_markdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/resnet18",
+        "timm/ghostnet_050",
+        "timm/convnextv2_atto",
+        "timm/mixer_s32_224",
+        "timm/vit_tiny_patch16_224",
+        "timm/swin_tiny_patch4_window7_224",
+        "timm/pvt_v2_b0",
+        "torchvision/shufflenet_v2_x0_5",
+        "transformers/bert",
+        "transformers/gpt2",
+        "transformers/llama",
+        "transformers/t5",
+        "torch/transformer_encoder",
+        "torch/lstm_two_layers_both_ways",
+    ],
+)
+def test_real_architectures_are_pruned_rightly(zoo: Any, prune_zoo: Any, name: str) -> None:
+    if name not in zoo.available():
+        pytest.skip(f"{name.partition('/')[0]} is not installed")
+    model, example = zoo.build(name)
+    prune_zoo.distinct(model)
+    dense = copy.deepcopy(model)
+    places = prune_zoo.ours(model, example)["places"]
+    found = prune_zoo.checked(dense, model, example, places)
+    assert found["fails"] == ""
+    assert prune_zoo.is_right(found), found
+    assert prune_zoo.is_reached(found), found
