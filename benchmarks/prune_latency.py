@@ -44,7 +44,7 @@ ROUNDINGS: tuple[int | str, ...] = (1, "measured")
 
 
 def resnet(batch: int) -> tuple[nn.Module, Tensor]:
-    return ResNet(widths=(64, 128), in_channels=3), torch.randn(batch, 3, 32, 32)
+    return ResNet(widths=(128, 256), in_channels=3), torch.randn(batch, 3, 32, 32)
 
 
 def vit(batch: int) -> tuple[nn.Module, Tensor]:
@@ -58,7 +58,7 @@ def gpt(batch: int) -> tuple[nn.Module, Tensor]:
 
 
 NETS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
-    "ResNet, widths 64 and 128, 32x32": resnet,
+    "ResNet, widths 128 and 256, 32x32": resnet,
     "ViT, width 384, depth 6, 64 tokens": vit,
     "GPT, width 384, depth 4, 64 tokens": gpt,
 }

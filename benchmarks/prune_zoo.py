@@ -173,7 +173,7 @@ def distinct(model: nn.Module) -> None:
                 own = (module.running_mean, 0.0), (module.running_var, 1.0), (module.weight, 1.0)
                 for tensor, middle in own:
                     if tensor is not None:
-                        _draw(tensor, middle, 0.1, generator)  # type: ignore[arg-type]
+                        _draw(tensor, middle, 0.1, generator)
 
 
 def _fill(tensor: Tensor, generator: torch.Generator) -> None:
@@ -305,6 +305,8 @@ class _OneNumberPerNorm(TorchFunctionMode):
             kwargs["dtype"] = torch.float64
         if name in ("to", "type"):
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        if name.endswith("grouped_mm"):  # it has no float64
+            return _grouped(*args, **kwargs)
         if name in ("layer_norm", "rms_norm", "group_norm") or _standardises(name, args, kwargs):
             bound = dict(zip(_ARGUMENTS[name], args, strict=False)) | kwargs
             dim = -1 if name in ("layer_norm", "rms_norm") else 1
@@ -336,6 +338,11 @@ class _OneNumberPerNorm(TorchFunctionMode):
                     shape = [-1 if d == dim % x.dim() else 1 for d in range(x.dim())]
                     x = verb(x, flat.view(shape) if flat.numel() > 1 else flat)
         return x
+
+
+def _grouped(rows: Tensor, weights: Tensor, offs: Tensor, **_: Any) -> Tensor:
+    sizes = offs.diff(prepend=offs.new_zeros(1)).tolist()
+    return torch.cat([part @ w for part, w in zip(rows.split(sizes), weights, strict=True)])
 
 
 _ARGUMENTS = {

@@ -28,158 +28,57 @@ VOCABULARY = 96
 _BATCH = 2
 _SLOW_S = 5.0
 
-# Image size and arguments; the smallest of each family, with its structure as it is.
+# The smallest of each family, with its structure as it is: residual, grouped, dense, attended, norm-free,
+# mobile, with patches, perceptrons and recurrences.
+_ANY_SIZE = """
+    resnet18 resnet50 resnet26t resnet50_gn resnext26ts resnext50_32x4d wide_resnet50_2
+    resnetv2_50 resnetv2_50x1_bit resnetblur18 seresnet18 ecaresnet26t gcresnet33ts skresnet18
+    resnest14d res2net50_14w_8s res2next50 nf_resnet26 nfnet_l0 eca_nfnet_l0 regnetx_002
+    regnety_002 regnetz_005 gernet_s densenet121 rdnet_tiny vovnet39a ese_vovnet19b_dw dpn48b
+    dla34 dla46x_c hrnet_w18_small hgnetv2_b0 selecsls42b cspresnet50 cspresnext50 cspdarknet53
+    darknet17 cs3darknet_focus_s xception41 legacy_xception tresnet_m mobilenetv1_100
+    mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small mobilenetv4_hybrid_medium
+    mobileone_s0 efficientnet_b0 efficientnetv2_rw_t tf_efficientnet_lite0 efficientnet_b0_gn
+    mixnet_s mnasnet_small semnasnet_050 fbnetc_100 hardcorenas_a tinynet_e lcnet_050 rexnet_100
+    ghostnet_050 ghostnetv2_100 repghostnet_050 repvgg_a0 repvit_m0_9 starnet_s050 fasternet_t0
+    shvit_s1 convnext_atto convnextv2_atto inception_next_atto poolformer_s12 poolformerv2_s12
+    convformer_s18 caformer_s18 focalnet_tiny_srf efficientvit_b0 efficientvit_m0 fastvit_t8
+    mambaout_femto pvt_v2_b0 davit_tiny edgenext_xx_small mobilevit_xxs mobilevitv2_050
+    tiny_vit_5m_224 swiftformer_xs nextvit_small
+"""
+# Transformers and others whose image size is an argument.
+_BUILT_FOR_64 = """
+    mixer_s32_224 gmixer_12_224 resmlp_12_224 gmlp_ti16_224 sequencer2d_s vit_tiny_patch16_224
+    vit_small_patch32_224 vit_tiny_r_s16_p8_224 vit_relpos_small_patch16_224
+    vit_small_patch16_dinov3 vit_wee_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256
+    deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224 cait_xxs24_224
+    xcit_nano_12_p16_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 twins_svt_small
+    twins_pcpvt_small nest_tiny hiera_tiny_224 mvitv2_tiny gcvit_xxtiny tnt_s_patch16_224
+    pit_ti_224 pit_ti_distilled_224 volo_d1_224 coat_lite_tiny coat_tiny convit_tiny
+    coatnet_nano_rw_224 maxvit_pico_rw_256 maxvit_tiny_tf_224 levit_128s levit_conv_128s
+    visformer_tiny
+"""
 _TIMM: dict[str, tuple[int, dict[str, Any]]] = {
-    # plain, grouped, attended and norm-free residual networks
-    "resnet18": (64, {}),
-    "resnet50": (64, {}),
-    "resnet26t": (64, {}),
-    "resnet50_gn": (64, {}),
-    "resnext26ts": (64, {}),
-    "resnext50_32x4d": (64, {}),
-    "wide_resnet50_2": (64, {}),
-    "resnetv2_50": (64, {}),
-    "resnetv2_50x1_bit": (64, {}),
-    "resnetblur18": (64, {}),
-    "seresnet18": (64, {}),
-    "ecaresnet26t": (64, {}),
-    "gcresnet33ts": (64, {}),
-    "skresnet18": (64, {}),
-    "resnest14d": (64, {}),
-    "res2net50_14w_8s": (64, {}),
-    "res2next50": (64, {}),
-    "nf_resnet26": (64, {}),
-    "nfnet_l0": (64, {}),
-    "eca_nfnet_l0": (64, {}),
-    "regnetx_002": (64, {}),
-    "regnety_002": (64, {}),
-    "regnetz_005": (64, {}),
-    "gernet_s": (64, {}),
-    # dense, aggregated, partial, multi-branch
-    "densenet121": (64, {}),
-    "rdnet_tiny": (64, {}),
-    "vovnet39a": (64, {}),
-    "ese_vovnet19b_dw": (64, {}),
-    "dpn48b": (64, {}),
-    "dla34": (64, {}),
-    "dla46x_c": (64, {}),
-    "hrnet_w18_small": (64, {}),
-    "hgnetv2_b0": (64, {}),
-    "selecsls42b": (64, {}),
-    "cspresnet50": (64, {}),
-    "cspresnext50": (64, {}),
-    "cspdarknet53": (64, {}),
-    "darknet17": (64, {}),
-    "cs3darknet_focus_s": (64, {}),
+    **{name: (64, {}) for name in _ANY_SIZE.split()},
+    **{name: (64, {"img_size": 64}) for name in _BUILT_FOR_64.split()},
     "vgg11_bn": (64, {"mlp_ratio": 0.125}),
     "inception_v3": (96, {"aux_logits": False}),
     "inception_v4": (96, {}),
     "inception_resnet_v2": (96, {}),
-    "xception41": (64, {}),
-    "legacy_xception": (64, {}),
-    "tresnet_m": (64, {}),
-    # mobile
-    "mobilenetv1_100": (64, {}),
-    "mobilenetv2_035": (64, {}),
-    "mobilenetv3_small_050": (64, {}),
-    "mobilenetv4_conv_small": (64, {}),
-    "mobilenetv4_hybrid_medium": (64, {}),
-    "mobileone_s0": (64, {}),
-    "efficientnet_b0": (64, {}),
-    "efficientnetv2_rw_t": (64, {}),
-    "tf_efficientnet_lite0": (64, {}),
-    "efficientnet_b0_gn": (64, {}),
-    "mixnet_s": (64, {}),
-    "mnasnet_small": (64, {}),
-    "semnasnet_050": (64, {}),
-    "fbnetc_100": (64, {}),
-    "hardcorenas_a": (64, {}),
-    "tinynet_e": (64, {}),
-    "lcnet_050": (64, {}),
-    "rexnet_100": (64, {}),
-    "ghostnet_050": (64, {}),
-    "ghostnetv2_100": (64, {}),
-    "repghostnet_050": (64, {}),
-    "repvgg_a0": (64, {}),
-    "repvit_m0_9": (64, {}),
-    "starnet_s050": (64, {}),
-    "fasternet_t0": (64, {}),
-    "shvit_s1": (64, {}),
-    # convolutional, in the manner of a transformer
-    "convnext_atto": (64, {}),
-    "convnextv2_atto": (64, {}),
     "convmixer_1024_20_ks9_p14": (56, {}),
-    "inception_next_atto": (64, {}),
-    "poolformer_s12": (64, {}),
-    "poolformerv2_s12": (64, {}),
-    "convformer_s18": (64, {}),
-    "caformer_s18": (64, {}),
-    "focalnet_tiny_srf": (64, {}),
-    "efficientvit_b0": (64, {}),
-    "efficientvit_m0": (64, {}),
-    "fastvit_t8": (64, {}),
-    "mambaout_femto": (64, {}),
-    # perceptrons and recurrences over patches
-    "mixer_s32_224": (64, {"img_size": 64}),
-    "gmixer_12_224": (64, {"img_size": 64}),
-    "resmlp_12_224": (64, {"img_size": 64}),
-    "gmlp_ti16_224": (64, {"img_size": 64}),
-    "sequencer2d_s": (64, {"img_size": 64}),
-    # transformers
-    "vit_tiny_patch16_224": (64, {"img_size": 64}),
-    "vit_small_patch32_224": (64, {"img_size": 64}),
-    "vit_tiny_r_s16_p8_224": (64, {"img_size": 64}),
-    "vit_relpos_small_patch16_224": (64, {"img_size": 64}),
     "vit_small_patch14_reg4_dinov2": (56, {"img_size": 56}),
-    "vit_small_patch16_dinov3": (64, {"img_size": 64}),
     "vit_base_patch16_siglip_224": (64, {"img_size": 64, "depth": 4}),
-    "vit_wee_patch16_reg1_gap_256": (64, {"img_size": 64}),
-    "vit_dwee_patch16_reg1_gap_256": (64, {"img_size": 64}),
-    "deit_tiny_patch16_224": (64, {"img_size": 64}),
-    "deit_tiny_distilled_patch16_224": (64, {"img_size": 64}),
-    "deit3_small_patch16_224": (64, {"img_size": 64}),
     "beit_base_patch16_224": (64, {"img_size": 64, "depth": 4}),
     "eva02_tiny_patch14_224": (56, {"img_size": 56}),
-    "cait_xxs24_224": (64, {"img_size": 64}),
-    "xcit_nano_12_p16_224": (64, {"img_size": 64}),
     "swin_tiny_patch4_window7_224": (56, {"img_size": 56}),
-    "swinv2_tiny_window8_256": (64, {"img_size": 64}),
-    "swinv2_cr_tiny_224": (64, {"img_size": 64}),
-    "pvt_v2_b0": (64, {}),
-    "twins_svt_small": (64, {"img_size": 64}),
-    "twins_pcpvt_small": (64, {"img_size": 64}),
-    "davit_tiny": (64, {}),
-    "nest_tiny": (64, {"img_size": 64}),
-    "hiera_tiny_224": (64, {"img_size": 64}),
-    "mvitv2_tiny": (64, {"img_size": 64}),
-    "gcvit_xxtiny": (64, {"img_size": 64}),
-    "tnt_s_patch16_224": (64, {"img_size": 64}),
-    "pit_ti_224": (64, {"img_size": 64}),
-    "pit_ti_distilled_224": (64, {"img_size": 64}),
-    "volo_d1_224": (64, {"img_size": 64}),
     "crossvit_tiny_240": (240, {}),
-    "coat_lite_tiny": (64, {"img_size": 64}),
-    "coat_tiny": (64, {"img_size": 64}),
-    "convit_tiny": (64, {"img_size": 64}),
-    # both
-    "coatnet_nano_rw_224": (64, {"img_size": 64}),
-    "maxvit_pico_rw_256": (64, {"img_size": 64}),
-    "maxvit_tiny_tf_224": (64, {"img_size": 64}),
-    "levit_128s": (64, {"img_size": 64}),
-    "levit_conv_128s": (64, {"img_size": 64}),
     "efficientformer_l1": (224, {}),
     "efficientformerv2_s0": (224, {}),
-    "edgenext_xx_small": (64, {}),
-    "mobilevit_xxs": (64, {}),
-    "mobilevitv2_050": (64, {}),
-    "tiny_vit_5m_224": (64, {}),
-    "visformer_tiny": (64, {"img_size": 64}),
-    "swiftformer_xs": (64, {}),
     "botnet26t_256": (128, {"img_size": 128}),
     "lambda_resnet26t": (128, {}),
     "halonet26t": (256, {}),
-    "nextvit_small": (64, {}),
 }
+"""Image size and arguments."""
 
 _TORCHVISION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "vit_b_32": ((64, 64), {}),
@@ -581,7 +480,7 @@ def _torchvision(model: str) -> tuple[nn.Module, Any]:
     from torchvision.models import VisionTransformer, get_model, list_models
 
     if model == "vit_b_32":  # its builder takes neither a smaller width nor fewer layers
-        return VisionTransformer(64, 16, 3, 4, 96, 192, num_classes=CLASSES), _images(64, 64)
+        return VisionTransformer(64, 16, 3, 12, 192, 384, num_classes=CLASSES), _images(64, 64)
     if model not in list_models():
         raise KeyError(f"torchvision has no model {model!r}")
     sizes, options = _TORCHVISION.get(model, ((224, 224), {}))

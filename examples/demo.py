@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models.resnet import ResNet
 
 from lightning_accel import AccelReport, AutocastPrecision, StructuredPruning
+from lightning_accel.pruning.target import Macs
 
 EPOCHS, PRUNE_BEFORE, INTERRUPT_AFTER = 20, 8, 10
 OUTPUT = Path("outputs/demo")
@@ -60,7 +61,7 @@ def trainer(*callbacks: Callback, **kwargs: Any) -> Trainer:
 
 def accelerated(*callbacks: Callback) -> Trainer:
     checkpoint = ModelCheckpoint(OUTPUT, filename="last", enable_version_counter=False)
-    pruning = StructuredPruning(target_macs=0.45, when=PRUNE_BEFORE)
+    pruning = StructuredPruning(target=Macs(0.45), when=PRUNE_BEFORE)
     return trainer(pruning, checkpoint, *callbacks, plugins=[AutocastPrecision("auto")])
 
 

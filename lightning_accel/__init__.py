@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from lightning_accel.measure.callback import AccelReport, StepMeter
     from lightning_accel.precision.plugin import AutocastPrecision
     from lightning_accel.pruning.callback import StructuredPruning
+    from lightning_accel.pruning.mask.callback import WeightMasks
+    from lightning_accel.pruning.sparsify.callback import SparsityTraining
     from lightning_accel.surgery.select import Select
 
 __version__ = "0.1.0"
@@ -18,8 +20,10 @@ _HOMES = {
     "AutocastPrecision": "precision.plugin",
     "BlockCompile": "compilation.callback",
     "Select": "surgery.select",
+    "SparsityTraining": "pruning.sparsify.callback",
     "StepMeter": "measure.callback",
     "StructuredPruning": "pruning.callback",
+    "WeightMasks": "pruning.mask.callback",
     "load_from_checkpoint": "bridge.restore",
 }
 
@@ -28,8 +32,10 @@ __all__ = [
     "AutocastPrecision",
     "BlockCompile",
     "Select",
+    "SparsityTraining",
     "StepMeter",
     "StructuredPruning",
+    "WeightMasks",
     "load_from_checkpoint",
 ]
 

@@ -33,6 +33,7 @@ from lightning_accel import (
 from lightning_accel.bridge import ModelEdit
 from lightning_accel.errors import NoEffect
 from lightning_accel.precision import MemoryFormat
+from lightning_accel.pruning import SparsityTraining, WeightMasks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -41,8 +42,8 @@ pytestmark = [
 ]
 
 
-def prune() -> StructuredPruning:
-    return StructuredPruning(ratio=0.5, when=[1, 2])
+def prune(**kwargs: Any) -> StructuredPruning:
+    return StructuredPruning(ratio=0.5, when=[1, 2], **kwargs)
 
 
 def compiled() -> BlockCompile:
@@ -61,6 +62,12 @@ ROWS: dict[str, Technique] = {
     "memory_format": lambda: {"callbacks": [MemoryFormat()]},
     "amp": lambda: {"plugins": [AutocastPrecision("bf16")]},
     "measure": lambda: {"callbacks": [StepMeter(), report()]},
+    "masks": lambda: {"callbacks": [WeightMasks(pattern="2:4", when=1)]},
+    "sparsity": lambda: {"callbacks": [SparsityTraining("slimming")]},
+    "prune+masks": lambda: {"callbacks": [prune(), WeightMasks(0.5, when=1)]},
+    "reconstruction": lambda: {
+        "callbacks": [prune(importance="reconstruction", compensate=True)]
+    },
     "prune+compile": lambda: {"callbacks": [prune(), compiled()]},
     "amp+prune": lambda: {"callbacks": [prune()], "plugins": [AutocastPrecision("bf16")]},
     "all": lambda: {

@@ -28,7 +28,7 @@ from lightning_accel.errors import AccelError, StructureMismatch
 from lightning_accel.pruning import prune, schedule
 from lightning_accel.pruning.guard import Guard
 from lightning_accel.pruning.target import Macs
-from lightning_accel.surgery import Structure
+from lightning_accel.surgery import Structure, follow
 from lightning_accel.surgery.snapshot import Snapshot, random_state, set_random_state
 
 pytestmark = [
@@ -328,7 +328,7 @@ def test_a_snapshot_is_independent_and_survives_a_file(tmp_path: Path) -> None:
     )
     drawn = torch.rand(3), random.random(), np.random.rand()
     torch.save(taken.to_dict(), tmp_path / "snapshot.pt")
-    prune(net, example=torch.randn(2, 3, 8, 8), ratio=0.5)
+    follow(optimizer, prune(net, example=torch.randn(2, 3, 8, 8), ratio=0.5))
     objects = dict(net.named_parameters())
     stored = Snapshot.from_dict(torch.load(tmp_path / "snapshot.pt", weights_only=True))
     receipt = stored.restore(net, pristine=before, holders={"a": optimizer})

@@ -680,3 +680,53 @@ def test_a_larger_ratio_removes_a_superset_and_never_too_much(
         removed = sum(map(len, gone.values()))
         if removed and scope == "global":
             assert removed + already <= dense * step / 20 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "kind", ["GroupMagnitudeImportance", "LAMPImportance", "FPGMImportance", "RandomImportance"]
+)
+def test_an_importance_of_torch_pruning_prunes_as_it_does_alone(kind: str) -> None:
+    import copy
+
+    import torch_pruning
+
+    from lightning_accel.pruning import prune
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 4),
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    theirs, made = copy.deepcopy(net), getattr(torch_pruning.importance, kind)
+    torch.manual_seed(1)
+    torch_pruning.pruner.BasePruner(
+        theirs, x, importance=made(), pruning_ratio=0.5, ignored_layers=[theirs[5]]
+    ).step()
+    torch.manual_seed(1)
+    prune(net, example=x, ratio=0.5, importance=made())
+    assert [p.shape for p in net.parameters()] == [p.shape for p in theirs.parameters()]
+    if kind != "RandomImportance":
+        assert torch.equal(net[0].weight, theirs[0].weight) and torch.equal(
+            net[5].weight, theirs[5].weight
+        )
+
+
+def test_an_importance_of_torch_pruning_leaves_heads_to_ours() -> None:
+    import torch_pruning
+
+    from lightning_accel.errors import NoEffect
+    from lightning_accel.pruning import prune
+
+    net = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(-1, (2, 3)), nn.Flatten(), nn.Linear(6, 2))
+    with pytest.raises(NoEffect):
+        prune(
+            net,
+            example=torch.randn(2, 4),
+            ratio=0.5,
+            importance=torch_pruning.importance.GroupMagnitudeImportance(),
+        )

@@ -469,6 +469,20 @@ def seeded() -> Images:
     return Images()
 
 
+def test_resume_from_the_last_step_of_an_epoch_prunes_in_time(fit: Fit, tmp_path: Path) -> None:
+    """Lightning leaves out the next epoch's start there."""
+    whole = seeded()
+    saving = ModelCheckpoint(
+        dirpath=tmp_path / "a", save_top_k=-1, filename="{step}", every_n_train_steps=1
+    )
+    trainer = fit(whole, StructuredPruning(ratio=0.5, when=1), saving, epochs=3)
+    steps = trainer.global_step // 3
+    resumed, pruning = seeded(), StructuredPruning(ratio=0.5, when=1)
+    fit(resumed, pruning, ckpt=tmp_path / "a" / f"step={steps}.ckpt", epochs=3)
+    assert pruning.history[0]["epoch"] == 1
+    assert same(whole, resumed)
+
+
 @pytest.mark.parametrize("importance", ["magnitude", "taylor", "random"])
 def test_resume_before_between_and_after_prunes_is_bit_equal(
     fit: Fit, tmp_path: Path, importance: str

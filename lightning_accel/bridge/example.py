@@ -46,7 +46,7 @@ def find_example(
     if example is None and is_overridden("forward", pl_module):
         example = pl_module.example_input_array
     if example is None:
-        return next(iter(calls_of(trainer, pl_module, batches(trainer, 1))))
+        return list(calls_of(trainer, pl_module, batches(trainer, 1)))[0]  # noqa: RUF015 to its end: it puts the random state back
     device = pl_module.device
     example = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
     return (as_call(example, _entry(pl_module)),)

@@ -249,6 +249,7 @@ class AccelReport(_Paced):
                 "epoch": int(trainer.current_epoch),
                 "step": int(trainer.global_step),
                 "num_changes": len(receipt.changes),
+                "notes": list(receipt.notes),
                 "params": sum(p.numel() for p in pl_module.parameters()),
             }
         )

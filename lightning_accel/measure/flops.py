@@ -61,7 +61,7 @@ def count_run(run: Callable[[], Any], model: nn.Module) -> Macs:
     """
     seen = _Unknown(model)
     counter = FlopCounterMode(display=False, custom_mapping=_MISSING)
-    counter.mod_tracker = _Anywhere()
+    counter.mod_tracker = _Anywhere()  # type: ignore[assignment]
     with undisturbed(model), eval_mode(model), torch.no_grad(), unfused(model), seen, counter:
         run()
     missed = tuple(sorted(seen.missed))

@@ -61,6 +61,8 @@ class StructuredPruning(ModelEdit):
         round_to: Kept channels are raised to a multiple of this; or "measured", which tries which
             multiple is fastest on this device. `None` is no rounding, but "measured" for `Latency`.
         attention: Whole "heads" go, or the same places of every head ("width").
+        compensate: Solve the layers that read what is gone anew, by least squares on ten training
+            batches; best right after a cut, and for what is fine-tuned little.
         recalibrate: Training batches for new batch-norm statistics after each prune; 0 keeps the old.
         max_drop: How much worse `monitor` may get than before the first prune. Beyond that when the next
             prune is due, or at the end, the last prune is taken back and none follows.
@@ -93,6 +95,7 @@ class StructuredPruning(ModelEdit):
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
         round_to: int | str | None = None,
         attention: str = "heads",
+        compensate: bool = False,
         recalibrate: int = 10,
         max_drop: float | None = None,
         monitor: str | None = None,
@@ -112,6 +115,7 @@ class StructuredPruning(ModelEdit):
             select=self.select,
             round_to=round_to,
             attention=attention,
+            compensate=compensate,
         )
         if type(recalibrate) is not int or recalibrate < 0:
             raise ValueError(
@@ -188,6 +192,17 @@ class StructuredPruning(ModelEdit):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._act(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning leaves out the epoch's start after a resume from the last step of an epoch.
+        if batch_idx == 0:
+            self._act(trainer, pl_module)
+
+    def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trial = _is_trial(trainer)  # of everything in one epoch
         due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
         if due <= self._done():

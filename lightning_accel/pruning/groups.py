@@ -157,12 +157,9 @@ class Groups:
         return good
 
     def _first_names(self) -> list[tuple[str, Any]]:
-        seen: set[int] = set()
-        return [
-            (name, info)
-            for name, info in self._flow.own.items()
-            if not (id(info) in seen or seen.add(id(info)))
-        ]
+        return list(
+            {id(info): (name, info) for name, info in reversed(self._flow.own.items())}.values()
+        )[::-1]
 
     def _group(
         self, key: int, code: Any, touched: list[tuple[str, int, Ids]], heads: set[int]
@@ -202,7 +199,7 @@ class Groups:
         path, _, leaf = name.rpartition(".")
         owner = self._model.get_submodule(path)
         if leaf == "weight" and isinstance(owner, (nn.modules.conv._ConvNd, nn.Linear)):
-            if getattr(owner, "transposed", False):
+            if isinstance(owner, nn.modules.conv._ConvTransposeNd):
                 whole = dim == 0 and owner.groups > 1 and self._stays(name, 1)
                 return "out" if dim == 1 or whole else "in"
             return "out" if dim == 0 else "in"
@@ -214,7 +211,7 @@ class Groups:
         return bool(self._fixed[self.root[self._flow.own[name].axes[dim].atoms]].all())
 
     def _layers(self, members: Sequence[Member]) -> tuple[str, ...]:
-        found = {}
+        found: dict[str, None] = {}
         for member in members:
             path = member.tensor.rpartition(".")[0]
             owner = self._model.get_submodule(path)

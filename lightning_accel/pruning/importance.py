@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.pruning import interop
 
 if TYPE_CHECKING:
     from lightning_accel.pruning.activations import Statistics
@@ -53,7 +54,8 @@ KNOWN = (
 )
 
 Importance = Union[str, Callable[[nn.Module, "Group"], Tensor], "Reconstruction"]
-"""A name of `KNOWN`, a function of model and group that returns a number per unit, or `Reconstruction`."""
+"""A name of `KNOWN`, a function of model and group that returns a number per unit, `Reconstruction`, or
+an importance of torch-pruning."""
 
 
 def check(importance: Any) -> Importance:
@@ -105,7 +107,9 @@ def score(
     Raises:
         ValueError: The group has nothing to score this way, or a score is not finite.
     """
-    if callable(importance):
+    if interop.is_of_torch_pruning(importance):
+        found = interop.score(model, group, importance)
+    elif callable(importance):
         found = torch.as_tensor(importance(model, group))
     elif importance in ("activation", "taylor2"):
         found = _measured(group, importance, statistics)

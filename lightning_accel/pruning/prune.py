@@ -10,19 +10,20 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_accel.errors import BrokenModel, NoEffect, explain
-from lightning_accel.pruning import activations, compensation, selection
+from lightning_accel.pruning import activations, compensation, rounding, selection
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.ranking import Ranking
 from lightning_accel.pruning.verify import Verifier, in_dtype_of, runs
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
-from lightning_accel.surgery.call import Call, as_call, first
+from lightning_accel.surgery.call import Call, as_call, batch_size, first
 
 if TYPE_CHECKING:
     from lightning_accel.pruning.target import Target
@@ -41,7 +42,7 @@ def prune(
     importance: Importance = "magnitude",
     scope: str = "local",
     select: Select | str | Sequence[str] | None = None,
-    round_to: int | None = None,
+    round_to: int | str | None = None,
     attention: str = "heads",
     compensate: bool = False,
 ) -> Receipt:
@@ -62,7 +63,8 @@ def prune(
         scope: "local" takes the same share of every group of layers; "global" ranks all channels
             together, "isomorphic" those of groups of equal structure.
         select: Layers whose channels may go; everything by default.
-        round_to: Kept channels are raised to a multiple of this.
+        round_to: Kept channels are raised to a multiple of this; "measured" tries which is fastest here,
+            which `Latency` does by itself.
         attention: Whole "heads" go, or the same places of every head ("width").
         compensate: Solve the layers that read what is gone anew, by least squares on `example`, which
             should then hold a few hundred samples.
@@ -111,7 +113,7 @@ def plan(
     importance: Importance = "magnitude",
     scope: str = "local",
     select: Select = _EVERYTHING,
-    round_to: int | None = None,
+    round_to: int | str | None = None,
     attention: str = "heads",
     dense: Structure = _AS_IT_IS,
     batches: Iterable[Sequence[Call]] = (),
@@ -127,7 +129,8 @@ def plan(
     more groups are tried one by one; those not tried by then are left alone, and listed.
     """
     check_asked(ratio, target)
-    check_round_to(round_to)
+    rounding.check_round_to(round_to)
+    target = None if target is None else target.of(calls)
     scoring.check(importance)
     selection.check_scope(scope)
     until = time.monotonic() + seconds
@@ -148,25 +151,33 @@ def plan(
     scores, refused = ranking.scores, list(ranking.refused)
     verifier = Verifier(model, small)
     groups = [group for group in graph.groups if group.name in scores]
+    if not groups:
+        raise NoEffect(
+            f"no group of channels can be ranked by {importance!r}",
+            "; ".join(f"`{change.name}`: {change.what}" for change in refused[:4]),
+            "choose another `importance`",
+        )
     while groups:
-        picked = list(groups)
-
-        def pick(share: float, picked: list[Group] = picked) -> dict[str, list[int]]:
-            return selection.choose(
-                picked, scores, ratio=min(share, _NARROW), scope=scope, round_to=round_to
-            )
-
-        gone = pick(ratio) if ratio is not None else target.reach(graph, pick)  # type: ignore[union-attr]
+        gone, multiple = rounding.reach(
+            graph,
+            partial(_pick, groups, scores, scope),
+            ratio=ratio,
+            target=target,
+            round_to=round_to,
+            batch_size=batch_size(calls),
+        )
         if not gone:
-            raise _nothing(ratio, target, groups, round_to)
+            raise _nothing(ratio, target, groups, multiple)
         gone = ranking.refined(gone)
         wrong = _culprits(graph, verifier, groups, gone, until)
         if not wrong:
             cut = graph.cut(gone)
             if compensate:
                 cut = _compensated(graph, cut, gone, data)
-            narrow = selection.immovable(groups, round_to=round_to)
-            return dataclasses.replace(cut, skipped=(*graph.skipped, *refused, *narrow))
+            narrow = selection.immovable(groups, round_to=multiple)
+            skipped = (*graph.skipped, *refused, *narrow)
+            note = _reached(graph, gone, ratio, target)
+            return dataclasses.replace(cut, skipped=skipped, notes=(note,))
         refused += wrong
         groups = [g for g in groups if g.name not in {change.name for change in wrong}]
     listed = "; ".join(f"`{c.name}`: {c.what}" for c in refused[:4])
@@ -187,14 +198,6 @@ def check_ratio(ratio: Any, name: str = "ratio") -> None:
         )
 
 
-def check_round_to(round_to: Any) -> None:
-    """Raise unless `round_to` is a positive integer or `None`."""
-    if round_to is not None and (type(round_to) is not int or round_to < 1):
-        raise ValueError(
-            explain("`round_to` is a positive number of channels", repr(round_to), "pass 8, say")
-        )
-
-
 def check_asked(ratio: Any, target: Any) -> None:
     """Raise unless exactly one of `ratio` and `target` is given."""
     if (ratio is None) == (target is None):
@@ -205,6 +208,29 @@ def check_asked(ratio: Any, target: Any) -> None:
                 "pass one of the two",
             )
         )
+
+
+def _pick(
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    scope: str,
+    share: float,
+    multiple: int | None,
+) -> dict[str, list[int]]:
+    return selection.choose(
+        groups, scores, ratio=min(share, _NARROW), scope=scope, round_to=multiple
+    )
+
+
+def _reached(graph: Graph, gone: Gone, ratio: float | None, target: Target | None) -> str:
+    """Write what was asked and what was reached."""
+    if target is not None:
+        device = next(graph.model.parameters()).device
+        return target.says(target.kept(graph, gone), device)
+    assert ratio is not None
+    dense = sum(group.dense for group in graph.groups)
+    left = sum(group.units - len(gone.get(group.name, ())) for group in graph.groups)
+    return f"{1 - left / dense:.1%} of the channels and heads are gone (asked: {ratio:.3g})"
 
 
 def _small(model: nn.Module, calls: Sequence[Call]) -> tuple[Call, ...]:

@@ -10,7 +10,7 @@ from lightning_accel.pruning import activations, reconstruction
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.graph import Gone, Graph
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.reconstruction import Reconstruction
+from lightning_accel.pruning.reconstruction import Reconstruction, Selector
 from lightning_accel.surgery import Change
 from lightning_accel.surgery.call import Call
 
@@ -46,7 +46,7 @@ class Ranking:
         self.scores: dict[str, Tensor] = {}
         self.refused: list[Change] = []
         self._grams: dict[str, Tensor] = {}
-        self._select = reconstruction.GreedySwapSelector()
+        self._select: Selector = reconstruction.GreedySwapSelector()
         fallback = importance
         if importance == "reconstruction" or isinstance(importance, Reconstruction):
             if isinstance(importance, Reconstruction):

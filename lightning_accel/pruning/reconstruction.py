@@ -188,6 +188,10 @@ def costs(gram: Tensor) -> Tensor:
     return (shares / total if total > 0 else shares).float()
 
 
+Selector = Callable[[Tensor, int], list[int]]
+"""Takes G of one group and a number of units, and returns which of them go, ascending."""
+
+
 class GreedySwapSelector:
     """Choose units to remove by `greedy`, polished by `swap`: deterministic, milliseconds, no extra.
 
@@ -211,7 +215,7 @@ class Reconstruction:
     Reconstruction(GreedySwapSelector)
     """
 
-    def __init__(self, selector: Callable[[Tensor, int], list[int]]) -> None:
+    def __init__(self, selector: Selector) -> None:
         self.selector = selector
 
     def __repr__(self) -> str:

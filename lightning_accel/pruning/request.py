@@ -17,6 +17,7 @@ from lightning_accel.pruning import selection
 from lightning_accel.pruning.activations import Statistics, collect_gradients
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.prune import check_asked, check_ratio, plan
+from lightning_accel.pruning.reconstruction import Reconstruction
 from lightning_accel.pruning.rounding import check_round_to
 from lightning_accel.pruning.sensitivity import graph_of
 from lightning_accel.pruning.target import Target
@@ -54,6 +55,7 @@ class Request:
     select: Select
     round_to: int | str | None
     attention: str
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         check_asked(self.ratio, self.target)
@@ -97,7 +99,8 @@ class Request:
         elif self.target is not None:
             share = scheduling.share_left(self.target.share, due, self.steps, self.schedule)
             target = self.target.of(calls).of_rest(share / left)
-        measures = self.importance == "activation"
+        joint = self.importance == "reconstruction" or isinstance(self.importance, Reconstruction)
+        measures = joint or self.compensate or self.importance == "activation"
         return plan(
             source.with_gradients() if self.importance == "taylor" else model,
             calls=calls,
@@ -111,6 +114,7 @@ class Request:
             dense=dense,
             batches=list(source.calls()) if measures else (),
             statistics=self._statistics(calls, dense, source),
+            compensate=self.compensate,
         )
 
     def rehearse(

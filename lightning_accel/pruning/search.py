@@ -17,7 +17,8 @@ Pick = Callable[[float], Gone]
 Left = Callable[[Gone], float]
 """The share of something that is left then."""
 
-_STEPS, _TRIES, _MIXES = 12, 10, 8
+_STEPS, _TRIES = 12, 10
+_EXTRA = (0.0, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4)  # of the channels
 _CLOSE = 0.99  # of the share; nothing is gained by coming nearer
 MOST = 1.0 - 2.0**-_STEPS
 """The largest share of channels that is ever asked for."""
@@ -58,10 +59,10 @@ def closest(groups: Sequence[Any], pick: Pick, left: Left, share: float) -> Gone
     """
     bracket = bisect(pick, left, share)
     best, most = bracket.enough, left(bracket.enough)
-    for extra in range(_MIXES):
+    for extra in _EXTRA:
         if most >= _CLOSE * share:
             break
-        mixed = pick(min(bracket.ratio + extra / 100, MOST))
+        mixed = pick(min(bracket.ratio + extra, MOST))
         movable = list(_movable(groups, mixed, bracket.too_little))
         movable.sort(key=lambda names: -left(_with(mixed, bracket.too_little, names)))
         for names in movable:

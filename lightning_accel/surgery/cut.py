@@ -42,6 +42,7 @@ class Cut:
     scaled: Mapping[str, Tensor] = field(default_factory=dict)
     renormed: Mapping[str, Tensor] = field(default_factory=dict)
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.kept)
@@ -87,7 +88,7 @@ class Cut:
         for name, sizes in self.attributes.items():
             for key, size in sizes.items():
                 set_size(modules[name], key, size)
-        return Receipt(tuple(changes), tuple(moved), self.skipped)
+        return Receipt(tuple(changes), tuple(moved), self.skipped, self.notes)
 
     @torch.no_grad()
     def masked(self, model: nn.Module, nothing: float = 0.0) -> None:

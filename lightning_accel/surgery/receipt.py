@@ -87,7 +87,8 @@ class Moved(NamedTuple):
 class Receipt:
     """What an edit did. Falsy when nothing happened; `+` joins two edits of one model.
 
-    `skipped` names what was asked for and left alone, with the reason.
+    `skipped` names what was asked for and left alone, with the reason; `notes` says what was reached of
+    what was asked.
 
     >>> bool(Receipt()), len((Receipt((Change("fc", "pruned", "8", "4"),)) + Receipt()).changes)
     (False, 1)
@@ -96,13 +97,17 @@ class Receipt:
     changes: tuple[Change, ...] = ()
     moved: tuple[Moved, ...] = ()
     skipped: tuple[Change, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.changes or self.moved)
 
     def __add__(self, other: Receipt) -> Receipt:
         return Receipt(
-            self.changes + other.changes, self.moved + other.moved, self.skipped + other.skipped
+            self.changes + other.changes,
+            self.moved + other.moved,
+            self.skipped + other.skipped,
+            self.notes + other.notes,
         )
 
 

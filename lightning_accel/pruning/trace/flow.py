@@ -130,6 +130,11 @@ class Flow(TorchDispatchMode):
         if len(axis.atoms) > 1:
             self.atoms.fix(axis.atoms, f"{reason} in {self.here}")
 
+    def taken_groups(self) -> Ids | None:
+        """Return `groups` and forget them."""
+        groups, self.groups = self.groups, None
+        return groups
+
     def multiply(self, *axes: Axis, times: int = 1) -> None:
         self.products.append(Product(self.place, tuple(a.atoms for a in axes), times))
 

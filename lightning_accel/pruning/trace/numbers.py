@@ -145,10 +145,12 @@ class Numbers(TorchFunctionMode):
         place = self._GROUPED[name]
         key = "num_groups" if name == "group_norm" else "groups"
         groups = args[place] if len(args) > place else kwargs.get(key, 1)
-        self.flow.groups_adjustable, self.flow.groups = isinstance(groups, Origin), None
+        self.flow.groups_adjustable = isinstance(groups, Origin)
+        self.flow.taken_groups()
         result = func(*args, **kwargs)
-        if self.flow.groups is not None:
-            self._counts(groups, self.flow.groups)
+        counted = self.flow.taken_groups()
+        if counted is not None:
+            self._counts(groups, counted)
         self.flow.groups_adjustable = True
         return result
 
