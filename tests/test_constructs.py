@@ -86,6 +86,8 @@ class Construct(NamedTuple):
 CONSTRUCTS: dict[str, Construct] = {}
 BROKEN = {
     "einsum_of_raw_parameters": "heads and their width, as two dimensions of one weight, both stay",
+    "rows_chosen_by_a_mask": "a boolean index fixes the channels, too",
+    "first_channel_read_apart": "a slice of one place does not keep that place",
 }
 
 
@@ -3229,7 +3231,7 @@ def heads_from_attributes_that_depend_on_each_other() -> Net:  # BERT as it was 
 
         scores = split(self.q(x)) @ split(self.k(x)).transpose(-1, -2) / math.sqrt(self.head_dim)
         x = (scores.softmax(-1) @ split(self.v(x))).permute(0, 2, 1, 3).contiguous()
-        return self.proj(x.view(x.size()[:-2] + (self.all_head_size,)))
+        return self.proj(x.view(*x.size()[:-2], self.all_head_size))
 
     return separate(forward, all_head_size=16)
 
@@ -3324,7 +3326,7 @@ def padding_by_mode_and_name() -> nn.Module:
     )
 
 
-@construct(images, {"down.weight": (8, 3, 3, 3), "up.weight": (8, 8, 3, 3)})
+@construct(images, {"up.weight": (8, 16, 3, 3)}, keeps={"down": "without a rule"})
 def unpooling() -> Net:  # SegNet
     def forward(self: Any, x: Tensor) -> Tensor:
         x, places = F.max_pool2d(self.down(x), 2, return_indices=True)
@@ -3356,11 +3358,16 @@ def product_with_a_vector() -> Net:
     )
 
 
-@construct(vectors, {"up.weight": (8, 6), "centres": (7, 8)})
+@construct(vectors, {"up.weight": (8, 6)}, keeps={"inner": "without a rule"})
 def distances_to_centres() -> Net:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.inner(torch.relu(self.up(x)))
+        return torch.exp(-torch.cdist(x, self.centres).square())
+
     return Net(
-        lambda self, x: torch.exp(-torch.cdist(self.up(x), self.centres).square()),
+        forward,
         up=nn.Linear(6, 16),
+        inner=nn.Linear(16, 16),
         centres=parameter(7, 16),
     )
 
@@ -3380,7 +3387,7 @@ def one_sided_operations() -> Net:
 def in_place_on_pieces() -> Net:
     def forward(self: Any, x: Tensor) -> Tensor:
         a, b = self.up(x).clone().tensor_split(2, 1)
-        return self.down(a.relu() + b.sigmoid().mul_(2))
+        return self.down(a.mul_(2).relu_() + b.sigmoid())
 
     return Net(forward, up=nn.Linear(6, 16), down=nn.Linear(8, 3))
 
@@ -4030,10 +4037,7 @@ def test_the_verb_proves_a_right_cut_and_finds_a_wrong_one(name: str) -> None:
         "unet",
         "c2f_of_yolov8",
         "class_token_position_and_layer_scale",
-        pytest.param(
-            "transformer_encoder",
-            marks=pytest.mark.xfail(strict=True, reason="linked groups go in coarse steps only"),
-        ),
+        "transformer_encoder",
     ],
 )
 def test_a_target_of_arithmetic_is_met_as_torch_counts_it(name: str) -> None:
@@ -4057,10 +4061,11 @@ def counted(net: nn.Module, example: Any) -> int:
 
 
 UNCOUNTED = {"bilinear", "spectral_norm", "old_spectral_norm", "vectorized_map"}
+UNCOUNTED |= {"product_with_a_vector", "distances_to_centres"}
 """Torch's counter lacks `_trilinear` and products of a matrix and a vector."""
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in CONSTRUCTS if name not in BROKEN])
 def test_arithmetic_and_parameters_are_foreseen_exactly(name: str) -> None:
     item, net = CONSTRUCTS[name], made(name).eval()
     example = tree_map(double, item.example(2))

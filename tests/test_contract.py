@@ -64,8 +64,8 @@ ROWS: dict[str, Technique] = {
     "measure": lambda: {"callbacks": [StepMeter(), report()]},
     "masks": lambda: {"callbacks": [WeightMasks(pattern="2:4", when=1)]},
     "sparsity": lambda: {"callbacks": [SparsityTraining("slimming")]},
-    "prune+masks": lambda: {"callbacks": [prune(), WeightMasks(0.5, when=1)]},
-    "reconstruction": lambda: {
+    "prune+masks": lambda: {"callbacks": [prune(), WeightMasks(0.1, when=1)]},
+    "prune by reconstruction": lambda: {
         "callbacks": [prune(importance="reconstruction", compensate=True)]
     },
     "prune+compile": lambda: {"callbacks": [prune(), compiled()]},

@@ -108,7 +108,14 @@ class Groups:
         for marks, marked in ((flow.made, self._is_made), (flow.read, self._is_read)):
             for atoms in marks:
                 marked[atoms] = True
-        self.equations = [e for e in flow.equations if self._moves(e)]
+        moving = [e for e in flow.equations if self._moves(e)]
+        shared = {a for e in moving for a in leaves(e.expression) if isinstance(a, Attribute)}
+        self.equations = moving + [
+            e
+            for e in flow.equations
+            if not self._moves(e)
+            and any(isinstance(a, Attribute) and a in shared for a in leaves(e.expression))
+        ]
 
     def _moves(self, equation: Any) -> bool:
         """Whether anything in an equation can change."""

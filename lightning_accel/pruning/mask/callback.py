@@ -110,11 +110,18 @@ class WeightMasks(Callback):
         self._hold(trainer, pl_module)
         if self.masks:  # resumed
             self._apply(trainer, pl_module, self.masks)
-        self._decide_when_due(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._decide_when_due(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning leaves out the epoch's start after a resume from the last step of an epoch.
+        if batch_idx == 0:
+            self._decide_when_due(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(
@@ -154,8 +161,6 @@ class WeightMasks(Callback):
         self._apply(trainer, pl_module, keep)
 
     def _decide_when_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning 2.6 leaves out `on_train_epoch_start` of the epoch after a checkpoint that was
-        # written in the last step of one, so the start of the fit counts too.
         due = trainer.current_epoch >= self.when or _is_trial(trainer)
         if due and not self.masks:
             self._decide(trainer, pl_module)

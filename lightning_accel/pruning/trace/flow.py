@@ -127,7 +127,7 @@ class Flow(TorchDispatchMode):
         return Axis(self.atoms.fresh(size, reason))
 
     def fix(self, axis: Axis, reason: str) -> None:
-        if len(axis.atoms) > 1:
+        if len(axis.atoms):
             self.atoms.fix(axis.atoms, f"{reason} in {self.here}")
 
     def taken_groups(self) -> Ids | None:

@@ -29,7 +29,9 @@ def _slice(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 def _select(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     info = flow.info(a["self"])
     axes = list(info.axes)
-    flow.fix(axes.pop(a["dim"]), "one place of it is selected")
+    atoms, index = axes.pop(a["dim"]).atoms, int(a["index"])
+    # It must stay, and so must all that it is counted from.
+    flow.fix(Axis(atoms[: index + 1] if index >= 0 else atoms[index:]), "it is picked by number")
     put(flow, result, axes, info.source)
 
 
