@@ -1,6 +1,6 @@
-# make demo | test | check | bench: each makes its own environment in .venv on first use.
+# make demo | test | check | bench | zoo: each makes its own environment in .venv on first use.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench zoo clean
 
 # The first interpreter >= 3.11 that runs and can make an environment; set PYTHON to choose another.
 FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -30,8 +30,20 @@ check: .venv/.stamp
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_house.py
 
+BENCHES := $(filter-out benchmarks/zoo.py benchmarks/prune_zoo.py,$(wildcard benchmarks/*.py))
+
 bench: .venv/.stamp
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
+	@for script in $(BENCHES); do echo "== $$script"; $(PY) "$$script" || exit 1; done
+
+# Apart from the rest: torchvision beside a torch of another build breaks `import lightning`.
+.venv-zoo/.stamp: pyproject.toml
+	test -x .venv-zoo/bin/python || "$(PYTHON)" -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet -c constraints.txt -e . timm transformers pillow
+	.venv-zoo/bin/python -m pip install --quiet --no-deps torchvision
+	@touch $@
+
+zoo: .venv-zoo/.stamp
+	.venv-zoo/bin/python benchmarks/prune_zoo.py
 
 clean:
-	rm -rf .venv build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-zoo build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis

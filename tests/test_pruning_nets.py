@@ -111,8 +111,7 @@ class Net(nn.Module):
     def attend(self, block: Any, x: Tensor) -> Tensor:  # (batch, 16 places, width)
         if "k" in block:
             q, k, v = (
-                block[name](x).unflatten(2, (-1, 4)).transpose(1, 2)
-                for name in ("a", "k", "v")
+                block[name](x).unflatten(2, (-1, 4)).transpose(1, 2) for name in ("a", "k", "v")
             )
             k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
         else:

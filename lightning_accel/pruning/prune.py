@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -148,36 +148,62 @@ def plan(
     )
     data = list(batches) or [in_dtype_of(calls, model)]
     ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
-    scores, refused = ranking.scores, list(ranking.refused)
-    verifier = Verifier(model, small)
-    groups = [group for group in graph.groups if group.name in scores]
-    if not groups:
-        raise NoEffect(
-            f"no group of channels can be ranked by {importance!r}",
-            "; ".join(f"`{change.name}`: {change.what}" for change in refused[:4]),
-            "choose another `importance`",
-        )
-    while groups:
-        gone, multiple = rounding.reach(
+    found = _choose(
+        graph,
+        ranking,
+        Verifier(model, small),
+        partial(
+            rounding.reach,
             graph,
-            partial(_pick, groups, scores, scope),
             ratio=ratio,
             target=target,
             round_to=round_to,
             batch_size=batch_size(calls),
-        )
+        ),
+        scope=scope,
+        until=until,
+    )
+    cut = graph.cut(found.gone)
+    if compensate:
+        cut = _compensated(graph, cut, found.gone, data)
+    note = _reached(graph, found.gone, ratio, target)
+    return dataclasses.replace(cut, skipped=(*graph.skipped, *found.refused), notes=(note,))
+
+
+class _Chosen(NamedTuple):
+    gone: Gone
+    refused: tuple[Change, ...]
+
+
+def _choose(
+    graph: Graph,
+    ranking: Ranking,
+    verifier: Verifier,
+    reach: Callable[..., tuple[Gone, int | None]],
+    *,
+    scope: str,
+    until: float,
+) -> _Chosen:
+    """Return the units to remove, once their removal is proved; groups that fail are left out."""
+    refused = list(ranking.refused)
+    groups = [group for group in graph.groups if group.name in ranking.scores]
+    if not groups:
+        listed = "; ".join(f"`{change.name}`: {change.what}" for change in refused[:4])
+        raise NoEffect("no group of channels can be ranked", listed, "choose another `importance`")
+    while groups:
+        gone, multiple = reach(partial(_pick, groups, ranking.scores, scope))
         if not gone:
-            raise _nothing(ratio, target, groups, multiple)
+            raise NoEffect(
+                "what is asked for removes nothing",
+                f"{len(groups)} groups of at most {max(g.units for g in groups)} channels"
+                + (f", round_to={multiple}" if multiple else ""),
+                "raise `ratio`, or lower `round_to`",
+            )
         gone = ranking.refined(gone)
         wrong = _culprits(graph, verifier, groups, gone, until)
         if not wrong:
-            cut = graph.cut(gone)
-            if compensate:
-                cut = _compensated(graph, cut, gone, data)
             narrow = selection.immovable(groups, round_to=multiple)
-            skipped = (*graph.skipped, *refused, *narrow)
-            note = _reached(graph, gone, ratio, target)
-            return dataclasses.replace(cut, skipped=skipped, notes=(note,))
+            return _Chosen(gone, (*refused, *narrow))
         refused += wrong
         groups = [g for g in groups if g.name not in {change.name for change in wrong}]
     listed = "; ".join(f"`{c.name}`: {c.what}" for c in refused[:4])
@@ -248,18 +274,6 @@ def _compensated(graph: Graph, cut: Cut, gone: Gone, batches: Sequence[Sequence[
     before = dict(small.named_parameters())
     added = {name: value - before[name].detach() for name, value in found.values.items()}
     return dataclasses.replace(cut, added=added)
-
-
-def _nothing(
-    ratio: float | None, target: Any, groups: Sequence[Group], round_to: int | None
-) -> NoEffect:
-    asked = f"{ratio:.0%} of the channels" if ratio is not None else f"what {target!r} asks"
-    return NoEffect(
-        f"removing {asked} removes nothing",
-        f"{len(groups)} groups of at most {max(g.units for g in groups)} channels"
-        + (f", round_to={round_to}" if round_to else ""),
-        "raise `ratio`, or lower `round_to`",
-    )
 
 
 def _culprits(
