@@ -216,10 +216,12 @@ class Numbers(TorchFunctionMode):
                 dim += item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
     def _bound(self, bound: int, atoms: Ids) -> None:
-        if 0 < bound < len(atoms):
-            self._counts(bound, atoms[:bound])
-        elif bound < 0 and -bound < len(atoms):
-            self._counts(-bound, atoms[bound:])
+        part = atoms[:bound] if bound >= 0 else atoms[bound:]
+        if 0 < len(part) < len(atoms) and abs(bound) == len(part):
+            if isinstance(bound, Origin):
+                self._counts(bound if bound >= 0 else -bound, part)
+            else:
+                self.flow.atoms.fix(part, f"{bound} is written in the code of {self.flow.here}")
 
     def _after_layer_norm(self, result: Tensor, *args: Any, **kwargs: Any) -> None:
         shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]

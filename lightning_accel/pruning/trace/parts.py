@@ -140,7 +140,7 @@ def _index_select(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 def _index(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     info, indices = flow.info(a["self"]), list(a["indices"])
     if any(i is not None and i.dtype == torch.bool for i in indices):
-        return picked(flow, a, result)
+        return _masked(flow, a, result)
     indices += [None] * (len(info.axes) - len(indices))
     places = [n for n, i in enumerate(indices) if i is not None]
     for n in places:
@@ -152,6 +152,19 @@ def _index(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     rest: list[Axis | None] = [x for n, x in enumerate(info.axes) if n not in places]
     at = places[0] if together else 0
     still(flow, result, [*rest[:at], *[None] * width, *rest[at:]])
+    return None
+
+
+def _masked(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    axes: list[Axis | None] = list(flow.info(a["self"]).axes)
+    given = [(n, i) for n, i in enumerate(a["indices"]) if i is not None]
+    if len(given) != 1:
+        return picked(flow, a, result)
+    place, mask = given[0]
+    for axis in (*axes[place : place + mask.dim()], *flow.info(mask).axes):
+        if axis is not None:
+            flow.fix(axis, "places of it are picked")
+    still(flow, result, [*axes[:place], None, *axes[place + mask.dim() :]])
     return None
 
 
