@@ -163,12 +163,39 @@ def squares(model: nn.Module, group: Group) -> Tensor:
     return _sum(parts)
 
 
-def weights(model: nn.Module, group: Group, *roles: str) -> Iterator[tuple[Member, nn.Parameter]]:
-    """Yield the group's parameters that are no biases, of these roles or of all."""
+def weights(model: nn.Module, group: Group, *roles: str) -> Iterator[tuple[Member, Tensor]]:
+    """Yield the group's weights, no biases; a parametrized one as it is in the forward, once."""
     for member, tensor in tensors_of(model, group, *(roles or ("out", "in", "own"))):
         leaf = member.tensor.rpartition(".")[2]
-        if leaf != "bias" and not leaf.endswith("_bias") and not leaf.startswith("bias_"):
+        if leaf == "bias" or leaf.endswith("_bias") or leaf.startswith("bias_"):
+            continue
+        effective = effective_weight(model, member.tensor)
+        if effective is None:
             yield member, tensor
+        elif effective.shape == tensor.shape:
+            yield member, effective
+
+
+@torch.no_grad()
+def effective_weight(model: nn.Module, name: str) -> Tensor | None:
+    """Return the weight that is computed from a parameter (weight norm, masks), `None` if it is one itself."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path.partition(".parametrizations.")[0])
+    if ".parametrizations." in f".{path}.":
+        found = getattr(owner, path.rpartition(".")[2])
+    else:
+        base, _, kind = leaf.rpartition("_")
+        hooks = [h for h in owner._forward_pre_hooks.values() if _is_of_torch(h)]
+        if not hooks or kind not in ("g", "v", "orig") or base in owner._parameters:
+            return None
+        for hook in hooks:
+            hook(owner, ())  # what it computed last may be older than the parameters
+        found = vars(owner).get(base)
+    return found.detach() if isinstance(found, Tensor) else None
+
+
+def _is_of_torch(hook: object) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils")
 
 
 def tensors_of(
