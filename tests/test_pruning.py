@@ -282,6 +282,13 @@ def test_an_impossible_round_to_is_refused(round_to: Any) -> None:
         prune(tiny.MLP(), example=torch.randn(1, 8), ratio=0.5, round_to=round_to)
 
 
+def test_attention_goes_by_heads_or_by_width() -> None:
+    with pytest.raises(ValueError, match="heads"):
+        prune(tiny.MLP(), example=torch.randn(1, 8), ratio=0.5, attention="depth")
+    with pytest.raises(ValueError, match="heads"):
+        StructuredPruning(ratio=0.5, attention="depth")
+
+
 def test_an_unknown_importance_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="magnitude, bn_scale, taylor"):
         prune(tiny.MLP(), example=torch.randn(1, 8), ratio=0.5, importance="magic")

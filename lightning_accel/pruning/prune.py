@@ -133,6 +133,7 @@ def plan(
     target = None if target is None else target.of(calls)
     scoring.check(importance)
     selection.check_scope(scope)
+    check_attention(attention)
     until = time.monotonic() + seconds
     if importance == "taylor":
         scoring.require_gradients(model)
@@ -232,6 +233,18 @@ def check_asked(ratio: Any, target: Any) -> None:
                 "pruning takes either `ratio` or `target`",
                 f"ratio={ratio!r}, target={target!r}",
                 "pass one of the two",
+            )
+        )
+
+
+def check_attention(attention: Any) -> None:
+    """Raise unless this is what can go of attention."""
+    if attention not in ("heads", "width"):
+        raise ValueError(
+            explain(
+                "`attention` says what goes where channels are split into heads",
+                repr(attention),
+                "pass 'heads', or 'width' for the same places of every head",
             )
         )
 

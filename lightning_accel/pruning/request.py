@@ -16,7 +16,7 @@ from lightning_accel.pruning import schedule as scheduling
 from lightning_accel.pruning import selection
 from lightning_accel.pruning.activations import Statistics, collect_gradients
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.prune import check_asked, check_ratio, plan
+from lightning_accel.pruning.prune import check_asked, check_attention, check_ratio, plan
 from lightning_accel.pruning.reconstruction import Reconstruction
 from lightning_accel.pruning.rounding import check_round_to
 from lightning_accel.pruning.sensitivity import graph_of
@@ -66,6 +66,7 @@ class Request:
                 explain("`target` says what to keep", repr(self.target), "pass Macs(0.5), say")
             )
         check_round_to(self.round_to)
+        check_attention(self.attention)
         scoring.check(self.importance)
         selection.check_scope(self.scope)
         scheduling.check(self.schedule, self.steps)
