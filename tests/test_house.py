@@ -23,6 +23,8 @@ ROOFS = {"recipe", "job"}
 """Single files on floor 4; the other single files are floor 0."""
 LATE = (
     "torch_pruning",
+    "dimod",
+    "dwave",
     "torchao",
     "hydra",
     "omegaconf",

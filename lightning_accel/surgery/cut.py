@@ -71,7 +71,7 @@ class Cut:
                 data.mul_(kept.take(self.renormed[name].to(old)))
             if name in self.scaled:
                 data.mul_(self.scaled[name].to(data))
-            new = replace_data(model, name, data)
+            new = replace_data(model, old, data)
             done.add(id(new))
             if gradient is not None:
                 new.grad = kept.take(gradient)

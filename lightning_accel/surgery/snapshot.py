@@ -197,7 +197,7 @@ def _put(model: nn.Module, tensors: Mapping[str, Tensor], structure: Structure) 
             tensor.copy_(stored)
             continue
         changes.append(Change(name, "rolled back", text(tensor.shape), text(stored.shape)))
-        replace_data(model, name, stored.to(tensor.device, copy=True))
+        replace_data(model, tensor, stored.to(tensor.device, copy=True))
     structure.apply(model)  # what is left: the integers that the forward reads
     return changes
 

@@ -84,7 +84,7 @@ class Structure:
                 data = tensor.new_zeros(shape)
                 if not isinstance(tensor, nn.Parameter):
                     data = _repeated(tensor, shape)
-                replace_data(model, name, data)
+                replace_data(model, tensor, data)
         for name, sizes in self.attributes.items():
             for key, size in sizes.items():
                 set_size(modules[name], key, size)
@@ -158,14 +158,13 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def replace_data(model: nn.Module, name: str, data: Tensor) -> Tensor:
-    """Put `data` behind the parameter or buffer called `name`, and return the tensor that holds it.
+def replace_data(model: nn.Module, tensor: Tensor, data: Tensor) -> Tensor:
+    """Put `data` behind a parameter or buffer of `model`, and return the tensor that holds it.
 
     The tensor object stays the same wherever autograd allows it, so that optimizers, hooks, tied
     layers and whoever else holds it follow along. Only where a live autograd graph still knows the
     old shape (a stored loss, say) a new parameter takes its place, under all of its names.
     """
-    tensor = dict(named_tensors(model))[name]
     tensor.grad = None
     tensor.data = data
     if not isinstance(tensor, nn.Parameter) or not _graph_expects_other_shape(tensor):
