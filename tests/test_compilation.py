@@ -874,6 +874,7 @@ def test_manual_optimization_and_accumulation_work(trainer: Any) -> None:
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_processes_compile_and_prune(tmp_path: Path, root: Path) -> None:
     script = tmp_path / "ddp.py"
     script.write_text(

@@ -3772,6 +3772,7 @@ def restored(name: str, net: nn.Module) -> nn.Module:
     return fresh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names(lambda item: not item.scaled))
 def test_a_pruned_construct_is_pruned_again_by_another_choice(name: str) -> None:
     item, net = CONSTRUCTS[name], made(name)
@@ -4071,6 +4072,7 @@ UNCOUNTED |= {"product_with_a_vector", "distances_to_centres"}
 """Torch's counter lacks `_trilinear` and products of a matrix and a vector."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONSTRUCTS if name not in BROKEN])
 def test_arithmetic_and_parameters_are_foreseen_exactly(name: str) -> None:
     item, net = CONSTRUCTS[name], made(name).eval()

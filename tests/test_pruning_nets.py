@@ -6,6 +6,7 @@ import copy
 import io
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
@@ -134,6 +135,7 @@ def masked_twin(dense: nn.Module, small: nn.Module, receipt: object) -> nn.Modul
     return masked
 
 
+@pytest.mark.slow
 @settings(
     max_examples=320,
     deadline=None,
