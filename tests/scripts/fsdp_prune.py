@@ -87,4 +87,6 @@ if __name__ == "__main__":
     torch.distributed.barrier()  # no rank may close a connection that the other still reads
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads abort an orderly exit now and then ("terminate called without ...")
+    os._exit(
+        0
+    )  # gloo's threads abort an orderly exit now and then ("terminate called without ...")
