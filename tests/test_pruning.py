@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_accel import Select, StructuredPruning, load_from_checkpoint
 from lightning_accel.errors import AccelError, NoEffect, StructureMismatch, Unsupported
-from lightning_accel.pruning import Macs, plan, prune, recalibrate
+from lightning_accel.pruning import Macs, mask_equivalence, plan, prune, recalibrate
 from lightning_accel.pruning.selection import least
 from lightning_accel.surgery.call import Call
 
@@ -280,6 +281,36 @@ def test_an_impossible_ratio_is_refused(ratio: Any) -> None:
 def test_an_impossible_round_to_is_refused(round_to: Any) -> None:
     with pytest.raises(ValueError, match="round_to"):
         prune(tiny.MLP(), example=torch.randn(1, 8), ratio=0.5, round_to=round_to)
+
+
+def test_an_example_without_samples_proves_nothing() -> None:
+    with pytest.raises(AccelError, match="without samples"):
+        prune(tiny.MLP(), example=torch.randn(0, 8), ratio=0.5)
+
+
+def test_outputs_that_are_whole_numbers_are_compared_too() -> None:
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny.MLP()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).argmax(-1)
+
+    net = Classes()
+    call = Call("", (torch.randn(64, 8),), {})
+    cut = plan(net, calls=(call,), ratio=0.5)
+    wrong = dataclasses.replace(cut, scaled={"net.body.2.weight": torch.tensor(-5.0)})
+    assert mask_equivalence(net, cut, example=call.args[0]) == 0
+    assert mask_equivalence(net, wrong, example=call.args[0]) > 0
+
+
+@pytest.mark.parametrize("wrong", [{"target": 0.5}, {"ratio": 0.5, "compensate": "yes"}])
+def test_arguments_of_another_type_are_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="Do: "):
+        prune(tiny.MLP(), example=torch.randn(2, 8), **wrong)
+    with pytest.raises(TypeError, match="Do: "):
+        StructuredPruning(**wrong)
 
 
 def test_attention_goes_by_heads_or_by_width() -> None:

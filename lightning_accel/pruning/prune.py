@@ -11,22 +11,20 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_accel.errors import BrokenModel, NoEffect, explain
+from lightning_accel.errors import AccelError, BrokenModel, NoEffect, explain
 from lightning_accel.pruning import activations, compensation, rounding, selection
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.ranking import Ranking
+from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.verify import Verifier, in_dtype_of, runs
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
 from lightning_accel.surgery.call import Call, as_call, batch_size, first
-
-if TYPE_CHECKING:
-    from lightning_accel.pruning.target import Target
 
 _EVERYTHING, _AS_IT_IS = Select(), Structure()
 _SAMPLES = 2  # enough for batch norm in train mode
@@ -131,12 +129,18 @@ def plan(
     check_asked(ratio, target)
     rounding.check_round_to(round_to)
     target = None if target is None else target.of(calls)
+    if type(compensate) is not bool:
+        raise TypeError(explain("`compensate` is true or false", repr(compensate), "pass True"))
     scoring.check(importance)
     selection.check_scope(scope)
     check_attention(attention)
     until = time.monotonic() + seconds
     if importance == "taylor":
         scoring.require_gradients(model)
+    if batch_size(calls) == 0:
+        raise AccelError(
+            "an example without samples proves nothing", "a batch of 0", "pass one sample or more"
+        )
     small = _small(model, calls)
     frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
     graph = Graph(
@@ -235,6 +239,8 @@ def check_asked(ratio: Any, target: Any) -> None:
                 "pass one of the two",
             )
         )
+    if target is not None and not isinstance(target, Target):
+        raise TypeError(explain("`target` says what to keep", repr(target), "pass Macs(0.5), say"))
 
 
 def check_attention(attention: Any) -> None:

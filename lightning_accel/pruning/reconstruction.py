@@ -216,6 +216,10 @@ class Reconstruction:
     """
 
     def __init__(self, selector: Selector) -> None:
+        if not callable(selector):
+            raise TypeError(
+                explain("`selector` chooses units", repr(selector), "pass GreedySwapSelector()")
+            )
         self.selector = selector
 
     def __repr__(self) -> str:

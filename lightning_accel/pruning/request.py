@@ -61,9 +61,9 @@ class Request:
         check_asked(self.ratio, self.target)
         if self.ratio is not None:
             check_ratio(self.ratio)
-        if self.target is not None and not isinstance(self.target, Target):
+        if type(self.compensate) is not bool:
             raise TypeError(
-                explain("`target` says what to keep", repr(self.target), "pass Macs(0.5), say")
+                explain("`compensate` is true or false", repr(self.compensate), "pass True")
             )
         check_round_to(self.round_to)
         check_attention(self.attention)

@@ -90,13 +90,17 @@ class Verifier:
         record = Record()
         with torch.no_grad(), same_random_state(dense), unfused(dense), record:
             torch.manual_seed(0)
-            expected = _tensors(run(dense, self.exact_calls))
+            expected = self._numbers(run(dense, self.exact_calls))
         with torch.no_grad(), same_random_state(small), unfused(small), _located(small) as stack:
             torch.manual_seed(0)
             with Replay(record.notes, cut, stack):
-                found = _tensors(run(small, self.exact_calls))
+                found = self._numbers(run(small, self.exact_calls))
         if [t.shape for t in expected] != [t.shape for t in found]:
             raise BrokenModel("the cut changes the shape of the network's output", "", _REMEDY)
+        if not sum(t.numel() for t in expected):
+            raise BrokenModel(
+                "nothing can be proved: the network's outputs hold no number", "", _REMEDY
+            )
         worst = 0.0
         for want, have in zip(expected, found, strict=True):
             if want.numel():
@@ -104,6 +108,10 @@ class Verifier:
                 error = float((want - have).abs().max() / scale)
                 worst = error if not error <= worst else worst
         return worst
+
+    def _numbers(self, outputs: Any) -> list[Tensor]:
+        found = (t.resolve_conj() for t in tensors(outputs))
+        return [(torch.view_as_real(t) if t.is_complex() else t).to(self.dtype) for t in found]
 
     def training(self, cut: Cut) -> None:
         """Raise `BrokenModel` unless forward and backward run in train mode, where they did before."""
