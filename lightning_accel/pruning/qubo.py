@@ -71,7 +71,8 @@ class QuboSelector:
             timeouts fall back to "sa" with a warning.
         num_reads: Number of samples.
         num_sweeps: Sweeps per sample of "sa" and "sqa".
-        seed: Same seed, same answer; not on a QPU.
+        seed: Same seed, same answer; not on a QPU, and not of "sqa", whose sampler (dwave-samplers 1.8.0)
+            draws anew each time: a run resumed before its prune may choose otherwise.
         max_variables: Larger groups are cut down to this many units.
         penalty: Weight of the number of units, relative to what a unit at the border between removed and
             kept costs. Weaker, few samples have the right number; stronger, all do and are worse.
