@@ -16,6 +16,7 @@ from lightning_accel.bridge import guards
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import explain
 from lightning_accel.pruning import masks as masking
+from lightning_accel.pruning.schedule import require_reached
 from lightning_accel.surgery import Receipt, Select
 
 
@@ -93,15 +94,8 @@ class WeightMasks(Callback):
             return
         guards.refuse_mirror(trainer)
         guards.refuse_sharded(trainer.strategy, type(self).__name__)
-        last = trainer.max_epochs
-        if not _is_trial(trainer) and last is not None and 0 <= last <= self.when:
-            raise ValueError(
-                explain(
-                    "`when` names an epoch that this fit never reaches",
-                    f"epoch {self.when}, counted from 0, with max_epochs={last}",
-                    f"mask at epoch {last - 1} at the latest, or raise max_epochs",
-                )
-            )
+        if not _is_trial(trainer):
+            require_reached((self.when,), trainer.max_epochs)
         self.masks, self.receipt = {}, Receipt()
 
     @override
