@@ -879,10 +879,29 @@ class TestExamples:
         assert plain.steps == pruned.steps
 
 
+@pytest.mark.parametrize(
+    ("when", "max_epochs", "epochs"), [(0.4, 5, (2,)), ([0.3, 0.9], 4, (1, 3)), (0.1, 2, (1,))]
+)
+def test_a_share_of_the_fit_is_the_epoch_nearest_to_it(
+    trainer_kwargs: dict[str, Any], when: Any, max_epochs: int, epochs: tuple[int, ...]
+) -> None:
+    pruning, model = StructuredPruning(ratio=0.5, when=when), Images()
+    trainer = Trainer(**{**trainer_kwargs, "max_epochs": max_epochs}, callbacks=[pruning])
+    trainer.fit(model, loader())
+    assert tuple(step["epoch"] for step in pruning.history) == epochs == pruning.when
+
+
+def test_a_share_of_a_fit_without_epochs_is_refused(trainer_kwargs: dict[str, Any]) -> None:
+    pruning = StructuredPruning(ratio=0.5, when=0.5)
+    limits = {**trainer_kwargs, "max_epochs": -1, "max_steps": 4}
+    with pytest.raises(ValueError, match="share of the epochs"):
+        Trainer(**limits, callbacks=[pruning]).fit(Images(), loader())
+
+
 class TestRefusals:
     """Bad inputs are told at setup, before any step."""
 
-    @pytest.mark.parametrize("when", [-1, 1.5, "2", [], [3, 1], [1, 1], None, [True]])
+    @pytest.mark.parametrize("when", [-1, 1.5, "2", [], [3, 1], [1, 1], None, [True], 1.0, 0.0, [0.6, 0.3], [1, 0.5]])
     def test_an_impossible_schedule(self, when: Any) -> None:
         with pytest.raises(ValueError, match="`when`"):
             StructuredPruning(ratio=0.5, when=when)

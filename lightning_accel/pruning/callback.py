@@ -53,7 +53,8 @@ class StructuredPruning(ModelEdit):
             on ten training batches.
         scope: "local" takes the same share of every layer, "global" ranks all channels together,
             "isomorphic" those of layers of equal structure.
-        when: Epoch before which to prune, counted from 0; or a list of epochs.
+        when: Epoch before which to prune, counted from 0; or the share of the fit (0.4 of 20 epochs is
+            epoch 8); or a list of either.
         schedule: How the share rises over the epochs of `when`: "linear", "cubic" (most of it early),
             "iterative" (the same share of what is left), or "one_shot" for one epoch.
         select: Layers whose channels may go: a `Select`, a name pattern or several. The last layer is
@@ -90,7 +91,7 @@ class StructuredPruning(ModelEdit):
         target: Target | None = None,
         importance: Importance = "magnitude",
         scope: str = "local",
-        when: int | Iterable[int] = 0,
+        when: float | Iterable[float] = 0,
         schedule: str = "linear",
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
         round_to: int | str | None = None,
@@ -103,14 +104,15 @@ class StructuredPruning(ModelEdit):
         patience: int = 1,
         example: Any = None,
     ) -> None:
-        self.when = scheduling.epochs(when)
+        self._when = scheduling.moments(when)
+        self._epochs: tuple[int, ...] | None = None
         self.select = Select.of(select)
         self.request = Request(
             ratio=ratio,
             target=target,
             importance=importance,
             scope=scope,
-            steps=len(self.when),
+            steps=len(self._when),
             schedule=schedule,
             select=self.select,
             round_to=round_to,
@@ -125,13 +127,18 @@ class StructuredPruning(ModelEdit):
         self._key = self._generate_state_key(select=str(self.select))
         self.recalibrate = recalibrate
         self.guard = guarding.guard(
-            max_drop=max_drop, monitor=monitor, mode=mode, patience=patience, when=self.when
+            max_drop=max_drop, monitor=monitor, mode=mode, patience=patience, when=self._when
         )
         self.example = example
         self.receipt = Receipt()
         self.history: list[dict[str, Any]] = []
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._module: Callable[[], LightningModule | None] = lambda: None
+
+    @property
+    def when(self) -> tuple[float, ...]:
+        """The epochs before which to prune; shares of the fit until a fit has begun."""
+        return self._when if self._epochs is None else self._epochs
 
     @property
     @override
@@ -157,8 +164,9 @@ class StructuredPruning(ModelEdit):
         what = type(self).__name__
         guards.refuse_sharded(trainer.strategy, what)
         guards.refuse_spawn(trainer.strategy, what)
+        self._epochs = scheduling.epochs(self._when, trainer.max_epochs)
         if not _is_trial(trainer):
-            scheduling.require_reached(self.when, trainer.max_epochs)
+            scheduling.require_reached(self._epochs, trainer.max_epochs)
         importance = self.request.importance
         if importance in READ_THE_LOSS and not pl_module.automatic_optimization:
             raise Unsupported(

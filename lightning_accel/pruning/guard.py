@@ -130,7 +130,7 @@ class Guard:
 
 
 def guard(
-    *, max_drop: Any, monitor: Any, mode: Any, patience: Any, when: Sequence[int]
+    *, max_drop: Any, monitor: Any, mode: Any, patience: Any, when: Sequence[float]
 ) -> Guard | None:
     """Check the arguments and return a guard, or `None` without a budget."""
     if max_drop is None and monitor is None:

@@ -26,23 +26,51 @@ _GONE: dict[str, Callable[[float, float], float]] = {
 SCHEDULES = tuple(_GONE)
 
 
-def epochs(when: Any) -> tuple[int, ...]:
-    """Read `when` as ascending epochs.
+When = tuple[int, ...] | tuple[float, ...]
+"""Epochs counted from 0, or shares of all epochs between 0 and 1."""
 
-    >>> epochs(3), epochs([1, 4])
-    ((3,), (1, 4))
+
+def moments(when: Any) -> When:
+    """Read `when` as ascending epochs, or as ascending shares of the fit.
+
+    >>> moments(3), moments([1, 4]), moments(0.4)
+    ((3,), (1, 4), (0.4,))
     """
     listed = tuple(when) if isinstance(when, Iterable) and not isinstance(when, str) else (when,)
     whole = all(type(epoch) is int and epoch >= 0 for epoch in listed)
-    if not listed or not whole or any(a >= b for a, b in pairwise(listed)):
+    shares = all(type(share) is float and 0 < share < 1 for share in listed)
+    if not listed or not (whole or shares) or any(a >= b for a, b in pairwise(listed)):
         raise ValueError(
             explain(
-                "`when` is an epoch or a list of ascending epochs, counted from 0",
+                "`when` is an epoch counted from 0, a share of the fit between 0 and 1, or an ascending "
+                "list of either",
                 repr(when),
-                "pass 3, or [2, 4, 6]",
+                "pass 3, [2, 4, 6] or 0.4",
             )
         )
     return listed
+
+
+def epochs(when: When, max_epochs: int | None) -> tuple[int, ...]:
+    """Return the epochs that are meant in a fit of so many; a share is at least epoch 1.
+
+    Raises:
+        ValueError: A share of a fit without a number of epochs.
+
+    >>> epochs((0.4,), 20), epochs((0.1, 0.9), 2), epochs((3,), None)
+    ((8,), (1, 1), (3,))
+    """
+    if all(isinstance(epoch, int) for epoch in when):
+        return tuple(int(epoch) for epoch in when)
+    if max_epochs is None or max_epochs < 0:
+        raise ValueError(
+            explain(
+                "`when` is a share of the epochs, and this fit has no number of them",
+                f"when={when[0]}, max_epochs={max_epochs}",
+                "pass epochs, or give the Trainer `max_epochs`",
+            )
+        )
+    return tuple(max(min(max(round(share * max_epochs), 1), max_epochs - 1), 0) for share in when)
 
 
 def require_reached(when: tuple[int, ...], max_epochs: int | None) -> None:
@@ -57,7 +85,7 @@ def require_reached(when: tuple[int, ...], max_epochs: int | None) -> None:
         )
 
 
-def unfinished(when: Sequence[int], missed: Sequence[int]) -> str:
+def unfinished(when: Sequence[float], missed: Sequence[float]) -> str:
     """Write that a fit ended before its last prune."""
     return explain(
         "the fit ended before StructuredPruning had done all of its steps",
