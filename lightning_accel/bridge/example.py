@@ -63,16 +63,23 @@ def calls_of(
     """Yield the outermost calls of trainable modules for each batch."""
     with isolate_rng(), inert_copy(trainer, pl_module) as copy:
         for index, batch in enumerate(data):
-            calls: dict[str, Call] = {}
-            with _noting(copy, calls):
-                run_step(trainer, copy, batch, index)
-            if not calls:
-                raise AccelError(
-                    "no trainable module is called in `training_step`",
-                    f"{type(pl_module).__name__} calls none of its own modules",
-                    "pass `example=` with the arguments of the LightningModule's forward",
-                )
-            yield tuple(calls.values())
+            yield outermost_calls(trainer, copy, placed(trainer, copy, batch), index)
+
+
+def outermost_calls(
+    trainer: Trainer, copy: LightningModule, batch: Any, index: int
+) -> tuple[Call, ...]:
+    """Return the outermost calls of trainable modules in one step of an inert copy."""
+    calls: dict[str, Call] = {}
+    with _noting(copy, calls):
+        run_placed(trainer, copy, batch, index)
+    if not calls:
+        raise AccelError(
+            "no trainable module is called in `training_step`",
+            f"{type(copy).__name__} calls none of its own modules",
+            "pass `example=` with the arguments of the LightningModule's forward",
+        )
+    return tuple(calls.values())
 
 
 @contextmanager
@@ -92,9 +99,18 @@ def inert_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[Lightni
 
 def run_step(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:
     """Run `training_step` of an inert copy on a batch, moved and cast as the Trainer would."""
+    return run_placed(trainer, copy, placed(trainer, copy, batch), index)
+
+
+def placed(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
+    """Return a batch as `training_step` gets it: cast, moved, and through the batch transfer hooks."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = copy._on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = copy._apply_batch_transfer_handler(batch, trainer.strategy.root_device, 0)
+    return copy._apply_batch_transfer_handler(batch, trainer.strategy.root_device, 0)
+
+
+def run_placed(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:
+    """Run `training_step` of an inert copy on a batch that is in place already."""
     try:
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
             return copy.training_step(*_step_arguments(copy, batch, index))

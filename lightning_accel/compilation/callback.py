@@ -127,6 +127,10 @@ class BlockCompile(ModelEdit):
         """Compile anew what another edit reshaped."""
         self._renew(pl_module)
 
+    def on_model_hooks_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Capture anew where hooks came or went, which graphs do not notice."""
+        self._renew(pl_module)
+
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._prove(pl_module)

@@ -69,6 +69,12 @@ class Region:
         self.kind = kind
         self.capture = kind.capture
         self.hooks = _hooks(module)
+        self.inner_hooks = _inner_hooks(module)
+
+    def is_current(self) -> bool:
+        """Tell whether module and hooks are those that the graphs were captured with."""
+        same = self.kind.signature == signature(self.module)
+        return same and self.inner_hooks == _inner_hooks(self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
@@ -117,7 +123,7 @@ def attach(targets: dict[str, nn.Module], settings: Settings, renew: bool = Fals
 
 
 def recompile(model: nn.Module) -> Receipt:
-    """Start every block with new code after some were reshaped; falsy when none was.
+    """Start every block with new code after some were reshaped or got hooks inside; falsy when none was.
 
     So each kind is captured once more, with static sizes. Where graphs break, dynamo also keeps graphs for
     the user's own functions, which have no new code; there all of dynamo is reset, or the old shapes would
@@ -125,7 +131,7 @@ def recompile(model: nn.Module) -> Receipt:
     compiled modules of this process then compile again at their next call, and stay correct.
     """
     regions = {r.name: r for m in model.modules() if (r := region(m)) is not None}
-    if all(r.kind.signature == signature(r.module) for r in regions.values()):
+    if all(r.is_current() for r in regions.values()):
         return Receipt()
     if any(r.capture.breaks or r.kind.settings.mode for r in regions.values()):
         torch._dynamo.reset()
@@ -213,6 +219,11 @@ def _hooks(module: nn.Module) -> tuple[int, ...]:
         module._backward_hooks,
     )
     return tuple(id(hook) for hooks in held if hooks for hook in hooks.values())
+
+
+def _inner_hooks(module: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """Return the hooks of the modules inside; looking costs too much for every call."""
+    return tuple(_hooks(m) for m in module.modules() if m is not module)
 
 
 def _is_hashable(value: Any) -> bool:
