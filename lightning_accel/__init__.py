@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_accel.bridge.restore import load_from_checkpoint
     from lightning_accel.compilation.callback import BlockCompile
+    from lightning_accel.distillation.callback import Distillation
+    from lightning_accel.distillation.module import DistillationModule
     from lightning_accel.measure.callback import AccelReport, StepMeter
     from lightning_accel.precision.plugin import AutocastPrecision
     from lightning_accel.pruning.callback import StructuredPruning
@@ -19,6 +21,8 @@ _HOMES = {
     "AccelReport": "measure.callback",
     "AutocastPrecision": "precision.plugin",
     "BlockCompile": "compilation.callback",
+    "Distillation": "distillation.callback",
+    "DistillationModule": "distillation.module",
     "Select": "surgery.select",
     "SparsityTraining": "pruning.sparsify.callback",
     "StepMeter": "measure.callback",
@@ -31,6 +35,8 @@ __all__ = [
     "AccelReport",
     "AutocastPrecision",
     "BlockCompile",
+    "Distillation",
+    "DistillationModule",
     "Select",
     "SparsityTraining",
     "StepMeter",
