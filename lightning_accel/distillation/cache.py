@@ -1,0 +1,364 @@
+"""What the teacher said, on disk, so that an input row it has seen costs no teacher forward.
+
+An answer is found by the content of the input row (`keys`), so an augmentation, another order or
+another batch cannot give a wrong one: what differs by a bit is another row. An answer is kept in
+float16 by default, and one that was just computed goes through the same rounding, so a hit and a miss
+give the same bits. Large vocabularies keep the `top_k` largest logits and the tail (`topk`).
+
+    <folder>/<teacher>/teacher.json          fingerprint and settings, one folder for each teacher
+    <folder>/<teacher>/<layout>/meta.json    names, shapes and types of one row
+    <folder>/<teacher>/<layout>/000.segment  rows (`store`), shared by all processes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_accel.errors import AccelError, explain
+
+from .answers import Answer, Entry, Layout, digest, short_ids
+from .keys import row_keys
+from .store import SCHEMA, Store, bytes_in
+from .topk import compress
+
+Run = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Tensor]]
+
+_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_IN_USE_S = 86_400.0
+"""Another teacher's answers are left alone for so many seconds after their last use."""
+
+
+class TeacherCache:
+    """Answers of a frozen teacher on disk, found by the content of each input row.
+
+    The teacher must treat rows independently of each other (`eval` mode). A tensor argument whose
+    first dimension equals the batch is taken to hold one entry for each row.
+
+    Args:
+        folder: Where; several processes and several teachers may share it.
+        max_bytes: What the whole folder may take; when it is full, new rows replace old ones.
+        top_k: Keep this many of the answer "logits" and the tail; all of them when None.
+        dtype: What floating-point answers are rounded to: "float16", "bfloat16" or "float32".
+        min_hit_rate: Share of rows, 0..1, below which an epoch switches the cache off.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    >>> import tempfile
+    >>> teacher = torch.nn.Linear(4, 3)
+    >>> cache = TeacherCache(tempfile.mkdtemp())
+    >>> cache.open("what identifies the teacher")
+    >>> run = lambda args, kwargs: {"logits": teacher(*args)}
+    >>> rows = torch.randn(8, 4)
+    >>> first, again = (cache.look_up((rows,), {}, run)["logits"] for _ in range(2))
+    >>> torch.equal(first, again), cache.hit_rate
+    (True, 0.5)
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_bytes: int = 4 * 2**30,
+        top_k: int | None = None,
+        dtype: str = "float16",
+        min_hit_rate: float = 0.05,
+    ) -> None:
+        _check_arguments(max_bytes, top_k, dtype, min_hit_rate)
+        self.folder = Path(folder)
+        self.max_bytes = int(max_bytes)
+        self.top_k = top_k
+        self.dtype = dtype
+        self.min_hit_rate = min_hit_rate
+        self.hits = 0
+        self.rows = 0
+        self._enabled = True
+        self._epochs = 0
+        self._views = 1
+        self._temperature = 1.0
+        self._home: Path | None = None
+        self._salt = b""
+        self._stores: dict[Layout, Store] = {}
+        self._known: dict[Any, list[Layout]] = {}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether answers are looked up; False after an error of the disk or too few hits."""
+        return self._enabled
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of this epoch's rows that cost no teacher forward, 0 before the first."""
+        return self.hits / self.rows if self.rows else 0.0
+
+    def open(self, fingerprint: str, *, temperature: float = 1.0, views: int = 1) -> None:
+        """Use the answers of one teacher.
+
+        Args:
+            fingerprint: What identifies the teacher: its weights, its structure, its taps.
+            temperature: Where the loss will compare; matters with `top_k`, whose tail depends on it.
+            views: Epochs in which every row may be new, before the hit rate is judged.
+        """
+        self.close()
+        self._enabled, self._epochs, self._views = True, 0, views
+        self.hits = self.rows = 0
+        self._temperature = temperature if self.top_k else 1.0
+        about = {
+            "schema": SCHEMA,
+            "fingerprint": fingerprint,
+            "dtype": self.dtype,
+            "top_k": self.top_k,
+            "temperature": self._temperature,
+        }
+        self._salt = json.dumps(about, sort_keys=True).encode()
+        self._home = self.folder / digest(self._salt)
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+            (self._home / "teacher.json").write_bytes(self._salt)
+            _remove_unused(self.folder, self._home, self.max_bytes // 2)
+            for layout in _layouts_in(self._home):
+                self._store(layout)
+        except OSError as error:
+            self._give_up(error)
+
+    def look_up(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], run: Run
+    ) -> dict[str, Tensor]:
+        """Return the teacher's answers to a call, from the disk where it has seen the row.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Its keyword arguments.
+            run: Runs the teacher on arguments of the same form with fewer rows, and returns tensors
+                that have the rows as their first dimension. It is not called when all rows are known.
+
+        Returns:
+            The tensors of `run`, detached and on the device of the first argument, floating-point
+            ones rounded to `dtype` and given as float32. With `top_k`, "logits" of shape
+            (batch, ..., k+1) and "logits_ids" of shape (batch, ..., k), unless there are at most k
+            classes.
+
+        Raises:
+            AccelError: The cache was not opened.
+            TypeError: An argument's content cannot be hashed.
+            ValueError: No argument is a tensor, or an answer does not have the rows first.
+        """
+        if self._home is None:
+            raise AccelError("the teacher cache is closed", "", "call `open` before `look_up`")
+        args, kwargs = tuple(args), dict(kwargs)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        first = next((tensor for tensor in tensors if tensor.dim()), None)
+        if first is None:
+            raise ValueError(explain("the teacher's rows cannot be counted", "no tensor argument"))
+        batch = first.shape[0]
+        if not self._enabled:
+            return Answer.of(self._ask(run, args, kwargs, batch), self._stored).unpack()
+        keys = row_keys(args, kwargs, batch=batch, salt=self._salt)
+        form = tuple((tuple(t.shape[1:]), t.dtype) for t in tensors)
+        layout, found, values = self._read(form, keys)
+        self.rows += batch
+        self.hits += int(found.sum())
+        if layout is not None and found.all():
+            return layout.unpack(torch.from_numpy(values).to(first.device))
+        rows, place = _first_of_each(keys, np.flatnonzero(~found))
+        answer = Answer.of(
+            self._ask(run, *_pick((args, kwargs), rows, batch), len(rows)), self._stored
+        )
+        if layout not in (None, answer.layout):  # cannot be, as both come from the same call
+            answer, found[:] = Answer.of(self._ask(run, args, kwargs, batch), self._stored), False
+            rows = place = np.arange(batch)
+        self._learn(form, answer, keys[rows])
+        return answer.spread(place, found, values)
+
+    def end_epoch(self) -> str | None:
+        """Begin another epoch; return why the cache switched itself off, if it did now."""
+        rate, rows = self.hit_rate, self.rows
+        self.hits = self.rows = 0
+        self._epochs += 1
+        if not self._enabled or not rows or self._home is None:
+            return None
+        try:
+            os.utime(self._home / "teacher.json")
+        except OSError as error:
+            self._give_up(error)
+            return str(error)
+        if self._epochs <= self._views or rate >= self.min_hit_rate:
+            return None
+        self._enabled = False
+        size = bytes_in(self.folder) / 2**20
+        return explain(
+            "the teacher cache switched itself off, as too few rows were known",
+            f"{rate:.1%} of {rows} rows in epoch {self._epochs}, {size:.0f} MiB on disk",
+            "give each sample a finite number of views (`SeededViews`), or raise `max_bytes`",
+        )
+
+    def close(self) -> None:
+        """Let go of all files; what was written stays."""
+        for store in self._stores.values():
+            store.close()
+        self._stores.clear()
+        self._known.clear()
+        self._home = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("folder", "max_bytes", "top_k", "dtype", "min_hit_rate")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # a copy is configured alike, and closed
+
+    @property
+    def _stored(self) -> torch.dtype:
+        return _STORED[self.dtype]
+
+    def _ask(
+        self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
+    ) -> dict[str, Tensor]:
+        """Run the teacher, see that every answer has the rows first, and keep the top k."""
+        answers = {name: tensor.detach() for name, tensor in run(args, kwargs).items()}
+        wrong = {n: tuple(t.shape) for n, t in answers.items() if not t.dim() or len(t) != rows}
+        if wrong or not answers:
+            raise ValueError(
+                explain(
+                    f"the teacher's answers must have the {rows} rows as their first dimension",
+                    ", ".join(f"`{n}` {shape}" for n, shape in wrong.items()) or "no answer",
+                    "tap what has one entry for each row, or leave the cache out",
+                )
+            )
+        logits = answers.get("logits")
+        if self.top_k and logits is not None and logits.shape[-1] > self.top_k:
+            classes = logits.shape[-1]
+            answers["logits"], ids = compress(logits, self.top_k, self._temperature)
+            answers["logits_ids"] = short_ids(ids, classes)
+        return answers
+
+    def _read(self, form: Any, keys: np.ndarray) -> tuple[Layout | None, np.ndarray, np.ndarray]:
+        """Look for rows among the layouts that fit; the form of the input tells which, once known."""
+        try:
+            for layout in self._known.get(form, list(self._stores)):
+                found, values = self._stores[layout].get(keys)
+                if found.any():
+                    return layout, found, values
+        except OSError as error:
+            self._give_up(error)
+        return None, np.zeros(len(keys), bool), np.empty((len(keys), 0), np.uint8)
+
+    def _learn(self, form: Any, answer: Answer, keys: np.ndarray) -> None:
+        """Put the rows of an answer on disk, those that are finite in the stored type."""
+        if not self._enabled:
+            return
+        known = self._known.setdefault(form, [])
+        if answer.layout not in known:
+            known.append(answer.layout)
+        try:
+            store = self._store(answer.layout)
+            if answer.finite.all():
+                store.put(keys, answer.bytes_on_cpu())
+            elif answer.finite.any():
+                store.put(keys[answer.finite], answer.bytes_on_cpu()[answer.finite])
+        except OSError as error:
+            self._give_up(error)
+
+    def _store(self, layout: Layout) -> Store:
+        assert self._home is not None
+        if layout not in self._stores:
+            self._stores[layout] = Store(
+                self._home / layout.digest,
+                value_bytes=layout.row_bytes,
+                max_bytes=self.max_bytes,
+                about=layout.about(),
+                counted_in=self.folder,
+            )
+        return self._stores[layout]
+
+    def _give_up(self, error: OSError) -> None:
+        self._enabled = False
+        warnings.warn(
+            explain(
+                f"the teacher cache in {self.folder} cannot be used; the teacher runs on every row now",
+                f"{error}",
+                "free space there or give it another folder",
+            ),
+            stacklevel=4,
+        )
+
+
+def _first_of_each(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows without those equal to an earlier one, and for each row its place among them."""
+    seen: dict[bytes, int] = {}
+    place = [seen.setdefault(keys[row].tobytes(), len(seen)) for row in rows]
+    first = np.unique(np.asarray(place, np.int64), return_index=True)[1]
+    return rows[first], np.asarray(place, np.int64)
+
+
+def _pick(
+    call: tuple[tuple[Any, ...], dict[str, Any]], rows: np.ndarray, batch: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the call with those rows alone."""
+    if len(rows) == batch:
+        return call
+
+    def pick(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch:
+            return leaf[torch.from_numpy(rows).to(leaf.device)]
+        return leaf
+
+    return pytree.tree_map(pick, call)
+
+
+def _layouts_in(home: Path) -> list[Layout]:
+    """Return the layouts that are on disk for a teacher, those that say what their folder says."""
+    layouts = []
+    for path in sorted(home.glob("*/meta.json")):
+        try:
+            row = json.loads(path.read_bytes())["row"]
+            entries = (
+                Entry(n, tuple(s), getattr(torch, a), getattr(torch, b)) for n, s, a, b in row
+            )
+            layout = Layout(tuple(entries))
+            if layout.digest == path.parent.name:
+                layouts.append(layout)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue  # damaged; `Store` sets it aside when its layout comes up
+    return layouts
+
+
+def _remove_unused(folder: Path, own: Path, most: int) -> None:
+    """Remove other teachers' answers, the longest unused first, until they take at most `most` bytes."""
+    others = []
+    for path in folder.glob("*/teacher.json"):
+        if path.parent != own and len(path.parent.name) == len(own.name):
+            with contextlib.suppress(FileNotFoundError):  # another process removes it as well
+                others.append((path.stat().st_mtime, path.parent))
+    for used, other in sorted(others):
+        idle = time.time() - used > _IN_USE_S
+        if idle and bytes_in(folder) - bytes_in(own) > most:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _check_arguments(max_bytes: int, top_k: int | None, dtype: str, min_hit_rate: float) -> None:
+    if max_bytes < 1:
+        raise ValueError(explain("`max_bytes` must be positive", f"{max_bytes}", "pass 4 * 2**30"))
+    if top_k is not None and top_k < 1:
+        raise ValueError(explain("`top_k` must be at least 1", f"{top_k}", "pass 64, or None"))
+    if dtype not in _STORED:
+        raise ValueError(
+            explain("`dtype` is not known", f"{dtype!r}", f"pass one of {list(_STORED)}")
+        )
+    if not 0 <= min_hit_rate <= 1:
+        raise ValueError(
+            explain("`min_hit_rate` must lie between 0 and 1", f"{min_hit_rate}", "pass 0.05")
+        )
