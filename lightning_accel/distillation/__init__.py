@@ -1,0 +1,35 @@
+"""Distillation: a student learns from a teacher, on the user's own untouched training step."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_accel.distillation import losses
+from lightning_accel.distillation.cache import TeacherCache
+from lightning_accel.distillation.schedule import Moment, Ramp
+from lightning_accel.distillation.teacher import Teacher
+from lightning_accel.distillation.term import Term
+from lightning_accel.distillation.views import SeededViews
+
+if TYPE_CHECKING:
+    from lightning_accel.distillation.callback import Distillation
+    from lightning_accel.distillation.module import DistillationModule
+
+__all__ = [
+    "Distillation",
+    "DistillationModule",
+    "Moment",
+    "Ramp",
+    "SeededViews",
+    "Teacher",
+    "TeacherCache",
+    "Term",
+    "losses",
+]
+
+_WITH_LIGHTNING = {"Distillation": "callback", "DistillationModule": "module"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WITH_LIGHTNING:
+        return getattr(import_module(f"{__name__}.{_WITH_LIGHTNING[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,402 @@
+"""When a student learns from a teacher: within the user's own training step, whose loss it adds to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from typing_extensions import override
+
+from lightning_accel.bridge import guards
+from lightning_accel.bridge.restore import averages
+from lightning_accel.bridge.step import Around
+from lightning_accel.distillation import heads, rehearsal
+from lightning_accel.distillation.cache import TeacherCache
+from lightning_accel.distillation.course import Course, seeded_views
+from lightning_accel.distillation.engine import Engine
+from lightning_accel.distillation.journal import Journal
+from lightning_accel.distillation.locate import Where, check_where
+from lightning_accel.distillation.schedule import read
+from lightning_accel.distillation.steps import depends_on
+from lightning_accel.distillation.teacher import (
+    EMA,
+    SELF,
+    Source,
+    Teacher,
+    read_teachers,
+    shares_parameters,
+)
+from lightning_accel.distillation.term import terms
+from lightning_accel.distillation.world import average_gradients
+from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
+from lightning_accel.surgery import Receipt, Stage, Structure, twin
+
+_CALLS = ("error", "last", "all")
+
+
+class Distillation(Callback):
+    """Let the network inside a LightningModule learn from a teacher, in the training step it has.
+
+    The student's logits and features are tapped in the one forward that happens anyway; the teacher runs
+    on the very arguments that the student got, after augmentation and mixup. The loss of `training_step`
+    becomes `task_weight` times that loss plus the weighted losses of distillation. What is logged by the
+    user stays the user's. Projectors between features of different sizes are made on the first batch,
+    trained by the student's optimizer, kept on resume, and are no part of the module.
+
+    Args:
+        teacher: A trained module (with the student's arguments), a LightningModule, the path of a
+            checkpoint of the student's class, a `Teacher`, or a list of them; "self" is the un-pruned
+            network in the same fit as a prune, "ema" the moving average of the student.
+        losses: A name such as "kd", a list, or a mapping of names to weights or keywords of `Term`.
+        task_weight: Factor of the user's own loss. A number, a `Ramp`, or a function of the `Moment`.
+        student: The name of the student's network; by default the one that `training_step` calls.
+        logits: Layers whose outputs are the logits, "head: fc"; by default what the networks return.
+        target: Key or index of the labels in the batch, or a function of it; found where it is clear.
+        mask: Likewise of the positions that count, for sequences.
+        calls: Of several calls of the student in a step: "error", "last", or the mean of "all".
+        cache: A folder, or a `TeacherCache`, for what the teacher said to inputs that come again.
+        ema_decay: Of teacher="ema".
+        evidence_every: Steps between two measurements of each loss's share of the gradient; 0 is never.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: An argument is of another type.
+
+    >>> Distillation(nn.Linear(2, 2), {"kd": {"weight": 0.9, "temperature": 4.0}}, task_weight=0.1).calls
+    'error'
+    """
+
+    def __init__(
+        self,
+        teacher: Source | Teacher | Sequence[Source | Teacher],
+        losses: Any = "kd",
+        *,
+        task_weight: Any = 1.0,
+        student: str | None = None,
+        logits: Any = None,
+        target: Where = None,
+        mask: Where = None,
+        calls: str = "error",
+        cache: str | Path | TeacherCache | None = None,
+        ema_decay: float = 0.999,
+        evidence_every: int = 200,
+    ) -> None:
+        self.teachers = read_teachers(teacher)
+        if calls not in _CALLS:
+            raise ValueError(explain("unknown `calls`", repr(calls), f"pass one of {_CALLS}"))
+        if not 0 < ema_decay < 1:
+            raise ValueError(
+                explain("`ema_decay` lies between 0 and 1", repr(ema_decay), "pass 0.999")
+            )
+        if type(evidence_every) is not int or evidence_every < 0:
+            raise ValueError(
+                explain("`evidence_every` is a number of steps", repr(evidence_every), "pass 200")
+            )
+        self.calls, self.ema_decay, self.evidence_every = calls, ema_decay, evidence_every
+        self.student = student
+        self.engine = Engine(
+            terms(losses),
+            task_weight=read(task_weight, "task_weight"),
+            logits=logits,
+            target=check_where(target, "target"),
+            mask=check_where(mask, "mask"),
+            cache=TeacherCache(cache) if isinstance(cache, (str, Path)) else cache,
+        )
+        self.journal = Journal()
+        self.average: AveragedModel | None = None  # an attribute, so that prunes reach it
+        self._loaded: dict[str, Any] = {}
+        self._averaged_step = 0
+        self._course: Course | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_course": None}  # of a copy, no fit is under way
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The last measured share (0 to 1) of each loss in the gradient; the user's own is "task"."""
+        return dict(self.journal.shares)
+
+    # --- before the first step ----------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        guards.refuse_mirror(trainer)
+        if stage != "fit":
+            return
+        self._check(trainer)
+        again = self._course is not None and self._course.is_of(trainer, pl_module)
+        self._course = Course(
+            trainer,
+            pl_module,
+            engine=self.engine,
+            teachers=self.teachers,
+            journal=self.journal,
+            calls=self.calls,
+        )
+        self._course.student = self.student
+        self._loaded, self.average = {}, None
+        self.engine.heads = nn.ModuleDict()
+        for teacher in self.teachers:
+            if teacher.kind == SELF and not again:
+                teacher.forget()
+            if teacher.kind in ("module", "path"):
+                teacher.network = rehearsal.load_teacher(teacher, pl_module)
+                if shares_parameters(teacher.network, pl_module):
+                    raise AccelError(
+                        "student and teacher share parameters",
+                        "one and the same network, or parts of it",
+                        "pass copy.deepcopy(network) as teacher, or teacher='ema'",
+                    )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring back what a checkpoint holds, before the optimizers' state comes back."""
+        course = self._of_this_fit()
+        state, self._loaded = self._loaded, {}
+        course.student = state.get("student", self.student)
+        if any(teacher.kind == EMA for teacher in self.teachers):
+            self._set_average(trainer, pl_module, state.get("ema"))
+        if SELF in state:
+            network = twin(pl_module)
+            Structure.from_dict(state[SELF]["structure"]).apply(network)
+            network.load_state_dict(state[SELF]["weights"])
+            self._keep(network)
+        if "heads" in state:
+            heads.load(self.engine.heads, state["heads"], trainer.strategy.root_device)
+            course.join()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._averaged_step = trainer.global_step
+        self._tell_views(trainer)
+        # The module's own hook comes after those of all callbacks, and so after a prune.
+        work: list[tuple[str, Any]] = [("on_train_batch_start", self._before_step)]
+        if pl_module.automatic_optimization:
+            work += [("training_step", self._step)]
+        else:
+            work += [("training_step", self._manual_step), ("manual_backward", self._backward)]
+        self._of_this_fit().around = [Around(pl_module, name, method) for name, method in work]
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tell_views(trainer)
+
+    def _before_step(self, method: Any, batch: Any, batch_idx: int) -> Any:
+        """Stand around the module's `on_train_batch_start`: get everything ready for the step."""
+        result, course = method(batch, batch_idx), self._of_this_fit()
+        waits = any(t.kind == SELF and not t.has_network for t in self.teachers)
+        if (
+            result != -1 and not waits
+        ):  # the rest of the epoch is left out, or nothing is pruned yet
+            course.get_ready(batch, batch_idx)
+            if self.evidence_every:
+                course.weigh(batch, self.evidence_every)
+        return result
+
+    # --- within the step ----------------------------------------------------------------------------
+
+    def _step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stand around `training_step` of automatic optimization."""
+        course = self._of_this_fit()
+        if course.tape is None:
+            return method(*args, **kwargs)
+        with course.tape.recording():
+            output = method(*args, **kwargs)
+        task = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(task, Tensor):
+            return output  # the user skips this batch
+        records = course.records()
+        if not records:
+            raise NoEffect(
+                "the student was not called in this training step",
+                f"`{course.name}`: no output that carries a gradient",
+                "call it as a module (not `.forward`) outside of `no_grad`, or name another `student=`",
+            )
+        total = course.teach(task, records, _batch(args, kwargs))
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+    def _manual_step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stand around `training_step` of manual optimization, whose losses go to `manual_backward`."""
+        course = self._of_this_fit()
+        if course.tape is None:
+            return method(*args, **kwargs)
+        course.taught, course.batch = [], _batch(args, kwargs)
+        with course.tape.recording():
+            return method(*args, **kwargs)
+
+    def _backward(self, method: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stand around `manual_backward`: add to the loss that hangs on the student's output."""
+        course = self._of_this_fit()
+        if course.tape is not None:
+            fresh = [r for r in course.records() if all(r.output is not t for t in course.taught)]
+            records = [r for r in fresh if depends_on(loss, r.output)]
+            if records:
+                course.taught += [r.output for r in records]
+                loss = course.teach(loss, records, course.batch)
+        return method(loss, *args, **kwargs)
+
+    # --- after it -----------------------------------------------------------------------------------
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        average_gradients(list(self.engine.heads.parameters()))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        course = self._of_this_fit()
+        if course.tape is not None:
+            course.tape.clear()
+        course.taught, course.batch = [], None
+        if self.average is not None and trainer.global_step != self._averaged_step:
+            self._averaged_step = trainer.global_step
+            self.average.update_parameters(pl_module)
+        if course.log_is_due() and trainer.loggers:
+            values = self.journal.latest(self.engine.cache)
+            for logger in trainer.loggers if values else ():
+                logger.log_metrics(values, step=max(trainer.global_step - 1, 0))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        course = self._of_this_fit()
+        if not course.ready:
+            return
+        if not course.num_lessons:
+            raise NoEffect(
+                "in a whole epoch no loss hung on the student's output",
+                f"student `{course.name}`",
+                "give `self.manual_backward` a loss of the student, or name another `student=`",
+            )
+        course.num_lessons = 0
+        for teacher in self.teachers:
+            teacher.check_buffers()
+        for name, value in self.journal.close_epoch().items():
+            pl_module.log(name, value, sync_dist=trainer.world_size > 1)
+        reason = None if self.engine.cache is None else self.engine.cache.end_epoch()
+        if reason is not None:
+            rank_zero_warn(reason)
+
+    # --- beside prunes ------------------------------------------------------------------------------
+
+    def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the network as it is before the first prune, for teacher='self'."""
+        if any(teacher.kind == SELF and not teacher.has_network for teacher in self.teachers):
+            network = twin(pl_module)
+            for buffer in network.buffers() if trainer.world_size > 1 else ():
+                torch.distributed.broadcast(buffer, 0)  # between forwards each process has its own
+            self._keep(network)
+
+    def on_model_edit_end(
+        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
+    ) -> None:
+        """Rehearse with the new shape before the next step."""
+        course = self._of_this_fit()
+        course.edit, course.ready = course.edit + receipt, False
+
+    def _keep(self, network: nn.Module) -> None:
+        for teacher in self.teachers:
+            if teacher.kind == SELF:
+                teacher.network = network
+
+    # --- checkpoints and the end --------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        if self._course is not None and self._course.student is not None:
+            state["student"] = self._course.student
+        if len(self.engine.heads):
+            state["heads"] = heads.state(self.engine.heads)
+        if self.average is not None:
+            state["ema"] = self.average.state_dict()
+        for teacher in self.teachers:
+            if teacher.kind == SELF and teacher.has_network:
+                structure = Structure.of(teacher.network).to_dict()
+                state[SELF] = {"structure": structure, "weights": teacher.network.state_dict()}
+        return state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = dict(state_dict)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._leave()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._course is not None:
+            self._course.leave()
+
+    def _of_this_fit(self) -> Course:
+        assert self._course is not None, "`setup` comes first"
+        return self._course
+
+    def _set_average(self, trainer: Trainer, pl_module: LightningModule, state: Any) -> None:
+        """Take the average of another callback where there is one, or else begin our own."""
+        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        network = next(averages(others, pl_module), None)
+        if network is None:
+            rule = get_ema_multi_avg_fn(self.ema_decay)
+            self.average = AveragedModel(twin(pl_module), multi_avg_fn=rule, use_buffers=True)
+            if state is not None:
+                self.average.load_state_dict(state)
+            network = self.average.module
+        for teacher in self.teachers:
+            if teacher.kind == EMA:
+                teacher.network = network
+
+    def _check(self, trainer: Trainer) -> None:
+        kinds = {teacher.kind for teacher in self.teachers}
+        edits = [c for c in trainer.callbacks if getattr(c, "stage", None) == Stage.SHAPE]  # type: ignore[attr-defined]
+        if SELF in kinds and not edits:
+            raise AccelError(
+                "teacher='self' is the network before a prune, and nothing prunes here",
+                "no StructuredPruning among the callbacks",
+                "add one, or pass a trained teacher, or 'ema'",
+            )
+        if kinds & {SELF, EMA} and rehearsal.is_sharded(trainer):
+            raise Unsupported(
+                "teacher='self' and 'ema' need whole parameters on every process",
+                type(trainer.strategy).__name__,
+                "pass a trained teacher",
+            )
+        if EMA in kinds and self.engine.cache is not None:
+            raise AccelError(
+                "what a moving teacher says cannot be cached",
+                "teacher='ema' with a cache",
+                "drop one of the two",
+            )
+        tensor_parallel = getattr(trainer.strategy, "_tensor_parallel_size", 1)
+        if tensor_parallel not in (1, "auto") and any(
+            term.across_rows for term in self.engine.terms.values()
+        ):
+            raise Unsupported(
+                "losses over all rows of a batch do not know tensor parallelism",
+                type(trainer.strategy).__name__,
+                "use a loss of single rows, such as 'kd' or 'fitnet'",
+            )
+
+    def _tell_views(self, trainer: Trainer) -> None:
+        for views in seeded_views(trainer):
+            views.set_epoch(trainer.current_epoch)
+
+
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)

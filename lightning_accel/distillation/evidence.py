@@ -1,0 +1,133 @@
+"""Whether distillation does anything: agreement, shares of the gradient, and classes in another order.
+
+A distillation without effect looks like any other training: the loss falls, only nothing is learned from
+the teacher. So three numbers are measured on the user's own data. *Agreement* is how often student and
+teacher choose the same class. A term's *share* is the norm of its gradient on the student's parameters,
+weighted, divided by the sum of those norms over all terms and the user's own loss. And where there are labels,
+what the teacher answers for each of them tells whether its classes come in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.errors import AccelError
+
+NO_EFFECT = 1e-3
+"""Below this share of the gradient, the teacher has no effect."""
+
+_SEEN = 5  # samples of a class before anything is said about it
+
+
+def agreement(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the share (0 to 1) of positions at which both choose the same class.
+
+    Args:
+        student: (..., C).
+        teacher: Likewise; or the teacher's classes (...) as integers.
+        mask: (...), which positions count.
+
+    >>> agreement(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor(0.5000)
+    """
+    chosen = teacher.argmax(-1) if teacher.is_floating_point() else teacher
+    same = (student.argmax(-1) == chosen).float()
+    if mask is None:
+        return same.mean()
+    return (same * mask).sum() / mask.sum().clamp(min=1)
+
+
+def shares(terms: Mapping[str, Tensor], network: nn.Module) -> dict[str, float]:
+    """Return each weighted term's share (0 to 1) of the gradient on the parameters of a network.
+
+    Args:
+        terms: Weighted losses on one graph, which is kept.
+        network: Its trainable parameters count.
+
+    >>> net = nn.Linear(1, 1, bias=False)
+    >>> shares({"one": net.weight.sum(), "three": 3 * net.weight.sum()}, net)
+    {'one': 0.25, 'three': 0.75}
+    """
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    norms = {}
+    for name, term in terms.items():
+        if not term.requires_grad:
+            norms[name] = 0.0
+            continue
+        found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        squares = [g.detach().double().square().sum() for g in found if g is not None]
+        norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    whole = sum(norms.values())
+    return {name: norm / whole if whole > 0 else 0.0 for name, norm in norms.items()}
+
+
+def check_names(own: Sequence[str] | None, teachers: Sequence[str] | None) -> None:
+    """Raise when both name their classes, and not in the same order.
+
+    >>> check_names(["cat", "dog"], ["cat", "dog"])
+    """
+    if own is None or teachers is None or list(own) == list(teachers):
+        return
+    same = sorted(own) == sorted(teachers)
+    do = "use a teacher of the same classes"
+    if same:
+        do = f"pass Teacher(..., classes={[list(teachers).index(name) for name in own]})"
+    raise AccelError(
+        "the teacher's classes are not those of the student"
+        + (", they come in another order" if same else ""),
+        f"{list(own)[:5]} against {list(teachers)[:5]}",
+        do,
+    )
+
+
+def check_order(chosen: Tensor, target: Tensor) -> None:
+    """Raise when what the teacher chooses is a permutation of the labels, and not the labels.
+
+    Args:
+        chosen: Classes that the teacher chooses, (N,).
+        target: Labels, (N,).
+
+    Raises:
+        AccelError: Most samples of nearly every label get one other class, a different one for each.
+
+    >>> check_order(torch.arange(3).repeat(9), torch.arange(3).repeat(9))
+    """
+    mapping, faithful = _mapping(chosen, target)
+    moved = {label: other for label, other in mapping.items() if label != other}
+    one_to_one = len(set(mapping.values())) == len(mapping)
+    if len(moved) >= 2 and one_to_one and faithful:
+        shown = ", ".join(f"{label} -> {other}" for label, other in list(moved.items())[:5])
+        raise AccelError(
+            "the teacher's classes come in another order than the labels",
+            f"label -> the class that the teacher chooses: {shown}",
+            "pass Teacher(..., classes=[...]) with the teacher's index of each class, or a teacher that was "
+            "trained on these labels",
+        )
+
+
+def is_at_chance(chosen: Tensor, target: Tensor, num_classes: int) -> bool:
+    """Tell whether the teacher is hardly better than guessing on this data.
+
+    >>> is_at_chance(torch.zeros(40, dtype=torch.long), torch.arange(40) % 4, 4)
+    True
+    """
+    right = float((chosen == target).float().mean())
+    chance = 1.0 / num_classes
+    return right < chance + 2.0 * (chance * (1 - chance) / max(len(target), 1)) ** 0.5
+
+
+def _mapping(chosen: Tensor, target: Tensor) -> tuple[dict[int, int], bool]:
+    """Return the class chosen most for each label seen often, and whether that is nearly always it."""
+    mapping, hits, seen = {}, 0, 0
+    for label in target.unique().tolist():
+        answers = chosen[target == label]
+        if len(answers) < _SEEN:
+            continue
+        most = int(answers.mode().values)
+        mapping[label] = most
+        hits += int((answers == most).sum())
+        seen += len(answers)
+    return mapping, seen > 0 and hits / seen > 0.6

@@ -1,0 +1,116 @@
+"""Weights and temperatures that change over a fit.
+
+A number that changes is a `Ramp`: it stays at `start` for `delay`, moves to `end` during `over`, and
+stays there. DKD's warm-up of twenty epochs is `Ramp(0, 1, over=20, unit="epoch")`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lightning_accel.errors import explain
+
+_UNITS = ("fit", "epoch", "step")
+_SHAPES = ("linear", "cosine")
+
+
+class Moment(NamedTuple):
+    """Where a fit is: optimizer steps, epochs with their fraction, and the share (0 to 1) of the whole."""
+
+    step: int = 0
+    epoch: float = 0.0
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A number that moves from one value to another.
+
+    Args:
+        start: The value at first.
+        end: The value at last.
+        over: How long the move takes, above 0.
+        unit: What `over` and `delay` count: "fit" is shares of the whole fit, or "epoch" or "step".
+        delay: How long the first value stays.
+        shape: "linear" or "cosine".
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    >>> Ramp(0.0, 1.0, over=20, unit="epoch").at(Moment(epoch=5))
+    0.25
+    """
+
+    start: float
+    end: float
+    over: float = 1.0
+    unit: str = "fit"
+    delay: float = 0.0
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("unit", self.unit, _UNITS), ("shape", self.shape, _SHAPES)):
+            if value not in known:
+                raise ValueError(explain(f"unknown `{name}`", repr(value), f"pass one of {known}"))
+        for name in ("start", "end", "over", "delay"):
+            number(getattr(self, name), name)
+        if not self.over > 0 or self.delay < 0:
+            raise ValueError(
+                explain(
+                    "`over` must be above 0 and `delay` not below",
+                    f"over={self.over}, delay={self.delay}",
+                    "pass how long the value moves, such as over=0.5 of a fit",
+                )
+            )
+
+    def at(self, moment: Moment) -> float:
+        """Return the value at a moment of the fit."""
+        now = {"fit": moment.share, "epoch": moment.epoch, "step": float(moment.step)}[self.unit]
+        done = min(max((now - self.delay) / self.over, 0.0), 1.0)
+        if self.shape == "cosine":
+            done = 0.5 * (1.0 - math.cos(math.pi * done))
+        return self.start + (self.end - self.start) * done
+
+
+Number = float | Ramp | Callable[[Moment], float]
+"""A number, or how it changes."""
+
+
+def read(value: Any, name: str) -> Number:
+    """Read a number, a `Ramp`, its arguments as a mapping, or a function of the `Moment`.
+
+    >>> read({"start": 0, "end": 1}, "weight")
+    Ramp(start=0, end=1, over=1.0, unit='fit', delay=0.0, shape='linear')
+    """
+    if isinstance(value, Mapping):
+        return Ramp(**value)
+    if isinstance(value, Ramp) or (callable(value) and not isinstance(value, type)):
+        return value
+    return number(value, name)
+
+
+def now(value: Number, moment: Moment) -> float:
+    """Return the value of a number at a moment."""
+    if isinstance(value, Ramp):
+        return value.at(moment)
+    return float(value(moment)) if callable(value) else float(value)
+
+
+def is_constant(value: Number) -> bool:
+    """Tell whether a number stays what it is."""
+    return not isinstance(value, Ramp) and not callable(value)
+
+
+def number(value: Any, name: str) -> float:
+    """Return a finite number, or raise."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not plain or not math.isfinite(value):
+        raise ValueError(
+            explain(
+                f"`{name}` is a finite number", repr(value), "pass a number such as 0.9, or a Ramp"
+            )
+        )
+    return value

@@ -1,0 +1,215 @@
+"""What a network received and gave in the forward that happens anyway: arguments, output, features.
+
+Hooks on the network and on the tapped layers write onto a tape, while it records. So no forward is made
+twice and the user's step needs no change. The hooks are plain closures: copies of the model share them
+and stay cheap, and dynamo traces them as a part of a compiled network, where they give more outputs.
+
+An operation that changes a tensor in place after its tap (`nn.ReLU(inplace=True)` behind a batch norm)
+silently changes what was tapped. The version counters of the tensors tell; within a compiled graph they
+do not, so `rehearse` runs the network once without its compiled code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_accel.errors import AccelError, NoEffect
+from lightning_accel.surgery.call import tensors
+
+INPUT = "@input"
+
+
+class Record(NamedTuple):
+    """One call of a network: its arguments, what it returned, and what the tapped layers gave."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    taps: dict[str, Tensor]
+
+
+class Tape:
+    """Record the calls of one network.
+
+    Args:
+        model: The network.
+        taps: Layers by name whose outputs are kept; `"name@input"` keeps the first input instead.
+
+    Raises:
+        NoEffect: There is no layer of that name.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    >>> tape = Tape(net, ["0"])
+    >>> with tape.recording():
+    ...     out = net(torch.ones(4, 2))
+    >>> tape.records()[0].taps["0"].shape
+    torch.Size([4, 3])
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[str] = ()) -> None:
+        self.model = model
+        self.taps = tuple(dict.fromkeys(taps))
+        self._state = _State()
+        self._handles = [*_root_hooks(model, self._state)]
+        for name in self.taps:
+            self._handles.append(_tap_hook(model, name, self._state))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Forget what was recorded, and record the calls of this block."""
+        self._state.clear()
+        self._state.on = True
+        try:
+            yield
+        finally:
+            self._state.on = False
+
+    def records(self) -> list[Record]:
+        """Return the recorded calls, after a check that nothing tapped was changed in place.
+
+        Raises:
+            AccelError: A tensor was changed in place after its tap, or a tapped layer gave no tensor
+                or was called several times in one call of the network.
+        """
+        records, start = [], 0
+        for (args, kwargs), (output, end) in zip(
+            self._state.inputs, self._state.outputs, strict=False
+        ):
+            seen = self._state.tapped[start:end]
+            records.append(Record(args, kwargs, output, self._by_name(seen)))
+            start = end
+        for what, value, version in self._state.versions:
+            if value._version != version:
+                _raise_in_place(self.model, what)
+        return records
+
+    def clear(self) -> None:
+        """Let go of all tensors."""
+        self._state.clear()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._state.clear()
+
+    def _by_name(self, seen: list[tuple[str, Any]]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, value in seen:
+            inner = tensors(value)
+            if not inner:
+                raise AccelError(
+                    f"the tapped layer `{name}` gave no tensor", type(value).__name__, "tap another"
+                )
+            if name in found:
+                raise AccelError(
+                    f"the tapped layer `{name}` was called several times in one forward",
+                    "so it is not clear which of its outputs is meant",
+                    "tap a layer around it that is called once",
+                )
+            found[name] = inner[0]
+        missing = [name for name in self.taps if name not in found]
+        if missing:
+            raise NoEffect(
+                f"the tapped layer `{missing[0]}` was not called as a module",
+                f"{len(found)} of {len(self.taps)} taps fired; hooks that come after the first call of "
+                "a compiled network never do",
+                "tap a layer that the forward calls, or call `torch._dynamo.reset()` before the fit",
+            )
+        return found
+
+
+def layer(model: nn.Module, name: str) -> nn.Module:
+    """Return the layer that a tap names, compiled networks included."""
+    found: Any = model
+    for part in name.removesuffix(INPUT).split(".") if name.removesuffix(INPUT) else ():
+        found = getattr(found, part, None)
+        if not isinstance(found, nn.Module):
+            raise NoEffect(
+                f"there is no layer `{name}` to tap",
+                f"{type(model).__name__} with {', '.join(n for n, _ in model.named_children())}",
+                "name a layer as in `named_modules()`",
+            )
+    return found
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether any part runs compiled code, in which later hooks would never fire."""
+    return any(
+        m._compiled_call_impl is not None or isinstance(m, torch._dynamo.OptimizedModule)
+        for m in model.modules()
+    )
+
+
+class _State:
+    """What the hooks write to; dynamo follows plain attributes and lists."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.clear()
+
+    def clear(self) -> None:
+        self.inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.outputs: list[tuple[Any, int]] = []
+        self.tapped: list[tuple[str, Any]] = []
+        self.versions: list[tuple[str, Tensor, int]] = []
+
+
+def _root_hooks(model: nn.Module, state: _State) -> tuple[RemovableHandle, RemovableHandle]:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if state.on:
+            state.inputs.append((args, kwargs))
+            if not torch.compiler.is_compiling():
+                _note_versions(state, "an argument of the network", (args, kwargs))
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if state.on:
+            state.outputs.append((output, len(state.tapped)))
+
+    return (
+        model.register_forward_pre_hook(enter, with_kwargs=True),
+        model.register_forward_hook(leave, with_kwargs=True),
+    )
+
+
+def _tap_hook(model: nn.Module, name: str, state: _State) -> RemovableHandle:
+    def note(value: Any) -> None:
+        if state.on:
+            state.tapped.append((name, value))
+            if not torch.compiler.is_compiling():
+                _note_versions(state, f"what `{name}` gave", value)
+
+    def take_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note(args[0] if args else next(iter(kwargs.values()), None))
+
+    def take_output(module: nn.Module, args: Any, output: Any) -> None:
+        note(output)
+
+    target = layer(model, name)
+    if name.endswith(INPUT):
+        return target.register_forward_pre_hook(take_input, with_kwargs=True)
+    return target.register_forward_hook(take_output)
+
+
+def _note_versions(state: _State, what: str, value: Any) -> None:
+    for tensor in tensors(value):
+        if not tensor.is_inference():
+            state.versions.append((what, tensor, tensor._version))
+
+
+def _raise_in_place(model: nn.Module, what: str) -> None:
+    suspects = [n for n, m in model.named_modules() if getattr(m, "inplace", False) is True]
+    raise AccelError(
+        f"{what} was changed in place before it could be used",
+        f"in-place layers: {', '.join(suspects[:6])}"
+        if suspects
+        else "an operation such as `relu_` or `+=`",
+        "set inplace=False there, or tap the layer after it",
+    )

@@ -1,0 +1,278 @@
+"""A trained network that another one learns from: hidden from training, always in eval mode.
+
+A teacher is no module of the student and no attribute that Lightning sees, so that it is in no optimizer,
+state dict, weight average, DDP or FSDP wrapper. It runs under `no_grad`, in eval mode before every
+call (users, Lightning and `module.train()` flip it), in a precision of its own, on the arguments that
+the student received. Batch-norm statistics and all other buffers are proved unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_accel import hardware
+from lightning_accel.distillation.schedule import number
+from lightning_accel.distillation.tape import Record, Tape
+from lightning_accel.errors import AccelError, explain
+
+SELF, EMA = "self", "ema"
+_PRECISIONS = ("auto", "bf16", "fp32", "same")
+_CAST_ONCE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+Source = nn.Module | str | Path
+
+
+class Teacher:
+    """A teacher and how it runs.
+
+    Args:
+        source: A module, the path of a checkpoint, "self" (the un-pruned network) or "ema" (a moving
+            average of the student).
+        checkpoint: With a module, weights to load into it: a Lightning checkpoint or a state dict.
+        weight: Its share among several teachers, relative to theirs.
+        precision: "auto" is bfloat16 where that is fast and else float32; "bf16"; "fp32"; "same" is that
+            of the student.
+        compile: Whether to run it through `torch.compile`.
+        classes: For each class of the student, the teacher's index of it, where the orders differ.
+
+    Raises:
+        TypeError: `source` is nothing of these.
+        ValueError: An argument is out of range.
+
+    >>> teacher = Teacher(nn.Linear(2, 3), classes=[2, 1, 0], precision="fp32")
+    >>> teacher.bind(teacher.network)(((torch.ones(1, 2),), {})).output.shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        checkpoint: str | Path | None = None,
+        weight: float = 1.0,
+        precision: str = "auto",
+        compile: bool = False,
+        classes: Sequence[int] | None = None,
+    ) -> None:
+        if not isinstance(source, (nn.Module, str, Path)):
+            raise TypeError(
+                explain(
+                    "a teacher is a module, a path, 'self' or 'ema'",
+                    f"{type(source).__name__}",
+                    "pass the trained network, or the path of its checkpoint",
+                )
+            )
+        if precision not in _PRECISIONS:
+            raise ValueError(
+                explain("unknown `precision`", repr(precision), f"pass one of {_PRECISIONS}")
+            )
+        if not number(weight, "weight") > 0:
+            raise ValueError(explain("`weight` must be above 0", repr(weight), "pass 1.0"))
+        self.source = source
+        self.checkpoint = checkpoint
+        self.weight = weight
+        self.precision = precision
+        self.compile = compile
+        self.classes = None if classes is None else tuple(int(i) for i in classes)
+        self.network: nn.Module = source if isinstance(source, nn.Module) else _Missing()
+        """All of it, as it was given; a part of it may be what is bound."""
+        self.bound: nn.Module = self.network
+        self._run: Any = None
+        self._tape: Tape | None = None
+        self._versions: dict[str, int] = {}
+
+    @property
+    def has_network(self) -> bool:
+        """Whether there is a network yet; "self" has none before the first prune."""
+        return type(self.network) is not _Missing
+
+    @property
+    def kind(self) -> str:
+        """What the source is: "module", "path", "self" or "ema"."""
+        if isinstance(self.source, nn.Module):
+            return "module"
+        return str(self.source) if self.source in (SELF, EMA) else "path"
+
+    def bind(
+        self,
+        network: nn.Module,
+        *,
+        taps: Sequence[str] = (),
+        device: torch.device | str = "cpu",
+        precision: str | None = None,
+    ) -> Teacher:
+        """Make ready to run: `network` on `device`, with layers tapped; what was bound is let go.
+
+        In bfloat16 the large weights are cast once, in a copy; the user's module keeps its own.
+        """
+        self.release()
+        self.precision = precision or self.precision
+        self.device = torch.device(device)
+        if self._is_bf16() and self.kind != EMA and _can_cast(network):
+            network = _cast(copy.deepcopy(network))
+        self.bound = network.to(self.device)
+        self._tape = Tape(network, taps)
+        self._run = torch.compile(network) if self.compile else network
+        self._versions = self._buffer_versions()
+        return self
+
+    def __call__(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Record:
+        """Run on the arguments of a student's call."""
+        assert self._tape is not None, "bind the teacher first"
+        if any(module.training for module in self.bound.modules()):
+            self.bound.eval()
+        args, kwargs = self._as_own(call)
+        with torch.no_grad(), self._context(), self._tape.recording():
+            self._run(*args, **kwargs)
+        record = self._tape.records()[-1]
+        self._tape.clear()
+        return record
+
+    def load_weights(self) -> None:
+        """Load `checkpoint` into the module that was passed: a Lightning checkpoint or a state dict."""
+        assert isinstance(self.source, nn.Module) and self.checkpoint is not None
+        stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        stored = stored.get("state_dict", stored)
+        try:
+            self.source.load_state_dict(stored)
+        except RuntimeError as error:
+            raise AccelError(
+                f"the checkpoint does not fit the teacher {type(self.source).__name__}",
+                f"{self.checkpoint}: {str(error).splitlines()[0]}",
+                "pass the module that the checkpoint was saved from",
+            ) from error
+
+    def check_buffers(self) -> None:
+        """Raise when a call has changed a buffer, such as batch-norm statistics."""
+        now = self._buffer_versions()
+        changed = [name for name, version in self._versions.items() if now.get(name) != version]
+        if changed and self.kind != EMA:
+            raise AccelError(
+                "the teacher changed while it was teaching",
+                f"its buffer `{changed[0]}`, in eval mode",
+                "make its forward leave buffers alone in eval mode",
+            )
+
+    def forget(self) -> None:
+        """Let go of the network, for another to come."""
+        self.release()
+        self.network = _Missing()
+
+    def release(self) -> None:
+        """Take the hooks off, and let go of the bound network."""
+        if self._tape is not None:
+            self._tape.remove()
+        self._tape, self._run = None, None
+
+    def resolved(self, device: torch.device | str) -> str:
+        """Return the precision that "auto" is on a device.
+
+        >>> Teacher(nn.Linear(1, 1), precision="fp32").resolved("cpu")
+        'fp32'
+        """
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if hardware.describe(device).is_fast(torch.bfloat16) else "fp32"
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything that its outputs depend on, down to single bits.
+
+        >>> one, two = Teacher(nn.Linear(2, 2)), Teacher(nn.Linear(2, 2))
+        >>> one.fingerprint() == two.fingerprint(), one.fingerprint() == one.fingerprint()
+        (False, True)
+        """
+        digest = hashlib.sha256(repr((self.precision, self.classes, self.weight)).encode())
+        for name, module in self.bound.named_modules():
+            digest.update(f"{name}:{type(module).__module__}.{type(module).__qualname__}".encode())
+        for name, tensor in [*self.bound.named_parameters(), *self.bound.named_buffers()]:
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            plain = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(plain.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _is_bf16(self) -> bool:
+        return self.precision == "bf16" or (
+            self.precision == "auto" and self.resolved(self.device) == "bf16"
+        )
+
+    def _context(self) -> AbstractContextManager[Any]:
+        if self.precision == "same":
+            return nullcontext()
+        if not torch.amp.is_autocast_available(self.device.type):
+            return nullcontext()
+        if not self._is_bf16():
+            return torch.autocast(self.device.type, enabled=False)
+        # Another dtype than the student's may be in the cache that autocast keeps.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def _as_own(self, call: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Convert short floating point arguments for a teacher in float32."""
+        if self.precision == "same" or self._is_bf16():
+            return call
+        own = next((p.dtype for p in self.bound.parameters() if p.is_floating_point()), None)
+
+        def convert(value: Any) -> Any:
+            short = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(own) if short and own is not None and value.dtype != own else value
+
+        args, kwargs = tree_map(convert, call)
+        return args, kwargs
+
+    def _buffer_versions(self) -> dict[str, int]:
+        return {n: b._version for n, b in self.bound.named_buffers() if not b.is_inference()}
+
+
+def read_teachers(teacher: Source | Teacher | Sequence[Source | Teacher]) -> list[Teacher]:
+    """Read one teacher or a list of them.
+
+    >>> [one.kind for one in read_teachers(["last.ckpt", Teacher("ema")])]
+    ['path', 'ema']
+    """
+    listed: list[Any] = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+    if not listed:
+        raise ValueError(
+            explain("there is no teacher", repr(teacher), "pass a trained network, or 'self'")
+        )
+    return [item if isinstance(item, Teacher) else Teacher(item) for item in listed]
+
+
+class _Missing(nn.Module):
+    """Stands for a network that is not there yet."""
+
+
+def shares_parameters(one: nn.Module, other: nn.Module) -> bool:
+    """Tell whether two networks hold a parameter in common.
+
+    >>> net = nn.Linear(1, 1)
+    >>> shares_parameters(net, nn.Sequential(net)), shares_parameters(net, nn.Linear(1, 1))
+    (True, False)
+    """
+    held = {id(p) for p in one.parameters()}
+    return any(id(p) in held for p in other.parameters())
+
+
+def _can_cast(network: nn.Module) -> bool:
+    return any(
+        isinstance(m, _CAST_ONCE) and (w := m._parameters.get("weight")) is not None
+        and w.dtype == torch.float32
+        for m in network.modules()
+    )  # fmt: skip
+
+
+def _cast(network: nn.Module) -> nn.Module:
+    """Cast the weights that autocast would cast at every call anyway."""
+    for module in network.modules():
+        if isinstance(module, _CAST_ONCE):
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dtype == torch.float32:
+                weight.data = weight.data.bfloat16()
+    return network
