@@ -63,7 +63,14 @@ def calls_of(
     """Yield the outermost calls of trainable modules for each batch."""
     with isolate_rng(), inert_copy(trainer, pl_module) as copy:
         for index, batch in enumerate(data):
-            yield outermost_calls(trainer, copy, placed(trainer, copy, batch), index)
+            calls = outermost_calls(trainer, copy, placed(trainer, copy, batch), index)
+            if not calls:
+                raise AccelError(
+                    "no trainable module is called in `training_step`",
+                    f"{type(copy).__name__} calls none of its own modules",
+                    "pass `example=` with the arguments of the LightningModule's forward",
+                )
+            yield calls
 
 
 def outermost_calls(
@@ -73,12 +80,6 @@ def outermost_calls(
     calls: dict[str, Call] = {}
     with _noting(copy, calls):
         run_placed(trainer, copy, batch, index)
-    if not calls:
-        raise AccelError(
-            "no trainable module is called in `training_step`",
-            f"{type(copy).__name__} calls none of its own modules",
-            "pass `example=` with the arguments of the LightningModule's forward",
-        )
     return tuple(calls.values())
 
 

@@ -190,10 +190,7 @@ class Distillation(Callback):
     def _before_step(self, method: Any, batch: Any, batch_idx: int) -> Any:
         """Stand around the module's `on_train_batch_start`: get everything ready for the step."""
         result, course = method(batch, batch_idx), self._of_this_fit()
-        waits = any(t.kind == SELF and not t.has_network for t in self.teachers)
-        if (
-            result != -1 and not waits
-        ):  # the rest of the epoch is left out, or nothing is pruned yet
+        if result != -1 and not self._waits():  # -1: the rest of the epoch is left out
             course.get_ready(batch, batch_idx)
             if self.evidence_every:
                 course.weigh(batch, self.evidence_every)
@@ -204,9 +201,10 @@ class Distillation(Callback):
     def _step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand around `training_step` of automatic optimization."""
         course = self._of_this_fit()
-        if course.tape is None:
+        if self._waits():
             return method(*args, **kwargs)
-        with course.tape.recording():
+        batch = rehearsal.view(_batch(args, kwargs))
+        with course.recording():
             output = method(*args, **kwargs)
         task = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(task, Tensor):
@@ -218,22 +216,22 @@ class Distillation(Callback):
                 f"`{course.name}`: no output that carries a gradient",
                 "call it as a module (not `.forward`) outside of `no_grad`, or name another `student=`",
             )
-        total = course.teach(task, records, _batch(args, kwargs))
+        total = course.teach(task, records, batch)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def _manual_step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand around `training_step` of manual optimization, whose losses go to `manual_backward`."""
         course = self._of_this_fit()
-        if course.tape is None:
+        if self._waits():
             return method(*args, **kwargs)
-        course.taught, course.batch = [], _batch(args, kwargs)
-        with course.tape.recording():
+        course.taught, course.batch = [], rehearsal.view(_batch(args, kwargs))
+        with course.recording():
             return method(*args, **kwargs)
 
     def _backward(self, method: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stand around `manual_backward`: add to the loss that hangs on the student's output."""
         course = self._of_this_fit()
-        if course.tape is not None:
+        if not self._waits():
             fresh = [r for r in course.records() if all(r.output is not t for t in course.taught)]
             records = [r for r in fresh if depends_on(loss, r.output)]
             if records:
@@ -277,7 +275,8 @@ class Distillation(Callback):
         course.num_lessons = 0
         for teacher in self.teachers:
             teacher.check_buffers()
-        for name, value in self.journal.close_epoch().items():
+        means = {} if trainer.barebones else self.journal.close_epoch()
+        for name, value in means.items():
             pl_module.log(name, value, sync_dist=trainer.world_size > 1)
         reason = None if self.engine.cache is None else self.engine.cache.end_epoch()
         if reason is not None:
@@ -299,6 +298,10 @@ class Distillation(Callback):
         """Rehearse with the new shape before the next step."""
         course = self._of_this_fit()
         course.edit, course.ready = course.edit + receipt, False
+
+    def _waits(self) -> bool:
+        """Tell whether there is no teacher yet: before the first prune, with teacher='self'."""
+        return any(t.kind == SELF and not t.has_network for t in self.teachers)
 
     def _keep(self, network: nn.Module) -> None:
         for teacher in self.teachers:

@@ -7,6 +7,7 @@ bound to the device, taps set, projectors made and handed to the optimizer, the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,10 +98,13 @@ class Course:
             name = self.student
             if name is None:
                 name = rehearsal.find_student(trainer, copy, batch, batch_idx)
+            if name is None:
+                return  # the user skips this batch
             self.wire(name)
-            record, _ = rehearsal.record_on(
-                trainer, copy, engine, name, batch, batch_idx, self.calls
-            )
+            found = rehearsal.record_on(trainer, copy, engine, name, batch, batch_idx, self.calls)
+            if found is None:
+                return
+            record, batch = found.record, found.batch
             with torch.enable_grad(), trainer.precision_plugin.train_step_context():
                 answer = engine.run(record)
                 trained = all(teacher.kind in ("module", "path") for teacher in self.teachers)
@@ -166,9 +170,14 @@ class Course:
             views=num_views,
         )
 
+    def recording(self) -> AbstractContextManager[None]:
+        """Record the student's calls of a step; nothing while it is not known who that is."""
+        return nullcontext() if self.tape is None else self.tape.recording()
+
     def records(self) -> list[Record]:
         """Return the calls of the student in this step that count."""
-        assert self.tape is not None
+        if self.tape is None:
+            return []
         found = [record for record in self.tape.records() if differentiable(record.output)]
         if len(found) > 1 and self.calls == "error" and self.module.automatic_optimization:
             raise AccelError(
@@ -203,10 +212,11 @@ class Course:
     def weigh(self, batch: Any, every: int) -> None:
         """Measure each loss's share of the gradient now and then, and warn when the teacher has none."""
         step = self.trainer.global_step
-        if self.sharded or (self._weighed_at is not None and step - self._weighed_at < every):
+        recent = self._weighed_at is not None and step - self._weighed_at < every
+        if recent or self.sharded or not self.ready:
             return
         self._weighed_at, moment = step, self.moment()
-        self.journal.shares = shares = rehearsal.gradient_shares(
+        shares = rehearsal.gradient_shares(
             self.trainer,
             self.module,
             self.engine,
@@ -216,6 +226,10 @@ class Course:
             self.calls,
             moment,
         )
+        if not shares:
+            self._weighed_at = None
+            return
+        self.journal.shares = shares
         active = [n for n, term in self.engine.terms.items() if term.values(moment)[0] != 0]
         silent = [name for name in active if shares.get(name, 0.0) < evidence.NO_EFFECT]
         if active and silent == active:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from lightning_accel.distillation import topk
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.layers import Pair, pairs
-from lightning_accel.distillation.locate import Where, logits_of, mask_of, target_of
+from lightning_accel.distillation.locate import (
+    Where,
+    is_shifted,
+    logits_of,
+    mask_of,
+    target_of,
+)
 from lightning_accel.distillation.projector import Embedding, align, make_projector
 from lightning_accel.distillation.schedule import Moment, Number, now
 from lightning_accel.distillation.tape import Record
@@ -77,6 +83,8 @@ class Engine:
         self.teachers: list[Teacher] = []
         self.heads = nn.ModuleDict()
         """Projectors and embeddings, trained with the student and never a part of it."""
+        self.shifted = False
+        """Whether the network shifts its own labels; found out on the first batch."""
         self._pairs: dict[str, list[Pair]] = {}
 
     def wire(self, student: nn.Module, teachers: Sequence[tuple[Teacher, nn.Module]]) -> None:
@@ -124,6 +132,7 @@ class Engine:
         Raises:
             AccelError: Logits do not match, labels are missing, or a loss cannot be computed.
         """
+        self.look_at(record)
         target = self._check_logits(record, answer, batch)
         for name, term in self.terms.items():
             if term.needs_target and target is None:
@@ -177,6 +186,10 @@ class Engine:
                     found[name] = weight * value
         return found
 
+    def look_at(self, record: Record) -> None:
+        """Note from a first call what stays the same for all."""
+        self.shifted = is_shifted(record, self.student_logits(record))
+
     def student_logits(self, record: Record) -> Tensor | None:
         """Return the student's logits of a call."""
         if LOGITS in self._pairs:
@@ -185,7 +198,8 @@ class Engine:
 
     def labels(self, record: Record, batch: Any) -> Tensor | None:
         """Return the labels of a call, where they can be found."""
-        return target_of(self.target, batch, record, self.student_logits(record))
+        logits = self.student_logits(record)
+        return target_of(self.target, batch, record, logits, shifted=self.shifted)
 
     def valid(self, record: Record, batch: Any) -> Tensor | None:
         """Return which positions count, or `None` for all."""

@@ -47,7 +47,9 @@ def logits_of(output: Any) -> Tensor | None:
     return next(found, None)
 
 
-def target_of(where: Where, batch: Any, record: Record, logits: Tensor | None) -> Tensor | None:
+def target_of(
+    where: Where, batch: Any, record: Record, logits: Tensor | None, *, shifted: bool = False
+) -> Tensor | None:
     """Return the labels of the logits' positions: a given place, or the one tensor that can be them.
 
     Args:
@@ -56,6 +58,7 @@ def target_of(where: Where, batch: Any, record: Record, logits: Tensor | None) -
         batch: What the training step got.
         record: The network's call.
         logits: (B, ..., C).
+        shifted: Whether the network's own `labels` are its inputs, see `is_shifted`.
 
     Raises:
         AccelError: The given place is not there.
@@ -67,12 +70,27 @@ def target_of(where: Where, batch: Any, record: Record, logits: Tensor | None) -
     shape = logits.shape[:-1]
     labels = record.kwargs.get("labels")
     if isinstance(labels, Tensor) and labels.shape == shape:
-        return labels
+        if not shifted:
+            return labels
+        return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
     used = {id(t) for t in tensors((record.args, record.kwargs))}
     leaves = [t for leaf in tree_leaves(batch) for t in tensors(leaf)]
     whole = [t for t in leaves if not t.is_floating_point() and not t.is_complex()]
     fits = [t for t in whole if t.shape == shape and t.dtype != torch.bool and id(t) not in used]
     return fits[0] if len(fits) == 1 else None
+
+
+def is_shifted(record: Record, logits: Tensor | None) -> bool:
+    """Tell whether a network takes its inputs as `labels` and shifts them itself, as causal ones do.
+
+    The logits at position t then predict the label at t + 1.
+    """
+    labels = record.kwargs.get("labels")
+    if logits is None or logits.dim() != 3 or not isinstance(labels, Tensor):
+        return False
+    inputs = [t for t in tensors((record.args, record.kwargs)) if t is not labels]
+    tokens = [t for t in inputs if t.shape == labels.shape and t.dtype == labels.dtype]
+    return any(bool(((t == labels) | (labels == IGNORED)).all()) for t in tokens)
 
 
 def mask_of(

@@ -8,9 +8,10 @@ without a second backward through the real graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_accel.bridge.example import (
     batches,
@@ -53,10 +55,26 @@ def is_sharded(trainer: Trainer) -> bool:
     return not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy))
 
 
-def find_student(trainer: Trainer, copy: LightningModule, batch: Any, batch_idx: int) -> str:
-    """Return the name of the one network that `training_step` calls; "" is the module itself."""
-    calls = outermost_calls(trainer, copy, batch, batch_idx)
-    return _only(calls)
+def find_student(trainer: Trainer, copy: LightningModule, batch: Any, batch_idx: int) -> str | None:
+    """Return the name of the one network that `training_step` calls; "" is the module itself.
+
+    `None` is no call, as when a user skips the batch.
+    """
+    calls = outermost_calls(trainer, copy, deepcopy(batch), batch_idx)
+    return _only(calls) if calls else None
+
+
+def view(batch: Any) -> Any:
+    """Return a batch whose containers are our own, so that a step may take things out of it."""
+    return tree_map(lambda leaf: leaf, batch)
+
+
+class Rehearsed(NamedTuple):
+    """The student's call on a copy, the user's loss where there is one, and the batch as it was."""
+
+    record: Record
+    task: Tensor | None
+    batch: Any
 
 
 def static_student(pl_module: LightningModule) -> str:
@@ -75,33 +93,37 @@ def record_on(
     batch: Any,
     batch_idx: int,
     calls: str,
-) -> tuple[Record, Tensor | None]:
-    """Run the step on a copy; return the student's call and the user's loss, where there is one."""
+) -> Rehearsed | None:
+    """Run the step on copies of module and batch; `None` when the user skips this batch."""
     losses: list[Any] = []
+    own = deepcopy(batch)  # a step may change its batch
+    before = view(own)
     vars(copy)["manual_backward"] = lambda loss, *_, **__: losses.append(loss)
     tape = Tape(layer(copy, name), engine.student_taps())
     try:
         with tape.recording():
-            output = run_placed(trainer, copy, batch, batch_idx)
+            output = run_placed(trainer, copy, own, batch_idx)
         found = [record for record in tape.records() if differentiable(record.output)]
     finally:
         tape.remove()
-    loss = output["loss"] if isinstance(output, dict) else output
+    loss = output.get("loss") if isinstance(output, Mapping) else output
     if losses:
         loss = losses[-1]
+    if not found and loss is None:
+        return None
     if not found:
         raise AccelError(
             "the student was not called in the first training step",
             f"no call of `{name or type(copy).__name__}` whose output carries a gradient",
             "call it as a module (not `.forward`) outside of `no_grad`, or name another `student=`",
         )
-    if len(found) > 1 and calls == "error":
+    if len(found) > 1 and calls == "error" and copy.automatic_optimization:
         raise AccelError(
             "the student was called several times in one training step",
             f"{len(found)} calls of `{name or type(copy).__name__}`",
             "say which count: calls='last', or calls='all' for their mean",
         )
-    return found[-1], loss if isinstance(loss, Tensor) else None
+    return Rehearsed(found[-1], loss if isinstance(loss, Tensor) else None, before)
 
 
 def check_classes(
@@ -118,14 +140,17 @@ def check_classes(
     for teacher in engine.teachers:
         if teacher.classes is None:
             evidence.check_names(own, class_names(teacher.network))
+    engine.look_at(record)
     found = _chosen(engine, record, answer, batch)
     if found is None or not evidence.is_at_chance(*found):
         return
     chosen, target, num_classes = [found[0]], [found[1]], found[2]
     for index, other in enumerate(batches(trainer, _BATCHES)):
         moved = placed(trainer, copy, other)
-        again, _ = record_on(trainer, copy, engine, name, moved, index, "last")
-        more = _chosen(engine, again, engine.run(again), moved)
+        again = record_on(trainer, copy, engine, name, moved, index, "last")
+        if again is None:
+            continue
+        more = _chosen(engine, again.record, engine.run(again.record), again.batch)
         if more is not None:
             chosen.append(more[0])
             target.append(more[1])
@@ -152,11 +177,16 @@ def gradient_shares(
     calls: str,
     moment: Moment,
 ) -> dict[str, float]:
-    """Return each term's share of the gradient on the student, the user's own loss as "task"."""
+    """Return each term's share of the gradient on the student, the user's own loss as "task".
+
+    Empty when the user skips this batch.
+    """
     with stage(trainer, pl_module) as copy:
-        record, task = record_on(trainer, copy, engine, name, batch, batch_idx, calls)
+        found = record_on(trainer, copy, engine, name, batch, batch_idx, calls)
+        if found is None:
+            return {}
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            weighted = engine.weighted(task, record, batch, moment)
+            weighted = engine.weighted(found.task, found.record, found.batch, moment)
         return evidence.shares(weighted, layer(copy, name))
 
 

@@ -1,8 +1,8 @@
 """What a network received and gave in the forward that happens anyway: arguments, output, features.
 
 Hooks on the network and on the tapped layers write onto a tape, while it records. So no forward is made
-twice and the user's step needs no change. The hooks are plain closures: copies of the model share them
-and stay cheap, and dynamo traces them as a part of a compiled network, where they give more outputs.
+twice and the user's step needs no change. Dynamo traces the hooks as a part of a compiled network, where
+they give more outputs; copies and pickles of the network have hooks that do nothing.
 
 An operation that changes a tensor in place after its tap (`nn.ReLU(inplace=True)` behind a batch norm)
 silently changes what was tapped. The version counters of the tensors tell; within a compiled graph they
@@ -162,40 +162,68 @@ class _State:
         self.versions: list[tuple[str, Tensor, int]] = []
 
 
-def _root_hooks(model: nn.Module, state: _State) -> tuple[RemovableHandle, RemovableHandle]:
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if state.on:
-            state.inputs.append((args, kwargs))
+class _Hook:
+    """A hook that writes to a tape; a copy or a pickle of the network gets one that does nothing."""
+
+    def __init__(self, state: _State, name: str = "") -> None:
+        self.state, self.name = state, name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _silent
+
+    def __reduce__(self) -> Any:
+        return "_silent"
+
+
+class _Enter(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.state.on:
+            self.state.inputs.append((args, kwargs))
             if not torch.compiler.is_compiling():
-                _note_versions(state, "an argument of the network", (args, kwargs))
+                _note_versions(self.state, "an argument of the network", (args, kwargs))
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if state.on:
-            state.outputs.append((output, len(state.tapped)))
 
+class _Leave(_Hook):
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.state.on:
+            self.state.outputs.append((output, len(self.state.tapped)))
+            if not torch.compiler.is_compiling():
+                _note_versions(self.state, "the network's output", output)
+
+
+class _TakeOutput(_Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        _take(self.state, self.name, output)
+
+
+class _TakeInput(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _take(self.state, self.name, args[0] if args else next(iter(kwargs.values()), None))
+
+
+def _take(state: _State, name: str, value: Any) -> None:
+    if state.on:
+        state.tapped.append((name, value))
+        if not torch.compiler.is_compiling():
+            _note_versions(state, f"what `{name}` gave", value)
+
+
+def _silent(*_: Any) -> None:
+    """Do nothing."""
+
+
+def _root_hooks(model: nn.Module, state: _State) -> tuple[RemovableHandle, RemovableHandle]:
     return (
-        model.register_forward_pre_hook(enter, with_kwargs=True),
-        model.register_forward_hook(leave, with_kwargs=True),
+        model.register_forward_pre_hook(_Enter(state), with_kwargs=True),
+        model.register_forward_hook(_Leave(state), with_kwargs=True),
     )
 
 
 def _tap_hook(model: nn.Module, name: str, state: _State) -> RemovableHandle:
-    def note(value: Any) -> None:
-        if state.on:
-            state.tapped.append((name, value))
-            if not torch.compiler.is_compiling():
-                _note_versions(state, f"what `{name}` gave", value)
-
-    def take_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        note(args[0] if args else next(iter(kwargs.values()), None))
-
-    def take_output(module: nn.Module, args: Any, output: Any) -> None:
-        note(output)
-
     target = layer(model, name)
     if name.endswith(INPUT):
-        return target.register_forward_pre_hook(take_input, with_kwargs=True)
-    return target.register_forward_hook(take_output)
+        return target.register_forward_pre_hook(_TakeInput(state, name), with_kwargs=True)
+    return target.register_forward_hook(_TakeOutput(state, name))
 
 
 def _note_versions(state: _State, what: str, value: Any) -> None:

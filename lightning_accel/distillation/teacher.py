@@ -90,6 +90,9 @@ class Teacher:
         self._tape: Tape | None = None
         self._versions: dict[str, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_run": None, "_tape": None}  # a copy is not bound
+
     @property
     def has_network(self) -> bool:
         """Whether there is a network yet; "self" has none before the first prune."""
@@ -192,7 +195,9 @@ class Teacher:
         """
         digest = hashlib.sha256(repr((self.precision, self.classes, self.weight)).encode())
         for name, module in self.bound.named_modules():
-            digest.update(f"{name}:{type(module).__module__}.{type(module).__qualname__}".encode())
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            numbers = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "training"}
+            digest.update(f"{name}:{kind}:{module.extra_repr()}:{sorted(numbers.items())}".encode())
         for name, tensor in [*self.bound.named_parameters(), *self.bound.named_buffers()]:
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             plain = tensor.detach().cpu().contiguous().reshape(-1)
@@ -247,6 +252,12 @@ def read_teachers(teacher: Source | Teacher | Sequence[Source | Teacher]) -> lis
 
 class _Missing(nn.Module):
     """Stands for a network that is not there yet."""
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 def shares_parameters(one: nn.Module, other: nn.Module) -> bool:
