@@ -12,21 +12,31 @@ Hydra sets a plain string when a group is not on its search path (`+accel=amp_pr
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from functools import reduce
+from pathlib import Path
 from pkgutil import iter_modules
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import XLAAccelerator
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_leaves
 
 import lightning_accel
-from lightning_accel.errors import Unsupported, explain
+from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.redact import redacted
 
 ALLOWED = (
@@ -90,6 +100,7 @@ def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:
         _check_node(tree.get(key), key)
     places = (allow,) if isinstance(allow, str) else tuple(allow)
     _check_targets(tree, places)
+    _check_teachers(tree)
     with _whitelist(ALLOWED + places):
         trainer = _trainer(tree)
         model = _make(tree["model"])
@@ -98,6 +109,88 @@ def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
     return Run(trainer, model, data, tree.get("ckpt_path"), config)
+
+
+def prepare_teacher(cfg: Any, *, allow: Sequence[str] = ()) -> Path | None:
+    """Train the teacher that a configuration describes, once; later runs find its checkpoint.
+
+    `cfg.teacher` holds `model`, and optionally `trainer` (arguments of its Trainer, on one device), `data`
+    (what differs from `cfg.data`), `seed` and `folder`. The file is named after all of that, and
+    `cfg.teacher.ckpt_path` is set to it, for callbacks to interpolate; where that is set already,
+    nothing is done. A training that was killed leaves no file. Random states stay as they were.
+
+    Args:
+        cfg: The configuration, before `build` gets it.
+        allow: As for `build`.
+
+    Returns:
+        The checkpoint; `None` when no callback names it.
+
+    Raises:
+        ValueError: As `build` does.
+        AccelError: Several processes started at once, and none has trained it yet.
+
+    >>> prepare_teacher({"callbacks": {}}) is None
+    True
+    """
+    tree = _plain(cfg)
+    teacher = tree.get("teacher")
+    if not isinstance(teacher, dict):
+        return None
+    if teacher.get("ckpt_path") is not None:
+        return Path(teacher["ckpt_path"])
+    _check_node(teacher.get("model"), "teacher.model")
+    recipe = {
+        "model": teacher["model"],
+        "data": {**(tree.get("data") or {}), **(teacher.get("data") or {})},
+        "trainer": teacher.get("trainer") or {},
+        "seed": int(teacher.get("seed", 0)),
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
+    kind = teacher["model"]["_target_"].rpartition(".")[2].lower()
+    path = Path(teacher.get("folder", "outputs/teachers")).absolute() / f"{kind}-{digest[:16]}.ckpt"
+    cfg["teacher"]["ckpt_path"] = str(path)
+    if str(path) not in tree_leaves(_plain(cfg).get("callbacks")):
+        cfg["teacher"]["ckpt_path"] = None
+        return None
+    if not path.exists():
+        _train_teacher(recipe, path, tree["trainer"].get("accelerator", "auto"), allow)
+    return path
+
+
+def _train_teacher(
+    recipe: dict[str, Any], path: Path, accelerator: str, allow: Sequence[str]
+) -> None:
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if several or rank_zero_only.rank:  # type: ignore[attr-defined]
+        raise AccelError(
+            "the teacher is not trained yet, and several processes would train it",
+            f"no {path}",
+            "run the same command on one device first, and stop it when the student begins",
+        )
+    rank_zero_info(f"Training the teacher first, once: {path}")
+    trainer = {
+        "_target_": "lightning.pytorch.Trainer",
+        "accelerator": accelerator,
+        "devices": 1,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        **recipe["trainer"],
+    }
+    with isolate_rng():
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(recipe["seed"])
+        run = build({**recipe, "trainer": trainer}, allow=allow)
+        run.trainer.fit(run.model, run.data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            run.trainer.save_checkpoint(part, weights_only=True)
+            os.replace(part, path)  # whole, or not at all
+        finally:
+            part.unlink(missing_ok=True)
+    found = [f"{k} {float(v):.4g}" for k, v in run.trainer.callback_metrics.items() if "val" in k]
+    rank_zero_info(f"The teacher is ready: {', '.join(found)}")
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
@@ -155,6 +248,20 @@ def _check_targets(tree: Any, allow: tuple[str, ...]) -> None:
     for where, target in targets:
         if target not in allow and not _is_what_it_says(target, allow):
             raise _refusal(where, target, "something that is not a class from there")
+
+
+def _check_teachers(tree: Mapping[str, Any]) -> None:
+    for where, node in _walk(tree.get("callbacks"), "callbacks"):
+        distils = str(node.get("_target_", "")).endswith(".Distillation")
+        if distils and node.get("teacher", "") is None:
+            raise ValueError(
+                explain(
+                    f"`{where}` has no teacher",
+                    "`teacher: null`, and no `teacher.ckpt_path` in this configuration",
+                    f"say {where}.teacher=path.ckpt, the checkpoint of a trained network; or call "
+                    "`prepare_teacher(cfg)` first, with a group `teacher` that describes one",
+                )
+            )
 
 
 def _is_what_it_says(target: str, allow: tuple[str, ...]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -353,7 +354,8 @@ class Distillation(Callback):
 
     def _set_average(self, trainer: Trainer, pl_module: LightningModule, state: Any) -> None:
         """Take the average of another callback where there is one, or else begin our own."""
-        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        # Not those of StochasticWeightAveraging, which begin late and are filled rarely.
+        others = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         network = next(averages(others, pl_module), None)
         if network is None:
             rule = get_ema_multi_avg_fn(self.ema_decay)

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_accel.bridge.model_edit import tell
@@ -273,10 +274,8 @@ class Course:
 
 def seeded_views(trainer: Trainer) -> list[SeededViews]:
     """Return the datasets of the training data that have a finite number of views."""
-    loaders = trainer.train_dataloader
-    listed = loaders if isinstance(loaders, (list, tuple)) else [loaders]
     found = []
-    for loader in listed:
+    for loader in tree_leaves(trainer.train_dataloader):
         dataset: Any = loader.dataset if isinstance(loader, DataLoader) else None
         while dataset is not None and not isinstance(dataset, SeededViews):
             dataset = getattr(dataset, "dataset", None)

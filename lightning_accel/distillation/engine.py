@@ -366,8 +366,8 @@ class Engine:
         if needed and (student is None or teacher is None):
             raise AccelError(
                 f"`{needed[0]}` needs logits",
-                f"the {'student' if student is None else 'teacher'} returns no tensor (batch, ..., "
-                f"classes), but {type(record.output).__name__}",
+                f"the {'student' if student is None else 'teacher'} returns no tensor, or several, of shape "
+                f"(batch, ..., classes) within a {type(record.output).__name__}",
                 "name the layers that give them: logits='head: fc', or use losses on features",
             )
         if student is None:
@@ -399,6 +399,8 @@ class Engine:
 
 def _evaluate(term: Term, student: Tensor, teacher: Tensor, given: dict[str, Any]) -> Tensor:
     """Compute one loss over the rows of all processes."""
+    if term.across_rows and student.shape[:-1].numel() * num_processes() < 2:
+        return 0.0 * student.sum()  # a last batch of one row has no relations
     if num_processes() == 1:
         return term.loss(student, teacher, **given)
     if term.across_rows:

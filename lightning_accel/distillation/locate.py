@@ -32,7 +32,9 @@ def check_where(where: Any, name: str) -> Where:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """Return the logits in what a network gave: the tensor, `.logits`, or the first with classes.
+    """Return the logits in what a network gave: the tensor, `.logits`, or the only one with classes.
+
+    `None` where there is none, or several, such as features and logits.
 
     >>> logits_of((torch.tensor(0.5), torch.ones(2, 3))).shape
     torch.Size([2, 3])
@@ -43,8 +45,8 @@ def logits_of(output: Any) -> Tensor | None:
         named = None if isinstance(output, Tensor) else getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
-    found = (t for t in tensors(output) if t.is_floating_point() and t.dim() >= 2)
-    return next(found, None)
+    found = [t for t in tensors(output) if t.is_floating_point() and t.dim() >= 2]
+    return found[0] if len(found) == 1 else None
 
 
 def target_of(

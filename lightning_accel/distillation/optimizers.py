@@ -10,7 +10,16 @@ from torch import nn
 
 from lightning_accel.errors import AccelError, Unsupported
 
-_OF_A_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "_last_lr", "max_lrs", "max_momentums")
+_OF_A_GROUP = (
+    "base_lrs",
+    "lr_lambdas",
+    "min_lrs",
+    "_last_lr",
+    "max_lrs",
+    "base_momentums",
+    "max_momentums",
+)
+"""Lists of schedulers with one entry for each group."""
 
 
 def join(
