@@ -30,6 +30,10 @@ from lightning_accel.surgery.call import Call, as_call
 _SEED = 0
 
 
+class StepFailed(AccelError):
+    """The user's `training_step` raised on a copy of the module; the error itself is the cause."""
+
+
 def find_example(
     trainer: Trainer, pl_module: LightningModule, example: Any = None
 ) -> tuple[Call, ...]:
@@ -88,6 +92,8 @@ def inert_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[Lightni
     """Give a twin on which `training_step` can run without any effect outside it."""
     copy = twin(pl_module)
     copy.trainer = trainer
+    if vars(copy).get("training_step", copy) is vars(pl_module).get("training_step"):
+        del vars(copy)["training_step"]  # a function that is bound to the original
     inert = _Inert()
     for name in ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer"):
         vars(copy)[name] = inert
@@ -116,7 +122,7 @@ def run_placed(trainer: Trainer, copy: LightningModule, batch: Any, index: int) 
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
             return copy.training_step(*_step_arguments(copy, batch, index))
     except Exception as error:
-        raise AccelError(
+        raise StepFailed(
             "`training_step` failed on a copy of the module",
             f"{type(error).__name__}: {error}",
             "pass `example=` with the arguments of the LightningModule's forward",

@@ -130,7 +130,7 @@ class Distillation(Callback):
         guards.refuse_mirror(trainer)
         if stage != "fit":
             return
-        self._check(trainer)
+        self._check(trainer, pl_module)
         again = self._course is not None and self._course.is_of(trainer, pl_module)
         self._course = Course(
             trainer,
@@ -355,7 +355,8 @@ class Distillation(Callback):
     def _set_average(self, trainer: Trainer, pl_module: LightningModule, state: Any) -> None:
         """Take the average of another callback where there is one, or else begin our own."""
         # Not those of StochasticWeightAveraging, which begin late and are filled rarely.
-        others = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others: list[Callback] = [c for c in callbacks if isinstance(c, WeightAveraging)]
         network = next(averages(others, pl_module), None)
         if network is None:
             rule = get_ema_multi_avg_fn(self.ema_decay)
@@ -367,7 +368,13 @@ class Distillation(Callback):
             if teacher.kind == EMA:
                 teacher.network = network
 
-    def _check(self, trainer: Trainer) -> None:
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(pl_module, "_compiler_ctx", None):
+            raise Unsupported(
+                "the step of a compiled LightningModule cannot be added to",
+                f"torch.compile({type(pl_module).__name__})",
+                "pass the plain module, and compile the networks inside it or add `BlockCompile()`",
+            )
         kinds = {teacher.kind for teacher in self.teachers}
         edits = [c for c in trainer.callbacks if getattr(c, "stage", None) == Stage.SHAPE]  # type: ignore[attr-defined]
         if SELF in kinds and not edits:

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from lightning_accel.bridge.example import StepFailed
 from lightning_accel.bridge.model_edit import tell
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import evidence, heads, rehearsal
-from lightning_accel.distillation.engine import IDS, LOGITS, Engine, Lesson
+from lightning_accel.distillation.engine import Engine, Lesson
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.optimizers import join
 from lightning_accel.distillation.schedule import Moment
@@ -87,10 +88,13 @@ class Course:
         if self.ready:
             return
         self._weighed_at = None
-        if self.sharded:
-            self.wire(self.student or rehearsal.static_student(self.module))
-        else:
-            self._rehearse(batch, batch_idx)
+        if not self.sharded:
+            try:
+                self._rehearse(batch, batch_idx)
+                return
+            except StepFailed as error:  # the user's own error comes again in the real step
+                rank_zero_warn(f"The first step could not be rehearsed. {error}")
+        self.wire(self.student or rehearsal.static_student(self.module))
 
     def _rehearse(self, batch: Any, batch_idx: int) -> None:
         """Run the step on a copy: find the student, check everything, and make the projectors."""
@@ -190,24 +194,23 @@ class Course:
 
     def teach(self, task: Tensor, records: list[Record], batch: Any) -> Tensor:
         """Return the total loss of a step."""
-        if not self.ready:  # sharded: there was no copy to rehearse on
-            self.engine.prepare(records[0], self.engine.run(records[0]), batch)
+        if not self.ready:  # there was no copy to rehearse on
+            record, answer = records[0], self.engine.run(records[0])
+            optimizers, prefix = self.trainer.optimizers, self.student or ""
+            heads.narrow(self.engine, record, answer, self.edit, optimizers, prefix=prefix)
+            self.engine.prepare(record, answer, batch)
             self._finish()
         lesson = self.engine.teach(task, records, batch, self.moment())
         self.num_lessons += 1
         if self.log_is_due():
-            self._note(lesson, records[-1], batch)
+            self._note(lesson)
         return lesson.total
 
-    def _note(self, lesson: Lesson, record: Record, batch: Any) -> None:
+    def _note(self, lesson: Lesson) -> None:
         values = {name: part.value for name, part in lesson.parts.items()}
-        student, teacher = lesson.student, lesson.teacher.get(LOGITS)
-        if student is not None and teacher is not None and student.shape[:-1] == teacher.shape[:-1]:
-            ids = lesson.teacher.get(IDS)
-            if ids is not None or student.shape == teacher.shape:
-                chosen = teacher if ids is None else ids[..., 0]
-                valid = self.engine.valid(record, batch)
-                values["agreement"] = evidence.agreement(student, chosen, valid)
+        seen = lesson.seen
+        if seen is not None and seen.logits is not None and seen.chosen is not None:
+            values["agreement"] = evidence.agreement(seen.logits, seen.chosen, seen.valid)
         self.journal.note(values)
 
     def weigh(self, batch: Any, every: int) -> None:
@@ -232,14 +235,17 @@ class Course:
             return
         self.journal.shares = shares
         active = [n for n, term in self.engine.terms.items() if term.values(moment)[0] != 0]
-        silent = [name for name in active if shares.get(name, 0.0) < evidence.NO_EFFECT]
-        if active and silent == active:
+        silent = evidence.silent({name: shares.get(name, 0.0) for name in active})
+        if silent:
             rank_zero_warn(
                 explain(
-                    "distillation has no effect",
-                    f"a share of the gradient below {evidence.NO_EFFECT}: "
-                    + ", ".join(f"{name} {shares.get(name, 0.0):.1g}" for name in silent),
-                    "raise the weights, or pass a teacher that differs from the student",
+                    "distillation has no effect"
+                    if silent == active
+                    else f"{', '.join(silent)} of the distillation has no effect",
+                    "shares of the gradient: "
+                    + ", ".join(f"{name} {share:.1g}" for name, share in shares.items()),
+                    "raise the weights, tap layers that train, or pass a teacher that differs from the "
+                    "student",
                 )
             )
 

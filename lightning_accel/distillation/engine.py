@@ -13,28 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.distillation import topk
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.layers import Pair, pairs
-from lightning_accel.distillation.locate import (
-    Where,
-    is_shifted,
-    logits_of,
-    mask_of,
-    target_of,
-)
-from lightning_accel.distillation.projector import Embedding, align, make_projector
+from lightning_accel.distillation.locate import Where, is_shifted, logits_of
+from lightning_accel.distillation.projector import Embedding, make_projector
 from lightning_accel.distillation.schedule import Moment, Number, now
+from lightning_accel.distillation.seen import IDS, LOGITS, Answer, Places, Seen, full
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.distillation.term import Term
 from lightning_accel.distillation.world import all_rows, num_processes, share_of_all
 from lightning_accel.errors import AccelError
-
-LOGITS, IDS = "logits", "logits_ids"
-
-Answer = dict[str, Tensor]
-"""What the teachers said to one call: "logits", and features by the number of the teacher and the layer."""
 
 
 class Part(NamedTuple):
@@ -45,12 +34,11 @@ class Part(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What one training step taught: the total loss, its parts, and the logits that were compared."""
+    """What one training step taught: the total loss, its parts, and the last call of the student."""
 
     total: Tensor
     parts: dict[str, Part]
-    student: Tensor | None
-    teacher: Answer
+    seen: Seen | None
 
 
 class Engine:
@@ -126,6 +114,15 @@ class Engine:
         """Return what the teachers say, without the cache."""
         return self._run((record.args, record.kwargs))
 
+    def see(self, record: Record, answer: Answer, batch: Any) -> Seen:
+        """Put a call of the student beside the teachers' answer."""
+        logits = next(iter(self._pairs.get(LOGITS, ())), None)
+        return Seen(record, answer, batch, Places(logits, self.target, self.mask, self.shifted))
+
+    def look_at(self, record: Record) -> None:
+        """Note from a first call what stays the same for all."""
+        self.shifted = is_shifted(record, self.see(record, {}, None).logits)
+
     def prepare(self, record: Record, answer: Answer, batch: Any) -> None:
         """Check everything that could fail later, and make the projectors that are missing.
 
@@ -133,18 +130,19 @@ class Engine:
             AccelError: Logits do not match, labels are missing, or a loss cannot be computed.
         """
         self.look_at(record)
-        target = self._check_logits(record, answer, batch)
+        seen = self.see(record, answer, batch)
+        self._check_logits(seen)
         for name, term in self.terms.items():
-            if term.needs_target and target is None:
+            if term.needs_target and seen.target is None:
                 raise AccelError(
                     f"`{name}` needs labels",
                     "no integers of the logits' shape, or several, in the batch",
                     "pass `target=`: a key or an index into the batch, or a function of it",
                 )
             try:
-                with torch.no_grad(), _in_full(next(iter(answer.values()))):
-                    self._make_heads(name, term, record, answer)
-                    self._value(name, term, record, answer, batch, term.values(Moment())[1])
+                with torch.no_grad(), _in_full(answer):
+                    self._make_heads(name, term, seen)
+                    self._value(name, term, seen, term.values(Moment())[1])
             except (ValueError, TypeError, RuntimeError) as error:
                 raise AccelError(
                     f"the loss `{name}` cannot be computed between this student and this teacher",
@@ -154,57 +152,32 @@ class Engine:
 
     def teach(self, task: Tensor, records: Sequence[Record], batch: Any, moment: Moment) -> Lesson:
         """Return the total loss of a step; several calls of the student are averaged."""
+        weight = now(self.task_weight, moment)
+        total, parts, seen = weight * task, {"task": Part(weight, task.detach())}, None
         settings = {name: term.values(moment) for name, term in self.terms.items()}
-        parts = {"task": Part(now(self.task_weight, moment), task)}
-        active = [name for name, (weight, _) in settings.items() if weight != 0]
-        total = parts["task"].weight * task
-        student, answer = None, {}
+        active = {name: setting for name, setting in settings.items() if setting[0] != 0}
         for record in records if active else ():
-            answer = self.ask(record)
-            student = self.student_logits(record)
-            with _in_full(next(iter(answer.values()))):
-                for name in active:
-                    weight, keywords = settings[name]
-                    value = self._value(name, self.terms[name], record, answer, batch, keywords)
-                    value = value / len(records)
+            seen = self.see(record, self.ask(record), batch)
+            with _in_full(seen.answer):
+                for name, (weight, keywords) in active.items():
+                    value = self._value(name, self.terms[name], seen, keywords) / len(records)
                     total = total + weight * value
                     before = parts[name].value if name in parts else 0.0
                     parts[name] = Part(weight, before + value.detach())
-        return Lesson(total, parts, student, answer)
+        return Lesson(total, parts, seen)
 
     def weighted(
         self, task: Tensor | None, record: Record, batch: Any, moment: Moment
     ) -> dict[str, Tensor]:
         """Return each weighted loss of one call by name, on one graph."""
         found = {} if task is None else {"task": now(self.task_weight, moment) * task}
-        answer = self.run(record)
-        with _in_full(next(iter(answer.values()))):
+        seen = self.see(record, self.run(record), batch)
+        with _in_full(seen.answer):
             for name, term in self.terms.items():
                 weight, keywords = term.values(moment)
                 if weight:
-                    value = self._value(name, term, record, answer, batch, keywords)
-                    found[name] = weight * value
+                    found[name] = weight * self._value(name, term, seen, keywords)
         return found
-
-    def look_at(self, record: Record) -> None:
-        """Note from a first call what stays the same for all."""
-        self.shifted = is_shifted(record, self.student_logits(record))
-
-    def student_logits(self, record: Record) -> Tensor | None:
-        """Return the student's logits of a call."""
-        if LOGITS in self._pairs:
-            return record.taps[self._pairs[LOGITS][0].student]
-        return logits_of(record.output)
-
-    def labels(self, record: Record, batch: Any) -> Tensor | None:
-        """Return the labels of a call, where they can be found."""
-        logits = self.student_logits(record)
-        return target_of(self.target, batch, record, logits, shifted=self.shifted)
-
-    def valid(self, record: Record, batch: Any) -> Tensor | None:
-        """Return which positions count, or `None` for all."""
-        logits = self.student_logits(record)
-        return mask_of(self.mask, batch, record, logits, self.labels(record, batch))
 
     def temperature(self) -> float | None:
         """Return the one temperature of all losses on logits, or `None` when they have several."""
@@ -223,7 +196,7 @@ class Engine:
                 if teacher.classes is not None:
                     logits = logits[..., list(teacher.classes)]
                 share = teacher.weight / whole
-                logits = logits if share == 1 else share * _full(logits)
+                logits = logits if share == 1 else share * full(logits)
                 if LOGITS in answer and answer[LOGITS].shape != logits.shape:
                     raise AccelError(
                         "the logits of the teachers do not match",
@@ -234,155 +207,99 @@ class Engine:
         return answer
 
     def _teacher_logits(self, record: Record, index: int, answer: Answer) -> Tensor | None:
-        if LOGITS in self._pairs:
-            name = self._pairs[LOGITS][0].teacher
-            features = any(self._is_of(n, index) for n in self._pairs if n != LOGITS)
-            kept = features and any(
-                pair.teacher == name
-                for n, found in self._pairs.items()
-                if n != LOGITS
-                for pair in found
-            )
-            key = f"{index}:{name}"
-            return answer[key] if kept else answer.pop(key)
-        return logits_of(record.output)
+        if LOGITS not in self._pairs:
+            return logits_of(record.output)
+        name = self._pairs[LOGITS][0].teacher
+        features = [
+            pair.teacher
+            for other, found in self._pairs.items()
+            for pair in found
+            if other != LOGITS and self._is_of(other, index)
+        ]
+        key = f"{index}:{name}"
+        return answer[key] if name in features else answer.pop(key)
 
-    def _value(
-        self,
-        name: str,
-        term: Term,
-        record: Record,
-        answer: Answer,
-        batch: Any,
-        keywords: dict[str, Any],
-    ) -> Tensor:
+    def _value(self, name: str, term: Term, seen: Seen, keywords: dict[str, Any]) -> Tensor:
         given = dict(keywords)
-        target = self.labels(record, batch) if "target" in term.takes else None
-        mask = None
+        target = None
         if term.reads == LOGITS:
-            student, teacher, target = self._both_logits(record, answer, keywords, target)
+            temperature = float(keywords.get("temperature", self.temperature() or 1.0))
+            student, teacher, target = seen.both_logits(temperature)
             both = [(student, teacher)]
-            if "mask" in term.takes:
-                mask = self.valid(record, batch)
+            if "mask" in term.takes and seen.valid is not None:
+                given["mask"] = seen.valid
         else:
-            both = [
-                self._features(name, term, i, record, answer) for i in range(len(self._pairs[name]))
-            ]
-        if target is not None and mask is not None:
-            target = target.masked_fill(~mask, 0)  # what is ignored needs a class all the same
-        if mask is not None:
-            given["mask"] = mask
+            both = [self._pair(name, term, i, seen) for i in range(len(self._pairs[name]))]
+        if "target" in term.takes:
+            given["target"] = seen.target if target is None else target
         value = torch.zeros((), device=both[0][0].device)
         for student, teacher in both:
-            if target is not None:
-                given["target"] = target
             value = value + _evaluate(term, student, teacher, given)
         return value
 
-    def _both_logits(
-        self, record: Record, answer: Answer, keywords: dict[str, Any], target: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        student = self.student_logits(record)
-        assert student is not None
-        student, teacher = _full(student), _full(answer[LOGITS])
-        if IDS in answer:
-            ids = answer[IDS]
-            temperature = float(keywords.get("temperature", self.temperature() or 1.0))
-            student = topk.coarsen(student, ids, temperature)
-            if target is not None:
-                hit = ids == target.unsqueeze(-1)
-                target = torch.where(hit.any(-1), hit.int().argmax(-1), ids.shape[-1])
-        return student, teacher, target
-
-    def _features(
-        self, name: str, term: Term, index: int, record: Record, answer: Answer
-    ) -> tuple[Tensor, Tensor]:
-        pair = self._pairs[name][index]
-        student = _full(record.taps[pair.student])
-        teacher = _full(answer[f"{self._which(term)}:{pair.teacher}"])
-        key = _key(name, index)
+    def _pair(self, name: str, term: Term, index: int, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Return what a pair of layers gave, in the form that the loss reads."""
+        pair, key, which = self._pairs[name][index], _key(name, index), self._which(term)
+        if term.reads not in ("matched", "maps"):
+            student, teacher = seen.features(pair, which)
+        else:
+            student, teacher = seen.aligned(term, pair, which)
         if term.reads == "embedded":
             return self.heads[f"{key}_student"](student), self.heads[f"{key}_teacher"](teacher)
-        if term.reads in ("matched", "maps"):
-            student, teacher = align(
-                student, teacher, student_layout=term.layouts[0], teacher_layout=term.layouts[1]
-            )
         if term.reads == "maps" and student.dim() == 3:
             return student.transpose(1, 2), teacher.transpose(1, 2)  # tokens: (B, D, T)
-        if key in self.heads:
-            student = self.heads[key](student)
-        return student, teacher
+        return self.heads[key](student) if key in self.heads else student, teacher
 
-    def _make_heads(self, name: str, term: Term, record: Record, answer: Answer) -> None:
-        if term.reads not in ("matched", "embedded"):
-            return
-        for index, pair in enumerate(self._pairs[name]):
-            key, teacher = _key(name, index), answer[f"{self._which(term)}:{pair.teacher}"]
-            student = record.taps[pair.student]
+    def _make_heads(self, name: str, term: Term, seen: Seen) -> None:
+        for index, pair in enumerate(self._pairs.get(name, ())):
+            key, which = _key(name, index), self._which(term)
             made: dict[str, nn.Module | None] = {}
             if term.reads == "embedded":
-                for side, feature in (("student", student), ("teacher", teacher)):
-                    layout = term.layouts[side == "teacher"]
-                    if f"{key}_{side}" not in self.heads:
-                        made[f"{key}_{side}"] = Embedding.of(
-                            _full(feature), layout=layout, seed=len(self.heads) + len(made)
-                        )
-            elif key not in self.heads:
-                aligned = align(
-                    _full(student),
-                    _full(teacher),
-                    student_layout=term.layouts[0],
-                    teacher_layout=term.layouts[1],
-                )
+                features, seed = seen.features(pair, which), len(self.heads)
+                for i, side in enumerate(("student", "teacher")):
+                    layout = term.layouts[i]
+                    made[f"{key}_{side}"] = Embedding.of(features[i], layout=layout, seed=seed + i)
+            elif term.reads == "matched":
+                aligned = seen.aligned(term, pair, which)
                 made[key] = make_projector(*aligned, seed=len(self.heads))
-            for made_key, head in made.items():
-                if head is not None:
-                    self.heads[made_key] = head.to(student.device)
+            for place, head in made.items():
+                if head is not None and place not in self.heads:
+                    self.heads[place] = head
 
     def widths(self, record: Record, answer: Answer) -> Iterator[tuple[str, str, int]]:
         """Yield each head of the student's side, the layer that it reads, and how wide that is now."""
+        seen = self.see(record, answer, None)
         for name, term in self.terms.items():
-            if term.reads not in ("matched", "embedded"):
-                continue
-            for index, pair in enumerate(self._pairs[name]):
-                student = _full(record.taps[pair.student])
-                key = _key(name, index)
+            for index, pair in enumerate(self._pairs.get(name, ())):
+                key, which = _key(name, index), self._which(term)
                 if term.reads == "embedded":
-                    width = Embedding.of(student, 1, layout=term.layouts[0]).weight.shape[1]
+                    feature = seen.features(pair, which)[0]
+                    width = Embedding.of(feature, 1, layout=term.layouts[0]).weight.shape[1]
                     yield f"{key}_student", pair.student, width
-                    continue
-                teacher = _full(answer[f"{self._which(term)}:{pair.teacher}"])
-                aligned, _ = align(
-                    student,
-                    teacher,
-                    student_layout=term.layouts[0],
-                    teacher_layout=term.layouts[1],
-                )
-                yield key, pair.student, aligned.shape[-1 if aligned.dim() < 4 else 1]
+                elif term.reads == "matched":
+                    aligned = seen.aligned(term, pair, which)[0]
+                    yield key, pair.student, aligned.shape[-1 if aligned.dim() < 4 else 1]
 
-    def _check_logits(self, record: Record, answer: Answer, batch: Any) -> Tensor | None:
+    def _check_logits(self, seen: Seen) -> None:
         needed = [name for name, term in self.terms.items() if term.reads == LOGITS]
-        student, teacher = self.student_logits(record), answer.get(LOGITS)
-        if needed and (student is None or teacher is None):
+        student, teacher, ids = seen.logits, seen.answer.get(LOGITS), seen.answer.get(IDS)
+        if not needed:
+            return
+        if student is None or teacher is None:
             raise AccelError(
                 f"`{needed[0]}` needs logits",
-                f"the {'student' if student is None else 'teacher'} returns no tensor, or several, of shape "
-                f"(batch, ..., classes) within a {type(record.output).__name__}",
+                f"the {'student' if student is None else 'teacher'} returns no tensor, or several, of "
+                f"shape (batch, ..., classes) within a {type(seen.record.output).__name__}",
                 "name the layers that give them: logits='head: fc', or use losses on features",
             )
-        if student is None:
-            return None
-        if needed and teacher is not None:
-            ids = answer.get(IDS)
-            shape = teacher.shape if ids is None else (*teacher.shape[:-1], student.shape[-1])
-            if student.shape != torch.Size(shape):
-                raise AccelError(
-                    "the logits of the student and the teacher do not match",
-                    f"{tuple(student.shape)} and {tuple(shape)}",
-                    "use a teacher with the same classes or vocabulary, `Teacher(classes=)` to pick "
-                    "them, or losses on features",
-                )
-        return self.labels(record, batch)
+        shape = teacher.shape if ids is None else (*teacher.shape[:-1], student.shape[-1])
+        if student.shape != torch.Size(shape):
+            raise AccelError(
+                "the logits of the student and the teacher do not match",
+                f"{tuple(student.shape)} and {tuple(shape)}",
+                "use a teacher with the same classes or vocabulary, `Teacher(classes=)` to pick "
+                "them, or losses on features",
+            )
 
     def _which(self, term: Term) -> int:
         if term.teacher is None and len(self.teachers) > 1:
@@ -414,13 +331,8 @@ def _evaluate(term: Term, student: Tensor, teacher: Tensor, given: dict[str, Any
     return value if mask is None else value * share_of_all(mask)
 
 
-def _full(value: Tensor) -> Tensor:
-    short = value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if short else value
-
-
-def _in_full(like: Tensor) -> Any:
-    return torch.autocast(like.device.type, enabled=False)
+def _in_full(answer: Answer) -> Any:
+    return torch.autocast(next(iter(answer.values())).device.type, enabled=False)
 
 
 def _key(name: str, index: int) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_accel.errors import AccelError
 
 NO_EFFECT = 1e-3
-"""Below this share of the gradient, the teacher has no effect."""
+"""Below this share of the gradient, the teachers have no effect."""
 
 _SEEN = 5  # samples of a class before anything is said about it
 
@@ -62,6 +62,17 @@ def shares(terms: Mapping[str, Tensor], network: nn.Module) -> dict[str, float]:
         norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
     whole = sum(norms.values())
     return {name: norm / whole if whole > 0 else 0.0 for name, norm in norms.items()}
+
+
+def silent(found: Mapping[str, float]) -> list[str]:
+    """Return the losses without any effect; all of them where together they have hardly one.
+
+    >>> silent({"kd": 0.3, "fitnet": 0.0}), silent({"kd": 1e-5})
+    (['fitnet'], ['kd'])
+    """
+    if sum(found.values()) < NO_EFFECT:
+        return list(found)
+    return [name for name, share in found.items() if share == 0.0]
 
 
 def check_names(own: Sequence[str] | None, teachers: Sequence[str] | None) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.distillation.engine import Answer, Engine
+from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.projector import Embedding, Projector, from_spec, narrowed, spec
+from lightning_accel.distillation.seen import Answer
 from lightning_accel.distillation.tape import INPUT, Record
 from lightning_accel.surgery import Receipt, follow
 

@@ -31,8 +31,9 @@ from lightning_accel.bridge.example import (
 )
 from lightning_accel.bridge.restore import load_from_checkpoint
 from lightning_accel.distillation import evidence
-from lightning_accel.distillation.engine import IDS, LOGITS, Answer, Engine
+from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.schedule import Moment
+from lightning_accel.distillation.seen import Answer
 from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.tape import Record, Tape, layer
 from lightning_accel.distillation.teacher import Teacher
@@ -254,15 +255,13 @@ def _chosen(
     engine: Engine, record: Record, answer: Answer, batch: Any
 ) -> tuple[Tensor, Tensor, int] | None:
     """Return the teacher's classes, the labels, and how many classes there are."""
-    logits, target = engine.student_logits(record), engine.labels(record, batch)
-    teacher = answer.get(LOGITS)
-    if logits is None or teacher is None or target is None or target.is_floating_point():
+    seen = engine.see(record, answer, batch)
+    if seen.logits is None or seen.chosen is None or seen.target is None:
         return None
-    if target.shape != teacher.shape[:-1]:
+    if seen.target.is_floating_point() or seen.target.shape != seen.chosen.shape:
         return None
-    chosen = answer[IDS][..., 0] if IDS in answer else teacher.argmax(-1)
-    labelled = target >= 0
-    return chosen[labelled], target[labelled], logits.shape[-1]
+    labelled = seen.target >= 0
+    return seen.chosen[labelled], seen.target[labelled], seen.logits.shape[-1]
 
 
 def _only(calls: Sequence[Call]) -> str:

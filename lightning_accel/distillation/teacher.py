@@ -221,7 +221,8 @@ class Teacher:
 
     def _as_own(self, call: tuple[Any, Any]) -> tuple[Any, Any]:
         """Convert short floating point arguments for a teacher in float32."""
-        if self.precision == "same" or self._is_bf16():
+        same = self.precision == "same" and torch.is_autocast_enabled(self.device.type)
+        if same or self._is_bf16():
             return call
         own = next((p.dtype for p in self.bound.parameters() if p.is_floating_point()), None)
 

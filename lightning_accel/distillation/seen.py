@@ -1,0 +1,98 @@
+"""One call of the student beside what the teachers said to it, each part found once and when asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_accel.distillation import topk
+from lightning_accel.distillation.layers import Pair
+from lightning_accel.distillation.locate import Where, logits_of, mask_of, target_of
+from lightning_accel.distillation.projector import align
+from lightning_accel.distillation.tape import Record
+from lightning_accel.distillation.term import Term
+
+LOGITS, IDS = "logits", "logits_ids"
+
+Answer = dict[str, Tensor]
+"""What the teachers said to one call: "logits", and features by the number of the teacher and the layer."""
+
+
+class Places(NamedTuple):
+    """Where things are: the layers that give logits, labels, mask; and whether labels are shifted."""
+
+    logits: Pair | None
+    target: Where
+    mask: Where
+    shifted: bool
+
+
+class Seen:
+    """A call of the student, the teachers' answer, and the batch that led to it.
+
+    Args:
+        record: The call.
+        answer: What the teachers said.
+        batch: What the training step got.
+        places: Where labels and masks are.
+    """
+
+    def __init__(self, record: Record, answer: Answer, batch: Any, places: Places) -> None:
+        self.record, self.answer, self.batch, self.places = record, answer, batch, places
+
+    @cached_property
+    def logits(self) -> Tensor | None:
+        """The student's logits (B, ..., C), in the precision that they came in."""
+        if self.places.logits is not None:
+            return self.record.taps[self.places.logits.student]
+        return logits_of(self.record.output)
+
+    @cached_property
+    def target(self) -> Tensor | None:
+        """The labels of the logits' positions, where they can be found."""
+        place, shifted = self.places.target, self.places.shifted
+        return target_of(place, self.batch, self.record, self.logits, shifted=shifted)
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """Which positions count, or `None` for all."""
+        return mask_of(self.places.mask, self.batch, self.record, self.logits, self.target)
+
+    @cached_property
+    def chosen(self) -> Tensor | None:
+        """The teacher's class at each position of the student's logits, `None` without."""
+        teacher, ids = self.answer.get(LOGITS), self.answer.get(IDS)
+        if self.logits is None or teacher is None or teacher.shape[:-1] != self.logits.shape[:-1]:
+            return None
+        if ids is not None:
+            return ids[..., 0].long()
+        return teacher.argmax(-1) if teacher.shape == self.logits.shape else None
+
+    def both_logits(self, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return student, teacher and labels over the same classes, those of the cache if need be."""
+        assert self.logits is not None
+        student, teacher, target = full(self.logits), full(self.answer[LOGITS]), self.target
+        if IDS in self.answer:
+            ids = self.answer[IDS]
+            student = topk.coarsen(student, ids, temperature)
+            if target is not None:
+                hit = ids == target.unsqueeze(-1)
+                target = torch.where(hit.any(-1), hit.int().argmax(-1), ids.shape[-1])
+        return student, teacher, target
+
+    def features(self, pair: Pair, teacher: int) -> tuple[Tensor, Tensor]:
+        """Return what a pair of layers gave."""
+        return full(self.record.taps[pair.student]), full(self.answer[f"{teacher}:{pair.teacher}"])
+
+    def aligned(self, term: Term, pair: Pair, teacher: int) -> tuple[Tensor, Tensor]:
+        """Return what a pair of layers gave in one layout and size; widths differ."""
+        own, theirs = term.layouts
+        return align(*self.features(pair, teacher), student_layout=own, teacher_layout=theirs)
+
+
+def full(value: Tensor) -> Tensor:
+    """Return a tensor in at least 32 bits."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
