@@ -23,7 +23,7 @@ from lightning_accel.distillation.course import Course, seeded_views
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.locate import Where, check_where
-from lightning_accel.distillation.schedule import read
+from lightning_accel.distillation.schedule import now, read
 from lightning_accel.distillation.steps import depends_on
 from lightning_accel.distillation.teacher import (
     EMA,
@@ -177,7 +177,10 @@ class Distillation(Callback):
         self._averaged_step = trainer.global_step
         self._tell_views(trainer)
         # The module's own hook comes after those of all callbacks, and so after a prune.
-        work: list[tuple[str, Any]] = [("on_train_batch_start", self._before_step)]
+        work: list[tuple[str, Any]] = [
+            ("on_train_batch_start", self._before_step),
+            ("zero_grad", self._zero_grad),
+        ]
         if pl_module.automatic_optimization:
             work += [("training_step", self._step)]
         else:
@@ -187,6 +190,11 @@ class Distillation(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tell_views(trainer)
+
+    def _zero_grad(self, method: Any, set_to_none: bool = True) -> None:
+        """Stand around the module's `zero_grad`, which knows nothing of projectors."""
+        method(set_to_none)
+        self.engine.heads.zero_grad(set_to_none)
 
     def _before_step(self, method: Any, batch: Any, batch_idx: int) -> Any:
         """Stand around the module's `on_train_batch_start`: get everything ready for the step."""
@@ -238,6 +246,8 @@ class Distillation(Callback):
             if records:
                 course.taught += [r.output for r in records]
                 loss = course.teach(loss, records, course.batch)
+            elif any(depends_on(loss, output) for output in course.taught):
+                loss = loss * now(self.engine.task_weight, course.moment())
         return method(loss, *args, **kwargs)
 
     # --- after it -----------------------------------------------------------------------------------

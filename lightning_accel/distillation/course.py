@@ -27,7 +27,7 @@ from lightning_accel.distillation.optimizers import join
 from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
-from lightning_accel.distillation.teacher import Teacher
+from lightning_accel.distillation.teacher import EMA, Teacher
 from lightning_accel.distillation.views import SeededViews
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery import Receipt
@@ -216,6 +216,8 @@ class Course:
     def weigh(self, batch: Any, every: int) -> None:
         """Measure each loss's share of the gradient now and then, and warn when the teacher has none."""
         step = self.trainer.global_step
+        if self._weighed_at is None and any(teacher.kind == EMA for teacher in self.teachers):
+            self._weighed_at = step  # an average that has just begun is the student itself
         recent = self._weighed_at is not None and step - self._weighed_at < every
         if recent or self.sharded or not self.ready:
             return

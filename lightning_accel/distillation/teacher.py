@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,8 @@ class Teacher:
     def __call__(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Record:
         """Run on the arguments of a student's call."""
         assert self._tape is not None, "bind the teacher first"
-        if any(module.training for module in self.bound.modules()):
-            self.bound.eval()
         args, kwargs = self._as_own(call)
-        with torch.no_grad(), self._context(), self._tape.recording():
+        with in_eval_mode(self.bound), torch.no_grad(), self._context(), self._tape.recording():
             self._run(*args, **kwargs)
         record = self._tape.records()[-1]
         self._tape.clear()
@@ -235,6 +233,27 @@ class Teacher:
 
     def _buffer_versions(self) -> dict[str, int]:
         return {n: b._version for n, b in self.bound.named_buffers() if not b.is_inference()}
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Switch to eval mode, and give each module its own mode back.
+
+    >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with in_eval_mode(net):
+    ...     net[0].training
+    False
+    >>> net[0].training, net[1].training
+    (True, False)
+    """
+    training = [module for module in network.modules() if module.training]
+    if training:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def read_teachers(teacher: Source | Teacher | Sequence[Source | Teacher]) -> list[Teacher]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -203,9 +203,42 @@ def _put(model: nn.Module, tensors: Mapping[str, Tensor], structure: Structure) 
 
 
 def _load(holder: Stateful, state: Any) -> None:
-    holder.load_state_dict(_plain(state))
     if isinstance(holder, torch.optim.Optimizer):
+        state = _with_later_groups(state, holder.state_dict())
+        holder.load_state_dict(_plain(state))
         _in_its_own_dtype(holder, state)
+        return
+    before = {id(one): dict(vars(one)) for one in _schedulers(holder)}
+    holder.load_state_dict(_plain(state))
+    for one in _schedulers(holder):
+        _extend_lists(one, before.get(id(one), {}))
+
+
+def _with_later_groups(stored: Any, present: Any) -> Any:
+    """Add the parameter groups that joined an optimizer after its state was stored."""
+    later = present["param_groups"][len(stored["param_groups"]) :]
+    numbers = {number for group in later for number in group["params"]}
+    kept = {number: held for number, held in present["state"].items() if number in numbers}
+    return {
+        **stored,
+        "param_groups": [*stored["param_groups"], *later],
+        "state": {**stored["state"], **kept},
+    }
+
+
+def _schedulers(holder: Any) -> Iterator[Any]:
+    yield holder
+    for inner in getattr(holder, "_schedulers", ()):
+        yield from _schedulers(inner)
+
+
+def _extend_lists(scheduler: Any, before: Mapping[str, Any]) -> None:
+    """Keep the entries of parameter groups that came later in a scheduler's lists."""
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+    for name, held in before.items():
+        now = vars(scheduler).get(name)
+        if isinstance(held, list) and isinstance(now, list) and len(now) < len(held) == len(groups):
+            now.extend(held[len(now) :])
 
 
 def _in_its_own_dtype(optimizer: torch.optim.Optimizer, state: Any) -> None:
