@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.layers import Pair, pairs
-from lightning_accel.distillation.locate import Where, is_shifted, logits_of
+from lightning_accel.distillation.locate import IGNORED, Where, is_shifted, logits_of
 from lightning_accel.distillation.projector import Embedding, make_projector
 from lightning_accel.distillation.schedule import Moment, Number, now
 from lightning_accel.distillation.seen import IDS, LOGITS, Answer, Places, Seen, full
@@ -226,8 +226,11 @@ class Engine:
             temperature = float(keywords.get("temperature", self.temperature() or 1.0))
             student, teacher, target = seen.both_logits(temperature)
             both = [(student, teacher)]
-            if "mask" in term.takes and seen.valid is not None:
-                given["mask"] = seen.valid
+            valid = seen.valid
+            if valid is None and term.needs_target and seen.target is not None:
+                valid = seen.target != IGNORED  # others learn from samples without a label as well
+            if "mask" in term.takes and valid is not None:
+                given["mask"] = valid
         else:
             both = [self._pair(name, term, i, seen) for i in range(len(self._pairs[name]))]
         if "target" in term.takes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ TaskLoss = Callable[[Any, Any], Tensor]
 class DistillationModule(LightningModule):
     """Train a plain student with a teacher: fit, validate, test, predict, save and resume.
 
-    The student is the only child, so that checkpoints hold nothing else; `module.student` is the network to
-    export. A batch is a pair (inputs, targets) or a mapping of the student's keyword arguments. The
+    The student is the only network within, so that checkpoints hold nothing else; `module.student` is what you
+    deploy, and `export` saves its weights. A batch is a pair (inputs, targets) or a mapping of the student's keyword arguments. The
     work is done by a `Distillation` callback that the Trainer gets from `configure_callbacks`.
 
     Args:
@@ -132,6 +133,11 @@ class DistillationModule(LightningModule):
             return optimizer
         scheduler = self.scheduler_factory(optimizer)
         return [optimizer], [{"scheduler": scheduler, "interval": self.interval}]
+
+    def export(self, path: str | Path) -> Path:
+        """Save the weights of the student alone, for `student.load_state_dict(torch.load(path))`."""
+        torch.save(self.student.state_dict(), path)
+        return Path(path)
 
     def _call(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):
