@@ -104,7 +104,7 @@ class Engine:
 
     def ask(self, record: Record) -> Answer:
         """Return what the teachers say to the arguments of a student's call, from the cache where known."""
-        if self.cache is not None and self.cache.enabled:
+        if self.cache is not None:  # one that is off runs the teacher, and answers in the same form
             return self.cache.look_up(
                 record.args, record.kwargs, lambda args, kwargs: self._run((args, kwargs))
             )
