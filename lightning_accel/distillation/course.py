@@ -29,6 +29,7 @@ from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
 from lightning_accel.distillation.teacher import EMA, Teacher
 from lightning_accel.distillation.views import SeededViews
+from lightning_accel.distillation.world import share_of_all
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery import Receipt
 
@@ -210,7 +211,8 @@ class Course:
         values = {name: part.value for name, part in lesson.parts.items()}
         seen = lesson.seen
         if seen is not None and seen.logits is not None and seen.chosen is not None:
-            values["agreement"] = evidence.agreement(seen.logits, seen.chosen, seen.valid)
+            share = 1.0 if seen.valid is None else share_of_all(seen.valid)
+            values["agreement"] = share * evidence.agreement(seen.logits, seen.chosen, seen.valid)
         self.journal.note(values)
 
     def weigh(self, batch: Any, every: int) -> None:

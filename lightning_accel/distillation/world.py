@@ -46,16 +46,16 @@ def share_of_all(mask: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Average gradients over all processes, in place; a missing one counts as zero."""
+    """Average gradients over all processes, in place; one that is missing only here counts as zero."""
     if num_processes() == 1 or not parameters:
         return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([p.grad.reshape(-1) for p in parameters])  # type: ignore[union-attr]
+    own = [p.grad is not None for p in parameters]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    flat = torch.cat([flat, flat.new_tensor(own)])
     distributed.all_reduce(flat)
-    flat /= num_processes()
-    for parameter, part in zip(
-        parameters, flat.split([p.numel() for p in parameters]), strict=True
-    ):
-        parameter.grad.copy_(part.view_as(parameter))  # type: ignore[union-attr]
+    sums, found = flat.split([len(flat) - len(own), len(own)])
+    sizes = [p.numel() for p in parameters]
+    anywhere = found.tolist()
+    for parameter, total, some in zip(parameters, sums.split(sizes), anywhere, strict=True):
+        parameter.grad = (total / num_processes()).view_as(parameter) if some else None
