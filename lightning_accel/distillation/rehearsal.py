@@ -33,7 +33,7 @@ from lightning_accel.bridge.restore import load_from_checkpoint
 from lightning_accel.distillation import evidence
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.schedule import Moment
-from lightning_accel.distillation.seen import Answer
+from lightning_accel.distillation.seen import LOGITS, Answer
 from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.tape import Record, Tape, layer
 from lightning_accel.distillation.teacher import Teacher
@@ -137,6 +137,8 @@ def check_classes(
     batch: Any,
 ) -> None:
     """Raise when the teacher's classes come in another order, and warn when it knows nothing."""
+    if not any(term.reads == LOGITS for term in engine.terms.values()):
+        return
     own = class_names(copy, layer(copy, name), trainer.datamodule)  # type: ignore[attr-defined]
     for teacher in engine.teachers:
         if teacher.classes is None:
@@ -184,8 +186,8 @@ def gradient_shares(
     """
     with stage(trainer, pl_module) as copy:
         found = record_on(trainer, copy, engine, name, batch, batch_idx, calls)
-        if found is None:
-            return {}
+        if found is None or (found.task is None and not copy.automatic_optimization):
+            return {}  # a step without a loss, or one whose backward we cannot see
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
             weighted = engine.weighted(found.task, found.record, found.batch, moment)
         return evidence.shares(weighted, layer(copy, name))
