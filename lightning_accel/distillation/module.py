@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class DistillationModule(LightningModule):
         self.interval, self.task_loss = interval, task_loss
         self.metrics = _metrics(metrics)
         settings = {"losses": losses, "task_weight": task_weight, "student": "student", **settings}
+        inspect.signature(Distillation).bind(teacher, **settings)  # also without a teacher
         self._held = _Held(None if teacher is None else Distillation(teacher, **settings))
 
     @property

@@ -172,7 +172,7 @@ class _Hook:
         return _silent
 
     def __reduce__(self) -> Any:
-        return "_silent"
+        return _make_silent, ()
 
 
 class _Enter(_Hook):
@@ -210,6 +210,10 @@ def _take(state: _State, name: str, value: Any) -> None:
 
 def _silent(*_: Any) -> None:
     """Do nothing."""
+
+
+def _make_silent() -> Any:
+    return _silent
 
 
 def _root_hooks(model: nn.Module, state: _State) -> tuple[RemovableHandle, RemovableHandle]:

@@ -218,15 +218,17 @@ class Teacher:
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def _as_own(self, call: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Convert short floating point arguments for a teacher in float32."""
-        same = self.precision == "same" and torch.is_autocast_enabled(self.device.type)
-        if same or self._is_bf16():
+        """Convert floating point arguments to the format of the teacher."""
+        if self.precision == "same" and torch.is_autocast_enabled(self.device.type):
             return call
-        own = next((p.dtype for p in self.bound.parameters() if p.is_floating_point()), None)
+        floating = (p.dtype for p in self.bound.parameters() if p.is_floating_point())
+        # Autocast takes any short format, but leaves 64 bits alone.
+        own = torch.float32 if self._is_bf16() else next(floating, None)
+        leave = (torch.float16, torch.bfloat16) if self._is_bf16() else ()
 
         def convert(value: Any) -> Any:
-            short = isinstance(value, Tensor) and value.is_floating_point()
-            return value.to(own) if short and own is not None and value.dtype != own else value
+            wanted = isinstance(value, Tensor) and value.is_floating_point() and own is not None
+            return value.to(own) if wanted and value.dtype not in leave else value
 
         args, kwargs = tree_map(convert, call)
         return args, kwargs
