@@ -369,7 +369,7 @@ class Distillation(Callback):
         others: list[Callback] = [c for c in callbacks if isinstance(c, WeightAveraging)]
         network = next(averages(others, pl_module), None)
         if network is None:
-            rule = get_ema_multi_avg_fn(self.ema_decay)
+            rule = _Rule(self.ema_decay)
             self.average = AveragedModel(twin(pl_module), multi_avg_fn=rule, use_buffers=True)
             if state is not None:
                 self.average.load_state_dict(state)
@@ -418,6 +418,16 @@ class Distillation(Callback):
     def _tell_views(self, trainer: Trainer) -> None:
         for views in seeded_views(trainer):
             views.set_epoch(trainer.current_epoch)
+
+
+class _Rule:
+    """Torch's rule of a moving average, in a form that pickles."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def __call__(self, *args: Any) -> None:
+        get_ema_multi_avg_fn(self.decay)(*args)
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
