@@ -6,14 +6,17 @@ import hydra
 from omegaconf import DictConfig
 
 from lightning_accel.job import job
-from lightning_accel.recipe import build
+from lightning_accel.recipe import build, prepare_teacher
+
+OURS = ("models.", "data.")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> float:
     """Fit and test; return the objective of a sweep, measured on the validation data."""
     with job(cfg):
-        run = build(cfg, allow=("models.", "data."))
+        prepare_teacher(cfg, allow=OURS)
+        run = build(cfg, allow=OURS)
         run.trainer.fit(run.model, run.data, ckpt_path=run.ckpt_path, weights_only=True)
         objective = float(run.trainer.callback_metrics[cfg.objective])
         run.trainer.test(run.model, run.data)

@@ -21,6 +21,7 @@ from models.vit import ViT
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ["amp", "compile", "prune", "amp_compile", "amp_prune", "amp_compile_prune"]
+PRESETS += ["distill", "amp_prune_distill"]
 
 
 def run(*arguments: str, cwd: Path, script: str = "examples/train.py") -> str:
@@ -58,6 +59,41 @@ def test_the_split_does_not_depend_on_the_seed() -> None:
     first.setup("fit")
     second.setup("test")
     assert torch.equal(first.test.tensors[0], second.test.tensors[0])
+
+
+def rows(data: Digits) -> set[tuple[float, ...]]:
+    return {tuple(row) for row in data.train.tensors[0].flatten(1).tolist()}
+
+
+def few(num_train: int | None, seed: int = 0) -> Digits:
+    data = Digits(num_train=num_train, seed=seed)
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_few_labels_are_as_many_of_each_class_and_part_of_the_training_data(seed: int) -> None:
+    everything, hundred, five = few(None), few(100, seed), few(5, seed)
+    assert hundred.train.tensors[1].bincount().tolist() == [10] * 10
+    assert len(five.train.tensors[1].unique()) == 5
+    assert rows(five) < rows(hundred) < rows(everything)
+    for part in ("val", "test"):
+        assert torch.equal(getattr(hundred, part).tensors[0], getattr(everything, part).tensors[0])
+
+
+def test_few_labels_depend_on_the_seed_and_belong_to_their_images() -> None:
+    first, second = few(100, 0), few(100, 1)
+    assert rows(first) != rows(second) and rows(first) == rows(few(100, 0))
+    label_of = {
+        tuple(x.flatten().tolist()): int(y) for x, y in zip(*few(None).train.tensors, strict=True)
+    }
+    for x, y in zip(*first.train.tensors, strict=True):
+        assert label_of[tuple(x.flatten().tolist())] == int(y)
+
+
+def test_fewer_images_than_a_batch_still_make_one() -> None:
+    batches = list(few(40).train_dataloader())
+    assert [len(y) for _, y in batches] == [40]
 
 
 @pytest.mark.parametrize("data", [Digits(), Pydoc(num_windows=64)], ids=["digits", "pydoc"])
@@ -213,7 +249,7 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(tmp_path: 
     ("preset", "experiment"),
     [
         *((preset, "digits_resnet") for preset in PRESETS),
-        *((preset, other) for preset in PRESETS[-2:] for other in ("digits_vit", "pydoc_gpt")),
+        *((preset, other) for preset in PRESETS[-4:] for other in ("digits_vit", "pydoc_gpt")),
     ],
 )
 def test_a_preset_finishes_with_a_true_table(tmp_path: Path, preset: str, experiment: str) -> None:
@@ -221,6 +257,8 @@ def test_a_preset_finishes_with_a_true_table(tmp_path: Path, preset: str, experi
     fast = ["trainer=fast", "trainer.max_epochs=2", "+callbacks.report.budget_s=1"]
     if "compile" in preset:  # tests/test_compilation.py runs the code generator
         fast.append("+callbacks.compilation.backend=aot_eager")
+    if preset == "distill":
+        fast += ["teacher.model.depth=2", "teacher.trainer.max_epochs=1"]
     run(f"+accel={preset}", *chosen, *fast, cwd=tmp_path)
     (path,) = tmp_path.glob("outputs/*/report.json")
     report = json.loads(path.read_text())
@@ -243,3 +281,45 @@ def test_two_callbacks_give_the_same_without_hydra(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ratios"]["macs"] > 2
     assert report["final"]["metrics"]["test/acc"] > 0.97
+
+
+# --- distillation -----------------------------------------------------------------------------------
+
+TINY = ["model.widths=[8,16]", "model.depth=1", "teacher.model.widths=[16,32]"]
+TINY += ["trainer=fast", "+callbacks.report.budget_s=0.5"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["logits", "features"])
+def test_a_teacher_is_trained_by_the_first_run_and_found_by_the_next(
+    tmp_path: Path, group: str
+) -> None:
+    distill = ["+accel=distill", f"distillation={group}", *TINY]
+    first = run(*distill, "seed=0", cwd=tmp_path)
+    (teacher,) = (tmp_path / "outputs" / "teachers").iterdir()
+    made = teacher.stat().st_mtime_ns
+    second = run(*distill, "seed=1", "data.num_train=80", cwd=tmp_path)
+    assert "Training the teacher first" in first and "Training the teacher" not in second
+    assert [p.stat().st_mtime_ns for p in teacher.parent.iterdir()] == [made]
+    assert "distillation/agreement" in first and "distillation/agreement" in second
+    assert ("distillation/fitnet" in second) == (group == "features")
+
+
+@pytest.mark.slow
+def test_no_teacher_is_trained_where_none_is_asked_for(tmp_path: Path) -> None:
+    run("+accel=amp_prune_distill", *TINY, cwd=tmp_path)
+    assert not (tmp_path / "outputs" / "teachers").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["02_distill_image", "03_distill_language"])
+def test_a_student_gains_from_its_teacher_in_under_sixty_lines(tmp_path: Path, name: str) -> None:
+    script = f"examples/{name}.py"
+    assert len((ROOT / script).read_text().splitlines()) < 60
+    printed = run(cwd=tmp_path, script=script)
+    alone, taught = (
+        float(line.split(": ")[1].split()[0])
+        for line in printed.splitlines()
+        if line.startswith("student ")
+    )
+    assert taught > alone + 0.03 if "image" in name else taught < alone - 0.1

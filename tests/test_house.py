@@ -237,7 +237,7 @@ def test_every_technique_folder_has_a_config_group_and_a_variant_that_does_nothi
 def test_the_wheel_takes_every_technique_group_and_no_generic_one() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     groups = {p.name for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "__pycache__"}
-    generic = {"data", "experiment", "logger", "model", "trainer"}
+    generic = {"data", "experiment", "logger", "model", "teacher", "trainer"}
     for group in groups - generic:
         assert f'"conf/{group}" = "lightning_accel/conf/{group}"' in project
     for group in generic:

@@ -118,7 +118,15 @@ def test_the_wheel_holds_the_presets_and_no_generic_group(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     groups = {n.split("/")[2] for n in names if n.startswith("lightning_accel/conf/")}
     assert groups >= {"__init__.py", "accel", "accelerator", "pruning", "precision", "compilation"}
-    assert not groups & {"config.yaml", "data", "model", "trainer", "logger", "experiment"}
+    assert not groups & {
+        "config.yaml",
+        "data",
+        "model",
+        "trainer",
+        "logger",
+        "experiment",
+        "teacher",
+    }
     assert "lightning_accel/py.typed" in names
     assert "hydra_plugins/lightning_accel/__init__.py" in names
     tops = {n.split("/")[0] for n in names}

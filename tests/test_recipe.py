@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
+import signal
 import subprocess
 import sys
 import types
@@ -11,17 +13,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lightning_accel.errors import Unsupported
+from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.job import job
-from lightning_accel.recipe import ALLOWED, Run, build
+from lightning_accel.recipe import ALLOWED, Run, build, prepare_teacher
 from lightning_accel.redact import HIDDEN, redacted
 from lightning_accel.surgery import Stage
 
@@ -42,6 +45,17 @@ class Toy(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Ones(LightningDataModule):
+    """Eight rows of one."""
+
+    def __init__(self, width: int = 2) -> None:
+        super().__init__()
+        self.width = width
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.ones(8, self.width), 4)
 
 
 class Plain(Callback):
@@ -67,7 +81,7 @@ def house(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     package, parts = types.ModuleType("house"), types.ModuleType("house.parts")
     package.__path__ = []  # type: ignore[attr-defined]
     package.parts = parts  # type: ignore[attr-defined]
-    for thing in (Toy, Plain, Shaping, Compiling, make_toy):
+    for thing in (Toy, Ones, Plain, Shaping, Compiling, make_toy):
         monkeypatch.setattr(thing, "__module__", "house.parts")
         setattr(parts, thing.__name__, thing)
     parts.os, parts.torch, parts.load = os, torch, torch.load  # type: ignore[attr-defined]
@@ -388,10 +402,10 @@ def test_the_traps_of_these_tests_would_spring_without_the_check(tmp_path: Path)
 
 
 def test_nothing_is_built_when_one_target_is_refused(
-    house: types.ModuleType, tmp_path: Path
+    house: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    house.Plain.__init__ = lambda self, **_: seen.append("built")  # type: ignore[attr-defined]
+    monkeypatch.setattr(house.Plain, "__init__", lambda self, **_: seen.append("built"))
     bad = {"_target_": "os.system", "_args_": ["true"]}
     with pytest.raises(ValueError, match="not allowed"):
         built(config(callbacks={"a": {"_target_": "house.parts.Plain"}, "z": bad}))
@@ -443,6 +457,175 @@ def _filled(node: Any, mark: str) -> Any:
     if isinstance(node, list):
         return [_filled(v, mark) for v in node]
     return node.replace("MARK", mark) if isinstance(node, str) else node
+
+
+# --- a teacher ----------------------------------------------------------------------------------------
+
+
+def with_teacher(folder: Path, **changes: Any) -> DictConfig:
+    teacher = {
+        "model": {"_target_": "house.parts.Toy"},
+        "trainer": {"max_epochs": 2, "enable_progress_bar": False},
+        "data": {"width": 2},
+        "folder": str(folder),
+        "ckpt_path": None,
+    }
+    asks = {"_target_": "house.parts.Plain", "name": "${teacher.ckpt_path}"}
+    tree = config(data={"_target_": "house.parts.Ones"}, callbacks={"asks": asks})
+    return OmegaConf.create(tree | {"teacher": teacher | changes})
+
+
+def prepared(cfg: Any) -> Path | None:
+    return prepare_teacher(cfg, allow=("house.",))
+
+
+def test_a_teacher_is_trained_once_and_callbacks_are_told_where_it_is(
+    house: types.ModuleType, tmp_path: Path
+) -> None:
+    cfg = with_teacher(tmp_path / "kept")
+    path = prepared(cfg)
+    assert path is not None and list((tmp_path / "kept").iterdir()) == [path]
+    assert ours(built(cfg).trainer) == [str(path)]
+    held, made = torch.load(path, weights_only=True), path.stat().st_mtime_ns
+    assert held["global_step"] == 4 and "optimizer_states" not in held
+    assert prepared(with_teacher(tmp_path / "kept")) == path == prepared(cfg)
+    assert path.stat().st_mtime_ns == made, "the second run has found it"
+
+
+def test_another_way_to_train_a_teacher_is_another_file(
+    house: types.ModuleType, tmp_path: Path
+) -> None:
+    same = with_teacher(tmp_path)
+    same.trainer.max_epochs, same.seed = 9, 5
+    same.data.width = 3  # the teacher's own data say 2
+    wider = {"_target_": "house.parts.Toy", "width": 4}
+    longer = {"max_epochs": 1, "enable_progress_bar": False}
+    others = [{"model": wider}, {"trainer": longer}, {"seed": 1}, {"data": {}}]
+    paths = [prepared(with_teacher(tmp_path)), prepared(same)]
+    paths += [prepared(with_teacher(tmp_path, **other)) for other in others[:3]]
+    assert paths[0] == paths[1] and len(set(paths)) == 4
+    assert prepared(with_teacher(tmp_path, **others[3])) not in paths
+
+
+def test_no_teacher_is_trained_that_no_callback_asks_for(
+    house: types.ModuleType, tmp_path: Path
+) -> None:
+    cfg = with_teacher(tmp_path / "kept")
+    cfg.callbacks.asks.name = "plain"
+    assert prepared(cfg) is None and cfg.teacher.ckpt_path is None
+    assert prepared(config()) is None
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_checkpoint_that_is_given_is_the_teacher(house: types.ModuleType, tmp_path: Path) -> None:
+    cfg = with_teacher(tmp_path / "kept", ckpt_path="mine.ckpt")
+    assert prepared(cfg) == Path("mine.ckpt") and cfg.teacher.ckpt_path == "mine.ckpt"
+    assert not (tmp_path / "kept").exists()
+
+
+def test_training_a_teacher_moves_no_random_state_and_has_its_own_seed(
+    house: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    weights = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        path = prepared(with_teacher(tmp_path / str(seed)))
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+        assert path is not None and "PL_GLOBAL_SEED" not in os.environ
+        weights.append(torch.load(path, weights_only=True)["state_dict"]["net.weight"])
+    assert torch.equal(*weights)
+
+
+def test_ranks_that_start_together_do_not_each_train_a_teacher(
+    house: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AccelError, match="run the same command on one device first"):
+        prepared(with_teacher(tmp_path / "kept"))
+    monkeypatch.delenv("WORLD_SIZE")
+    path = prepared(with_teacher(tmp_path / "kept"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert prepared(with_teacher(tmp_path / "kept")) == path
+
+
+def test_a_training_that_fails_leaves_no_teacher(
+    house: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(self: Trainer, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_checkpoint", half)
+        with pytest.raises(OSError, match="disk full"):
+            prepared(with_teacher(tmp_path / "kept"))
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys, types
+from pathlib import Path
+from lightning.pytorch import Trainer
+from lightning_accel.recipe import prepare_teacher
+
+save = Trainer.save_checkpoint
+def half(self, path, **kwargs):
+    save(self, path, **kwargs)
+    os.truncate(path, os.path.getsize(path) // 2)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer.save_checkpoint = half if sys.argv[2] == "killed" else save
+boring = "lightning.pytorch.demos.boring_classes."
+cfg = {
+    "trainer": {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu"},
+    "model": {"_target_": boring + "BoringModel"},
+    "callbacks": {"asks": {"teacher": "${teacher.ckpt_path}"}},
+    "teacher": {
+        "model": {"_target_": boring + "BoringModel"},
+        "trainer": {"max_steps": 1, "enable_progress_bar": False},
+        "folder": sys.argv[1],
+        "ckpt_path": None,
+    },
+}
+print("PATH", prepare_teacher(cfg, allow=(boring,)))
+"""
+
+
+def test_a_killed_training_leaves_nothing_that_is_taken_for_a_teacher(tmp_path: Path) -> None:
+    (tmp_path / "prepare.py").write_text(KILLED)
+
+    def start(how: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "prepare.py", str(tmp_path / "kept"), how],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            timeout=120,
+        )
+
+    assert start("killed").returncode == -signal.SIGKILL
+    assert [p for p in (tmp_path / "kept").iterdir() if p.suffix == ".ckpt"] == []
+    done = start("in peace")
+    assert done.returncode == 0, done.stderr
+    (path,) = (p for p in (tmp_path / "kept").iterdir() if p.suffix == ".ckpt")
+    assert f"PATH {path}" in done.stdout
+    assert torch.load(path, weights_only=True)["global_step"] == 1
+
+
+def test_distillation_without_a_teacher_is_an_error_that_says_how_to_get_one(
+    house: types.ModuleType,
+) -> None:
+    node = OmegaConf.load(ROOT / "conf" / "distillation" / "logits.yaml")
+    with pytest.raises(ValueError, match=r"`callbacks\.distillation` has no teacher") as caught:
+        built(OmegaConf.create(config(callbacks={"distillation": node})))
+    assert "callbacks.distillation.teacher=path.ckpt" in str(caught.value)
+    assert "prepare_teacher" in str(caught.value)
 
 
 # --- secrets ------------------------------------------------------------------------------------------
@@ -580,3 +763,27 @@ def test_a_part_of_a_preset_can_be_changed_and_taken_out() -> None:
     assert composed("+accel=prune", "callbacks.pruning.ratio=0.3").callbacks.pruning.ratio == 0.3
     assert "pruning" not in composed("+accel=amp_prune", "pruning=none").callbacks
     assert composed("+pruning=random").callbacks.pruning.importance == "random"
+
+
+@pytest.mark.parametrize("chosen", [[], ["model=vit"], ["experiment=pydoc_gpt"]], ids=str)
+def test_a_teacher_is_of_the_students_class_and_larger(chosen: list[str]) -> None:
+    cfg = composed(*chosen)
+    assert cfg.teacher.model._target_ == cfg.model._target_
+    assert cfg.teacher.ckpt_path is None
+    if "experiment=pydoc_gpt" in chosen:
+        assert cfg.teacher.model.depth == 2 * cfg.model.depth
+    assert composed(*chosen, "teacher=resnet").teacher.model._target_ == "models.resnet.ResNet"
+
+
+def test_what_a_student_learns_from_can_be_changed() -> None:
+    logits = composed("+accel=distill").callbacks.distillation
+    language = composed("+accel=distill", "experiment=pydoc_gpt").callbacks.distillation
+    assert (logits.losses.kd.temperature, language.losses.kd.temperature) == (4.0, 1.0)
+    features = composed("+accel=distill", "distillation=features").callbacks.distillation
+    assert list(features.losses) == ["kd", "fitnet"]
+    assert (
+        composed("+accel=amp_prune", "+distillation=self").callbacks.distillation.teacher == "self"
+    )
+    assert "distillation" not in composed("+accel=distill", "distillation=none").callbacks
+    both = composed("+accel=[amp_prune,distill]").callbacks
+    assert "pruning" in both and both.distillation.teacher is None

@@ -146,3 +146,17 @@ def test_the_ranks_of_a_sweep_train_with_the_same_values(tmp_path: Path) -> None
         assert [(rank["lr"], rank["seed"]) for rank in seen] == [(lr, 7)] * 2
         assert [rank["mode"] for rank in seen] == ["MULTIRUN", "RUN"]
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "multirun").exists()
+
+
+@pytest.mark.ddp
+def test_a_sweep_on_two_processes_trains_its_teacher_once(tmp_path: Path) -> None:
+    teacher = [
+        "teacher.model.widths=[8,16]",
+        "teacher.model.depth=1",
+        "teacher.trainer.max_epochs=1",
+    ]
+    two = ["trainer.strategy=ddp", "trainer.devices=2", "+callbacks.report.budget_s=0.5"]
+    printed = train(tmp_path, "-m", "+accel=distill", "seed=0,1", *FAST, *two, *teacher)
+    assert printed.count("Training the teacher first") == 1
+    assert len(list((tmp_path / "outputs" / "teachers").iterdir())) == 1
+    assert len(list(tmp_path.glob("outputs/sweep_*/*/report.json"))) == 2
