@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -85,12 +86,12 @@ class Term:
         self.keywords = keywords
         self._check()
 
-    @property
+    @cached_property
     def takes(self) -> frozenset[str]:
         """Return the names of the keywords that the loss takes."""
         return frozenset(inspect.signature(self.loss).parameters)
 
-    @property
+    @cached_property
     def needs_target(self) -> bool:
         """Whether the loss cannot do without labels."""
         found = inspect.signature(self.loss).parameters.get("target")
