@@ -901,7 +901,9 @@ def test_a_share_of_a_fit_without_epochs_is_refused(trainer_kwargs: dict[str, An
 class TestRefusals:
     """Bad inputs are told at setup, before any step."""
 
-    @pytest.mark.parametrize("when", [-1, 1.5, "2", [], [3, 1], [1, 1], None, [True], 1.0, 0.0, [0.6, 0.3], [1, 0.5]])
+    @pytest.mark.parametrize(
+        "when", [-1, 1.5, "2", [], [3, 1], [1, 1], None, [True], 1.0, 0.0, [0.6, 0.3], [1, 0.5]]
+    )
     def test_an_impossible_schedule(self, when: Any) -> None:
         with pytest.raises(ValueError, match="`when`"):
             StructuredPruning(ratio=0.5, when=when)
