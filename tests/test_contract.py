@@ -9,6 +9,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from lightning_accel import (
     AccelReport,
     AutocastPrecision,
     BlockCompile,
+    Distillation,
     StepMeter,
     StructuredPruning,
     load_from_checkpoint,
 )
 from lightning_accel.bridge import ModelEdit
+from lightning_accel.distillation import Teacher
 from lightning_accel.errors import NoEffect
 from lightning_accel.precision import MemoryFormat
 from lightning_accel.pruning import SparsityTraining, WeightMasks
@@ -54,6 +57,31 @@ def report() -> AccelReport:
     return AccelReport(budget_s=0.2)
 
 
+@cache
+def knowing() -> torch.nn.Module:
+    """Train a network until it knows the labels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        net = tiny.ConvNet()
+        adam = torch.optim.Adam(net.parameters(), 1e-2)
+        for x, y in [*data()] * 20:
+            adam.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            adam.step()
+        return net.eval()
+
+
+def distill(source: str | None = None, losses: Any = None) -> Distillation:
+    teacher = Teacher(source or copy.deepcopy(knowing()), precision="fp32")
+    return Distillation(teacher, losses or {"kd": 0.05})
+
+
+FEATURES = {
+    "fitnet": {"layers": "conv", "weight": 0.1},  # of equal width, and so without a projector
+    "similarity_preserving": {"layers": "down.1", "weight": 1.0},
+    "attention_transfer": {"layers": ["stem", "conv"], "weight": 1.0},
+}
+
 Technique = Callable[[], dict[str, Any]]
 
 ROWS: dict[str, Technique] = {
@@ -70,8 +98,11 @@ ROWS: dict[str, Technique] = {
     },
     "prune+compile": lambda: {"callbacks": [prune(), compiled()]},
     "amp+prune": lambda: {"callbacks": [prune()], "plugins": [AutocastPrecision("bf16")]},
+    "distill": lambda: {"callbacks": [distill()]},
+    "distill features": lambda: {"callbacks": [distill(losses=FEATURES)]},
+    "prune+distill self": lambda: {"callbacks": [prune(), distill("self")]},
     "all": lambda: {
-        "callbacks": [prune(), MemoryFormat(), compiled(), StepMeter(), report()],
+        "callbacks": [prune(), MemoryFormat(), compiled(), distill(), StepMeter(), report()],
         "plugins": [AutocastPrecision("bf16")],
     },
 }
@@ -328,8 +359,9 @@ def test_a_selection_of_nothing_is_an_error_not_a_silence(fit: Fit, name: str) -
 
 @pytest.mark.parametrize("name", sorted(set(lightning_accel.__all__) - {"load_from_checkpoint"}))
 def test_unknown_arguments_are_refused(name: str) -> None:
+    required = [torch.nn.Linear(1, 1)] if name == "DistillationModule" else []
     with pytest.raises(TypeError, match="unexpected keyword"):
-        getattr(lightning_accel, name)(no_such_argument=1)
+        getattr(lightning_accel, name)(*required, no_such_argument=1)
 
 
 @pytest.mark.parametrize("name", lightning_accel.__all__)

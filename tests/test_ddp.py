@@ -1,4 +1,4 @@
-"""Two processes over gloo: prune in mid-training and resume, without the ranks drifting apart."""
+"""Two processes over gloo prune, distil and resume, without the ranks drifting apart."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,53 @@ def test_ranks_agree_through_prune_and_resume(tmp_path: Path, importance: str, u
     assert len(zero["whole"]) == 4 + 2  # epochs and prunes
     assert zero["resumed"] == zero["whole"][-len(zero["resumed"]) :]
     assert len(set(zero["whole"])) == 6
+
+
+LOSSES = "kd,logit_standardized_kd,dkd,dist,jsd,fitnet,attention_transfer,rkd,similarity_preserving,crd,own"
+AROUND = "late,accumulate,manual,clip,masked,cache,ema,prune,self"
+
+
+@pytest.mark.parametrize("cases", [LOSSES, AROUND], ids=["losses", "around"])
+def test_two_processes_distil_as_one_and_resume_bit_equal(tmp_path: Path, cases: str) -> None:
+    for devices in "12":
+        done = run_script("ddp_distill.py", str(tmp_path), cases, devices)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, zero, other = (
+        json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("1-rank0", "2-rank0", "2-rank1")
+    )
+    assert zero == other
+    for case in cases.split(","):
+        assert zero[f"{case} resumed"] == zero[case], case
+        for kind in ("weights", "heads", "logged"):
+            limit = 1e-5 if kind == "logged" else 1e-6
+            assert far(one[case][kind], zero[case][kind]) < limit, (case, kind)
+
+
+def test_a_sharded_student_learns_what_a_whole_one_does(tmp_path: Path) -> None:
+    for mode in ([], ["--alone"]):
+        done = run_script("fsdp_distill.py", str(tmp_path), *mode)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, zero, one = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "rank0", "rank1")
+    )
+    assert zero == one
+    assert zero["equal"]["local"] == 8  # of 16, and so really sharded
+    assert far(alone["equal"]["weights"], zero["equal"]["weights"]) < 1e-6
+    assert zero["resumed"] == zero["equal"]
+    assert "projectors cannot be trained beside sharded parameters" in zero["wide"]
+
+
+def far(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the largest difference between nested lists of numbers."""
+    assert one.keys() == other.keys()
+    return max((abs(a - b) for a, b in zip(_flat(one), _flat(other), strict=True)), default=0.0)
+
+
+def _flat(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [n for item in value for n in _flat(item)] if isinstance(value, list) else [value]
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "tp"])

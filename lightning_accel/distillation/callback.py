@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -379,11 +380,18 @@ class Distillation(Callback):
                 teacher.network = network
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if getattr(pl_module, "_compiler_ctx", None):
+        step = vars(pl_module).get("training_step")
+        if getattr(pl_module, "_compiler_ctx", None) or hasattr(step, "_torchdynamo_orig_callable"):
             raise Unsupported(
-                "the step of a compiled LightningModule cannot be added to",
-                f"torch.compile({type(pl_module).__name__})",
+                "a compiled training step cannot be added to",
+                f"torch.compile of {type(pl_module).__name__} or its `training_step`",
                 "pass the plain module, and compile the networks inside it or add `BlockCompile()`",
+            )
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise Unsupported(
+                "a training step that draws its own batches cannot be rehearsed",
+                "training_step(self, dataloader_iter)",
+                "take `batch` as its argument",
             )
         kinds = {teacher.kind for teacher in self.teachers}
         edits = [c for c in trainer.callbacks if getattr(c, "stage", None) == Stage.SHAPE]  # type: ignore[attr-defined]

@@ -324,6 +324,9 @@ def _evaluate(term: Term, student: Tensor, teacher: Tensor, given: dict[str, Any
     if num_processes() == 1:
         return term.loss(student, teacher, **given)
     if term.across_rows:
+        if term.reads == LOGITS:  # each position is a row; sequences may differ in length
+            student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+            given = {k: v.flatten() if isinstance(v, Tensor) else v for k, v in given.items()}
         student, teacher = all_rows(student), all_rows(teacher)
         given = {k: all_rows(v) if isinstance(v, Tensor) else v for k, v in given.items()}
         value = term.loss(student, teacher, **given)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
+from lightning_accel.errors import AccelError
+
 
 def num_processes() -> int:
     """Return how many processes average their gradients.
@@ -19,17 +21,34 @@ def num_processes() -> int:
 def all_rows(value: Tensor) -> Tensor:
     """Return the rows of all processes, in order of rank; only one's own carry a gradient.
 
-    The shape must be the same everywhere, as a `DistributedSampler` makes it.
+    Raises:
+        AccelError: Rows differ in shape between processes.
 
     >>> all_rows(torch.ones(2, 3)).shape
     torch.Size([2, 3])
     """
     if num_processes() == 1:
         return value
-    gathered = [torch.empty_like(value) for _ in range(num_processes())]
-    distributed.all_gather(gathered, value.detach().contiguous())
-    gathered[distributed.get_rank()] = value
-    return torch.cat(gathered)
+    if value.dtype == torch.bool:
+        return all_rows(value.byte()).bool()
+    own = torch.tensor(value.shape, device=value.device)
+    shapes = [torch.empty_like(own) for _ in range(num_processes())]
+    distributed.all_gather(shapes, own)
+    sizes = [shape.tolist() for shape in shapes]
+    if any(size[1:] != sizes[0][1:] for size in sizes):
+        raise AccelError(
+            "a loss over all rows of a batch needs rows of one shape on all processes",
+            f"shapes {sizes}",
+            "pad to one length, or use a loss of single rows such as 'kd'",
+        )
+    most = max(size[0] for size in sizes)  # of a last batch, processes may have different shares
+    padded = value.detach().new_zeros((most, *value.shape[1:]))
+    padded[: len(value)] = value.detach()
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(gathered, padded)
+    rows = [part[: size[0]] for part, size in zip(gathered, sizes, strict=True)]
+    rows[distributed.get_rank()] = value
+    return torch.cat(rows)
 
 
 def share_of_all(mask: Tensor) -> Tensor:

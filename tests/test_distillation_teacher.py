@@ -1,0 +1,397 @@
+"""Who teaches and what is tapped: modes, precision, order of classes, averages, ensembles, layers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from lessons import (
+    BOTH,
+    HINT,
+    At,
+    Fit,
+    Module,
+    apart,
+    by_hand,
+    callback,
+    data,
+    epochs,
+    fits,
+    master,
+    taught,
+    teacher,
+)
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+)
+from torch import Tensor, nn
+
+from lightning_accel import (
+    Distillation,
+    StructuredPruning,
+)
+from lightning_accel.distillation import Teacher, losses
+from lightning_accel.distillation.tape import Tape
+from lightning_accel.errors import AccelError, NoEffect
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+]
+
+
+@pytest.fixture
+def fit(trainer_kwargs: dict[str, Any]) -> Fit:
+    return fits(trainer_kwargs)
+
+
+# --- teachers -------------------------------------------------------------------------------------
+
+
+class Restless(nn.Module):
+    """Has dropout, and says in which modes it was called; gradients are one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.drop = master(), nn.Dropout(0.9)
+        self.modes: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes += [module.training for module in self.modules()]
+        self.modes.append(torch.is_grad_enabled())
+        return self.drop(self.net(x))
+
+
+def test_the_teacher_teaches_in_eval_mode_and_stays_what_it_is(fit: Fit) -> None:
+    guide = Restless().train()
+    before = copy.deepcopy(guide.state_dict())
+    flip = At(lambda *_: guide.train())
+    model = Module()
+    fit(model, Distillation(teacher(guide), {"kd": {"weight": 0.5}}, task_weight=0.3), flip)
+    assert guide.modes and not any(guide.modes)
+    assert all(torch.equal(before[name], value) for name, value in guide.state_dict().items())
+    assert all(p.grad is None for p in guide.parameters())
+    assert apart(model.net, by_hand("kd")[0]) == 0
+
+
+def test_a_teacher_that_changes_a_buffer_in_eval_mode_is_an_error(fit: Fit) -> None:
+    class Counts(Restless):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            return self.net(x)
+
+    with pytest.raises(AccelError, match="changed while it was teaching.*`count`"):
+        fit(Module(), Distillation(teacher(Counts()), "kd"))
+
+
+def test_a_teacher_in_bfloat16_leaves_the_users_network_as_it_is(fit: Fit) -> None:
+    guide = master()
+    before = copy.deepcopy(guide.state_dict())
+    fit(Module(), Distillation(teacher(guide, precision="bf16"), BOTH))
+    after = guide.state_dict()
+    assert all(
+        torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in after
+    )
+
+
+def test_one_network_cannot_teach_itself(fit: Fit) -> None:
+    model = Module()
+    with pytest.raises(AccelError, match="share parameters"):
+        fit(model, Distillation(teacher(model.net), "kd"))
+
+
+def permuted(order: list[int]) -> nn.Module:
+    guide: Any = master()
+    guide.head.weight.data = guide.head.weight.data[order].clone()
+    guide.head.bias.data = guide.head.bias.data[order].clone()
+    return guide
+
+
+def test_classes_in_another_order_are_an_error_that_classes_mends(fit: Fit) -> None:
+    guide = permuted([2, 0, 3, 1])
+    with pytest.raises(AccelError, match="come in another order"):
+        fit(Module(), Distillation(teacher(guide), "kd"))
+    model = Module()
+    mended = teacher(guide, classes=[1, 3, 0, 2])
+    fit(model, Distillation(mended, {"kd": {"weight": 0.5}}, task_weight=0.3))
+    assert apart(model.net, by_hand("kd")[0]) < 1e-6
+
+
+def test_another_number_of_classes_is_told_before_the_first_step(fit: Fit) -> None:
+    guide: Any = master()
+    guide.head = nn.Linear(24, 6)
+    model = Module()
+    with pytest.raises(AccelError, match=r"do not match.*\(8, 4\) and \(8, 6\)"):
+        fit(model, Distillation(teacher(guide), "kd"))
+    assert apart(model, Module()) == 0
+
+
+def test_a_teacher_that_knows_nothing_is_told(fit: Fit) -> None:
+    with pytest.warns(UserWarning, match="hardly better than guessing"):
+        fit(Module(), Distillation(teacher(tiny.ConvNet(12)), "kd"), max_epochs=1)
+
+
+def test_a_teacher_without_effect_is_told(fit: Fit) -> None:
+    with pytest.warns(UserWarning, match="distillation has no effect"):
+        fit(Module(), Distillation(teacher(), {"kd": 1e-9}), max_epochs=1)
+
+
+def test_a_tap_on_frozen_layers_beside_a_loss_that_works_is_told(fit: Fit) -> None:
+    model = Module()
+    model.net.stem.requires_grad_(False)
+    hint = {"kd": 1.0, "hint": {"loss": "similarity_preserving", "layers": "stem", "weight": 1.0}}
+    with pytest.warns(UserWarning, match="hint"):
+        fit(model, Distillation(teacher(), hint), max_epochs=1)
+
+
+def test_several_teachers_speak_by_their_weights(fit: Fit) -> None:
+    one, two = master(), taught(tiny.ConvNet(10))
+    three_to_one = [teacher(one, weight=3.0), teacher(two, weight=1.0)]
+    model, student = Module(), Module().net
+    fit(model, Distillation(three_to_one, {"kd": 1.0}))
+    sgd = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9)
+    for x, y in [*data(), *data()]:
+        logits, answer = student(x), (0.75 * one(x) + 0.25 * two(x)).detach()
+        sgd.zero_grad()
+        (F.cross_entropy(logits, y) + losses.kd(logits, answer)).backward()
+        sgd.step()
+    assert apart(model.net, student) < 1e-6
+
+
+def test_features_of_several_teachers_need_a_number(fit: Fit) -> None:
+    guides = [teacher(), teacher(tiny.ConvNet(10))]
+    with pytest.raises(AccelError, match="say which: teacher=0"):
+        fit(Module(), Distillation(guides, HINT))
+    numbered = {"fitnet": {"layers": "conv", "teacher": 1}}
+    distillation = Distillation(guides, numbered)
+    fit(Module(), distillation)
+    assert distillation.engine.heads["fitnet_0"].weight.shape == (10, 8)
+
+
+def test_a_path_is_a_teacher_of_the_students_class(fit: Fit, tmp_path: Path) -> None:
+    guide = Module(master)
+    fit(guide, epochs(tmp_path), max_epochs=1)
+    path = tmp_path / "epoch=0.ckpt"
+    net = tiny.ConvNet(12)
+    net.load_state_dict(guide.net.state_dict())
+    found = []
+    for source in (teacher(str(path)), teacher(net), teacher(guide)):
+        model: Any = Wide()
+        fit(model, Distillation(source, {"kd": 1.0}))
+        found.append(model)
+    assert apart(found[0], found[1]) == 0 and apart(found[0], found[2]) == 0
+    with pytest.raises(
+        AccelError, match=r"not one of Module.*pass Teacher\(module, checkpoint=path\)"
+    ):
+        fit(Module(), Distillation(str(path), "kd"))
+    with pytest.raises(AccelError, match="no such checkpoint"):
+        fit(Module(), Distillation(str(tmp_path / "none.ckpt"), "kd"))
+
+
+class Wide(Module):
+    def __init__(self) -> None:
+        super().__init__(lambda: tiny.ConvNet(12))
+
+
+def test_the_average_teaches_from_its_own_weights(fit: Fit) -> None:
+    model, student = Module(Flat), Module(Flat).net
+    distillation = Distillation(teacher("ema"), {"kd": 1.0}, ema_decay=0.5)
+    fit(model, distillation)
+    sgd, average = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9), None
+    guide = copy.deepcopy(student)
+    for x, y in [*data(), *data()]:
+        logits = student(x)
+        sgd.zero_grad()
+        (F.cross_entropy(logits, y) + losses.kd(logits, guide(x).detach())).backward()
+        sgd.step()
+        now = [p.detach().clone() for p in student.parameters()]
+        average = (
+            now if average is None else [(a + b) / 2 for a, b in zip(average, now, strict=True)]
+        )
+        for p, value in zip(guide.parameters(), average, strict=True):
+            p.data = value
+    assert apart(model.net, student) < 1e-6
+
+
+class Flat(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(192, 4))
+
+
+def test_the_average_of_another_callback_is_used_and_that_of_swa_is_not(fit: Fit) -> None:
+    def teaches(*callbacks: Callback) -> tuple[Any, Any]:
+        distillation = Distillation(teacher("ema"), {"kd": 1.0}, ema_decay=0.5)
+        seen: list[Any] = []
+
+        def note(trainer: Trainer, module: Any, index: int) -> None:
+            net: Any = distillation.teachers[0].network
+            seen.append(copy.deepcopy(getattr(net, "net", net).state_dict()))
+
+        fit(Module(), distillation, *callbacks, At(note), max_epochs=3)
+        return distillation, seen[-1]["head.weight"]
+
+    beside_ema, moving = teaches(EMAWeightAveraging(decay=0.5))
+    assert beside_ema.average is None
+    _, ours = teaches()
+    _, beside_swa = teaches(StochasticWeightAveraging(1e-2, swa_epoch_start=9))
+    start = Module().net.head.weight
+    assert (moving - start).abs().max() > 1e-3
+    assert (beside_swa - start).abs().max() > 1e-3 and (ours - start).abs().max() > 1e-3
+
+
+def test_a_second_fit_of_another_module_has_its_own_unpruned_teacher(fit: Fit) -> None:
+    distillation = Distillation(teacher("self"), BOTH)
+    for width in (8, 16):
+        fit(
+            Module(lambda width=width: tiny.ConvNet(width)),
+            StructuredPruning(ratio=0.5, when=1),
+            distillation,
+        )
+        net: Any = distillation.teachers[0].network
+        assert getattr(net, "net", net).head.in_features == 2 * width
+
+
+def test_the_unpruned_network_teaches_the_pruned_one(fit: Fit) -> None:
+    grown = Module()
+    fit(grown, max_epochs=1)
+    distillation = Distillation(teacher("self"), BOTH)
+    model = Module()
+    fit(model, StructuredPruning(ratio=0.5, when=1), distillation)
+    net: Any = distillation.teachers[0].network
+    assert apart(getattr(net, "net", net), grown.net) == 0
+    assert model.net.head.in_features == 8
+    assert distillation.engine.heads["fitnet_0"].weight.shape == (8, 4)
+
+
+def test_teacher_self_without_a_prune_is_an_error(fit: Fit) -> None:
+    with pytest.raises(AccelError, match="nothing prunes here"):
+        fit(Module(), Distillation("self", "kd"))
+
+
+def test_a_fingerprint_knows_weights_settings_and_order() -> None:
+    one = nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(0.1))
+    prints = [Teacher(one).fingerprint()]
+    slope, weight = copy.deepcopy(one), copy.deepcopy(one)
+    slope[1].negative_slope = 0.5  # type: ignore[assignment]
+    weight[0].weight.data[0, 0] = torch.nextafter(weight[0].weight.data[0, 0], torch.tensor(9.0))
+    prints += [Teacher(net).fingerprint() for net in (slope, weight)]
+    prints += [Teacher(one, classes=[1, 0]).fingerprint()]
+    assert len(set(prints)) == 4 and Teacher(copy.deepcopy(one)).fingerprint() == prints[0]
+
+
+# --- taps -----------------------------------------------------------------------------------------
+
+
+class InPlace(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.Flatten(), nn.Linear(288, 4),
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("clean_dynamo")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tap_that_is_changed_in_place_is_named(fit: Fit, compiled: bool) -> None:
+    model = Module(InPlace)
+    if compiled:
+        model.net.compile(backend="eager")
+    with pytest.raises(AccelError, match=r"what `1` gave was changed in place.*in-place layers: 2"):
+        fit(model, Distillation(teacher(InPlace()), {"fitnet": {"layers": "1"}}))
+    fit(Module(InPlace), Distillation(teacher(InPlace()), {"fitnet": {"layers": "2"}}))
+
+
+def test_logits_that_the_step_changes_in_place_are_noticed(fit: Fit) -> None:
+    class Scales(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = self.net(batch[0])
+            logits.mul_(3.0)
+            return F.cross_entropy(logits, batch[1])
+
+    with pytest.raises(AccelError, match="changed in place"):
+        fit(Scales(), callback("kd"))
+
+
+def test_a_layer_that_is_called_twice_or_never_is_an_error(fit: Fit) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.once = nn.Flatten(), nn.Linear(192, 8)
+            self.twice, self.never, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.twice(self.twice(self.once(self.flat(x)))))
+
+    for name, said in (("twice", "called several times"), ("never", "not called as a module")):
+        model = Module(Odd)
+        model.net.never.requires_grad_(False)
+        with pytest.raises(AccelError, match=f"`{name}` was {said}"):
+            fit(model, Distillation(teacher(Odd()), {"fitnet": {"layers": name}}))
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ("nope: conv", "`nope` is no layer of the student"),
+        ("conv: nope", "`nope` is no layer of the teacher"),
+        ("conv.7", "close to it conv"),
+    ],
+)
+def test_wrong_names_of_layers_are_told(fit: Fit, layers: str, said: str) -> None:
+    with pytest.raises(NoEffect, match=said):
+        fit(Module(), Distillation(teacher(), {"fitnet": {"layers": layers}}))
+
+
+def test_a_tape_keeps_inputs_and_outputs_only_while_it_records() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    tape, x = Tape(net, ["1@input", "1"]), torch.randn(4, 2)
+    net(x)
+    assert tape.records() == []
+    with tape.recording():
+        out = net(x)
+        net(x + 1)
+    first, second = tape.records()
+    assert first.args == (x,) and first.output is out
+    torch.testing.assert_close(first.taps["1"], first.taps["1@input"].tanh())
+    torch.testing.assert_close(second.taps["1@input"], net[0](x + 1))
+    tape.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+class ViT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 4)
+        self.token = nn.Parameter(torch.zeros(1, 1, 16))
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).mT
+        x = self.block(torch.cat([self.token.expand(len(x), -1, -1), tokens], 1))
+        return self.head(x[:, 0])
+
+
+@pytest.mark.parametrize(
+    "name", ["fitnet", "attention_transfer", "rkd", "similarity_preserving", "crd"]
+)
+def test_convolutions_and_tokens_learn_from_each_other(fit: Fit, name: str) -> None:
+    for student, guide, layers in (
+        (tiny.ConvNet, ViT(), "conv: block"),
+        (ViT, master(), "block: conv"),
+    ):
+        model = Module(student)
+        distillation = Distillation(teacher(guide), {name: {"layers": layers}}, evidence_every=1)
+        fit(model, distillation, max_epochs=1)
+        assert distillation.shares[name] > 1e-3
+        assert all(p.isfinite().all() for p in model.parameters())
