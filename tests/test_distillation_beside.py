@@ -48,7 +48,7 @@ from lightning_accel import (
 from lightning_accel.distillation import Moment, Ramp, Teacher, Term, losses
 from lightning_accel.distillation.schedule import read
 from lightning_accel.distillation.term import KNOWN, terms
-from lightning_accel.errors import AccelError
+from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.precision import MemoryFormat
 from lightning_accel.pruning import SparsityTraining, WeightMasks
 
@@ -293,9 +293,21 @@ def test_compiled_students_learn_what_eager_ones_do(
 def test_a_compiled_step_is_refused_before_anything_changes(fit: Fit) -> None:
     model = Module()
     compiled: Any = torch.compile(model, backend="eager")
-    with pytest.raises(AccelError, match="compiled LightningModule"):
+    with pytest.raises(AccelError, match="compiled training step"):
         fit(compiled, Distillation(teacher(), "kd"))
     assert apart(model, Module()) == 0
+
+
+def test_a_step_that_cannot_be_added_to_is_refused(fit: Fit) -> None:
+    class Draws(Module):
+        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    compiled = Module()
+    compiled.training_step = torch.compile(compiled.training_step, backend="eager")  # type: ignore[method-assign]
+    for model in (compiled, Draws()):
+        with pytest.raises(Unsupported, match="cannot be"):
+            fit(model, Distillation(teacher(), "kd"))
 
 
 @pytest.mark.usefixtures("clean_dynamo")
