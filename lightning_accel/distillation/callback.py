@@ -287,7 +287,7 @@ class Distillation(Callback):
         course.num_lessons = 0
         for teacher in self.teachers:
             teacher.check_buffers()
-        means = {} if trainer.barebones else self.journal.close_epoch()
+        means = {} if trainer.barebones else self.journal.close_epoch(self.engine.cache)
         for name, value in means.items():
             pl_module.log(name, value, sync_dist=trainer.world_size > 1)
         reason = None if self.engine.cache is None else self.engine.cache.end_epoch()

@@ -21,7 +21,7 @@ class Journal:
     >>> journal = Journal()
     >>> journal.note({"kd": torch.tensor(2.0)})
     >>> journal.note({"kd": torch.tensor(4.0)})
-    >>> journal.latest(None), journal.close_epoch()
+    >>> journal.latest(None), journal.close_epoch(None)
     ({'distillation/kd': 4.0}, {'distillation/kd': 3.0})
     """
 
@@ -47,11 +47,13 @@ class Journal:
         self._latest = {}
         return values
 
-    def close_epoch(self) -> dict[str, float]:
+    def close_epoch(self, cache: TeacherCache | None) -> dict[str, float]:
         """Return the means over the noted steps of the epoch, and begin another."""
         means = {
             f"{PREFIX}/{name}": float(sum(values) / len(values))
             for name, values in self._epoch.items()
         }
+        if cache is not None and cache.enabled:
+            means[f"{PREFIX}/hit_rate"] = float(cache.hit_rate)
         self._epoch = {}
         return means
