@@ -117,6 +117,22 @@ def test_the_top_classes_and_a_tail_teach_a_language_model(fit: Fit, tmp_path: P
     assert apart(whole, top) < 1e-5 < apart(whole, few)
 
 
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn_from_the_top_classes(
+    fit: Fit, tmp_path: Path
+) -> None:
+    guide, student = knows_text(fit), Bytes(16)
+    student.net.load_state_dict(guide.state_dict())
+    callback = Distillation(
+        teacher(guide),
+        {"kd": {"weight": 1.0, "temperature": 3.0}},
+        task_weight=0.0,
+        cache=exact(tmp_path, top_k=2),
+        evidence_every=0,
+    )
+    fit(student, callback, batches=text())
+    assert apart(student.net, guide) < 1e-5
+
+
 def test_top_classes_at_several_temperatures_are_refused(fit: Fit, tmp_path: Path) -> None:
     cache = exact(tmp_path / "c", top_k=2)
     losses = {"kd": {"temperature": {"start": 4.0, "end": 1.0}}}
