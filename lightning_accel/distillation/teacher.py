@@ -32,7 +32,7 @@ Source = nn.Module | str | Path
 
 
 class Teacher:
-    """A teacher and how it runs.
+    """A teacher and how it runs; each process of a DDP or FSDP fit holds all of it.
 
     Args:
         source: A module, the path of a checkpoint, "self" (the un-pruned network) or "ema" (a moving
