@@ -22,7 +22,7 @@ demo: .venv/.stamp
 	$(PY) examples/demo.py
 
 test: .venv/.stamp
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 check: .venv/.stamp
 	$(PY) -m ruff format --check $(SOURCES)

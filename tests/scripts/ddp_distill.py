@@ -139,7 +139,11 @@ def fit(folder: Path, case: str, devices: int, ckpt: str | None = None) -> dict[
     return {
         "weights": {name: p.tolist() for name, p in model.state_dict().items()},
         "heads": {name: p.tolist() for name, p in heads.state_dict().items()},
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "logged": {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name != "distillation/hit_rate"  # a resumed fit finds what the first one kept
+        },
     }
 
 
