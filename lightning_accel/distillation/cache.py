@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_accel.distillation.arguments import number, path_of, whole
 from lightning_accel.errors import AccelError, explain
 
 from .answers import Answer, Entry, Layout, digest, short_ids
@@ -78,7 +79,7 @@ class TeacherCache:
         min_hit_rate: float = 0.05,
     ) -> None:
         _check_arguments(max_bytes, top_k, dtype, min_hit_rate)
-        self.folder = Path(folder)
+        self.folder = path_of(folder, "folder")
         self.max_bytes = int(max_bytes)
         self.top_k = top_k
         self.dtype = dtype
@@ -350,15 +351,14 @@ def _remove_unused(folder: Path, own: Path, most: int) -> None:
 
 
 def _check_arguments(max_bytes: int, top_k: int | None, dtype: str, min_hit_rate: float) -> None:
-    if max_bytes < 1:
-        raise ValueError(explain("`max_bytes` must be positive", f"{max_bytes}", "pass 4 * 2**30"))
-    if top_k is not None and top_k < 1:
-        raise ValueError(explain("`top_k` must be at least 1", f"{top_k}", "pass 64, or None"))
-    if dtype not in _STORED:
+    whole(max_bytes, "max_bytes", 1)
+    if top_k is not None:
+        whole(top_k, "top_k", 1)
+    if not isinstance(dtype, str) or dtype not in _STORED:
         raise ValueError(
             explain("`dtype` is not known", f"{dtype!r}", f"pass one of {list(_STORED)}")
         )
-    if not 0 <= min_hit_rate <= 1:
+    if not 0 <= number(min_hit_rate, "min_hit_rate") <= 1:
         raise ValueError(
             explain("`min_hit_rate` must lie between 0 and 1", f"{min_hit_rate}", "pass 0.05")
         )

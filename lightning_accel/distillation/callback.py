@@ -19,6 +19,7 @@ from lightning_accel.bridge import guards
 from lightning_accel.bridge.restore import averages
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import heads, rehearsal
+from lightning_accel.distillation.arguments import name_of, number, path_of, whole
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.course import Course, seeded_views
 from lightning_accel.distillation.engine import Engine
@@ -92,23 +93,22 @@ class Distillation(Callback):
         self.teachers = read_teachers(teacher)
         if calls not in _CALLS:
             raise ValueError(explain("unknown `calls`", repr(calls), f"pass one of {_CALLS}"))
-        if not 0 < ema_decay < 1:
+        if not 0 < number(ema_decay, "ema_decay") < 1:
             raise ValueError(
                 explain("`ema_decay` lies between 0 and 1", repr(ema_decay), "pass 0.999")
             )
-        if type(evidence_every) is not int or evidence_every < 0:
-            raise ValueError(
-                explain("`evidence_every` is a number of steps", repr(evidence_every), "pass 200")
-            )
-        self.calls, self.ema_decay, self.evidence_every = calls, ema_decay, evidence_every
-        self.student = student
+        self.calls, self.ema_decay = calls, ema_decay
+        self.evidence_every = whole(evidence_every, "evidence_every", 0)
+        self.student = name_of(student, "student")
+        if cache is not None and not isinstance(cache, TeacherCache):
+            cache = TeacherCache(path_of(cache, "cache"))
         self.engine = Engine(
             terms(losses),
             task_weight=read(task_weight, "task_weight"),
             logits=logits,
             target=check_where(target, "target"),
             mask=check_where(mask, "mask"),
-            cache=TeacherCache(cache) if isinstance(cache, (str, Path)) else cache,
+            cache=cache,
         )
         self.journal = Journal()
         self.average: AveragedModel | None = None  # an attribute, so that prunes reach it

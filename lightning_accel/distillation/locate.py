@@ -20,7 +20,7 @@ IGNORED = -100
 
 def check_where(where: Any, name: str) -> Where:
     """Return a place within a batch, or raise."""
-    if where is None or isinstance(where, (str, int)) or callable(where):
+    if where is None or type(where) in (str, int) or callable(where):
         return where
     raise TypeError(
         explain(

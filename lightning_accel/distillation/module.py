@@ -76,7 +76,16 @@ class DistillationModule(LightningModule):
             raise ValueError(
                 explain("unknown `interval`", repr(interval), "pass 'epoch' or 'step'")
             )
-        if isinstance(task_loss, str) and task_loss != "cross_entropy":
+        for name, given in (("optimizer", optimizer), ("scheduler", scheduler)):
+            if not callable(given) and not (name == "scheduler" and given is None):
+                raise TypeError(
+                    explain(
+                        f"`{name}` makes one",
+                        repr(given),
+                        "pass a class of torch.optim or a partial",
+                    )
+                )
+        if task_loss is not None and task_loss != "cross_entropy" and not callable(task_loss):
             raise ValueError(
                 explain(
                     "unknown `task_loss`", repr(task_loss), "pass a function of output and batch"
@@ -194,6 +203,14 @@ def _metrics(
 ) -> nn.ModuleDict | None:
     if metrics is None:
         return None
+    if not isinstance(metrics, (Metric, Mapping, MetricCollection)):
+        raise TypeError(
+            explain(
+                "`metrics` come from torchmetrics",
+                repr(metrics),
+                "pass a metric, or a mapping of them",
+            )
+        )
     if isinstance(metrics, MetricCollection):
         collection = metrics
     else:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lightning_accel.distillation.arguments import number
 from lightning_accel.errors import explain
 
 _UNITS = ("fit", "epoch", "step")
@@ -86,10 +87,17 @@ def read(value: Any, name: str) -> Number:
     Ramp(start=0, end=1, over=1.0, unit='fit', delay=0.0, shape='linear')
     """
     if isinstance(value, Mapping):
-        return Ramp(**value)
+        try:
+            return Ramp(**value)
+        except TypeError as error:
+            raise TypeError(
+                explain(f"`{name}` as a mapping is a Ramp", str(error), "pass start, end and over")
+            ) from None
     if isinstance(value, Ramp) or (callable(value) and not isinstance(value, type)):
         return value
-    return number(value, name)
+    if number(value, name) < 0:
+        raise ValueError(explain(f"`{name}` must not be below 0", repr(value), "pass 0.9, say"))
+    return value
 
 
 def now(value: Number, moment: Moment) -> float:
@@ -102,15 +110,3 @@ def now(value: Number, moment: Moment) -> float:
 def is_constant(value: Number) -> bool:
     """Tell whether a number stays what it is."""
     return not isinstance(value, Ramp) and not callable(value)
-
-
-def number(value: Any, name: str) -> float:
-    """Return a finite number, or raise."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not plain or not math.isfinite(value):
-        raise ValueError(
-            explain(
-                f"`{name}` is a finite number", repr(value), "pass a number such as 0.9, or a Ramp"
-            )
-        )
-    return value

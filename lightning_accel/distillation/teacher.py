@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_accel import hardware
-from lightning_accel.distillation.schedule import number
+from lightning_accel.distillation.arguments import flag, number, path_of, whole
 from lightning_accel.distillation.tape import Record, Tape
 from lightning_accel.errors import AccelError, explain
 
@@ -77,12 +77,20 @@ class Teacher:
             )
         if not number(weight, "weight") > 0:
             raise ValueError(explain("`weight` must be above 0", repr(weight), "pass 1.0"))
+        if checkpoint is not None and not isinstance(source, nn.Module):
+            raise ValueError(
+                explain(
+                    "`checkpoint` goes with a module",
+                    f"the source {source!r}",
+                    "pass the path as the source, or a module with it",
+                )
+            )
         self.source = source
-        self.checkpoint = checkpoint
+        self.checkpoint = None if checkpoint is None else path_of(checkpoint, "checkpoint")
         self.weight = weight
         self.precision = precision
-        self.compile = compile
-        self.classes = None if classes is None else tuple(int(i) for i in classes)
+        self.compile = flag(compile, "compile")
+        self.classes = None if classes is None else _classes(classes)
         self.network: nn.Module = source if isinstance(source, nn.Module) else _Missing()
         """All of it, as it was given; a part of it may be what is bound."""
         self.bound: nn.Module = self.network
@@ -270,6 +278,15 @@ def read_teachers(teacher: Source | Teacher | Sequence[Source | Teacher]) -> lis
             explain("there is no teacher", repr(teacher), "pass a trained network, or 'self'")
         )
     return [item if isinstance(item, Teacher) else Teacher(item) for item in listed]
+
+
+def _classes(classes: Any) -> tuple[int, ...]:
+    listed = tuple(classes) if isinstance(classes, (list, tuple, range)) else ()
+    if not listed:
+        raise TypeError(
+            explain("`classes` lists the teacher's indices", repr(classes), "pass [2, 0, 1], say")
+        )
+    return tuple(whole(index, "classes", 0) for index in listed)
 
 
 class _Missing(nn.Module):

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_accel.distillation import losses
+from lightning_accel.distillation.arguments import whole
+from lightning_accel.distillation.projector import LAYOUTS
 from lightning_accel.distillation.schedule import Moment, Number, is_constant, now, read
 from lightning_accel.errors import explain
 
@@ -80,9 +82,17 @@ class Term:
         self.temperature: Number | None = None
         if temperature is not None:
             self.temperature = read(temperature, "temperature")
+            if self.temperature == 0:
+                raise ValueError(
+                    explain("`temperature` must be above 0", repr(temperature), "pass 4.0, say")
+                )
+        for side in (student_layout, teacher_layout):
+            if side is not None and (not isinstance(side, str) or side not in LAYOUTS):
+                known = ", ".join(LAYOUTS)
+                raise ValueError(explain("unknown layout", repr(side), f"pass one of {known}"))
         self.layers = layers
         self.layouts = (student_layout, teacher_layout)
-        self.teacher = teacher
+        self.teacher = None if teacher is None else whole(teacher, "teacher", 0)
         self.keywords = keywords
         self._check()
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from lightning_accel.distillation.arguments import whole
 from lightning_accel.errors import explain
 
 
@@ -55,11 +56,9 @@ class SeededViews(Dataset):
                     "make it a map-style dataset, or draw its views yourself",
                 )
             )
-        if views < 1:
-            raise ValueError(explain("`views` must be at least 1", f"{views}", "pass 4 or 8"))
         self.dataset = dataset
-        self.views = views
-        self.seed = seed
+        self.views = whole(views, "views", 1)
+        self.seed = whole(seed, "seed", 0)
         # in shared memory: worker processes that live on see the epoch of the main process
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 

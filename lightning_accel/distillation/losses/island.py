@@ -17,9 +17,13 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
+from lightning_accel.distillation.arguments import number
 from lightning_accel.errors import explain
 
 P = ParamSpec("P")
+
+_NUMBERS = ("alpha", "beta", "gamma", "temperature")
+_TENSORS = ("mask", "target", "negatives", "negatives_target")
 
 
 def island(*, teacher_learns: bool = False) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
@@ -48,6 +52,8 @@ def island(*, teacher_learns: bool = False) -> Callable[[Callable[P, Tensor]], C
             device = _device(*pair[:2])
             if not teacher_learns:
                 pair[1] = pair[1].detach()
+            for name, value in kwargs.items():
+                _check(name, value)
             with _no_autocast(device):
                 positional = [_widened(side) for side in pair]
                 return loss(*positional, **{k: _widened(v) for k, v in kwargs.items()})
@@ -55,6 +61,14 @@ def island(*, teacher_learns: bool = False) -> Callable[[Callable[P, Tensor]], C
         return in_32_bits
 
     return decorate
+
+
+def _check(name: str, value: Any) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real and (name in _NUMBERS or (name == "num_data" and value is not None)):
+        raise TypeError(explain(f"`{name}` is a number", repr(value), "pass 1.0, say"))
+    if name in _TENSORS and value is not None and not isinstance(value, Tensor):
+        raise TypeError(explain(f"`{name}` is a tensor", repr(value), "pass a tensor, or none"))
 
 
 def _device(student: Any, teacher: Any) -> torch.device:
@@ -97,6 +111,15 @@ def require_same_shape(student: Tensor, teacher: Tensor, do: str) -> None:
     if student.shape != teacher.shape:
         found = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         raise ValueError(explain("student and teacher need one shape", found, do))
+
+
+def require_finite(**weights: float) -> None:
+    """Raise a `ValueError` unless all weights are finite.
+
+    >>> require_finite(alpha=1.0, beta=8.0)
+    """
+    for name, value in weights.items():
+        number(value, name)
 
 
 def require_temperature(temperature: float) -> None:

@@ -17,6 +17,7 @@ from lightning_accel.distillation.losses.island import (
     average,
     blank,
     island,
+    require_finite,
     require_same_shape,
     require_temperature,
     unit,
@@ -114,6 +115,7 @@ def dkd(
     tensor(10.3028)
     """
     valid = _checked(student, teacher, temperature, mask)
+    require_finite(alpha=alpha, beta=beta)
     _require_classes(student, 3, "dkd compares classes other than the target", "use `kd`")
     index = _labels(target, student, valid).unsqueeze(-1)
     split_s = _split(blank(student, valid) / temperature, index)
@@ -156,6 +158,7 @@ def dist(
     (tensor(0.), tensor(True))
     """
     valid = _checked(student, teacher, temperature, mask)
+    require_finite(beta=beta, gamma=gamma)
     rows = math.prod(student.shape[:-1])
     if rows < 2:
         raise ValueError(
@@ -263,11 +266,16 @@ def _standardized(logits: Tensor) -> Tensor:
 
 
 def _labels(target: Tensor, logits: Tensor, valid: Tensor | None) -> Tensor:
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+    if (
+        target is None
+        or target.is_floating_point()
+        or target.is_complex()
+        or target.dtype == torch.bool
+    ):
         raise TypeError(
             explain(
                 "`target` holds one integer label per position",
-                f"{target.dtype}",
+                "None" if target is None else f"{target.dtype}",
                 "pass labels, or use `kd`, which needs none, where labels are mixed",
             )
         )

@@ -15,6 +15,7 @@ from lightning_accel.distillation.losses.island import (
     average,
     inner_products,
     island,
+    require_finite,
     require_same_shape,
     require_temperature,
     unit,
@@ -48,6 +49,7 @@ def rkd(
     >>> rkd(7 * points + 1, points).round(decimals=4)
     tensor(0.)
     """
+    require_finite(alpha=alpha, beta=beta)
     student_BD, teacher_BD = _rows(student_BD, teacher_BD)
     batch = len(student_BD)
     if not batch:
