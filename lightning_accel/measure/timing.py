@@ -1,26 +1,18 @@
 """Time with its spread: one call alone, or two calls side by side.
 
-On a shared machine the time of a call drifts by a fifth within seconds, so two calls measured one
-after another differ by that much even when they are the same. Short blocks of both in random order
-see the same disturbances. Measured with two equal calls on two busy cores, the largest error of the
-ratio was 23 % for means one after another, 11 % for interleaved medians and 6 % for interleaved
-tenth percentiles; the last is what `Comparison.ratio` is.
+Both are run in short blocks of random order, see `race`. Measured with two equal calls on two busy cores,
+the largest error of the ratio was 23 % for means one after another, 11 % for interleaved medians and 6 %
+for interleaved tenth percentiles; the last is what `Comparison.ratio` is.
 """
 
 from __future__ import annotations
 
-import random
-import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-_BLOCK_S = 0.004
-_FEWEST_ROUNDS = 5
-_MOST_ROUNDS = 2000
-_RESAMPLES = 1000
+from lightning_accel.measure.race import Lane, gain, run
 
 
 class Latency(NamedTuple):
@@ -71,9 +63,9 @@ def time_call(
     >>> time_call(lambda: sum(range(100)), budget_s=0.02).median_ms > 0
     True
     """
-    one = _Subject(fn, torch.device(device), warmup)
-    _rounds([one], budget_s)
-    return one.latency()
+    lane = Lane(fn, torch.device(device), warmup=warmup)
+    run({"": lane}, budget_s=budget_s)
+    return _latency(lane)
 
 
 def compare(
@@ -98,22 +90,10 @@ def compare(
     True
     """
     device = torch.device(device)
-    first, second = _Subject(baseline, device, warmup), _Subject(candidate, device, warmup)
-    busy = _rounds([first, second], budget_s)
-    ratio, low, high = _ratio(first.times_ms, second.times_ms)
-    return Comparison(
-        first.latency(), second.latency(), ratio, low, high, busy if device.type == "cpu" else 1.0
-    )
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until `device` has done what it was given."""
-    if device.type == "xla":
-        import torch_xla
-
-        torch_xla.sync(wait=True)
-    elif device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
+    first, second = (Lane(fn, device, warmup=warmup) for fn in (baseline, candidate))
+    load = run({"baseline": first, "candidate": second}, budget_s=budget_s)
+    busy = load.busy if device.type == "cpu" else 1.0
+    return Comparison(_latency(first), _latency(second), *gain(first, second), busy)
 
 
 class Pace:
@@ -175,66 +155,8 @@ class Pace:
         return self.samples / self.seconds if self.samples and self.seconds > 0 else None
 
 
-class _Subject:
-    """One call under measurement: how often per block, and the time per call of each block."""
-
-    def __init__(self, fn: Callable[[], Any], device: torch.device, warmup: int) -> None:
-        self.fn = fn
-        self.device = device
-        self.times_ms: list[float] = []
-        self.calls = 1
-        for _ in range(warmup):
-            fn()
-        synchronise(device)
-        seconds = min(self._block()[0] for _ in range(2))
-        if device.type != "xla":  # there, a loop without a sync becomes one traced graph
-            self.calls = max(1, min(10_000, int(_BLOCK_S / max(seconds, 1e-7))))
-
-    def measure(self) -> tuple[float, float]:
-        """Run one block and return its wall and processor seconds."""
-        wall, cpu = self._block()
-        self.times_ms.append(1000 * wall / self.calls)
-        return wall, cpu
-
-    def latency(self) -> Latency:
-        times = torch.tensor(self.times_ms, dtype=torch.float64)
-        p10, p25, p50, p75 = times.quantile(
-            torch.tensor([0.1, 0.25, 0.5, 0.75], dtype=torch.float64)
-        ).tolist()
-        return Latency(p50, p75 - p25, p10, self.calls * len(self.times_ms))
-
-    def _block(self) -> tuple[float, float]:
-        fn = self.fn
-        synchronise(self.device)
-        cpu, wall = time.process_time(), time.perf_counter()
-        for _ in range(self.calls):
-            fn()
-        synchronise(self.device)
-        return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _rounds(subjects: list[_Subject], budget_s: float) -> float:
-    order = random.Random(0)  # of its own: the user's random state is not ours to use
-    end = time.perf_counter() + budget_s
-    wall = cpu = 0.0
-    for count in range(_MOST_ROUNDS):
-        if count >= _FEWEST_ROUNDS and time.perf_counter() > end:
-            break
-        for subject in order.sample(subjects, len(subjects)):
-            block_wall, block_cpu = subject.measure()
-            wall, cpu = wall + block_wall, cpu + block_cpu
-    return min(1.0, cpu / max(wall * torch.get_num_threads(), sys.float_info.min))
-
-
-def _ratio(baseline_ms: list[float], candidate_ms: list[float]) -> tuple[float, float, float]:
-    """Return the ratio of tenth percentiles with its 95 % bootstrap interval over rounds."""
-    pairs = torch.tensor([baseline_ms, candidate_ms], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    rounds = pairs.shape[1]
-    picks = torch.randint(rounds, (_RESAMPLES, rounds), generator=generator)
-    p10 = pairs[:, picks].quantile(0.1, dim=2)  # (2, resamples)
-    low, high = (
-        (p10[0] / p10[1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    )
-    whole = pairs.quantile(0.1, dim=1)
-    return float(whole[0] / whole[1]), low, high
+def _latency(lane: Lane) -> Latency:
+    times_ms = 1000 * torch.tensor(lane.wall_s, dtype=torch.float64)
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75], dtype=torch.float64)
+    p10, p25, p50, p75 = times_ms.quantile(quantiles).tolist()
+    return Latency(p50, p75 - p25, p10, lane.calls * len(lane.wall_s))

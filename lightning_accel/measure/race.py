@@ -1,0 +1,153 @@
+"""Several calls measured side by side in one process, losers dropped early.
+
+On a shared machine the time of a call drifts by a fifth within seconds, so calls measured one after
+another differ by that much even when they are the same. Short blocks of all, in random order within each
+round, see the same disturbances; the ratio of tenth percentiles over rounds is what they disturb least
+(at most 6 % on two busy cores, where means one after another were wrong by 23 %).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_accel.measure.contention import Load, Watch
+
+_RESAMPLES = 1000
+_HOPELESS = 1.25
+"""A lane whose best block takes so many times that of the baseline's best is dropped."""
+
+
+class Ratio(NamedTuple):
+    """A gain, baseline by candidate: 2.0 means half the time; `low` to `high` is its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+class Lane:
+    """One call under measurement: how often per block, and the seconds per call of each block.
+
+    Args:
+        fn: What to call.
+        device: Where it runs; it is synchronised before and after each block.
+        around: Gives a context to hold around each block, outside the clock.
+        warmup: Calls before the first measured one.
+        block_s: How long a block should last at least.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[], Any],
+        device: torch.device,
+        *,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        warmup: int = 2,
+        block_s: float = 0.004,
+    ) -> None:
+        self.fn, self.device, self.around = fn, device, around
+        self.wall_s: list[float] = []
+        self.cpu_s: list[float] = []
+        self.calls = 1
+        with around():
+            for _ in range(warmup):
+                fn()
+        seconds = min(self._block()[0] for _ in range(2))
+        if device.type != "xla":  # there, a loop without a sync becomes one traced graph
+            self.calls = max(1, min(10_000, int(block_s / max(seconds, 1e-7))))
+
+    def measure(self) -> None:
+        """Run one block and note its wall and processor seconds per call."""
+        wall, cpu = self._block()
+        self.wall_s.append(wall / self.calls)
+        self.cpu_s.append(cpu / self.calls)
+
+    def _block(self) -> tuple[float, float]:
+        fn = self.fn
+        with self.around():
+            synchronise(self.device)
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(self.calls):
+                fn()
+            synchronise(self.device)
+            return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def run(
+    lanes: Mapping[str, Lane],
+    *,
+    budget_s: float,
+    baseline: str | None = None,
+    fewest_rounds: int = 5,
+    most_rounds: int = 2000,
+) -> Load:
+    """Measure lanes in rounds until the budget is spent, and return who used the processor meanwhile.
+
+    Args:
+        lanes: By name; each round runs one block of each.
+        budget_s: When to stop, after `fewest_rounds`.
+        baseline: If given, lanes that are hopelessly slower than this one leave after three rounds.
+        fewest_rounds: Rounds that are run whatever the budget.
+        most_rounds: Rounds after which more would tell nothing.
+
+    >>> a, b = (Lane(lambda n=n: sum(range(n)), torch.device("cpu")) for n in (9000, 900))
+    >>> _ = run({"a": a, "b": b}, budget_s=0.05)
+    >>> gain(a, b).ratio > 2
+    True
+    """
+    order = random.Random(0)  # of its own: the user's random state is not ours to use
+    left = dict(lanes)
+    watch, end = Watch(), time.perf_counter() + budget_s
+    for count in range(most_rounds):
+        if count >= fewest_rounds and time.perf_counter() > end:
+            break
+        for name in order.sample(list(left), len(left)):
+            left[name].measure()
+        if baseline is not None and count == 2:
+            limit = _HOPELESS * min(lanes[baseline].wall_s)
+            left = {n: lane for n, lane in left.items() if min(lane.wall_s) <= limit}
+    return watch.load()
+
+
+def gain(baseline: Lane, candidate: Lane, *, clock: str = "wall") -> Ratio:
+    """Return the ratio of tenth percentiles over the rounds that both took part in.
+
+    Args:
+        baseline: The lane to compare with.
+        candidate: The lane in question.
+        clock: "wall", or "cpu" for the processor time of this process.
+    """
+    first, second = (getattr(lane, f"{clock}_s") for lane in (baseline, candidate))
+    rounds = min(len(first), len(second))
+    pairs = torch.tensor([first[:rounds], second[:rounds]], dtype=torch.float64)
+    pairs = pairs.clamp_min(sys.float_info.min)
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(rounds, (_RESAMPLES, rounds), generator=generator)
+    p10 = pairs[:, picks].quantile(0.1, dim=2)  # (2, resamples)
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = (p10[0] / p10[1]).quantile(bounds).tolist()
+    whole = pairs.quantile(0.1, dim=1)
+    return Ratio(float(whole[0] / whole[1]), low, high)
+
+
+def tenth(lane: Lane, *, clock: str = "wall") -> float:
+    """Return the tenth percentile of a lane's blocks, in seconds per call."""
+    times = torch.tensor(getattr(lane, f"{clock}_s"), dtype=torch.float64)
+    return float(times.quantile(0.1))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until `device` has done what it was given."""
+    if device.type == "xla":
+        import torch_xla
+
+        torch_xla.sync(wait=True)
+    elif device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
