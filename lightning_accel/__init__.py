@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AutoTune": "tuning.callback",
+    "tune": "tuning.outside",
     "AccelReport": "measure.callback",
     "AutocastPrecision": "precision.plugin",
     "BlockCompile": "compilation.callback",
@@ -32,6 +34,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoTune",
+    "tune",
     "AccelReport",
     "AutocastPrecision",
     "BlockCompile",

@@ -18,8 +18,10 @@ YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 
 ADAPTERS = {"callback.py", "plugin.py", "strategy.py", "module.py", "course.py", "rehearsal.py"}
 """The last two: what a callback knows of a fit, and what it tries on a copy before it."""
-FLOOR = {"surgery": 1, "measure": 1, "bridge": 3, "cli": 4}
-"""Floors of the folders; every other folder is a technique on floor 2, its adapters on floor 3."""
+FLOOR = {"surgery": 1, "measure": 1, "bridge": 3, "tuning": 4, "cli": 4}
+"""Floors of the folders; every other folder is a technique on floor 2, its adapters on floor 3.
+Tuning chooses among all techniques, and so stands above them."""
+TOP = {name for name, floor in FLOOR.items() if floor == 4}
 ROOFS = {"recipe", "job"}
 """Single files on floor 4; the other single files are floor 0."""
 LATE = (
@@ -47,7 +49,7 @@ def _floor(parts: tuple[str, ...]) -> int:
     folder = parts[0]
     if not (PACKAGE / folder).is_dir():
         return 4 if folder in ROOFS else 0
-    if f"{parts[-1]}.py" in ADAPTERS:
+    if f"{parts[-1]}.py" in ADAPTERS and folder not in TOP:
         return 3
     return FLOOR.get(folder, 2)
 
@@ -98,7 +100,7 @@ def test_imports_point_down_the_floors(path: Path) -> None:
         if path.name == "__init__.py" and same_folder:
             continue  # a folder's front door shows its adapters
         assert _floor(other) <= _floor(own), f"{_id(path)} imports {module} from a floor above"
-        folders = {"surgery", "measure", "bridge", "cli"}
+        folders = set(FLOOR)
         if (
             not same_folder
             and own
@@ -112,7 +114,7 @@ def test_imports_point_down_the_floors(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_only_adapters_import_lightning(path: Path) -> None:
     parts = path.relative_to(PACKAGE).parts
-    if path.name in ADAPTERS or parts[0] in ("bridge", "cli") or path.stem in ROOFS:
+    if path.name in ADAPTERS or parts[0] in ("bridge", *TOP) or path.stem in ROOFS:
         return
     for module, _ in _imports(ast.parse(path.read_text()), path):
         root = module.split(".")[0]
@@ -226,7 +228,8 @@ def test_every_technique_folder_has_a_config_group_and_a_variant_that_does_nothi
     techniques = [
         p.name
         for p in PACKAGE.iterdir()
-        if (p / "__init__.py").exists() and p.name not in (*FLOOR, "conf", "_hydra_plugins")
+        if (p / "__init__.py").exists()
+        and p.name not in ({*FLOOR, "conf", "_hydra_plugins"} - {"tuning"})
     ]
     assert techniques
     for name in techniques:

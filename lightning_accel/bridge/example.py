@@ -96,7 +96,9 @@ def inert_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[Lightni
         del vars(copy)["training_step"]  # a function that is bound to the original
     inert = _Inert()
     for name in ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer"):
-        vars(copy)[name] = inert
+        for module in copy.modules():
+            if isinstance(module, LightningModule):
+                vars(module)[name] = inert
     vars(copy)["clip_gradients"] = inert
     count = max(len(trainer.optimizers), 1)
     vars(copy)["optimizers"] = lambda *_, **__: inert if count == 1 else [inert] * count
@@ -120,7 +122,7 @@ def run_placed(trainer: Trainer, copy: LightningModule, batch: Any, index: int) 
     """Run `training_step` of an inert copy on a batch that is in place already."""
     try:
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            return copy.training_step(*_step_arguments(copy, batch, index))
+            return copy.training_step(*step_arguments(copy, batch, index))
     except Exception as error:
         raise StepFailed(
             "`training_step` failed on a copy of the module",
@@ -146,6 +148,12 @@ def batches(trainer: Trainer, count: int) -> list[Any]:
         tree_map(lambda v, i=i: v[i], drawn, is_leaf=lambda v: isinstance(v, _Drawn))
         for i in range(columns)
     ]
+
+
+def step_arguments(copy: LightningModule, batch: Any, index: int) -> tuple[Any, ...]:
+    """Return what `training_step` takes: the batch, perhaps its index, perhaps that of the loader."""
+    names = list(inspect.signature(copy.training_step).parameters)
+    return (batch, index, 0)[: max(1, min(len(names), 3))] if names else ()
 
 
 class _Drawn(list[Any]):
@@ -245,11 +253,6 @@ def _entry(pl_module: LightningModule) -> str:
 
 def _frozen(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _step_arguments(copy: LightningModule, batch: Any, index: int) -> tuple[Any, ...]:
-    names = list(inspect.signature(copy.training_step).parameters)
-    return (batch, index, 0)[: max(1, min(len(names), 3))] if names else ()
 
 
 class _Inert:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lightning_accel.cli import env, plan
+from lightning_accel.cli import env, plan, tune
 
-_COMMANDS = (env, plan)
+_COMMANDS = (env, plan, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

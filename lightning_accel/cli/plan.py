@@ -178,7 +178,8 @@ def tensor(text: str) -> torch.Tensor:
     return torch.randint(0, high, shape, generator=generator).to(dtype)
 
 
-def _from_code(name: str, checkpoint: Path | None) -> tuple[nn.Module, Any]:
+def found_in_code(name: str) -> Callable[..., Any]:
+    """Return what MODULE:FUNCTION names, found from the present folder."""
     module, _, attribute = name.partition(":")
     if "" not in sys.path and "." not in sys.path:
         sys.path.insert(0, "")  # as `python -m` does
@@ -191,6 +192,11 @@ def _from_code(name: str, checkpoint: Path | None) -> tuple[nn.Module, Any]:
                 "say mymodels.nets:resnet, a function or class that needs no arguments",
             )
         )
+    return found
+
+
+def _from_code(name: str, checkpoint: Path | None) -> tuple[nn.Module, Any]:
+    found: Any = found_in_code(name)
     if checkpoint is not None:
         from lightning_accel.bridge.restore import load_from_checkpoint
 
@@ -206,7 +212,7 @@ def _from_config(path: Path, overrides: list[str], allow: list[str], device: str
     from lightning_accel.bridge.example import calls_of, inert_copy, run_step
     from lightning_accel.recipe import build
 
-    config = _composed(path, overrides)
+    config = composed(path, overrides)
     made = build(config, allow=tuple(allow))
     if made.data is None:
         raise ValueError(explain("the configuration has no data", str(path), "choose a `data`"))
@@ -226,7 +232,7 @@ def _from_config(path: Path, overrides: list[str], allow: list[str], device: str
     return Named(model, calls, loss)
 
 
-def _composed(path: Path, overrides: list[str]) -> Any:
+def composed(path: Path, overrides: list[str]) -> Any:
     """Compose a configuration as a script would, but without callbacks and loggers: nothing is trained."""
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig

@@ -23,6 +23,9 @@ _RESAMPLES = 1000
 _HOPELESS = 1.25
 """A lane whose best block takes so many times that of the baseline's best is dropped."""
 
+_FAIR = 3
+"""Rounds before anyone is dropped."""
+
 
 class Ratio(NamedTuple):
     """A gain, baseline by candidate: 2.0 means half the time; `low` to `high` is its 95 % interval."""
@@ -59,7 +62,9 @@ class Lane:
         with around():
             for _ in range(warmup):
                 fn()
-        seconds = min(self._block()[0] for _ in range(2))
+        seconds = self._block()[0]
+        if seconds < block_s:
+            seconds = min(seconds, self._block()[0])
         if device.type != "xla":  # there, a loop without a sync becomes one traced graph
             self.calls = max(1, min(10_000, int(block_s / max(seconds, 1e-7))))
 
@@ -68,6 +73,10 @@ class Lane:
         wall, cpu = self._block()
         self.wall_s.append(wall / self.calls)
         self.cpu_s.append(cpu / self.calls)
+
+    def best(self, clock: str = "wall") -> float:
+        """Return the seconds per call of the shortest block."""
+        return min(getattr(self, f"{clock}_s"))
 
     def _block(self) -> tuple[float, float]:
         fn = self.fn
@@ -87,15 +96,20 @@ def run(
     baseline: str | None = None,
     fewest_rounds: int = 5,
     most_rounds: int = 2000,
+    clock: str = "wall",
+    on_error: Callable[[str, Exception], None] | None = None,
 ) -> Load:
     """Measure lanes in rounds until the budget is spent, and return who used the processor meanwhile.
 
     Args:
         lanes: By name; each round runs one block of each.
         budget_s: When to stop, after `fewest_rounds`.
-        baseline: If given, lanes that are hopelessly slower than this one leave after three rounds.
+        baseline: If given, lanes that are hopelessly slower than this one leave after some rounds.
         fewest_rounds: Rounds that are run whatever the budget.
         most_rounds: Rounds after which more would tell nothing.
+        clock: Which time decides who is hopeless.
+        on_error: Gets the name and the error of a lane that failed, which then leaves; by default, and
+            for the baseline, errors are raised.
 
     >>> a, b = (Lane(lambda n=n: sum(range(n)), torch.device("cpu")) for n in (9000, 900))
     >>> _ = run({"a": a, "b": b}, budget_s=0.05)
@@ -108,11 +122,17 @@ def run(
     for count in range(most_rounds):
         if count >= fewest_rounds and time.perf_counter() > end:
             break
+        if baseline is not None and len(left[baseline].wall_s) >= _FAIR:
+            limit = _HOPELESS * left[baseline].best(clock)
+            left = {n: lane for n, lane in left.items() if lane.best(clock) <= limit}
         for name in order.sample(list(left), len(left)):
-            left[name].measure()
-        if baseline is not None and count == 2:
-            limit = _HOPELESS * min(lanes[baseline].wall_s)
-            left = {n: lane for n, lane in left.items() if min(lane.wall_s) <= limit}
+            try:
+                left[name].measure()
+            except Exception as error:
+                if on_error is None or name == baseline:
+                    raise
+                del left[name]
+                on_error(name, error)
     return watch.load()
 
 

@@ -1,0 +1,174 @@
+"""Where copies of a module compete: each is built once, and all run side by side under equal conditions.
+
+On a busy machine a race is begun once more; if that is no better, the rest runs in one thread and on processor
+time, whose ratios stay right, and the notes say so.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+
+from lightning_accel.bridge.example import StepFailed
+from lightning_accel.errors import AccelError
+from lightning_accel.measure.contention import Load
+from lightning_accel.measure.race import Lane, Ratio, gain, run, tenth
+from lightning_accel.tuning.replica import Replica
+from lightning_accel.tuning.settings import PLAIN, Settings
+
+_BLOCK_S = 0.02
+_MOST_ROUNDS = 20
+_LOOK = 2
+"""Rounds after which one looks whether the machine is busy."""
+_SLOW_S = 0.2
+"""Steps that take longer get three rounds at least, shorter ones five."""
+
+Build = Callable[[Settings], Replica]
+
+
+class Arena:
+    """Keeps one lane per settings, and measures lanes side by side.
+
+    Args:
+        build: Makes a copy of the module under given settings.
+        device: Where it trains.
+    """
+
+    def __init__(self, build: Build, device: torch.device) -> None:
+        self.build, self.device = build, device
+        self.notes: list[str] = []
+        self.compile_s: dict[Settings, float] = {}
+        self.step_s = 0.0
+        self._clock = "wall"
+        self._made: dict[Settings, tuple[Lane, Replica]] = {}
+        self._threads = torch.get_num_threads()
+
+    def close(self) -> None:
+        """Let go of all copies, and give the process its threads back."""
+        self._made.clear()
+        torch.set_num_threads(self._threads)
+
+    def clear(self) -> None:
+        """Let go of all copies."""
+        self._made.clear()
+        gc.collect()
+
+    def drop(self, settings: Settings) -> None:
+        """Let go of one copy."""
+        self._made.pop(settings, None)
+
+    def replica(self, settings: Settings) -> Replica:
+        """Return the copy whose lane is kept."""
+        return self._made[settings][1]
+
+    def make(self, settings: Settings, keep: Settings | None = None) -> Replica:
+        """Build a copy; short of memory, first let go of all that are only kept for later.
+
+        Args:
+            settings: Of the copy.
+            keep: Settings whose copy is in use.
+        """
+        try:
+            return self.build(settings)
+        except torch.OutOfMemoryError as error:
+            spare = [made for made in self._made if made != keep]
+            if not spare:
+                raise
+            for made in spare:
+                del self._made[made]
+            forget(error)
+            return self.build(settings)
+
+    def lane(self, settings: Settings, replica: Replica | None = None) -> Lane:
+        """Return the lane of these settings: the same one for as long as it is kept."""
+        if settings in self._made:
+            lane = self._made[settings][0]
+            lane.wall_s, lane.cpu_s = [], []
+            return lane
+        replica = replica or self.make(settings)
+        first_s = replica.first_step_s + replica.first_step()
+        lane = self._lane_of(replica)
+        if settings.compilation != PLAIN and settings not in self.compile_s:
+            start = time.perf_counter()
+            with replica.around():
+                replica.step()
+            self.compile_s[settings] = max(0.0, first_s - 2 * (time.perf_counter() - start))
+        self._made[settings] = lane, replica
+        return lane
+
+    def other(self, settings: Settings) -> Lane:
+        """Return one more lane of these settings, which is not kept."""
+        replica = self.build(settings)
+        replica.first_step()
+        return self._lane_of(replica)
+
+    def _lane_of(self, replica: Replica) -> Lane:
+        return Lane(replica.step, self.device, around=replica.around, warmup=0, block_s=_BLOCK_S)
+
+    def race(self, lanes: dict[str, Lane], share_s: float) -> dict[str, str]:
+        """Measure lanes, `PLAIN` among them, and return why those failed that did.
+
+        If the first rounds see a busy machine twice, the rest is in one thread and processor time.
+        """
+        self._failed: dict[str, str] = {}
+        for attempt in ("first", "again"):
+            left = {name: lane for name, lane in lanes.items() if name not in self._failed}
+            load = self._rounds(left, share_s / 8, fewest=_LOOK)
+            if self.device.type != "cpu" or self._clock == "cpu" or not load.contended:
+                break
+            for lane in lanes.values():
+                lane.wall_s, lane.cpu_s = [], []
+            if attempt == "again":
+                torch.set_num_threads(1)
+                self._clock = "cpu"
+                self.notes.append(
+                    f"other work took the processor ({load}): measured in one thread, in processor time"
+                )
+        done = max(len(lane.wall_s) for lane in lanes.values())
+        fewest = 3 if self.step_s > _SLOW_S else 5
+        left = {name: lane for name, lane in lanes.items() if name not in self._failed}
+        self._rounds(left, 3 * share_s / 4, fewest=max(0, fewest - done))
+        return self._failed
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._failed[name] = said(error)
+        forget(error)
+
+    def gain(self, baseline: Lane, candidate: Lane) -> Ratio:
+        """Return the gain of one lane over another, by the clock that is right here."""
+        return gain(baseline, candidate, clock=self._clock)
+
+    def seconds(self, lane: Lane) -> float:
+        """Return the seconds of a step, by the clock that is right here."""
+        return tenth(lane, clock=self._clock)
+
+    def _rounds(self, lanes: dict[str, Lane], share_s: float, fewest: int) -> Load:
+        return run(
+            lanes,
+            budget_s=share_s,
+            baseline=PLAIN,
+            fewest_rounds=fewest,
+            most_rounds=_MOST_ROUNDS,
+            clock=self._clock,
+            on_error=self._fail,
+        )
+
+
+def said(error: BaseException) -> str:
+    """Say an error in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    cause = error.__cause__ if isinstance(error, StepFailed) and error.__cause__ else error
+    line = next(iter(str(cause).strip().splitlines()), "")
+    return line if isinstance(cause, AccelError) else f"{type(cause).__name__}: {line}"
+
+
+def forget(error: BaseException) -> None:
+    """Let go of the frames of an error, which hold the tensors of the failed step."""
+    error.__traceback__ = None
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,82 @@
+"""What a user passes to a tuner, checked where it comes in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_accel.errors import explain
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a number above zero; infinity is one.
+
+    >>> positive("budget_s", 3)
+    3.0
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(explain(f"`{name}` is a number", repr(value), "pass one, such as 60"))
+    if math.isnan(value) or value <= 0:
+        raise ValueError(explain(f"`{name}` is above zero", repr(value), "pass one, such as 60"))
+    return float(value)
+
+
+def whole(name: str, value: Any) -> int:
+    """Return a whole number above zero.
+
+    >>> whole("steps", 3)
+    3
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(explain(f"`{name}` is a whole number", repr(value), "pass one above zero"))
+    if value < 1:
+        raise ValueError(explain(f"`{name}` is above zero", repr(value), "pass one above zero"))
+    return value
+
+
+def sizes_of(sizes: Any) -> tuple[int, ...]:
+    """Return batch sizes.
+
+    >>> sizes_of([32, 64])
+    (32, 64)
+    """
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence):
+        raise TypeError(
+            explain("`batch_sizes` is a list of sizes", repr(sizes), "pass some, such as [64, 128]")
+        )
+    return tuple(whole("batch_sizes", size) for size in sizes)
+
+
+def path_of(report: Any) -> tuple[Path, ...]:
+    """Return the files of a report, whose endings say what they will be.
+
+    >>> path_of("tuned.yaml")
+    (PosixPath('tuned.yaml'),)
+    """
+    given = [report] if isinstance(report, (str, Path)) else report
+    if not isinstance(given, Sequence) or not all(isinstance(p, (str, Path)) for p in given):
+        raise TypeError(explain("`report` is a file or several", repr(report), "pass 'tuned.yaml'"))
+    known = (".yaml", ".yml", ".json", ".svg", ".md", ".txt")
+    for path in given:
+        if Path(path).suffix not in known:
+            raise ValueError(
+                explain("unknown form of a report", repr(str(path)), f"end in {', '.join(known)}")
+            )
+    return tuple(Path(path) for path in given)
+
+
+def folder_of(cache: Any, default: Path) -> Path | None:
+    """Return the folder of earlier answers, or `None` for no cache.
+
+    >>> folder_of(False, Path("answers")) is None
+    True
+    """
+    if isinstance(cache, bool):
+        return default if cache else None
+    if not isinstance(cache, (str, Path)) or not str(cache):
+        raise TypeError(
+            explain("`cache` is a folder, true or false", repr(cache), "pass 'tuning_cache'")
+        )
+    return Path(cache).expanduser()

@@ -1,0 +1,74 @@
+"""How the data comes in: measured beside the step, and said in the same words as the other choices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_accel.errors import AccelError
+from lightning_accel.loading import Choice, apply_choice, choose, resident
+from lightning_accel.loading.callback import Applied
+from lightning_accel.tuning.report import Trial
+from lightning_accel.tuning.settings import PLAIN, loading_arguments
+
+_LONGEST_S = 5.0
+
+
+def choose_loading(
+    trainer: Trainer, step_ms: float, budget_s: float
+) -> tuple[str, float, list[Trial]]:
+    """Return how to load the training data, what that gives to batch and step together, and all trials.
+
+    Args:
+        trainer: A Trainer within a fit.
+        step_ms: A step under the chosen settings.
+        budget_s: About how long to measure.
+    """
+    loader = _only_loader(trainer)
+    if isinstance(loader, str):
+        return PLAIN, 1.0, [Trial("loading", "any", "skipped", loader)]
+    device = trainer.strategy.root_device
+    choice = choose(loader, step_ms=step_ms, device=device, budget_s=min(budget_s, _LONGEST_S))
+    plain_ms = choice.ways[0].median_ms if choice.ways else None
+    trials = []
+    for way in choice.ways[1:]:
+        ratio = plain_ms / way.median_ms if plain_ms and way.median_ms else None
+        taken = way.name == choice.taken
+        verdict = "taken" if taken else "skipped" if way.skipped else "not taken"
+        why = way.skipped or ("" if taken else "no measurable difference, or another is faster")
+        trials.append(Trial("loading", way.name, verdict, why, ratio))
+    if not trials:
+        trials = [Trial("loading", "any", "skipped", choice.reason)]
+    taken_as = PLAIN if choice.taken == "as is" else choice.taken
+    return taken_as, choice.ratio, trials
+
+
+def apply_loading(trainer: Trainer, value: str) -> Applied:
+    """Load the training data of a running fit in a way that was chosen, perhaps in an earlier run.
+
+    Raises:
+        AccelError: The data does not allow it any more.
+    """
+    loader = _only_loader(trainer)
+    if isinstance(loader, str):
+        raise AccelError("the data cannot be loaded as it was chosen", loader, "tune anew")
+    arguments = loading_arguments(value)
+    if arguments["resident"] is True:
+        device = trainer.strategy.root_device
+        held = resident(loader, device if device.type == "cuda" else "cpu")
+        choice = Choice("resident", 1.0, "chosen before", store=held.store)
+    else:
+        workers = arguments.get("workers", loader.num_workers)
+        pin = arguments.get("pin")
+        choice = Choice(value, 1.0, "chosen before", num_workers=workers, pin_memory=pin)
+    return apply_choice(trainer, choice)
+
+
+def _only_loader(trainer: Trainer) -> Any:
+    """Return the one training loader, or the reason why it stays as it is."""
+    if any(type(c).__name__ == "FastLoading" for c in trainer.callbacks):  # type: ignore[attr-defined]
+        return "the Trainer already has FastLoading"
+    combined = trainer.fit_loop._combined_loader
+    loaders = combined.flattened if combined is not None else []
+    return loaders[0] if len(loaders) == 1 else f"{len(loaders)} training loaders"

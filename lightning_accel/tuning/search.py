@@ -1,0 +1,363 @@
+"""Coordinate search over techniques: each value is measured against the best so far, and has to earn its place.
+
+In each contest the incumbent and all values of one technique run side by side, see `measure.race`. A value
+is taken when
+
+1. it computes the same training (`numerics`),
+2. the whole 95 % interval of its gain lies above 1, and the gain above the resolution of this machine, which
+   is what plain against plain shows,
+3. what it saves over the rest of the run is more than compiling it costs.
+
+Ties go to the incumbent, and so to plain. At the end plain, plain again and every step of the way run side
+by side once more (the waterfall); if that does not confirm the whole, plain is the answer.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import NamedTuple
+
+import torch
+
+from lightning_accel.errors import AccelError
+from lightning_accel.measure.race import Lane, Ratio
+from lightning_accel.tuning.arena import Arena, Build, forget, said
+from lightning_accel.tuning.candidates import TECHNIQUES, Contest, Skipped
+from lightning_accel.tuning.numerics import (
+    Gradients,
+    curve_gap,
+    curve_verdict,
+    difference,
+    verdict,
+)
+from lightning_accel.tuning.replica import Replica
+from lightning_accel.tuning.report import Bar, Trial
+from lightning_accel.tuning.settings import PLAIN, Settings, words
+
+_LEAST_GAIN = 1.02
+"""A gain below this is not worth a setting, however sure it is."""
+_RESTLESS = 0.1
+"""A difference between plain and plain that is worth a word."""
+_COMPILE_S = 5.0
+"""What compiling costs at least on a CPU; a run that cannot win this back is not compiled to find out."""
+_BEST_COMPILE = 1.5
+_BUDGETS = (0.5, 0.3, 0.1, 0.0)
+"""Shares of the activations to keep when plain runs out of memory."""
+_SEED = 0
+
+_FEWEST_STEPS = 40
+"""About what a search takes at least, in steps of the module."""
+
+
+class Unpayable(Exception):
+    """The run is too short for a search to pay."""
+
+
+class Found(NamedTuple):
+    """What a search ended with."""
+
+    settings: Settings
+    trials: list[Trial]
+    bars: list[Bar]
+    resolution: Ratio
+    notes: list[str]
+
+
+class Search:
+    """A search over the settings of one training step.
+
+    Args:
+        build: Makes a copy of the module under given settings.
+        device: Where it trains.
+        numerics: The tier that is allowed.
+        steps: How many steps the run still has.
+        budget_s: About how long to search.
+        budget_share: The most of the run's own time that the search may take.
+
+    Raises:
+        Unpayable: By `run`, when that is too little for any answer.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        *,
+        device: torch.device,
+        numerics: str,
+        steps: int,
+        budget_s: float,
+        budget_share: float = float("inf"),
+    ) -> None:
+        self._arena = Arena(build, device)
+        self._tier, self._steps = numerics, steps
+        self._start_s = time.perf_counter()
+        self._end = self._start_s + budget_s
+        self._budget_s, self._budget_share = budget_s, budget_share
+        self.trials: list[Trial] = []
+        self._noise_of: dict[Settings, float] = {}
+
+    def run(self, contests: list[Contest], skipped: list[Skipped]) -> Found:
+        """Search, and leave the number of threads as it was."""
+        self.trials = [Trial(s.technique, s.value, "skipped", s.reason) for s in skipped]
+        try:
+            return self._search(contests)
+        finally:
+            self._arena.close()
+
+    def _search(self, contests: list[Contest]) -> Found:
+        best = self._base = self._know_plain()
+        fixed = dict(best.chosen())
+        contests = [contest for contest in contests if contest.technique not in fixed]
+        for index, contest in enumerate(contests):
+            # The last share is for the waterfall, which confirms the whole.
+            share_s = self._left_s() / (len(contests) - index + 1)
+            best = self._contest(best, contest, share_s)
+            gc.collect()
+        bars, resolution, best = self._waterfall(best)
+        order = sorted(self.trials, key=lambda trial: TECHNIQUES.index(trial.technique))
+        return Found(best, order, bars, resolution, self._arena.notes)
+
+    def _know_plain(self) -> Settings:
+        """Find out what plain computes and how far apart two plain steps are; return what runs at all."""
+        base, replica = self._first_that_fits()
+        same, reseeded = (difference(self._plain, other) for other in self._others)
+        self._noise = max(same, reseeded, key=lambda d: (d.loss, -d.cosine, -d.worst))
+        if self._noise.loss > 0:
+            self._arena.notes.append(
+                "the step is random by itself, so numbers are compared within its own noise "
+                f"({self._noise})"
+            )
+        lane = self._arena.lane(base, replica)
+        lane.measure()
+        self._arena.step_s = lane.wall_s[0]
+        self._afford()
+        return base
+
+    def _first_that_fits(self) -> tuple[Settings, Replica]:
+        """Return plain, or where it runs out of memory, the largest activation budget that does not."""
+        budgets = [
+            Settings(compilation=kind, memory_budget=str(share))
+            for share in _BUDGETS
+            for kind in ("blocks", "whole")
+        ]
+        for settings in (Settings(), *budgets):
+            try:
+                replica = self._arena.make(settings)
+                # Before the first step, which changes the weights.
+                found = [Gradients(*replica.gradients(s)) for s in (_SEED, _SEED, _SEED + 1)]
+                self._plain, self._others = found[0], found[1:]
+                replica.first_step()
+                if settings != Settings():
+                    self._arena.notes.append(
+                        f"plain runs out of memory; compared with `{settings.label}`"
+                    )
+                return settings, replica
+            except Exception as error:
+                if not isinstance(error, torch.OutOfMemoryError) and settings == Settings():
+                    raise
+                verdict = Trial("compilation", settings.label, "failed", said(error))
+                self.trials.append(verdict)
+                forget(error)
+        raise AccelError(
+            "a training step runs out of memory even with a small activation budget",
+            f"budgets down to {_BUDGETS[-1]}",
+            "use a smaller batch, or shard the module over several devices",
+        )
+
+    def _afford(self) -> None:
+        """Cut the budget to what this run can pay for."""
+        run_s = self._steps * self._arena.step_s
+        allowed_s = min(self._budget_s, self._budget_share * run_s)
+        if allowed_s < min(self._budget_s, _FEWEST_STEPS * self._arena.step_s):
+            share = f"{self._budget_share:.0%}".replace("%", " %")
+            raise Unpayable(
+                f"not tuned: the {self._steps:,} steps of this run take {run_s:.1f} s, of which a search "
+                f"may take {share}; `lightning-accel tune` writes a preset that costs nothing to use"
+            )
+        self._budget_s, self._end = allowed_s, self._start_s + allowed_s
+
+    def _contest(self, best: Settings, contest: Contest, share_s: float) -> Settings:
+        """Return the incumbent or a value of this technique that earned its place."""
+        values = []
+        for value in contest.values:
+            reason = self._not_worth_trying(contest.technique, share_s)
+            if reason:
+                self.trials.append(Trial(contest.technique, value, "skipped", reason))
+            else:
+                values.append(value)
+        if not values:
+            return best
+        lanes = self._lanes(best, contest.technique, values)
+        if len(lanes) < 2:
+            return best
+        failed = self._arena.race(lanes, share_s)
+        for name, why in failed.items():
+            del lanes[name]
+            self.trials.append(Trial(contest.technique, name, "failed", why))
+        ranked = sorted(lanes, key=lambda name: self._arena.seconds(lanes[name]))
+        winner = best
+        for name in ranked:
+            if name == PLAIN:
+                continue
+            candidate = best.having(contest.technique, name)
+            trial = self._judge(contest.technique, name, lanes, best, candidate)
+            if trial.verdict == "taken" and winner is not best:
+                trial = trial._replace(verdict="not taken", reason="another value is faster still")
+            if trial.verdict == "taken":
+                winner = candidate
+            self.trials.append(trial)
+            if candidate != winner:
+                self._arena.drop(candidate)
+        return winner
+
+    def _not_worth_trying(self, technique: str, share_s: float) -> str:
+        if time.perf_counter() > self._end:
+            return f"the budget of {self._budget_s:.0f} s was spent"
+        if technique != "compilation":
+            return ""
+        rest_s = self._steps * self._arena.step_s
+        if rest_s * (1 - 1 / _BEST_COMPILE) < _COMPILE_S:
+            return (
+                f"compiling takes {_COMPILE_S:.0f} s or more, and the {self._steps} steps of this run "
+                f"take {rest_s:.0f} s"
+            )
+        if share_s < _COMPILE_S:
+            return f"compiling takes {_COMPILE_S:.0f} s or more, and {share_s:.0f} s of the budget are left"
+        return ""
+
+    def _lanes(self, best: Settings, technique: str, values: list[str]) -> dict[str, Lane]:
+        """Make the lanes of the incumbent and of each value; drop what fails or computes something else."""
+        lanes = {PLAIN: self._arena.lane(best)}
+        for value in values:
+            settings = best.having(technique, value)
+            try:
+                replica = self._arena.make(settings, keep=best)
+                wrong = self._wrong(replica)
+                if wrong:
+                    self.trials.append(Trial(technique, value, "rejected", wrong))
+                else:
+                    lanes[value] = self._arena.lane(settings, replica)
+            except Exception as error:
+                self.trials.append(Trial(technique, value, "failed", said(error)))
+                forget(error)
+        return lanes
+
+    def _wrong(self, replica: Replica) -> str | None:
+        start = time.perf_counter()
+        found = Gradients(*replica.gradients(_SEED))
+        replica.first_step_s = time.perf_counter() - start
+        return verdict(difference(self._plain, found), self._noise, self._tier)
+
+    def _judge(
+        self,
+        technique: str,
+        name: str,
+        lanes: dict[str, Lane],
+        best: Settings,
+        candidate: Settings,
+    ) -> Trial:
+        ratio = self._arena.gain(lanes[PLAIN], lanes[name])
+        compile_s = self._arena.compile_s.get(candidate)
+        saved_s = self._arena.seconds(lanes[PLAIN]) - self._arena.seconds(lanes[name])
+        pays_after = None
+        if compile_s is not None and saved_s > 0:
+            pays_after = round(compile_s / saved_s)
+        trial = Trial(technique, name, "taken", "", *ratio, compile_s, pays_after)
+        curves = [self._arena.replica(settings).losses for settings in (best, candidate)]
+        off = curve_verdict(curve_gap(*curves), self._curve_noise(best))
+        if off:
+            return trial._replace(verdict="rejected", reason=off)
+        if ratio.low <= 1.0 or ratio.ratio < _LEAST_GAIN:
+            slower = ratio.high < 1.0
+            return trial._replace(
+                verdict="not taken", reason="slower" if slower else "no measurable difference"
+            )
+        if pays_after is not None and pays_after >= self._steps:
+            return trial._replace(
+                verdict="not taken",
+                reason=f"compiling pays after {pays_after:,} steps, and this run has {self._steps:,}",
+            )
+        return trial
+
+    def _curve_noise(self, settings: Settings) -> float:
+        """Return how far a learning curve moves when its first weights move by rounding."""
+        if settings not in self._noise_of:
+            curve = self._arena.replica(settings).losses
+            moved = self._arena.build(settings.having("compilation", PLAIN))
+            moved.perturb()
+            # As many steps as are compared, and no more seconds than a tenth of the budget.
+            end = time.perf_counter() + self._budget_s / 10
+            while len(moved.losses) < len(curve) and time.perf_counter() < end:
+                with moved.around(_SEED + len(moved.losses)):
+                    moved.step()
+            self._noise_of[settings] = curve_gap(curve, moved.losses)
+        return self._noise_of[settings]
+
+    def _waterfall(self, best: Settings) -> tuple[list[Bar], Ratio, Settings]:
+        """Measure plain, plain again and every step of the way side by side; keep what is confirmed."""
+        way = [self._base]
+        for technique, value in self._in_order(best):
+            way.append(way[-1].having(technique, value))
+        try:
+            again, lanes = self._sides(way)
+        except torch.OutOfMemoryError as error:
+            self._arena.clear()
+            forget(error)
+            self._arena.notes.append(
+                "too little memory to measure every step of the way side by side"
+            )
+            way = list(dict.fromkeys((way[0], best)))
+            again, lanes = self._sides(way)
+        named = {str(index): lane for index, lane in enumerate(lanes)}
+        self._arena.race({PLAIN: named.pop("0"), "again": again, **named}, self._left_s())
+        resolution = self._arena.gain(lanes[0], again)
+        if abs(resolution.ratio - 1) > _RESTLESS:
+            self._arena.notes.append("the machine is restless: only gains beyond that of plain count")
+        ratios = [Ratio(1.0, 1.0, 1.0), *(self._arena.gain(lanes[0], lane) for lane in lanes[1:])]
+        end = _confirmed(ratios, resolution)
+        if end < len(way) - 1:
+            self._arena.notes.append(
+                f"`{best.label}` was not confirmed ({ratios[-1].ratio:.2f}x of plain, plain again is "
+                f"{resolution.ratio:.2f}x): `{way[end].label}` is the answer"
+            )
+        bars = []
+        for index in range(end + 1):
+            before = lanes[max(0, index - 1)]
+            label = " + ".join(words(*item) for item in _added(way, index)) or PLAIN
+            ms = 1000 * self._arena.seconds(lanes[index])
+            step = self._arena.gain(before, lanes[index]).ratio if index else 1.0
+            bars.append(Bar(f"+ {label}" if index else label, ms, *ratios[index], step))
+        return bars, resolution, way[end]
+
+    def _sides(self, way: list[Settings]) -> tuple[Lane, list[Lane]]:
+        return self._arena.other(self._base), [self._arena.lane(settings) for settings in way]
+
+    def _left_s(self) -> float:
+        return max(0.0, self._end - time.perf_counter())
+
+    def _in_order(self, best: Settings) -> list[tuple[str, str]]:
+        """Return the chosen values in the order in which they were taken."""
+        taken = [t.technique for t in self.trials if t.verdict == "taken"]
+        before = dict(self._base.chosen())
+        added = [item for item in best.chosen() if item[0] not in before]
+        return sorted(added, key=lambda item: taken.index(item[0]))
+
+
+def _confirmed(ratios: list[Ratio], resolution: Ratio) -> int:
+    """Return how far along the way the gain is real: the fastest step, or an earlier one as fast.
+
+    >>> _confirmed([Ratio(1, 1, 1), Ratio(2, 1.9, 2.1), Ratio(2.01, 1.9, 2.1)], Ratio(1.01, 1, 1))
+    1
+    >>> _confirmed([Ratio(1, 1, 1), Ratio(1.01, 0.98, 1.03)], Ratio(1.02, 1, 1))
+    0
+    """
+    tie = max(1 + abs(resolution.ratio - 1), 1.01)
+    sure = {index: r.ratio for index, r in enumerate(ratios) if not index or r.low > 1}
+    fastest = max(sure.values())
+    return next(index for index, ratio in sure.items() if ratio * tie >= fastest)
+
+
+def _added(way: list[Settings], index: int) -> list[tuple[str, str]]:
+    before = dict(way[index - 1].chosen()) if index else {}
+    return [item for item in way[index].chosen() if item[0] not in before]
