@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import hydra
 from omegaconf import DictConfig
 
 from lightning_accel.job import job
 from lightning_accel.recipe import build, prepare_teacher
+
+with contextlib.suppress(ImportError):  # an installed package has the plugin where Hydra finds it
+    from lightning_accel._hydra_plugins import register
+
+    register()
 
 OURS = ("models.", "data.")
 

@@ -1,14 +1,25 @@
 """Puts our presets on the search path of every Hydra app: `+accel=amp_prune` needs no import.
 
 Installed as `hydra_plugins.lightning_accel`, where Hydra discovers it. The path is appended, so a
-user's own `conf/accel/*.yaml` wins.
+user's own `conf/accel/*.yaml` wins. A preset may also be a file of the folder in which the command was
+typed, such as the one that a tuner wrote: `+accel=./tuned.yaml`. Nothing of torch is imported here.
 """
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.errors import ConfigCompositionException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+_GROUP = "accel/"
+_SUFFIXES = (".yaml", ".yml")
+_EXPLICIT = ("./", "../", "/")
+_MOST_BYTES = 1_000_000
 
 
 class LightningAccelSearchPath(SearchPathPlugin):
@@ -23,3 +34,105 @@ class LightningAccelSearchPath(SearchPathPlugin):
             search_path.append("lightning_accel", "pkg://lightning_accel.conf")
         elif (package.parent / "conf" / "accel").is_dir():
             search_path.append("lightning_accel", f"file://{package.parent / 'conf'}")
+
+
+class LightningAccelPresetFiles(SearchPathPlugin):
+    """Look for `+accel=./tuned.yaml` in the present folder, before the app's own `conf/accel`."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.prepend("accel files", f"{PresetFile.scheme()}://{Path.cwd()}", anchor="main")
+
+
+class PresetFile(ConfigSource):
+    """One yaml file named by its path, in the group `accel` and no other.
+
+    A name that begins with `./`, `../` or `/` is always such a file, and an error where there is none.
+    Another name is one when it ends in `.yaml` and the file is there; all else is left to the other
+    sources. Relative paths start from the folder in which the command was typed.
+    """
+
+    @staticmethod
+    def scheme() -> str:
+        return "preset"
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return False
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        return []
+
+    def is_config(self, config_path: str) -> bool:
+        return self._file(config_path) is not None
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = self._file(config_path)
+        if path is None:
+            raise _refusal(f"`{config_path}` is no file of a preset", "another kind of name", "")
+        text = _text(path)
+        header = ConfigSource._get_header_dict(text)
+        config = _mapping(path, text)
+        if header["package"] is None:
+            raise _refusal(
+                f"`{path}` has no package, so all of it would land under `accel` without effect",
+                f"{text.splitlines()[0][:80]!r} as its first line" if text else "an empty file",
+                "make its first line `# @package _global_`",
+            )
+        return ConfigResult(
+            config=config, path=f"file://{path.parent}", provider=self.provider, header=header
+        )
+
+    def _file(self, config_path: str) -> Path | None:
+        name = config_path.removeprefix(_GROUP)
+        if name == config_path:
+            return None
+        path = Path(self.path, name)
+        if not name.startswith(_EXPLICIT):
+            return path if path.suffix in _SUFFIXES and path.is_file() else None
+        return path if path.suffix in _SUFFIXES else path.with_name(path.name + _SUFFIXES[0])
+
+
+def register() -> None:
+    """Make both plugins known to this process where Hydra did not find them: in a bare source tree."""
+    from hydra.core.plugins import Plugins
+
+    known = {found.__name__ for found in Plugins.instance().discover()}
+    for ours in (PresetFile, LightningAccelSearchPath, LightningAccelPresetFiles):
+        if ours.__name__ not in known:
+            Plugins.instance().register(ours)
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise _refusal(
+            f"there is no preset `{path}`",
+            "no such file" if not path.exists() else "something that is not a file",
+            "check the path: it starts from the folder in which the command was typed",
+        )
+    if path.stat().st_size > _MOST_BYTES:
+        found = f"{path.stat().st_size} bytes"
+        raise _refusal(f"`{path}` is too large for a preset", found, "name a yaml file of settings")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _refusal(
+            f"`{path}` cannot be read", str(error), "name a yaml file in UTF-8"
+        ) from error
+
+
+def _mapping(path: Path, text: str) -> DictConfig:
+    try:
+        config: Any = OmegaConf.create(text)
+    except Exception as error:  # of yaml and of OmegaConf, which have no common parent
+        raise _refusal(f"`{path}` is not valid yaml", str(error), "correct the file") from error
+    if not isinstance(config, DictConfig):
+        kind = type(config).__name__
+        raise _refusal(f"`{path}` is no preset", f"a {kind}", "write a mapping of settings")
+    return config
+
+
+def _refusal(what: str, found: str, do: str) -> ConfigCompositionException:
+    parts = [what, f"Found: {found}", f"Do: {do}" if do else ""]
+    return ConfigCompositionException(" ".join(f"{part.rstrip('.')}." for part in parts if part))

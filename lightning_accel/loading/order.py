@@ -1,0 +1,167 @@
+"""The order of a DataLoader's batches, and the random numbers it costs, kept when others make them.
+
+A DataLoader draws one number for its workers whenever it is iterated, from its own generator or from the
+global one, and so moves the dropout of the whole training. With workers it also asks its sampler ahead of
+time: `num_workers * prefetch_factor` lists at once, then one for each batch that it gives. `Order` asks the
+user's own sampler at exactly these moments, whoever makes the batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_accel.errors import Unsupported
+
+
+class Order:
+    """Lists of indices from a sampler, asked for when a DataLoader would ask.
+
+    Args:
+        indices: The iterator of the user's sampler.
+        ahead: How many lists the DataLoader asks for at once: 0 without workers.
+        start: Whether these are still to be asked for.
+
+    >>> list(Order(iter([[0, 1], [2]]), ahead=4))
+    [[0, 1], [2]]
+    """
+
+    def __init__(self, indices: Iterator[Any], *, ahead: int = 0, start: bool = True) -> None:
+        self._indices, self._ahead = indices, ahead
+        self._waiting: deque[Any] = deque()
+        for _ in range(ahead if start else 0):
+            self.ask()
+
+    def __iter__(self) -> Order:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._ahead:
+            return next(self._indices)
+        if not self._waiting:
+            raise StopIteration
+        first = self._waiting.popleft()
+        self.ask()
+        return first
+
+    def ask(self) -> None:
+        """Ask the sampler once more, where the DataLoader does so ahead of time."""
+        if self._ahead:
+            for found in self._indices:
+                self._waiting.append(found)
+                return
+
+
+class Batches:
+    """Batches of one epoch: for each list of indices what `make` makes of it.
+
+    `before` is what a DataLoader's workers had begun when this took over; it comes first.
+    """
+
+    def __init__(
+        self, order: Order, make: Callable[[Any], Any], before: Iterator[Any] | None = None
+    ) -> None:
+        self.order, self._make, self._before = order, make, before
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Any:
+        if self._before is not None:
+            for batch in self._before:
+                self.order.ask()
+                return batch
+            stop_workers(self._before)
+            self._before = None
+        return self._make(next(self.order))
+
+
+class SameBatches:
+    """A DataLoader's batches made in another way: same values, same order, same random numbers.
+
+    Looks like the DataLoader to whoever reads `dataset`, `sampler`, `batch_size` and the like.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self._running: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = self.loader
+        indices = iter(loader.batch_sampler)  # type: ignore[arg-type]
+        if not (loader.persistent_workers and self._running is not None):
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        self._running = self._start(Order(indices, ahead=_ahead(loader)))
+        return self._running
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    @property
+    def _iterator(self) -> Any:
+        """What Lightning sets to `None` when it has done with the workers."""
+        return self._running
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._running = value
+        if value is None:
+            self.close()
+
+    def close(self) -> None:
+        """End what runs in the background."""
+
+    def follow(self, old: Any) -> None:
+        """Take the place of `old`, a loader of the same batches that may have been iterated before."""
+        if isinstance(old, SameBatches):
+            self._running = old._running
+        elif self.loader._iterator is not None:  # workers that persist
+            self._running = self.loader._iterator
+            self.loader._iterator = None
+
+    def adopt(self, running: Any) -> Iterator[Any]:
+        """Return an iterator that goes on where one of the DataLoader is, with nothing drawn twice.
+
+        Raises:
+            Unsupported: `running` is no iterator of a DataLoader or of ours.
+        """
+        if isinstance(running, Batches) and running._before is None:
+            self._running = self._start(running.order)
+            return self._running
+        indices = getattr(running, "_sampler_iter", None)
+        workers = getattr(running, "_num_workers", None)
+        if indices is None or workers is None:
+            raise Unsupported(
+                "the batches of this epoch are under way in a form that cannot be taken over",
+                type(running).__name__,
+                "nothing: the next epoch comes from the new loader",
+            )
+        before = running if workers else None
+        if before is not None:
+            before._sampler_iter = iter(())  # it gives what its workers have begun, and no more
+        order = Order(indices, ahead=_ahead(self.loader) if workers else 0, start=False)
+        self._running = self._start(order, before)
+        return self._running
+
+    def _start(self, order: Order, before: Iterator[Any] | None = None) -> Iterator[Any]:
+        raise NotImplementedError
+
+
+def stop_workers(running: Any) -> None:
+    """End the worker processes of a DataLoader's iterator, if it has any; they may be persistent."""
+    stop = getattr(running, "_shutdown_workers", None)
+    if stop is not None:
+        stop()
+
+
+def _ahead(loader: DataLoader[Any]) -> int:
+    return loader.num_workers * (loader.prefetch_factor or 0)

@@ -1,0 +1,153 @@
+"""Whether reading data changes nothing: no random number drawn, and the same item at every read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from lightning_accel.surgery.snapshot import random_state, set_random_state
+
+_DEPTH = 5
+_MOST = 2000
+
+
+@contextmanager
+def untouched(*holders: Any) -> Iterator[None]:
+    """Put all random states back: the global ones, and generators that `holders` keep as attributes.
+
+    >>> before = torch.get_rng_state()
+    >>> with untouched():
+    ...     _ = torch.rand(3)
+    >>> torch.equal(before, torch.get_rng_state())
+    True
+    """
+    world = random_state()
+    own = [(generator, _state(generator)) for generator in generators(*holders)]
+    try:
+        yield
+    finally:
+        set_random_state(world)
+        for generator, state in own:
+            _set_state(generator, state)
+
+
+class Draws:
+    """Tells whether random numbers were drawn since it was made.
+
+    >>> draws = Draws()
+    >>> _ = torch.rand(1)
+    >>> draws.happened()
+    True
+    """
+
+    def __init__(self, *holders: Any) -> None:
+        self._own = generators(*holders)
+        self._before = self._now()
+
+    def happened(self) -> bool:
+        """Compare all random states with those at the beginning."""
+        return self._now() != self._before
+
+    def _now(self) -> list[Any]:
+        world = random_state()
+        tensors = [world["torch"], *world["cuda"]]
+        own = [_state(generator) for generator in self._own]
+        return [
+            world["python"],
+            world["numpy"],
+            *(t.numpy().tobytes() for t in tensors),
+            *(s.cpu().numpy().tobytes() if isinstance(s, Tensor) else repr(s) for s in own),
+        ]
+
+
+def generators(*holders: Any) -> list[Any]:
+    """Return the generators that are found in the attributes of some objects, a few levels deep.
+
+    >>> len(generators({"mine": torch.Generator()}))
+    1
+    """
+    found: list[Any] = []
+    seen: set[int] = set()
+    level = list(holders)
+    for _ in range(_DEPTH):
+        following: list[Any] = []
+        for value in level[:_MOST]:
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(
+                value,
+                (torch.Generator, random.Random, np.random.Generator, np.random.RandomState),
+            ):
+                found.append(value)
+            elif isinstance(value, dict):
+                following += list(value.values())[:_MOST]
+            elif isinstance(value, (list, tuple)):
+                following += value[:_MOST]
+            elif not isinstance(value, (Tensor, np.ndarray, str, bytes, int, float, type)):
+                following += getattr(value, "__dict__", {}).values()
+                following += [getattr(value, "__self__", None), getattr(value, "func", None)]
+                following += [c.cell_contents for c in getattr(value, "__closure__", None) or ()]
+        level = following
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two batches are equal bit for bit: structure, types, shapes, strides, values.
+
+    >>> same({"x": torch.ones(2)}, {"x": torch.ones(2)}), same([torch.ones(2)], [torch.ones(2).int()])
+    (True, False)
+    """
+    left, spec = tree_flatten(one)
+    right, other_spec = tree_flatten(other)
+    return spec == other_spec and all(map(_same_leaf, left, right))
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if not isinstance(one, Tensor):
+        if isinstance(one, np.ndarray):
+            return bool(
+                one.dtype == other.dtype
+                and one.shape == other.shape
+                and one.tobytes() == other.tobytes()
+            )
+        return bool(one == other)
+    if one.dtype != other.dtype or one.shape != other.shape or one.layout != other.layout:
+        return False
+    if one.layout != torch.strided:
+        return _same_leaf(one.to_dense(), other.to_dense())
+    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    if any(size > 1 and a != b for size, a, b in strides):
+        return False
+    return _bits(one) == _bits(other)
+
+
+def _bits(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, (torch.Generator, np.random.RandomState)):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, (torch.Generator, np.random.RandomState)):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.setstate(state)

@@ -1,0 +1,369 @@
+"""When to make the loop lean: before a run, and back again after it; optimizers once they exist."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_accel.bridge.guards import refuse_mirror
+from lightning_accel.errors import NoEffect, Unsupported, explain
+from lightning_accel.loop import bar, hooks, log
+from lightning_accel.loop.fused import (
+    Layout,
+    Original,
+    check,
+    sparse_weights,
+    use_implementation,
+)
+from lightning_accel.loop.sigterm import Throttle
+from lightning_accel.surgery import Change, Receipt
+
+TESTED = "2.6"
+"""The minor release of Lightning whose internals `LeanLoop` knows."""
+
+
+class FusedOptimizer(Callback):
+    """Let the optimizers of a fit run in one kernel, or in another implementation of `torch.optim`.
+
+    Weights and state are those of the loop, to rounding, and checkpoints are as without this: they say
+    nothing of the implementation, so that they continue anywhere. Gradient clipping works under mixed
+    precision, bf16 or fp16. After the fit the optimizers run as they were built.
+
+    Args:
+        implementation: "fused", "foreach" or "for-loop".
+
+    Raises:
+        ValueError: The name is unknown.
+        NoEffect: At the start of the fit, when no optimizer can run so; the message has the reasons.
+
+    >>> FusedOptimizer().implementation
+    'fused'
+    """
+
+    def __init__(self, implementation: str = "fused") -> None:
+        self.implementation = check(implementation)
+        self.receipt = Receipt()
+        self._held: list[tuple[Optimizer, Original]] = []
+        self._handles: list[RemovableHandle] = []
+        self._layout = Layout()
+        self._aligns = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_mirror(trainer)
+        self.receipt = Receipt()
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()
+        if any("DeepSpeed" in base.__name__ for base in type(trainer.strategy).__mro__):
+            raise Unsupported(
+                "DeepSpeed builds its own optimizers",
+                type(trainer.strategy).__name__,
+                "name the optimizer in DeepSpeed's configuration",
+            )
+        sparse = sparse_weights(pl_module)
+        for index, optimizer in enumerate(trainer.optimizers):
+            original = Original(optimizer)
+            try:
+                self._refuse_sparse(optimizer, sparse)
+                receipt = use_implementation(optimizer, self.implementation)
+            except (NoEffect, Unsupported) as error:
+                name = f"{type(optimizer).__name__}, optimizer {index}"
+                skipped = Change(name, "left as it is", after=str(error))
+                self.receipt = self.receipt + Receipt(skipped=(skipped,))
+                continue
+            self.receipt = self.receipt + receipt
+            self._hold(trainer, optimizer, original)
+        if not self._held:
+            raise NoEffect(
+                f"no optimizer can run {self.implementation}",
+                "; ".join(change.after for change in self.receipt.skipped)
+                or "`configure_optimizers` gave none",
+                "leave FusedOptimizer out",
+            )
+        for change in self.receipt.skipped:
+            rank_zero_info(f"{change.name} is left as it is. {change.after}")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer, _ in self._held:  # strategies that load past `load_state_dict`
+            self._apply(optimizer)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._aligns:
+            self._layout.align(optimizer)
+
+    def on_model_edit_end(
+        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
+    ) -> None:
+        """Look at the layout of all state again, which followed the edit."""
+        self._layout = Layout()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._release()
+
+    def _hold(self, trainer: Trainer, optimizer: Optimizer, original: Original) -> None:
+        self._held.append((optimizer, original))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is None or trainer.gradient_clip_val:
+            # Built fused, it would unscale in its kernel, and Lightning then refuses to clip, also
+            # without a scaler (Lightning #21435, can go with 2.7). So the scaler does that before.
+            vars(optimizer).pop("_step_supports_amp_scaling", None)
+        self._handles += [
+            optimizer.register_load_state_dict_post_hook(self._apply),
+            optimizer.register_state_dict_post_hook(lambda _, state: original.rewrite(state)),
+        ]
+        kinds = {p.device.type for group in optimizer.param_groups for p in group["params"]}
+        self._aligns |= self.implementation == "fused" and "cpu" in kinds
+
+    def _apply(self, optimizer: Optimizer) -> None:
+        use_implementation(optimizer, self.implementation)
+
+    def _refuse_sparse(self, optimizer: Optimizer, sparse: dict[torch.Tensor, str]) -> None:
+        held = {p for group in optimizer.param_groups for p in group["params"]} if sparse else set()
+        names = [name for weight, name in sparse.items() if weight in held]
+        if names and self.implementation != "for-loop":
+            raise Unsupported("a gradient will be sparse", names[0], "build it with sparse=False")
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for optimizer, original in self._held:
+            original.put_back(optimizer)
+        self._handles, self._held = [], []
+        self._layout, self._aligns = Layout(), False
+
+
+class LeanLoop(Callback):
+    """Take host work out of the Trainer's loop that changes no result.
+
+    Written against the internals of Lightning 2.6, on the instances of this run, and taken back after it;
+    with another Lightning it warns and does nothing. What was done is in `receipt`, what not and why in
+    `receipt.skipped`.
+
+    Args:
+        log: `self.log` checks its arguments once, not on every call. Every logged value is the same.
+        hooks: Hooks that a callback does not have are not called, and the name of the running hook and the
+            signature of `training_step` are had more cheaply.
+        sigterm_every: With several processes, batches between two checks whether one of them was told to
+            stop; fewer where a batch takes above a tenth of a second. 1 leaves Lightning's check as it is.
+        progress_bar: Values for the progress bar leave the device when the bar asks, not on every batch.
+
+    Raises:
+        TypeError: A switch is not a bool, or `sigterm_every` no integer.
+        ValueError: `sigterm_every` is below 1, or nothing at all is asked for.
+
+    >>> LeanLoop(sigterm_every=20).sigterm_every
+    20
+    """
+
+    def __init__(
+        self,
+        *,
+        log: bool = True,
+        hooks: bool = True,
+        sigterm_every: int = 50,
+        progress_bar: bool = True,
+    ) -> None:
+        for name, value in (("log", log), ("hooks", hooks), ("progress_bar", progress_bar)):
+            if not isinstance(value, bool):
+                raise TypeError(explain(f"`{name}` is true or false", repr(value), "pass a bool"))
+        if type(sigterm_every) is not int:
+            found = repr(sigterm_every)
+            raise TypeError(
+                explain("`sigterm_every` is a number of batches", found, "pass 50, say")
+            )
+        if sigterm_every < 1:
+            found = repr(sigterm_every)
+            raise ValueError(explain("`sigterm_every` is at least 1", found, "pass 50, say"))
+        if not (log or hooks or progress_bar) and sigterm_every == 1:
+            raise ValueError(explain("nothing is asked for", "all switches off", "turn one on"))
+        self.lean_log = log  # a Trainer gives callbacks a method `log`
+        self.hooks = hooks
+        self.sigterm_every = sigterm_every
+        self.progress_bar = progress_bar
+        self.receipt = Receipt()
+        self._undo = ExitStack()
+        self._throttle: Throttle | None = None
+        self._warned = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_mirror(trainer)
+        self._release()
+        self.receipt = Receipt()
+        if not lightning.__version__.startswith(f"{TESTED}."):
+            self._skip("everything", f"Lightning {lightning.__version__} is not {TESTED}")
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    explain(
+                        f"LeanLoop knows Lightning {TESTED} and did nothing",
+                        lightning.__version__,
+                        "leave it out, or update lightning_accel",
+                    )
+                )
+            return
+        if stage == "predict":  # nothing is logged there
+            return
+        results = _results(trainer)
+        if self.lean_log:
+            self._lean_log(trainer, pl_module, results)
+        if self.hooks:
+            self._real_hooks(trainer, pl_module)
+        if self.progress_bar:
+            self._late_bar(trainer, results)
+        if stage == "fit" and self.sigterm_every > 1:
+            self._rare_checks(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._throttle is not None and not trainer.sanity_checking:
+            self._throttle.soon()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._throttle is not None and self._throttle.check():
+            _signals(
+                trainer
+            ).received_sigterm = True  # the loop leaves after this epoch's callbacks
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._release()
+
+    def _lean_log(self, trainer: Trainer, pl_module: LightningModule, results: list[Any]) -> None:
+        if getattr(pl_module, "_compiler_ctx", None):
+            self._skip("self.log", "the LightningModule itself is compiled")
+            return
+        for held in results:
+            self._mix(held, log.LeanResults)
+            for metric in held.values():
+                log.mixed_in(metric, log.Placed)
+            self._undo.callback(_take_out_of_values, held)
+        if type(pl_module).log is LightningModule.log and "log" not in vars(pl_module):
+            lean, stock = log.LeanLog(pl_module, trainer), pl_module.log
+            for holder in [pl_module, *trainer.callbacks]:  # type: ignore[attr-defined]
+                if holder is pl_module or vars(holder).get("log") == stock:
+                    self._put(holder, "log", lean)
+            self._did("self.log", "checks its arguments once")
+        else:
+            self._did("self.log", "moves nothing; its checks are those of an override")
+
+    def _real_hooks(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(pl_module, "_compiler_ctx", None):
+            self._skip("hooks", "the LightningModule itself is compiled")
+            return
+        self._undo.enter_context(hooks.only_real_hooks(call, trainer, Callback))
+        self._undo.enter_context(hooks.short_hook_name(LightningModule))
+        loop = trainer.fit_loop.epoch_loop
+        self._put(loop, "_build_kwargs", hooks.SignatureOnce(loop))
+        self._did("hooks", "only those that callbacks have")
+
+    def _late_bar(self, trainer: Trainer, results: list[Any]) -> None:
+        connector: Any = trainer._logger_connector
+        for held in results:
+            self._mix(held, bar.LateResults)
+        self._undo.callback(bar.settled, connector)
+        self._mix(connector, bar.LateConnector)
+        connector._progress_bar_metrics = bar.LateNumbers(connector._progress_bar_metrics)
+        self._did("progress bar", "waits for the device when it is drawn")
+
+    def _rare_checks(self, trainer: Trainer) -> None:
+        if trainer.world_size == 1 or not torch.distributed.is_initialized():
+            self._skip("SIGTERM checks", "there is one process, which has none")
+            return
+        signals, launcher = _signals(trainer), trainer.strategy.launcher
+
+        def leave() -> None:
+            signals.received_sigterm = True
+            raise SIGTERMException
+
+        throttle = self._throttle = Throttle(
+            self.sigterm_every,
+            trainer.strategy.root_device,
+            leave=leave,
+            kill=launcher.kill if launcher is not None else lambda _: None,
+        )
+        self._undo.callback(_pass_on, throttle, signals)
+        self._put(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", throttle.batch)
+        self._put(signals, "_sigterm_notifier_fn", throttle.receive)
+        self._did("SIGTERM checks", f"every {self.sigterm_every} batches at most")
+
+    def _put(self, holder: Any, name: str, value: Any) -> None:
+        """Set an attribute of an instance until the end of the run."""
+        before = vars(holder).get(name, _ABSENT)
+        vars(holder)[name] = value
+        self._undo.callback(_put_back, holder, name, before)
+
+    def _mix(self, instance: Any, mixin: type) -> None:
+        log.mixed_in(instance, mixin)
+        self._undo.callback(log.taken_out, instance, mixin)
+
+    def _did(self, name: str, what: str) -> None:
+        self.receipt = self.receipt + Receipt((Change(name, what),))
+
+    def _skip(self, name: str, why: str) -> None:
+        self.receipt = self.receipt + Receipt(skipped=(Change(name, why),))
+
+    def _release(self) -> None:
+        self._undo.close()
+        self._undo = ExitStack()
+        self._throttle = None
+
+
+_ABSENT = object()
+
+
+def _put_back(holder: Any, name: str, before: Any) -> None:
+    if before is _ABSENT:
+        vars(holder).pop(name, None)
+    else:
+        vars(holder)[name] = before
+
+
+def _take_out_of_values(results: Any) -> None:
+    for metric in results.values():
+        log.taken_out(metric, log.Placed)
+
+
+def _pass_on(throttle: Throttle, signals: Any) -> None:
+    """Tell the Trainer of a signal that came after the last check."""
+    signals.received_sigterm = signals.received_sigterm or throttle.signalled
+
+
+def _results(trainer: Trainer) -> list[Any]:
+    loop = trainer.fit_loop.epoch_loop
+    loops = (loop, loop.val_loop, trainer.validate_loop, trainer.test_loop)
+    return [each._results for each in loops]
+
+
+def _signals(trainer: Trainer) -> Any:
+    return trainer._signal_connector

@@ -1,0 +1,314 @@
+"""Blocks that keep their inputs only, or their matrix products as well, and recompute the rest in backward.
+
+A block of a deep network keeps some ten times its input. Recomputing it in backward costs a second forward:
+at most a third more arithmetic for all blocks ("Training deep nets with sublinear memory cost", Chen et al.
+2016, 1604.06174). The selective policy keeps results of matrix products, convolutions and attention, which
+are nearly all of the arithmetic and a third of the bytes ("Reducing activation recomputation in large
+transformer models", Korthikanti et al. 2022, 2205.05198).
+
+The module keeps its class and all its names: only its `forward` is another, on this one instance and in
+training alone. Copies recompute as well; pickles hold the user's own forward. What torch's
+`checkpoint` leaves to its user is done here:
+
+- running statistics of batch and instance norms change once per step, not again in the recomputation;
+- a block that changes other buffers of its own (spectral norm) is refused, for it would recompute something else;
+- attention that draws its dropout within is recomputed also by the selective policy: kept, it would leave
+  the random state behind, and each later dropout of the block would get another mask than in forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from lightning_accel.errors import NoEffect, Unsupported, explain
+from lightning_accel.memory.draws import draws
+from lightning_accel.memory.saved import note_kept
+from lightning_accel.surgery import Change, Receipt, Select
+
+POLICIES = ("full", "selective")
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_PRODUCTS = {
+    "mm", "addmm", "bmm", "baddbmm", "linear", "convolution",
+    "_scaled_mm", "_grouped_mm", "_scaled_grouped_mm", "_linear_pointwise", "_convolution_pointwise",
+    "_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward",
+    "flex_attention",
+}  # fmt: skip
+_OWN = "_accel_own"
+_called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def checkpoint_activations(
+    model: nn.Module,
+    *,
+    select: Select | str | Iterable[str] | dict[str, Any] | None = None,
+    policy: str = "full",
+) -> Receipt:
+    """Let blocks recompute their activations in backward instead of keeping them, in place.
+
+    Gradients are equal to the last bit, with dropout, autocast and batch norm. What is checkpointed
+    already stays as it is. Forward hooks on modules inside of a block run once more in backward.
+
+    Args:
+        model: The network, which itself is never one block.
+        select: Which blocks: the outermost chosen modules; by default those that repeat, `find_repeated`.
+        policy: "full" keeps the inputs of a block; "selective" results of matrix products, convolutions
+            and attention as well, so that recomputing is cheap. There, an operation that changes a
+            kept result in place raises in backward.
+
+    Raises:
+        ValueError: Unknown policy.
+        NoEffect: Nothing was chosen, or nothing repeats.
+
+    >>> net = nn.Sequential(*[nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3)])
+    >>> checkpoint_activations(net).changes[0]
+    Change(name='0', what='checkpointed', before='kept', after='full recomputation')
+    """
+    if policy not in POLICIES:
+        raise ValueError(explain("unknown `policy`", repr(policy), f"pass one of {POLICIES}"))
+    found = find_repeated(model) if select is None else _chosen(model, Select.of(select))
+    if not found:
+        raise NoEffect(
+            "there is nothing to checkpoint",
+            f"no block in {type(model).__name__} that repeats"
+            if select is None
+            else f"no module with a forward and parameters inside {type(model).__name__} among {Select.of(select)}",
+            "name blocks by `select`, such as 'net.layers.*'",
+        )
+    changes = []
+    for name, module in found.items():
+        if _own_forward(module) is None:
+            vars(module)["forward"] = MethodType(_recomputing(module, policy), module)
+            changes.append(Change(name, "checkpointed", "kept", f"{policy} recomputation"))
+    return Receipt(tuple(changes))
+
+
+def keep_activations(model: nn.Module) -> Receipt:
+    """Undo `checkpoint_activations` everywhere in `model`; falsy when there was nothing to undo.
+
+    >>> net = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)))
+    >>> len(checkpoint_activations(net).changes), len(keep_activations(net).changes), bool(keep_activations(net))
+    (2, 2, False)
+    """
+    changes = []
+    for name, module in model.named_modules():
+        own = _own_forward(module)
+        if own is None:
+            continue
+        if own == ():
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own[0]
+        changes.append(Change(name, "checkpointed", "recomputation", "kept"))
+    return Receipt(tuple(changes))
+
+
+def find_repeated(model: nn.Module) -> dict[str, nn.Module]:
+    """Return by name the outermost blocks that occur twice or more beside each other, by class.
+
+    A block has parameters and modules inside; `nn.Sequential` counts where no part of it is a block.
+
+    >>> layers = [nn.TransformerEncoderLayer(4, 2, 8) for _ in range(3)]
+    >>> list(find_repeated(nn.ModuleDict({"body": nn.Sequential(*layers), "head": nn.Linear(4, 2)})))
+    ['body.0', 'body.1', 'body.2']
+    """
+    siblings = list(_siblings(model, ""))
+    found: dict[str, nn.Module] = {}
+    for kind in dict.fromkeys(type(module) for _, module in siblings):
+        alike = [(name, module) for name, module in siblings if type(module) is kind]
+        blocks = [(name, module) for name, module in alike if _is_block(module)]
+        if len({id(module) for _, module in blocks}) >= 2:
+            found |= dict(blocks)
+        else:
+            for name, module in alike:
+                found |= {f"{name}.{n}": m for n, m in find_repeated(module).items()}
+    if not found:
+        rows = [(n, m) for n, m in model.named_children() if type(m) is nn.Sequential]
+        found = {n: m for n, m in rows if _is_block(m)} if len(rows) >= 2 else {}
+    return found
+
+
+def uncalled(model: nn.Module) -> list[str]:
+    """Return the checkpointed blocks of `model` that no eager training forward has called yet."""
+    modules = model.named_modules()
+    return [n for n, m in modules if _own_forward(m) is not None and m not in _called]
+
+
+def _chosen(model: nn.Module, select: Select) -> dict[str, nn.Module]:
+    select.require(model)
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or ("\0",)):
+            continue
+        if select.matches(name, module) and _has_forward(module) and _has_parameters(module):
+            found[name] = module
+            inside += (f"{name}.",)
+    return found
+
+
+def _siblings(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield children, those of plain containers in place of the container."""
+    for name, child in model.named_children():
+        full = f"{prefix}.{name}".strip(".")
+        if type(child) in _CONTAINERS:
+            yield from _siblings(child, full)
+        else:
+            yield full, child
+
+
+def _is_block(module: nn.Module) -> bool:
+    composed = any(True for _ in module.children())
+    metric = any(base.__module__.startswith("torchmetrics") for base in type(module).__mro__)
+    return composed and not metric and _has_forward(module) and _has_parameters(module)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _own_forward(module: nn.Module) -> tuple[Any, ...] | None:
+    """Return what the instance had in place of its class's forward: () for nothing; None if not ours."""
+    present = vars(module).get("forward")
+    found: tuple[Any, ...] | None = getattr(getattr(present, "__func__", None), _OWN, None)
+    return found
+
+
+def _recomputing(module: nn.Module, policy: str) -> Callable[..., Any]:
+    """Make a function of the module, which holds no instance, so that copies get one of their own.
+
+    As a method that is called "forward" it pickles as the attribute of that name, which is the class's own.
+    """
+    own = (vars(module)["forward"],) if "forward" in vars(module) else ()
+    plain: Callable[..., Any] = type(module).forward
+    if own and getattr(own[0], "__self__", None) is module:
+        plain = own[0].__func__
+    elif own:
+        plain = _ignoring_self(own[0])
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (self.training and torch.is_grad_enabled()):
+            return plain(self, *args, **kwargs)
+        count, names = len(args), tuple(kwargs)
+
+        def call(*values: Any) -> Any:
+            return plain(self, *values[:count], **dict(zip(names, values[count:], strict=True)))
+
+        values = (*args, *kwargs.values())  # tensors by keyword are inputs like others
+        if (
+            torch.compiler.is_compiling()
+        ):  # running statistics are outputs of a graph, and change once
+            if policy == "full":
+                return checkpoint(call, *values, use_reentrant=False)
+            return checkpoint(call, *values, use_reentrant=False, context_fn=_selective)
+        make = functools.partial(_contexts, self, policy)
+        if self in _called:
+            return checkpoint(call, *values, use_reentrant=False, context_fn=make)
+        _called.add(self)
+        before = _versions(self)
+        out = checkpoint(call, *values, use_reentrant=False, context_fn=make)
+        _refuse_changed(self, before)
+        return out
+
+    forward.__name__ = "forward"
+    setattr(forward, _OWN, own)
+    return forward
+
+
+def _ignoring_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def plain(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return plain
+
+
+def _contexts(module: nn.Module, policy: str) -> tuple[Any, Any]:
+    """Return what stands around the forward of a block and around its recomputation."""
+    first, again = (nullcontext(), None) if policy == "full" else _selective()
+    return first, _Recomputation(module, again)
+
+
+def _choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = str(getattr(op, "_opname", None) or getattr(op, "__name__", ""))
+    product = name in _PRODUCTS or name.startswith("_scaled_dot_product")
+    collective = getattr(op, "namespace", "") == "_c10d_functional"
+    if collective or (product and not draws(op, args, kwargs)):
+        if not context.is_recompute:
+            note_kept(getattr(context, "op_output", None))
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_selective = functools.partial(create_selective_checkpoint_contexts, _choose)
+
+
+class _Recomputation:
+    """Stands around a recomputation: norms leave their running statistics alone."""
+
+    def __init__(self, module: nn.Module, inner: Any) -> None:
+        self.module = module
+        self.inner = inner
+        self.held: list[tuple[nn.Module, str, Any]] = []
+
+    def __enter__(self) -> None:
+        for module in self.module.modules():
+            # Statistics are passed all the same, for as many tensors have to be saved as before.
+            if isinstance(module, (_BatchNorm, _InstanceNorm)) and module.track_running_stats:
+                self._set(module, "momentum", 0.0)
+                self._set(module, "num_batches_tracked", None)
+        if self.inner is not None:
+            self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        while self.held:
+            module, name, value = self.held.pop()
+            setattr(module, name, value)
+        if self.inner is not None:
+            self.inner.__exit__(*error)
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        self.held.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+
+def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the buffers that a forward may not change: all but those of norms, which are seen to."""
+    found = {}
+    for name, inner in module.named_modules():
+        if not isinstance(inner, (_BatchNorm, _InstanceNorm)):
+            for own, buffer in inner.named_buffers(name, recurse=False):
+                if not buffer.is_inference():
+                    found[own] = (id(buffer), buffer._version)
+    return found
+
+
+def _refuse_changed(module: nn.Module, before: dict[str, tuple[int, int]]) -> None:
+    changed = [name for name, version in _versions(module).items() if before.get(name) != version]
+    if changed:
+        raise Unsupported(
+            f"a checkpointed {type(module).__name__} changes its buffers in forward, and so recomputes "
+            "something else than it computed",
+            ", ".join(changed[:4]),
+            "leave the block out by `select=Select(exclude=...)`",
+        )

@@ -1,0 +1,211 @@
+"""`+accel=./tuned.yaml`: a preset that is a file of the folder in which the command was typed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from lightning_accel._hydra_plugins import PresetFile, register
+from lightning_accel.recipe import build
+
+TUNED = """# @package _global_
+# What a tuner found.
+defaults:
+  - /compilation: blocks
+
+accel:
+  tuned: true
+trainer:
+  max_epochs: 7
+"""
+
+
+@pytest.fixture(autouse=True)
+def _plugins() -> None:
+    register()
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    (tmp_path / "runs").mkdir()
+    for name in ("tuned.yaml", "runs/other.yaml"):
+        (tmp_path / name).write_text(TUNED)
+    return tmp_path / "tuned.yaml"
+
+
+def composed(root: Path, *overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        found = OmegaConf.to_container(compose("config", list(overrides)))
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("name", ["./tuned.yaml", "./tuned", "tuned.yaml", "runs/other.yaml"])
+def test_a_file_of_this_folder_is_a_preset(root: Path, tuned: Path, name: str) -> None:
+    found = composed(root, f"+accel={name}")
+    assert found["accel"] == {"tuned": True} and found["trainer"]["max_epochs"] == 7
+    assert found["callbacks"]["compilation"]["_target_"].endswith("BlockCompile"), "its defaults"
+
+
+def test_paths_may_be_absolute_or_lead_upwards(
+    root: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert composed(root, f"+accel={tuned}")["accel"] == {"tuned": True}
+    monkeypatch.chdir(tuned.parent / "runs")
+    assert composed(root, "+accel=../tuned.yaml")["accel"] == {"tuned": True}
+
+
+def test_a_file_goes_with_presets_by_name(root: Path, tuned: Path) -> None:
+    found = composed(root, "+accel=[amp,./tuned.yaml]")
+    assert found["accel"] == {"amp": True, "tuned": True}
+    assert "precision" in found["trainer"]["plugins"] and "report" in found["callbacks"]
+    tuned.write_text(TUNED.replace("/compilation: blocks", "prune"))
+    assert composed(root, "+accel=./tuned.yaml")["accel"] == {"prune": True, "tuned": True}
+    tuned.write_text(TUNED.replace("/compilation: blocks", "./runs/other.yaml"))
+    assert "compilation" in composed(root, "+accel=./tuned.yaml")["callbacks"]
+
+
+def test_a_value_on_the_command_line_wins(root: Path, tuned: Path) -> None:
+    assert (
+        composed(root, "+accel=./tuned.yaml", "trainer.max_epochs=2")["trainer"]["max_epochs"] == 2
+    )
+
+
+def test_presets_by_name_stay_what_they_are(root: Path, tmp_path: Path) -> None:
+    plain = composed(root, "+accel=amp")
+    (tmp_path / "amp").write_text("not yaml: [")
+    (tmp_path / "amp_prune.yaml").write_text("not yaml: [")
+    assert composed(root, "+accel=amp") == plain
+    assert composed(root, "+accel=amp_prune")["accel"] == {"amp": True, "prune": True}
+
+
+def test_a_named_file_of_this_folder_comes_before_a_preset(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "amp.yaml").write_text(TUNED)
+    assert composed(root, "+accel=./amp.yaml")["accel"] == {"tuned": True}
+    assert composed(root, "+accel=amp")["accel"] == {"amp": True}
+
+
+def test_other_groups_do_not_take_files(root: Path, tuned: Path) -> None:
+    for override in ("model=./tuned.yaml", "+pruning=./tuned.yaml", f"data={tuned}"):
+        with pytest.raises(ConfigCompositionException, match="Could not find"):
+            composed(root, override)
+
+
+def test_a_name_that_is_nothing_is_hydras_own_error(root: Path) -> None:
+    for name in ("nothing", "nothing.yaml", "runs/nothing.yaml"):
+        with pytest.raises(ConfigCompositionException, match="Could not find"):
+            composed(root, f"+accel={name}")
+
+
+WRONG = {
+    "missing": (None, "there is no preset .* no such file"),
+    "a folder": ("folder", "something that is not a file"),
+    "no package": ("a: 1\n", "no package, .*'a: 1' as its first line"),
+    "empty": ("", "an empty file"),
+    "a list": ("# @package _global_\n- 1\n", "a ListConfig"),
+    "broken": ("# @package _global_\na: [1\n", "not valid yaml"),
+    "python": ("# @package _global_\na: !!python/object/apply:os.getcwd []\n", "not valid yaml"),
+    "binary": (b"\xff\xfe\x00", "UTF-8"),
+    "large": ("# @package _global_\n" + "#" * 1_000_001, "too large"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_file_that_is_no_preset_is_said_to_be_none(root: Path, tmp_path: Path, name: str) -> None:
+    text, reason = WRONG[name]
+    path = tmp_path / "mine.yaml"
+    if text == "folder":
+        path.mkdir()
+    elif isinstance(text, bytes):
+        path.write_bytes(text)
+    elif text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigCompositionException, match=reason) as caught:
+        composed(root, "+accel=./mine.yaml")
+    assert "Found: " in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_preset_cannot_name_what_is_not_allowed_to_run(root: Path, tuned: Path) -> None:
+    tuned.write_text("# @package _global_\ncallbacks:\n  bad: {_target_: os.system, command: ls}\n")
+    callbacks = composed(root, "+accel=./tuned.yaml")["callbacks"]
+    nodes = {"trainer": {"_target_": "lightning.pytorch.Trainer"}, "model": {"_target_": "m.Net"}}
+    with pytest.raises(ValueError, match="os.system` is not allowed to run"):
+        build({**nodes, "callbacks": callbacks}, allow=("m.",))
+
+
+def test_registering_twice_changes_nothing() -> None:
+    register()
+    names = [found.__name__ for found in Plugins.instance().discover()]
+    assert names.count("PresetFile") == names.count("LightningAccelPresetFiles") == 1
+
+
+def test_the_source_answers_for_its_group_and_nothing_else(tuned: Path) -> None:
+    source = PresetFile("accel files", f"preset://{tuned.parent}")
+    assert source.available() and not source.is_group("accel") and source.list("accel", None) == []
+    assert source.is_config("accel/./tuned") and source.is_config(f"accel/{tuned}")
+    for path in ("tuned.yaml", "config", "accel", "accel/tuned", "hydra/job", "data/./tuned.yaml"):
+        assert not source.is_config(path)
+    with pytest.raises(ConfigCompositionException, match="no file"):
+        source.load_config("data/./tuned.yaml")
+    GlobalHydra.instance().clear()
+
+
+APP = """
+import hydra
+from omegaconf import OmegaConf
+
+@hydra.main(version_base="1.3", config_path=None, config_name=None)
+def main(cfg):
+    print("GOT", OmegaConf.to_yaml(cfg).split(), "END")
+
+main()
+"""
+
+
+@pytest.fixture
+def app(root: Path, tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A user's own app, with our plugins where an installation puts them."""
+    site = tmp_path_factory.mktemp("site")
+    shutil.copytree(
+        root / "lightning_accel" / "_hydra_plugins", site / "hydra_plugins" / "lightning_accel"
+    )
+    (tuned.parent / "app.py").write_text(APP)
+    (tuned.parent / "second.yaml").write_text("# @package _global_\naccel:\n  second: 2\n")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "app.py", *arguments],
+            cwd=tuned.parent,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(root)])},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+def test_a_sweep_goes_over_files_wherever_its_jobs_run(app: Any) -> None:
+    done = app("-m", "+accel=./second.yaml,./tuned.yaml", "hydra.job.chdir=true")
+    assert done.returncode == 0, done.stderr
+    jobs = done.stdout.split("GOT")[1:]
+    assert len(jobs) == 2 and "second:" in jobs[0] and "tuned:" in jobs[1]
+
+
+def test_the_search_path_can_be_shown(app: Any) -> None:
+    shown = app("--info", "searchpath")
+    assert shown.returncode == 0 and "preset://" in shown.stdout, shown.stderr
+    missing = app("+accel=./nothing.yaml")
+    assert missing.returncode != 0 and "there is no preset" in missing.stderr
+    assert "Traceback" not in missing.stderr
