@@ -35,8 +35,12 @@ from lightning_accel import (
 from lightning_accel.bridge import ModelEdit
 from lightning_accel.distillation import Teacher
 from lightning_accel.errors import NoEffect
+from lightning_accel.loading import FastLoading
+from lightning_accel.loop import LeanLoop
+from lightning_accel.memory import ActivationCheckpointing
 from lightning_accel.precision import MemoryFormat
 from lightning_accel.pruning import SparsityTraining, WeightMasks
+from lightning_accel.tuning import Settings, TuneReport
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -101,6 +105,14 @@ ROWS: dict[str, Technique] = {
     "distill": lambda: {"callbacks": [distill()]},
     "distill features": lambda: {"callbacks": [distill(losses=FEATURES)]},
     "prune+distill self": lambda: {"callbacks": [prune(), distill("self")]},
+    "lean": lambda: {"callbacks": [LeanLoop()]},
+    "checkpointing": lambda: {"callbacks": [ActivationCheckpointing(select="net.conv")]},
+    "loading": lambda: {"callbacks": [FastLoading(resident=True)]},
+    "tuned": lambda: TuneReport(
+        Settings(
+            precision="bf16", matmul="medium", memory_format="channels_last", optimizer="fused"
+        )
+    ).trainer_arguments(),
     "all": lambda: {
         "callbacks": [prune(), MemoryFormat(), compiled(), distill(), StepMeter(), report()],
         "plugins": [AutocastPrecision("bf16")],
@@ -357,7 +369,9 @@ def test_a_selection_of_nothing_is_an_error_not_a_silence(fit: Fit, name: str) -
         fit(module(), None, EDITS[name]())
 
 
-@pytest.mark.parametrize("name", sorted(set(lightning_accel.__all__) - {"load_from_checkpoint"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(lightning_accel.__all__) - {"load_from_checkpoint", "tune"})
+)
 def test_unknown_arguments_are_refused(name: str) -> None:
     required = [torch.nn.Linear(1, 1)] if name == "DistillationModule" else []
     with pytest.raises(TypeError, match="unexpected keyword"):

@@ -42,20 +42,25 @@ def check(backend: Any) -> str:
 def attention_backend(backend: str) -> Iterator[None]:
     """Put one kernel first, and the others behind it; the order before comes back afterwards.
 
+    >>> import torch
     >>> q = torch.ones(1, 1, 2, 4)
     >>> with attention_backend("math"):
     ...     torch.nn.functional.scaled_dot_product_attention(q, q, q).sum()
     tensor(8.)
     """
     first = _KERNELS[check(backend)]
-    others = [kernel for kernel in _KERNELS.values() if kernel != first]
-    with sdpa_kernel([first, *others], set_priority=True):
+    if backend == "math":  # alone: it can do everything, and CPUs know no order
+        order = [first]
+    else:
+        order = [first, *(kernel for kernel in _KERNELS.values() if kernel != first)]
+    with sdpa_kernel(order, set_priority=True):
         yield
 
 
 def uses_attention(fn: Callable[[], Any]) -> bool:
     """Run `fn` once and tell whether it called `scaled_dot_product_attention`.
 
+    >>> import torch
     >>> uses_attention(lambda: torch.ones(2, 2).softmax(-1))
     False
     """

@@ -40,7 +40,10 @@ class Applied:
                     self._load(settings.loading)
                 else:
                     self._add(make(node), pl_module, after)
-        except BaseException:
+        except BaseException as error:
+            for callback in self.callbacks:  # they leave before Lightning could tell them
+                callback.on_exception(trainer, pl_module, error)
+                callback.teardown(trainer, pl_module, "fit")
             self.undo()
             raise
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -64,17 +64,17 @@ class Arena:
         """Return the copy whose lane is kept."""
         return self._made[settings][1]
 
-    def make(self, settings: Settings, keep: Settings | None = None) -> Replica:
+    def make(self, settings: Settings, keep: Collection[Settings] = ()) -> Replica:
         """Build a copy; short of memory, first let go of all that are only kept for later.
 
         Args:
             settings: Of the copy.
-            keep: Settings whose copy is in use.
+            keep: Settings whose copies are in use.
         """
         try:
             return self.build(settings)
         except torch.OutOfMemoryError as error:
-            spare = [made for made in self._made if made != keep]
+            spare = [made for made in self._made if made not in keep]
             if not spare:
                 raise
             for made in spare:

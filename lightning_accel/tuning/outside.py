@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from typing_extensions import override
 
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.loading.still import untouched as steady
 from lightning_accel.surgery import twin
-from lightning_accel.surgery.snapshot import random_state, set_random_state
 from lightning_accel.tuning.arguments import whole
 from lightning_accel.tuning.callback import AutoTune
 from lightning_accel.tuning.report import TuneReport
@@ -54,7 +54,7 @@ def tune(
 
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
     >>> model = BoringModel()
-    >>> report = tune(model, model.train_dataloader(), techniques="memory_format", cache=False)
+    >>> report = tune(model, model.train_dataloader(), techniques="memory_format", cache=False, budget_s=2)
     >>> report.settings.label, report.trials[0].reason
     ('plain', 'no two-dimensional convolution')
     """
@@ -72,13 +72,15 @@ def tune(
     )
     if steps is not None:
         tuning.steps = whole("steps", steps)
-    quiet = {
+    quiet: dict[str, Any] = {
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
+    if not trainer.keys() & {"max_epochs", "max_steps", "max_time"}:
+        quiet["max_epochs"] = 1000  # what Lightning takes, with a warning
     return tune_in(Trainer(**{**quiet, **trainer}), module, data, tuning)
 
 
@@ -96,11 +98,8 @@ def tune_in(trainer: Trainer, module: LightningModule, data: Any, tuning: AutoTu
     trainer.callbacks = [*edits, tuning, _NoTraining()]  # type: ignore[attr-defined]
     trainer.num_sanity_val_steps = 0
     tuning.only_report = True
-    state = random_state()
-    try:
+    with steady(module, data):
         trainer.fit(twin(module), data)
-    finally:
-        set_random_state(state)
     if tuning.report is None:
         raise AccelError(
             "there is no training batch to measure",

@@ -41,6 +41,8 @@ _RESTLESS = 0.1
 """A difference between plain and plain that is worth a word."""
 _COMPILE_S = 5.0
 """What compiling costs at least on a CPU; a run that cannot win this back is not compiled to find out."""
+_AUTOTUNING = 12
+"""How many times as much compiling with autotuning takes."""
 _BEST_COMPILE = 1.5
 _BUDGETS = (0.5, 0.3, 0.1, 0.0)
 """Shares of the activations to keep when plain runs out of memory."""
@@ -74,6 +76,7 @@ class Search:
         steps: How many steps the run still has.
         budget_s: About how long to search.
         budget_share: The most of the run's own time that the search may take.
+        longest_s: The most time that the run may take.
 
     Raises:
         Unpayable: By `run`, when that is too little for any answer.
@@ -88,12 +91,13 @@ class Search:
         steps: int,
         budget_s: float,
         budget_share: float = float("inf"),
+        longest_s: float = float("inf"),
     ) -> None:
         self._arena = Arena(build, device)
         self._tier, self._steps = numerics, steps
         self._start_s = time.perf_counter()
         self._end = self._start_s + budget_s
-        self._budget_s, self._budget_share = budget_s, budget_share
+        self._budget_s, self._budget_share, self._longest_s = budget_s, budget_share, longest_s
         self.trials: list[Trial] = []
         self._noise_of: dict[Settings, float] = {}
 
@@ -142,6 +146,8 @@ class Search:
             for kind in ("blocks", "whole")
         ]
         for settings in (Settings(), *budgets):
+            if time.perf_counter() > self._end:
+                break
             try:
                 replica = self._arena.make(settings)
                 # Before the first step, which changes the weights.
@@ -161,13 +167,13 @@ class Search:
                 forget(error)
         raise AccelError(
             "a training step runs out of memory even with a small activation budget",
-            f"budgets down to {_BUDGETS[-1]}",
+            f"{len(self.trials)} tries, down to a budget of {_BUDGETS[-1]} where there was time",
             "use a smaller batch, or shard the module over several devices",
         )
 
     def _afford(self) -> None:
         """Cut the budget to what this run can pay for."""
-        run_s = self._steps * self._arena.step_s
+        run_s = min(self._steps * self._arena.step_s, self._longest_s)
         allowed_s = min(self._budget_s, self._budget_share * run_s)
         if allowed_s < min(self._budget_s, _FEWEST_STEPS * self._arena.step_s):
             share = f"{self._budget_share:.0%}".replace("%", " %")
@@ -181,7 +187,7 @@ class Search:
         """Return the incumbent or a value of this technique that earned its place."""
         values = []
         for value in contest.values:
-            reason = self._not_worth_trying(contest.technique, share_s)
+            reason = self._not_worth_trying(contest.technique, value, share_s)
             if reason:
                 self.trials.append(Trial(contest.technique, value, "skipped", reason))
             else:
@@ -211,33 +217,35 @@ class Search:
                 self._arena.drop(candidate)
         return winner
 
-    def _not_worth_trying(self, technique: str, share_s: float) -> str:
+    def _not_worth_trying(self, technique: str, value: str, share_s: float) -> str:
         if time.perf_counter() > self._end:
             return f"the budget of {self._budget_s:.0f} s was spent"
         if technique != "compilation":
             return ""
+        cost_s = _COMPILE_S * (_AUTOTUNING if "autotuning" in value else 1)
         rest_s = self._steps * self._arena.step_s
-        if rest_s * (1 - 1 / _BEST_COMPILE) < _COMPILE_S:
+        if rest_s * (1 - 1 / _BEST_COMPILE) < cost_s:
             return (
-                f"compiling takes {_COMPILE_S:.0f} s or more, and the {self._steps} steps of this run "
+                f"compiling takes {cost_s:.0f} s or more, and the {self._steps:,} steps of this run "
                 f"take {rest_s:.0f} s"
             )
-        if share_s < _COMPILE_S:
-            return f"compiling takes {_COMPILE_S:.0f} s or more, and {share_s:.0f} s of the budget are left"
+        if share_s < cost_s:
+            return f"compiling takes {cost_s:.0f} s or more, and {share_s:.0f} s of the budget are left"
         return ""
 
     def _lanes(self, best: Settings, technique: str, values: list[str]) -> dict[str, Lane]:
         """Make the lanes of the incumbent and of each value; drop what fails or computes something else."""
-        lanes = {PLAIN: self._arena.lane(best)}
+        lanes, used = {PLAIN: self._arena.lane(best)}, [best]
         for value in values:
             settings = best.having(technique, value)
             try:
-                replica = self._arena.make(settings, keep=best)
+                replica = self._arena.make(settings, keep=used)
                 wrong = self._wrong(replica)
                 if wrong:
                     self.trials.append(Trial(technique, value, "rejected", wrong))
                 else:
                     lanes[value] = self._arena.lane(settings, replica)
+                    used.append(settings)
             except Exception as error:
                 self.trials.append(Trial(technique, value, "failed", said(error)))
                 forget(error)
@@ -310,10 +318,13 @@ class Search:
             way = list(dict.fromkeys((way[0], best)))
             again, lanes = self._sides(way)
         named = {str(index): lane for index, lane in enumerate(lanes)}
-        self._arena.race({PLAIN: named.pop("0"), "again": again, **named}, self._left_s())
+        share_s = self._left_s() if len(way) > 1 else min(self._left_s(), 1.0)
+        self._arena.race({PLAIN: named.pop("0"), "again": again, **named}, share_s)
         resolution = self._arena.gain(lanes[0], again)
         if abs(resolution.ratio - 1) > _RESTLESS:
-            self._arena.notes.append("the machine is restless: only gains beyond that of plain count")
+            self._arena.notes.append(
+                "the machine is restless: only gains beyond that of plain count"
+            )
         ratios = [Ratio(1.0, 1.0, 1.0), *(self._arena.gain(lanes[0], lane) for lane in lanes[1:])]
         end = _confirmed(ratios, resolution)
         if end < len(way) - 1:

@@ -42,7 +42,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "cores": found.num_cores,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "lightning": lightning_version,
         "lightning_accel": lightning_accel.__version__,
     }
@@ -85,6 +85,7 @@ def fingerprint(
                 str(trainer.precision),
                 type(trainer.strategy).__qualname__,
                 str(trainer.gradient_clip_val),
+                str(trainer.gradient_clip_algorithm),
                 trainer.accumulate_grad_batches,
                 _techniques(trainer),
                 torch.get_float32_matmul_precision(),

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -110,6 +111,7 @@ def tune_within(
             steps=steps,
             budget_s=budget_s,
             budget_share=budget_share,
+            longest_s=_time_left(trainer),
         )
         report = TuneReport(steps=steps, numerics=numerics, about=store.about(pl_module.device))
         try:
@@ -170,6 +172,8 @@ def _draw(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
             )
     with steady(*datasets, *(getattr(loader, "collate_fn", None) for loader in loaders)):
         drawn = batches(trainer, _BATCHES)
+    if combined is not None and combined._mode == "sequential" and len(loaders) > 1:
+        drawn = [batch[0] for batch in drawn]  # one loader after the other, so the first
     with inert_copy(trainer, pl_module) as copy:
         return [placed(trainer, copy, batch) for batch in drawn]
 
@@ -190,6 +194,13 @@ def _modes(trainer: Trainer, pl_module: LightningModule, data: list[Any]) -> dic
                 raise
     changed = versions != [t._version for t in tree_leaves(data) if isinstance(t, Tensor)]
     return {"hooks": hooks, "clones": hooks or changed}
+
+
+def _time_left(trainer: Trainer) -> float:
+    """Return the seconds that `max_time` leaves to this fit."""
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+    left = [timer.time_remaining() for timer in timers]
+    return min((seconds for seconds in left if seconds is not None), default=math.inf)
 
 
 def steps_left(trainer: Trainer) -> int:
