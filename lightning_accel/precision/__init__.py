@@ -1,15 +1,31 @@
-"""Mixed precision in the best format of this hardware, and the memory format of convolutions."""
+"""Shorter formats of this hardware where they are safe: mixed, whole and float8, exact products, memory format."""
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_accel.precision.float8 import float8_linear
 from lightning_accel.precision.layout import channels_last
+from lightning_accel.precision.matmul import matmul_precision, probe_matmul
 from lightning_accel.precision.policy import Policy, resolve
 
 if TYPE_CHECKING:
-    from lightning_accel.precision.callback import MemoryFormat
+    from lightning_accel.precision.callback import Float8Linear, MatmulPrecision, MemoryFormat
     from lightning_accel.precision.plugin import AutocastPrecision
+    from lightning_accel.precision.true.plugin import Bf16Precision, XlaPrecision
 
-__all__ = ["AutocastPrecision", "MemoryFormat", "Policy", "channels_last", "resolve"]
+__all__ = [
+    "AutocastPrecision",
+    "Bf16Precision",
+    "Float8Linear",
+    "MatmulPrecision",
+    "MemoryFormat",
+    "Policy",
+    "XlaPrecision",
+    "channels_last",
+    "float8_linear",
+    "matmul_precision",
+    "probe_matmul",
+    "resolve",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,8 +33,12 @@ def __getattr__(name: str) -> Any:
         from lightning_accel.precision.plugin import AutocastPrecision
 
         return AutocastPrecision
-    if name == "MemoryFormat":
-        from lightning_accel.precision.callback import MemoryFormat
+    if name in ("Bf16Precision", "XlaPrecision"):
+        from lightning_accel.precision.true import plugin
 
-        return MemoryFormat
+        return getattr(plugin, name)
+    if name in ("Float8Linear", "MatmulPrecision", "MemoryFormat"):
+        from lightning_accel.precision import callback
+
+        return getattr(callback, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

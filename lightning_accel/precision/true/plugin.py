@@ -1,0 +1,257 @@
+"""Weights in bfloat16 for the Trainer: with masters or random rounding, and on XLA really in that format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import HalfPrecision, XLAPrecision
+from lightning.pytorch.plugins.precision.precision import Precision
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_accel.errors import StructureMismatch, Unsupported, explain
+from lightning_accel.precision.weights import ShortWeights
+
+_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
+_XLA_NAMES = ("bf16-true", "bf16-mixed")
+
+
+class Bf16Precision(HalfPrecision):
+    """Compute and store in bfloat16, and still learn what float32 learns: the optimizer steps in float32.
+
+    Weights, buffers, activations, gradients and the floating tensors of a batch are bfloat16, exactly as with
+    `Trainer(precision="bf16-true")` (so the statistics of batch norm too), and the module stays so after the
+    fit. That one loses every update below half an ulp; this one does not. Optimizers step and keep their
+    state in float32, and between steps hold the model's own parameters; norms for clipping are float32 too.
+    Gradients of several batches accumulate in bfloat16.
+
+    Per weight, with Adam: "master" takes 16 bytes (2 + 2 + 4 + 8), "stochastic" 12, where float32 takes 16;
+    what both save is activations and time.
+
+    Args:
+        weights: "master" keeps float32 copies, which full checkpoints hold too: a resumed run is bit-equal.
+            "stochastic" has none and rounds by chance, unbiased.
+        seed: Of the random rounding.
+
+    Raises:
+        ValueError: `weights` is unknown, or the seed is negative.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(plugins=[Bf16Precision("master")], accelerator="cpu", logger=False)
+    >>> trainer.precision, trainer.precision_plugin
+    ('bf16-true', Bf16Precision('master'))
+    """
+
+    accel_baseline: ClassVar[str] = "32-true"
+    """What `AccelReport` compares with."""
+
+    def __init__(self, weights: str = "master", *, seed: int = 0) -> None:
+        self.weights = ShortWeights(weights, seed)
+        super().__init__("bf16-true")
+        self._model: nn.Module | None = None
+
+    def masters(self) -> dict[str, Tensor]:
+        """Return the float32 weights by name; empty with "stochastic"."""
+        names = _names(self._model)
+        return {names[p]: full for p, full in self.weights.masters.items() if p in names}
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Shorten the module, having taken its weights as the masters."""
+        assert isinstance(module, LightningModule)
+        _refuse(module.trainer.strategy, "Bf16Precision", _SHARDED)
+        _refuse_complex(module)
+        if module.trainer.state.fn == "fit":
+            self.weights.remember(module.parameters())
+        return super().convert_module(module)
+
+    @override
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        """Watch the optimizers, now that model and optimizers are in place."""
+        inner = model if isinstance(model, LightningModule) else getattr(model, "module", model)
+        self._model = inner if isinstance(inner, nn.Module) else model
+        for optimizer in optimizers:
+            if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+                raise Unsupported(
+                    "Bf16Precision exchanges what an optimizer holds, and this one shards it",
+                    type(optimizer).__name__,
+                    "use the plain optimizer, or `AutocastPrecision('bf16')`",
+                )
+        self.weights.watch(optimizers)
+        return model, optimizers, lr_schedulers
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Step, and leave nothing half done when the step fails."""
+        try:
+            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        except BaseException:
+            self.weights.abandon()
+            raise
+
+    @override
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        with self.weights.opened(_bare(optimizer)):
+            super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+
+    @contextmanager
+    @override
+    def forward_context(self) -> Iterator[None]:
+        self.weights.abandon()  # after a failed step of an optimizer that the Trainer does not know
+        with super().forward_context():
+            yield
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.weights.state(_names(self._model))
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        masters = state_dict.get("masters", {}) if isinstance(state_dict, Mapping) else None
+        if not isinstance(masters, Mapping):
+            raise StructureMismatch(
+                "the checkpoint's state of Bf16Precision is not one",
+                type(state_dict).__name__,
+                "use an undamaged checkpoint",
+            )
+        self.weights.load(state_dict, _names(self._model))
+        if self.weights.kind == "master" and not masters:
+            rank_zero_info(
+                "The checkpoint has no float32 masters: they start from its bfloat16 weights."
+            )
+
+    @override
+    def teardown(self) -> None:
+        self.weights.release()
+        self.weights.to(torch.device("cpu"))
+        super().teardown()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.weights.kind!r})"
+
+
+class XlaPrecision(XLAPrecision):
+    """Compute in bfloat16 on XLA devices, really: by autocast, or with the module converted.
+
+    Lightning 2.6.6 sets the variable `XLA_USE_BF16`, which torch_xla reads no more since 2.6 (pytorch/xla
+    #7582), so its "bf16-true" computes in float32; and it refuses "bf16-mixed" (Lightning #17927).
+    "bf16-true" has bfloat16 weights and loses updates below half an ulp; prefer "bf16-mixed" for training.
+
+    Args:
+        precision: "bf16-mixed" or "bf16-true".
+
+    Raises:
+        ValueError: The precision is unknown.
+        Unsupported: When a Trainer starts on another device than XLA.
+
+    >>> XlaPrecision("bf16-mixed").precision
+    'bf16-mixed'
+    """
+
+    device_type: ClassVar[str] = "xla"
+
+    def __init__(self, precision: str = "bf16-mixed") -> None:
+        # XLAPrecision.__init__ sets variables of the process, refuses "bf16-mixed" and wants torch_xla now.
+        listed = ", ".join(repr(name) for name in _XLA_NAMES)
+        if not isinstance(precision, str):
+            raise TypeError(
+                explain("`precision` is a name", repr(precision), f"pass one of {listed}")
+            )
+        if precision not in _XLA_NAMES:
+            raise ValueError(
+                explain("unknown `precision` on XLA", repr(precision), f"pass one of {listed}")
+            )
+        self.precision = precision  # type: ignore[assignment]
+        self._half = HalfPrecision("bf16-true") if precision == "bf16-true" else None
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert in place: XLA's strategies do not look at what is returned."""
+        assert isinstance(module, LightningModule)
+        found = module.trainer.strategy.root_device.type
+        if found != self.device_type:
+            raise Unsupported(
+                "XlaPrecision is for XLA devices",
+                f"a Trainer on {found}",
+                "use `AutocastPrecision('bf16')` or `Bf16Precision()` there",
+            )
+        if self._half is None:
+            return module
+        _refuse_complex(module)
+        return self._half.convert_module(module)
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        return data if self._half is None else self._half.convert_input(data)
+
+    @override
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        return _DtypeContextManager(torch.bfloat16 if self._half else torch.get_default_dtype())
+
+    @override
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        return self.tensor_init_context()
+
+    @contextmanager
+    @override
+    def forward_context(self) -> Iterator[None]:
+        if self._half is not None:
+            with self._half.forward_context():
+                yield
+        else:
+            with torch.autocast(self.device_type, dtype=torch.bfloat16, cache_enabled=False):
+                yield
+
+    @override
+    def teardown(self) -> None:
+        """Leave the process alone: Lightning's would remove variables that it did not set."""
+        Precision.teardown(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.precision!r})"
+
+
+def _bare(optimizer: Any) -> Optimizer:
+    found: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found
+
+
+def _names(model: nn.Module | None) -> dict[nn.Parameter, str]:
+    return {} if model is None else {p: name for name, p in model.named_parameters()}
+
+
+def _refuse(strategy: Strategy, what: str, kinds: tuple[str, ...]) -> None:
+    lineage = [base.__name__ for base in type(strategy).__mro__]
+    if any(kind in name for kind in kinds for name in lineage):
+        raise Unsupported(
+            f"{what} exchanges whole parameters around a step, which this strategy shards or traces",
+            lineage[0],
+            "use `AutocastPrecision('bf16')`, Trainer(precision='bf16-mixed'), or `XlaPrecision` on XLA",
+        )
+
+
+def _refuse_complex(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_complex():
+            raise Unsupported(
+                "there is no complex bfloat16, and the imaginary part would be lost",
+                f"`{name}` of {str(tensor.dtype).removeprefix('torch.')}",
+                "use `AutocastPrecision('bf16')`, which leaves weights as they are",
+            )

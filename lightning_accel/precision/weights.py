@@ -1,0 +1,319 @@
+"""Weights in bfloat16 that still learn: what the optimizer sees, and how its result is rounded.
+
+Eight significant bits cannot hold most updates: w + d = w whenever |d| is below half an ulp of w, a 512th of
+|w|, so training with bfloat16 weights stalls once lr * update is small. Two ways out, both with the optimizer
+computing and keeping its state in float32:
+
+- "master": a float32 copy of each weight beside it; the bfloat16 one is its rounding (Micikevicius et al. 2018,
+  arXiv 1710.03740).
+- "stochastic": no copy. The new weight is rounded up or down by chance, in proportion to its distance, so that
+  its mean is exact (Zamirian et al. 2020, arXiv 2010.06192): small updates then count on average.
+
+Around a step the optimizer's groups hold float32 stand-ins of the parameters, with float32 gradients, and its
+state goes along; between steps it holds the model's own. No optimizer, user's or torch's, has to know. (To
+exchange `p.data` instead would be shorter, and wrong: a new dtype makes autograd drop the node that DDP's
+hooks hang on, and ranks drift apart in silence.) What another writes into a weight between two steps (a mask,
+a moving average, a checkpoint) wins over the master, element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_accel.errors import explain
+
+KINDS = ("master", "stochastic")
+SHORT = torch.bfloat16
+
+_EXPONENT = 0x7F800000  # all ones in infinities and NaN
+
+
+class _Open(NamedTuple):
+    parameter: nn.Parameter
+    full: nn.Parameter
+    version: int  # of the stand-in's gradient; -1 without one
+
+
+class ShortWeights:
+    """Lets optimizers step in float32 on parameters that are stored in bfloat16.
+
+    Args:
+        kind: "master" or "stochastic".
+        seed: Of the random rounding; the same on all ranks.
+
+    >>> p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    >>> weights, sgd = ShortWeights("master"), torch.optim.SGD([p], lr=1.0)
+    >>> weights.watch([sgd])
+    >>> for _ in range(4):
+    ...     p.grad = torch.full_like(p, 2.0**-9)  # less than half an ulp: alone it would be lost
+    ...     sgd.step()
+    >>> p.dtype, p.item(), weights.masters[p].item()
+    (torch.bfloat16, 0.9921875, 0.9921875)
+    """
+
+    def __init__(self, kind: str = "master", seed: int = 0) -> None:
+        self.kind = check_kind(kind)
+        self.seed = check_seed(seed)
+        self.count = 0  # of random roundings
+        self._full: dict[
+            nn.Parameter, nn.Parameter
+        ] = {}  # stand-ins; without "master" empty between steps
+        self._open: dict[int, tuple[Optimizer, list[_Open]]] = {}
+        self._depth: dict[int, int] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def masters(self) -> dict[nn.Parameter, Tensor]:
+        """The float32 copy of each parameter that has one; live, so clone what you keep."""
+        return {p: f.detach() for p, f in self._full.items() if self.kind == "master"}
+
+    def remember(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take the masters of parameters that are about to be shortened, before their last bits are lost."""
+        before, self._full = self._full, {}
+        if self.kind != "master":
+            return
+        for p in parameters:
+            if p.dtype == SHORT and p in before:  # a second run with the same module
+                self._full[p] = before[p]
+                before[p].data = before[p].data.to(p.device)
+            elif p.dtype != SHORT and p.is_floating_point() and p.requires_grad:
+                self._stand_in(p).data = p.detach().to(torch.float32, copy=True)
+
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """Work around the steps of these optimizers, and around the loading of their states."""
+        self.release()
+        for optimizer in optimizers:
+            _lengthen(optimizer)
+            self._handles += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+                # Loading casts the state to the dtype of its parameter, which must not be the short one.
+                optimizer.register_load_state_dict_pre_hook(lambda o, _: self.open(o)),
+                optimizer.register_load_state_dict_post_hook(lambda o: self.close(o)),
+            ]
+
+    def release(self) -> None:
+        """Stop, with every optimizer holding the model's parameters."""
+        self.abandon()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def opened(self, optimizer: Optimizer) -> Iterator[None]:
+        """Let an optimizer hold float32 stand-ins inside the block."""
+        was_open = id(optimizer) in self._open
+        self.open(optimizer)
+        try:
+            yield
+        finally:
+            if not was_open:
+                self.close(optimizer)
+
+    def open(self, optimizer: Optimizer) -> None:
+        """Let an optimizer hold float32 stand-ins; twice is once."""
+        if id(optimizer) in self._open:
+            return
+        entries = []
+        for p in _parameters(optimizer):
+            if p.dtype == SHORT and p.requires_grad:
+                full = self._stand_in(p)
+                full.data = self._current(p)
+                full.grad = None if p.grad is None else p.grad.to(torch.float32)
+                entries.append(_Open(p, full, -1 if full.grad is None else full.grad._version))
+        self._open[id(optimizer)] = optimizer, entries
+        _exchange(optimizer, {e.parameter: e.full for e in entries})
+
+    def close(self, optimizer: Optimizer, *, final: bool = False) -> None:
+        """Give the parameters back, with the new weights; `final` rounds for good, at the end of a step."""
+        _, entries = self._open.pop(id(optimizer), (optimizer, []))
+        by_chance = final and self.kind == "stochastic"
+        generators = self._generators(entries) if by_chance else {}
+        _exchange(optimizer, {e.full: e.parameter for e in entries})
+        for p, full, version in entries:
+            values = full.detach()
+            with torch.no_grad():
+                p.copy_(round_stochastically(values, generators[p.device]) if by_chance else values)
+                _hand_back(full.grad, p, version)
+            full.grad = None
+            if by_chance:
+                full.data = values.new_empty(0)
+        self.count += by_chance
+
+    def abandon(self) -> None:
+        """Give the parameters back after a failed step, with the weights they had before it."""
+        for optimizer, entries in self._open.values():
+            _exchange(optimizer, {e.full: e.parameter for e in entries})
+            for _, full, _ in entries:
+                full.grad = None
+        self._open = {}
+
+    def to(self, device: torch.device) -> None:
+        """Move the masters."""
+        for full in self._full.values():
+            full.data = full.data.to(device)
+
+    def state(self, names: dict[nn.Parameter, str]) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain values and tensors by name."""
+        masters = {names[p]: full for p, full in self.masters.items() if p in names}
+        return {"weights": self.kind, "count": self.count, "masters": masters}
+
+    def load(self, state: dict[str, Any], names: dict[nn.Parameter, str]) -> None:
+        """Take a state back; a weight without a fitting master starts from what it is."""
+        self.count = int(state.get("count", 0))
+        stored = state.get("masters", {}) if self.kind == "master" else {}
+        for p, name in names.items():
+            full = stored.get(name)
+            if isinstance(full, Tensor) and full.shape == p.shape:
+                self._stand_in(p).data = full.detach().to(p.device, torch.float32, copy=True)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        key = id(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        # A step within a step is a subclass that calls its parent's.
+        self._depth[key] = self._depth.get(key, 0) + 1 if key in self._open else 1
+        if closure is None or not _closure_comes_first(optimizer):
+            self.open(optimizer)
+        if closure is None:
+            return None
+        wrapped = self._around(optimizer, closure)
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth[id(optimizer)] -= 1
+        if self._depth[id(optimizer)] == 0:
+            self.close(optimizer, final=True)
+
+    def _around(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            self.close(optimizer)
+            result = closure()
+            self.open(optimizer)
+            return result
+
+        return run
+
+    def _stand_in(self, p: nn.Parameter) -> nn.Parameter:
+        if p not in self._full:
+            self._full[p] = nn.Parameter(torch.empty(0, device=p.device))
+            vars(self._full[p]).update(vars(p))  # marks that optimizers may read
+        return self._full[p]
+
+    def _current(self, p: nn.Parameter) -> Tensor:
+        """Return the float32 value of a parameter: its master, except where another wrote into it."""
+        full, short = self._full[p].data, p.detach()
+        if full.shape != p.shape or full.device != p.device:
+            return short.to(torch.float32, copy=True)
+        return full.copy_(torch.where(full.to(SHORT) == short, full, short.to(torch.float32)))
+
+    def _generators(self, entries: list[_Open]) -> dict[torch.device, torch.Generator]:
+        """Make a stream of each device, which depends on the seed and the number of steps only."""
+        # A CPU's generator reads 32 bits of a seed; the odd factor keeps the streams of two seeds apart.
+        start = (self.seed * 0x9E3779B1 + self.count) % (1 << 32)
+        return {
+            device: torch.Generator(device).manual_seed(start)
+            for device in {entry.parameter.device for entry in entries}
+        }
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Round float32 to bfloat16, up or down by chance, so that the expected result is the value itself.
+
+    Numbers that bfloat16 can hold stay exact; infinities and NaN stay what they are.
+
+    Args:
+        values: Of float32.
+        generator: Where the chance comes from; on the device of `values`.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> mean = round_stochastically(torch.full((40000,), 1.001), generator).double().mean()
+    >>> abs(float(mean) - 1.001) < 1e-4  # rounded to the nearest it would be 1.0
+    True
+    """
+    count = values.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=values.device)
+    words.random_(-(1 << 63), None, generator=generator)  # four numbers of 16 bits each
+    noise = words.view(torch.int16)[:count].view(values.shape).to(torch.int32).bitwise_and_(0xFFFF)
+    bits = values.contiguous().view(torch.int32)
+    finite = bits.bitwise_and(_EXPONENT) != _EXPONENT
+    # The upper half of the bits is the bfloat16 below in magnitude, the lower half the distance to the next.
+    rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(SHORT)
+    return torch.where(finite, rounded, values.to(SHORT))
+
+
+def check_kind(kind: Any) -> str:
+    """Return how weights are kept, or raise and list the known ways.
+
+    >>> check_kind("master")
+    'master'
+    """
+    listed = ", ".join(repr(name) for name in KINDS)
+    if not isinstance(kind, str):
+        raise TypeError(explain("`weights` is a name", repr(kind), f"pass one of {listed}"))
+    if kind not in KINDS:
+        raise ValueError(explain("unknown `weights`", repr(kind), f"pass one of {listed}"))
+    return kind
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed, or raise when it is no whole number from 0 to 2**31 - 1.
+
+    >>> check_seed(0)
+    0
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(explain("`seed` is a whole number", repr(seed), "pass an int such as 0"))
+    if not 0 <= seed < 1 << 31:
+        raise ValueError(
+            explain("`seed` must lie between 0 and 2**31 - 1", str(seed), "pass an int such as 0")
+        )
+    return seed
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _lengthen(optimizer: Optimizer) -> None:
+    """Make states float32 that were made before the first step, as Adagrad's are."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dtype == SHORT:
+                state[key] = value.to(torch.float32)
+
+
+def _closure_comes_first(optimizer: Optimizer) -> bool:
+    """Tell whether nothing is read before the closure has run, as in torch's own optimizers."""
+    return str(getattr(type(optimizer).step, "__module__", "")).startswith("torch.optim.")
+
+
+def _exchange(optimizer: Optimizer, successors: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Put others in the place of parameters, in the lists and dicts that an optimizer has and may share."""
+    for group in optimizer.param_groups:
+        group["params"][:] = [successors.get(p, p) for p in group["params"]]
+    state = optimizer.state
+    for p in [p for p in successors if p in state]:
+        state[successors[p]] = state.pop(p)
+
+
+def _hand_back(grad: Tensor | None, p: nn.Parameter, version: int) -> None:
+    """Let a parameter's gradient follow what the step did to that of its stand-in, if anything."""
+    if grad is None or p.grad is None:
+        p.grad = None if grad is None else grad.to(SHORT)
+    elif grad._version != version:
+        if grad.is_sparse:
+            p.grad = grad.to(SHORT)
+        else:
+            p.grad.copy_(grad)  # the same tensor, which may be part of a bucket of DDP
