@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
@@ -12,12 +13,24 @@ from typing_extensions import override
 from lightning_accel.bridge.model_edit import ModelEdit
 from lightning_accel.compilation.blocks import compile_blocks
 from lightning_accel.compilation.explain import Capture, captures, table
-from lightning_accel.compilation.region import Backend, check, recompile, without_effect
+from lightning_accel.compilation.guard import batch_sizes
+from lightning_accel.compilation.region import (
+    Backend,
+    check,
+    expect,
+    pause,
+    recompile,
+    settle,
+    unsettle,
+    without_effect,
+)
 from lightning_accel.errors import AccelError, NoEffect, explain
 from lightning_accel.measure.table import Table
 from lightning_accel.surgery import Receipt, Select, Stage
 
 _ANSWERS = ("warn", "raise", "ignore")
+_REPEATS = ("eager", "compile", "raise")
+_RAGGED = ("auto", "ignore")
 _BACKENDS = {"xla": "openxla", "tpu": "tpu"}
 
 
@@ -28,6 +41,14 @@ class BlockCompile(ModelEdit):
     stay the same, and copies are uncompiled. After the first step every called target must have captured
     a graph. After a prune all is compiled anew, once. The module stays compiled after the fit.
 
+    After the warm-up, a call that no graph fits runs eagerly rather than be compiled in mid-training; it is
+    counted and told with the reason. If most calls of an epoch do so, what changed is there to stay, and
+    the next epoch may compile again, as it may after parameters were frozen or thawed. Code that the
+    user's own graph breaks split off is counted only as part of the block around it. Where batches of two
+    sizes will come, the last one being ragged, the batch dimension is dynamic; otherwise all is static.
+    The CUDA graphs of mode="reduce-overhead" pay where the host cannot launch kernels as fast as they
+    run, which is small batches of small networks on a GPU; they need one shape and more memory.
+
     Args:
         select: Networks or blocks to compile: a `Select`, a name pattern or several; by default all
             networks of the module. What is named here must be called in the first training step.
@@ -37,6 +58,10 @@ class BlockCompile(ModelEdit):
         dynamic: As in `torch.compile`; `None` lets the batch become dynamic when its size changes.
         fullgraph: Raise where a graph would break.
         on_graph_break: "warn", "raise" or "ignore", after the first step.
+        on_recompile: After the warm-up: "eager", "raise", or "compile" as often as dynamo wants.
+        warmup_steps: Batches of the warm-up; by default the first epoch with its validation.
+        ragged: "auto" marks the batch dimension where sizes differ; "ignore" leaves it to dynamo, which
+            captures twice there. Unused where `dynamic` says what to do.
 
     Raises:
         ValueError: A name is unknown; backends and modes are checked at setup.
@@ -57,11 +82,26 @@ class BlockCompile(ModelEdit):
         dynamic: bool | None = None,
         fullgraph: bool = False,
         on_graph_break: str = "warn",
+        on_recompile: str = "eager",
+        warmup_steps: int | None = None,
+        ragged: str = "auto",
     ) -> None:
-        if on_graph_break not in _ANSWERS:
-            raise ValueError(
-                explain("unknown `on_graph_break`", repr(on_graph_break), f"pass one of {_ANSWERS}")
-            )
+        for name, answer, known in (
+            ("on_graph_break", on_graph_break, _ANSWERS),
+            ("on_recompile", on_recompile, _REPEATS),
+            ("ragged", ragged, _RAGGED),
+        ):
+            if answer not in known:
+                raise ValueError(explain(f"unknown `{name}`", repr(answer), f"pass one of {known}"))
+        if warmup_steps is not None:
+            if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
+                raise TypeError(
+                    explain("`warmup_steps` is a number", repr(warmup_steps), "pass 100")
+                )
+            if warmup_steps < 1:
+                raise ValueError(
+                    explain("`warmup_steps` is positive", repr(warmup_steps), "pass 100")
+                )
         for name, value in (("blocks", blocks), ("dynamic", dynamic), ("fullgraph", fullgraph)):
             if not isinstance(value, bool) and not (name == "dynamic" and value is None):
                 raise TypeError(explain(f"`{name}` is true or false", repr(value), "pass a bool"))
@@ -75,32 +115,41 @@ class BlockCompile(ModelEdit):
         self.dynamic = dynamic
         self.fullgraph = fullgraph
         self.on_graph_break = on_graph_break
+        self.on_recompile = on_recompile
+        self.warmup_steps = warmup_steps
+        self.ragged = ragged
         self.receipt = Receipt()
         self.captures: list[Capture] = []
         self._unproved = False
-        self._settled: tuple[Table, dict[str, int]] | None = None
+        self._final: tuple[Table, dict[str, int]] | None = None
+        self._sizes = {True: frozenset[int](), False: frozenset[int]()}
+        self._batches = 0
+        self._told: set[tuple[int, str]] = set()
 
     @property
     def report(self) -> Table:
         """Graphs, graph breaks and recompilations of the last fit or evaluation, one row each."""
-        return self._settled[0] if self._settled else table(self.captures)
+        return self._final[0] if self._final else table(self.captures)
 
     @property
     def totals(self) -> dict[str, int]:
         """How many graphs, graph breaks and recompilations there were."""
-        if self._settled:
-            return self._settled[1]
+        if self._final:
+            return self._final[1]
         return {
             "graphs": sum(c.graphs for c in self.captures),
             "graph_breaks": sum(len(c.breaks) for c in self.captures),
             "recompilations": sum(len(c.recompilations) for c in self.captures),
+            "eager_calls": sum(sum(c.eager.values()) for c in self.captures),
         }
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check(self._backend(trainer), self.mode)
-        self.receipt, self.captures, self._settled = Receipt(), [], None
+        self.receipt, self.captures, self._final = Receipt(), [], None
+        self._sizes = {True: frozenset(), False: frozenset()}
+        self._batches, self._told = 0, set()
         if any(True for _ in pl_module.parameters()):
             self._compile(trainer, pl_module)
 
@@ -109,17 +158,25 @@ class BlockCompile(ModelEdit):
         self._compile(trainer, pl_module)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        limit = trainer.num_training_batches
+        self._expect(pl_module, trainer.train_dataloader, [limit], training=True)
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
             self._compile(trainer, pl_module)
+        self._expect(pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._compile(trainer, pl_module)
+        self._expect(pl_module, trainer.test_dataloaders, trainer.num_test_batches)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._compile(trainer, pl_module)
+        self._expect(pl_module, trainer.predict_dataloaders, trainer.num_predict_batches)
 
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
@@ -132,8 +189,21 @@ class BlockCompile(ModelEdit):
         self._renew(pl_module)
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._begin_step()
+
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._prove(pl_module)
+        self._batches += 1
+        if self.warmup_steps and self._batches % self.warmup_steps == 0:
+            self._settle(pl_module, training=True)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._begin_step()
 
     @override
     def on_validation_batch_end(
@@ -142,10 +212,27 @@ class BlockCompile(ModelEdit):
         self._prove_evaluation(trainer, pl_module)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.warmup_steps and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._settle(pl_module, training=False)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._begin_step()
+
+    @override
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
         self._prove_evaluation(trainer, pl_module)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._begin_step()
 
     @override
     def on_predict_batch_end(
@@ -155,12 +242,17 @@ class BlockCompile(ModelEdit):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._settled = None
+        self._final = None
+        pause(pl_module, False)
+        self._renew(pl_module)  # someone may have frozen or thawed parameters
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What others compile after training, to measure it, is not of the training.
-        self._settled = self.report, self.totals
+        if self.warmup_steps is None:
+            self._settle(pl_module)
+        # What others compile between epochs and after training, to measure it, is not of the training.
+        pause(pl_module)
+        self._final = self.report, self.totals
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,6 +260,16 @@ class BlockCompile(ModelEdit):
         values = {f"compilation/{name}": float(count) for name, count in self.totals.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, trainer.global_step)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        unsettle(pl_module)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        unsettle(pl_module)
 
     def _compile(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compile what is not, anew what was reshaped by a checkpoint; otherwise do nothing."""
@@ -195,6 +297,30 @@ class BlockCompile(ModelEdit):
         self._unproved = self._unproved or any(c not in self.captures for c in current)
         past = [c for c in self.captures if c not in current and c.called]
         self.captures = past + current
+        for training, sizes in self._sizes.items():
+            refuse = self.on_recompile == "raise"
+            expect(pl_module, training=training, sizes=sizes, refuse=refuse)
+
+    def _expect(
+        self,
+        pl_module: LightningModule,
+        loaders: Any,
+        limits: Sequence[float],
+        *,
+        training: bool = False,
+    ) -> None:
+        """Note which sizes of batch these loaders will bring."""
+        if self.ragged == "auto":
+            self._sizes[training] |= batch_sizes(loaders, limits)
+            self._collect(pl_module)
+
+    def _settle(self, pl_module: LightningModule, training: bool | None = None) -> None:
+        if self.on_recompile != "compile":
+            settle(pl_module, training=training)
+
+    def _begin_step(self) -> None:
+        if self.mode is not None:  # CUDA graphs reuse the memory of the step before
+            torch.compiler.cudagraph_mark_step_begin()
 
     def _prove_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":  # what a sanity check calls is not what training calls
@@ -202,6 +328,7 @@ class BlockCompile(ModelEdit):
 
     def _prove(self, pl_module: LightningModule) -> None:
         """After the first step, raise for targets without effect, and tell of graph breaks."""
+        self._tell_eager()
         if not self._unproved:
             return
         self._unproved = False
@@ -232,6 +359,31 @@ class BlockCompile(ModelEdit):
         if self.on_graph_break == "raise":
             raise AccelError(what, found, do)
         rank_zero_warn(explain(what, found, do))
+
+    def _tell_eager(self) -> None:
+        """Warn once of each block that runs eagerly, wholly or in part."""
+        for capture in self.captures:
+            if capture.limits and (id(capture), "limit") not in self._told:
+                self._told.add((id(capture), "limit"))
+                rank_zero_warn(
+                    explain(
+                        f"dynamo gave up on compiling `{capture.name}`: what its graphs do not fit "
+                        "runs eagerly from now on",
+                        f"a limit on recompilations was reached, the last for: {capture.limits[0]}",
+                        "give it inputs of fewer shapes, pass dynamic=True, or exclude it by `select`",
+                    )
+                )
+            if capture.eager and (id(capture), "eager") not in self._told:
+                self._told.add((id(capture), "eager"))
+                rank_zero_warn(
+                    explain(
+                        f"`{capture.name}` would have been compiled again after the warm-up, "
+                        "and runs eagerly where no graph fits",
+                        next(iter(capture.eager)),
+                        "nothing if this is rare; or make the warm-up longer by `warmup_steps`, or "
+                        "pass on_recompile='compile'",
+                    )
+                )
 
     def _backend(self, trainer: Trainer) -> Backend:
         if self.backend != "auto":

@@ -28,7 +28,9 @@ class Capture:
     """What compiling one kind of block gave; blocks of one kind share their graphs.
 
     `breaks` maps the user's lines at which a graph ended to the reason; `recompilations` are the
-    reasons for which a graph had to be captured again; `failures` those for which nothing was captured.
+    reasons for which a graph had to be captured again; `failures` those for which nothing was captured;
+    `limits` those for which dynamo gave up, and code runs eagerly since; `eager` counts, by the reason,
+    calls that ran eagerly rather than be compiled after the warm-up.
 
     >>> Capture(["net"], "MLP").uncalled
     ['net']
@@ -41,6 +43,8 @@ class Capture:
     breaks: dict[str, str] = field(default_factory=dict)
     recompilations: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
+    eager: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -89,8 +93,12 @@ def note(capture: Capture, since: Moment) -> None:
         capture.breaks.setdefault(_place(found.user_stack), _first_line(found.reason))
     for metrics in utils.get_compilation_metrics():
         if (metrics.start_time or 0.0) >= since.time:
-            if metrics.recompile_reason:
-                capture.recompilations.append(_first_line(metrics.recompile_reason))
+            why = metrics.recompile_reason and _first_line(metrics.recompile_reason)
+            if metrics.fail_reason and "limit exceeded" in metrics.fail_reason:
+                capture.limits.append(why or _first_line(metrics.fail_reason))
+                continue
+            if why:
+                capture.recompilations.append(why)
             if metrics.fail_reason:
                 capture.failures.append(_first_line(metrics.fail_reason))
 
@@ -130,9 +138,14 @@ def table(captured: Iterable[Capture]) -> Table:
     for capture in captured:
         rows.append([capture.name, "graphs", capture.graphs, "", ""])
         rows += [[capture.name, "graph break", 1, why, at] for at, why in capture.breaks.items()]
-        for why in dict.fromkeys(capture.recompilations):
-            count = capture.recompilations.count(why)
-            rows.append([capture.name, "recompilation", count, why, ""])
+        for event, reasons in (
+            ("recompilation", capture.recompilations),
+            ("limit reached", capture.limits),
+        ):
+            rows += [
+                [capture.name, event, reasons.count(why), why, ""] for why in dict.fromkeys(reasons)
+            ]
+        rows += [[capture.name, "eager call", n, why, ""] for why, n in capture.eager.items()]
         if capture.uncalled:
             rows.append(
                 [", ".join(capture.uncalled), "never called", len(capture.uncalled), "", ""]

@@ -12,23 +12,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_accel.compilation.explain import Capture, note, now, runs_cached_graphs
-from lightning_accel.errors import explain
+from lightning_accel.compilation.guard import Code
+from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import Change, Receipt
 
 Backend = str | Callable[..., Any]
 
 _SERIAL = count()
 _SCALARS = (bool, int, float, str, tuple, type(None))
+_REASONS = 16
+"""So many eager calls are looked into for their reason; later ones take the last."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,48 @@ class Kind:
         self.settings = settings
         self.capture = capture
         label = f"{capture.targets[0]} ({capture.kind}) #{next(_SERIAL)}"  # names are not to recur
-        self.train = _compiled(settings, f"{label} in training")
-        self.eval = _compiled(settings, f"{label} in evaluation")
+        self.train = self._code(f"{label} in training")
+        self.eval = self._code(f"{label} in evaluation")
+        self.refuse = False
 
     def fits(self, signature: tuple[Any, ...], settings: Settings) -> bool:
         return (self.signature, self.settings) == (signature, settings)
+
+    def again(self) -> Kind:
+        """Return the same kind with new code, which knows what batches to expect."""
+        new = Kind(self.signature, self.settings, self.capture)
+        new.train.sizes, new.eval.sizes = self.train.sizes, self.eval.sizes
+        new.refuse = self.refuse
+        return new
+
+    def missed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note a call that ran eagerly because the block is settled, with the reason."""
+        code = self.train if module.training else self.eval
+        if not code.strict:
+            return  # dynamo gave up, which the capture tells
+        code.misses += 1
+        told = self.capture.eager
+        why = next(reversed(told)) if code.misses > _REASONS else code.why(module, args, kwargs)
+        if why is None:
+            return  # a graph fits: something else, such as a dispatch mode, keeps dynamo out
+        told[why] = told.pop(why, 0) + 1
+        if self.refuse:
+            raise AccelError(
+                f"compiling `{self.capture.name}` again after the warm-up was refused",
+                why,
+                "make the warm-up longer, give it inputs of one shape, or pass on_recompile='eager'",
+            )
+
+    def _code(self, name: str) -> Code:
+        settings = self.settings
+        return Code(
+            name,
+            self.missed,
+            backend=settings.backend,
+            mode=settings.mode,
+            dynamic=settings.dynamic,
+            fullgraph=settings.fullgraph,
+        )
 
 
 class Region:
@@ -80,11 +119,11 @@ class Region:
         module = self.module
         if (hooks := _hooks(module)) != self.hooks:
             self.hooks = hooks
-            self.kind = Kind(self.kind.signature, self.kind.settings, self.capture)
+            self.kind = self.kind.again()
         before = now()
         run = self.kind.train if module.training else self.kind.eval
         try:
-            return run(module, *args, **kwargs)
+            return run(module, args, kwargs)
         finally:
             self.capture.called.add(self.name)
             note(self.capture, before)
@@ -153,6 +192,50 @@ def without_effect(model: nn.Module) -> list[Capture]:
     return list(found.values())
 
 
+def expect(
+    model: nn.Module, *, training: bool, sizes: frozenset[int], refuse: bool = False
+) -> None:
+    """Tell every block what sizes of batch will come; more than one makes that dimension dynamic.
+
+    Args:
+        model: The network with compiled blocks.
+        training: Whether that is in training or in evaluation.
+        sizes: All sizes that will come.
+        refuse: Raise where a settled block finds no graph that fits.
+    """
+    for kind in _kinds(model):
+        code = kind.train if training else kind.eval
+        code.sizes = sizes if len(sizes) > 1 and kind.settings.dynamic is None else frozenset()
+        kind.refuse = refuse
+
+
+def settle(model: nn.Module, *, training: bool | None = None) -> None:
+    """End the warm-up of every block that was called: calls that no graph fits run eagerly from now.
+
+    Where most calls since the last time did so, what changed is there to stay, and the block may be
+    compiled again until the next time.
+    """
+    for kind in _kinds(model):
+        if training is not False:
+            kind.train.settle()
+        if training is not True:
+            kind.eval.settle()
+
+
+def pause(model: nn.Module, paused: bool = True) -> None:
+    """Let settled blocks be compiled again for as long as others use them, to measure them."""
+    for kind in _kinds(model):
+        kind.train.paused = kind.eval.paused = paused
+
+
+def unsettle(model: nn.Module) -> None:
+    """Let every block be compiled again whenever dynamo wants to."""
+    for kind in _kinds(model):
+        for code in (kind.train, kind.eval):
+            code.settled = code.paused = False
+            code.calls = code.misses = 0
+
+
 def check(backend: Backend, mode: str | None) -> None:
     """Raise unless `torch.compile` knows the backend and the mode, and they go together."""
     if isinstance(backend, str):
@@ -191,18 +274,9 @@ def is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-def _compiled(settings: Settings, name: str) -> Callable[..., Any]:
-    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
-
-    own = FunctionType(run.__code__.replace(co_name=name), globals(), name)
-    return torch.compile(
-        own,
-        backend=settings.backend,
-        mode=settings.mode,
-        dynamic=settings.dynamic,
-        fullgraph=settings.fullgraph,
-    )
+def _kinds(model: nn.Module) -> Iterator[Kind]:
+    kinds = (r.kind for m in model.modules() if (r := region(m)) is not None)
+    yield from {id(kind): kind for kind in kinds}.values()
 
 
 def _numbers(module: nn.Module) -> tuple[Any, ...]:

@@ -1,0 +1,184 @@
+"""When frozen copies answer for the networks: while predicting, testing or validating, never in a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_accel.compilation.frozen.freeze import Frozen, check_arguments, frozen
+from lightning_accel.compilation.region import Backend, check
+from lightning_accel.errors import NoEffect, Unsupported, explain
+from lightning_accel.surgery import Select
+
+
+class FrozenPredict(Callback):
+    """Predict, test or validate with copies of the networks that inductor froze: weights baked in.
+
+    The first batch runs both and is compared: a network whose copy is off goes on as it is, with a warning
+    and the figures. The module is bit-equal afterwards. Compiling takes its time at every call of the
+    Trainer, so this is for long evaluations; measure short ones.
+
+    Args:
+        select: Networks to freeze: a `Select`, a name pattern or several; by default all of the module.
+        weights: "bf16" for copies in bfloat16: fast where the hardware is, and off by about 1 %.
+        channels_last: Whether copies of convolutional networks are channels last.
+        tolerance: How far outputs may be off: norm of the difference by norm. By default 1e-4, with
+            bfloat16 weights 3e-2.
+        backend: As in `torch.compile`; only inductor freezes.
+
+    Raises:
+        Unsupported: In a fit.
+        NoEffect: After the first batch, when it called none of the networks.
+
+    >>> FrozenPredict(weights="bf16", channels_last=True).weights
+    'bf16'
+    """
+
+    def __init__(
+        self,
+        select: Select | str | Iterable[str] | dict[str, Any] | None = None,
+        *,
+        weights: str | None = None,
+        channels_last: bool = False,
+        tolerance: float | None = None,
+        backend: Backend = "inductor",
+    ) -> None:
+        check_arguments(weights, channels_last, tolerance)
+        if not isinstance(backend, str) and not callable(backend):
+            raise TypeError(explain("`backend` is a name", repr(backend), "pass 'inductor'"))
+        self.select = Select.of(select)
+        self.weights = weights
+        self.channels_last = channels_last
+        self.tolerance = tolerance
+        self.backend = backend
+        self.networks: list[Frozen] = []
+        self._told: set[str] = set()
+        self._active = ExitStack()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            raise Unsupported(
+                "frozen networks cannot learn",
+                "FrozenPredict in the callbacks of a fit",
+                "give it to a Trainer that predicts, tests or validates",
+            )
+        check(self.backend, None)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._freeze(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._freeze(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._freeze(pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._renew()
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._renew()
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._renew()
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._prove()
+
+    @override
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._prove()
+
+    @override
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self._prove()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._thaw()
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._thaw()
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._thaw()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._active.close()
+
+    def _freeze(self, pl_module: LightningModule) -> None:
+        self._active.close()
+        self._told = set()
+        self.networks = self._active.enter_context(
+            frozen(
+                pl_module,
+                select=self.select,
+                weights=self.weights,
+                channels_last=self.channels_last,
+                tolerance=self.tolerance,
+                itself=False,
+                backend=self.backend,
+            )
+        )
+
+    def _renew(self) -> None:
+        for network in self.networks:
+            network.renew()
+
+    def _prove(self) -> None:
+        if not any(network.num_calls for network in self.networks):
+            names = ", ".join(f"`{network.name}`" for network in self.networks)
+            raise NoEffect(
+                f"freezing {names} had no effect",
+                "the first batch did not call it as a module in evaluation and without gradients",
+                "select the modules that are called, or leave FrozenPredict out",
+            )
+        for network in self.networks:
+            if network.reason and network.name not in self._told:
+                self._told.add(network.name)
+                rank_zero_warn(
+                    explain(
+                        f"`{network.name}` runs as it is, not frozen",
+                        network.reason,
+                        "exclude it by `select`, raise `tolerance`, or keep weights in float32",
+                    )
+                )
+
+    def _thaw(self) -> None:
+        self._active.close()
+        for network in self.networks:
+            if network.error is not None:
+                rank_zero_info(
+                    f"FrozenPredict: `{network.name}` was off by {network.error:.2g}; "
+                    f"{network.num_missed} of {network.num_calls} calls were of another size"
+                )

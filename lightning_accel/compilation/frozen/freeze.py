@@ -1,0 +1,280 @@
+"""A network whose weights will not change can be compiled with the weights inside.
+
+Inductor then packs weights for its kernels once, folds batch norms into convolutions and computes what is
+constant ahead: its *freezing*. That needs no gradients, and a graph that is thrown away when weights change.
+So a copy is frozen and stands in for the network's call for a while; the network itself, with its weights,
+hooks and names, is not touched. The copy may hold bfloat16 weights or be channels last as well.
+
+The first call runs both, returns what the network itself gave, and compares. Where the copy is off, writes
+to its buffers, cannot be compiled, or the network has hooks that a copy would not call, the network goes on
+as it is, with the reason and the figures kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_accel.compilation.blocks import find_blocks
+from lightning_accel.compilation.guard import Code
+from lightning_accel.compilation.region import Backend, check
+from lightning_accel.errors import explain
+from lightning_accel.surgery import Select
+
+TOLERANCES = {None: 1e-4, "bf16": 3e-2}
+"""How far the copy may be off by default, per kind of weights: norm of the difference by norm."""
+_WINDOW = 64
+_SERIAL = iter(range(2**62))
+
+
+class Frozen:
+    """What a network calls instead of itself while it is frozen.
+
+    Attributes:
+        error: Norm of the difference on the first call, relative to the norm of the true output.
+        reason: Why the network runs as it is, or "" where the frozen copy does.
+        num_calls: Calls in evaluation without gradients.
+        num_missed: Those that ran on the copy without a graph, being of another size.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        *,
+        weights: str | None,
+        channels_last: bool,
+        tolerance: float,
+        backend: Backend,
+    ) -> None:
+        self.module = module
+        self.name = name
+        self.weights = weights
+        self.channels_last = channels_last
+        self.tolerance = tolerance
+        self.backend = backend
+        self.before: Callable[..., Any] | None = module._compiled_call_impl
+        self.eager: Callable[..., Any] = self.before or module._call_impl
+        self.capture = getattr(self.before, "capture", None)  # compiled by us: stays visible
+        self.error: float | None = None
+        self.reason = "it has hooks, which a copy would not call" if _has_hooks(module) else ""
+        self.num_calls = self.num_missed = 0
+        self._unchecked = True
+        self._dtypes: list[Any] = []
+        self._stamp: tuple[Any, ...] = ()
+        self._copy, self._code = module, Code(name, self._missed, backend=backend)
+        self._start()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.module.training or torch.is_grad_enabled():
+            return self.eager(*args, **kwargs)
+        self.num_calls += 1
+        if self.reason:
+            return self.eager(*args, **kwargs)
+        if self._unchecked:
+            return self._compare(args, kwargs)
+        if self._code.calls >= _WINDOW:  # what has no graph for most calls of a window gets another
+            self._code.settle()
+            self._unchecked = not self._code.settled
+        return self._run(args, kwargs)
+
+    def renew(self) -> None:
+        """Take a new copy if the weights have changed since the last one was taken."""
+        if not self.reason and self._stamp != _stamp(self.module):
+            self._start()
+
+    def _start(self) -> None:
+        if self.reason:
+            return
+        self._stamp, self._unchecked, self._dtypes = _stamp(self.module), True, []
+        self._copy = copy.deepcopy(self.module).requires_grad_(False)
+        if self.weights == "bf16":
+            self._copy.to(torch.bfloat16)
+        if self.channels_last:
+            self._copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        label = f"{self.name} frozen #{next(_SERIAL)}"
+        self._code = Code(label, self._missed, backend=self.backend)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        converts = self.weights is not None or self.channels_last
+        if converts:
+            args, kwargs = tree_map(self._convert, (args, kwargs))
+        freezing = torch._inductor.config.patch(freezing=True)
+        with nullcontext() if self._code.settled else freezing:
+            result = self._code(self._copy, args, kwargs)
+        if not converts:
+            return result
+        dtypes = iter(self._dtypes)
+        return tree_map(lambda value: _cast(value, next(dtypes, None)), result)
+
+    def _compare(self, args: Any, kwargs: Any) -> Any:
+        """Run the copy on copies of the inputs, then the network itself, and judge the copy."""
+        devices = {p.device for p in self.module.parameters() if p.device.type == "cuda"}
+        state = [buffer.clone() for buffer in self._copy.buffers()]
+        found: Any = None
+        try:
+            with torch.random.fork_rng([d.index for d in devices]):
+                found = self._run(*tree_map(_clone, (args, kwargs)))
+        except Exception as error:
+            self.reason = f"compiling it failed: {' '.join(str(error).split())[:200]}"
+        wanted = self.eager(*args, **kwargs)
+        if self.reason:
+            return wanted
+        self._unchecked = False
+        self._dtypes = [v.dtype if isinstance(v, Tensor) else None for v in tree_leaves(wanted)]
+        self._code.settle()
+        if not all(map(torch.equal, state, self._copy.buffers())):
+            self.reason = "its forward writes to its buffers"
+            return wanted
+        self.error = difference(found, wanted)
+        if not self.error <= self.tolerance:
+            self.reason = (
+                f"the frozen copy is off by {self.error:.2g} of the norm of its output, "
+                f"where {self.tolerance:.2g} is tolerated"
+            )
+        return wanted
+
+    def _missed(self, *_: Any) -> None:
+        self.num_missed += 1
+        self._code.misses += 1  # runs eagerly on the copy, which is as good
+
+    def _convert(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        dtype = torch.bfloat16 if self.weights == "bf16" else value.dtype
+        if self.channels_last and value.dim() == 4:
+            return value.to(dtype, memory_format=torch.channels_last)
+        return value.to(dtype)
+
+
+@contextmanager
+def frozen(
+    model: nn.Module,
+    *,
+    select: Select | str | Iterable[str] | None = None,
+    weights: str | None = None,
+    channels_last: bool = False,
+    tolerance: float | None = None,
+    itself: bool = True,
+    backend: Backend = "inductor",
+) -> Iterator[list[Frozen]]:
+    """Let frozen copies of the networks in `model` answer its calls without gradients.
+
+    The model is bit-equal afterwards. Compiling happens at the first call, which runs both and compares;
+    batches of other sizes run eagerly on the copy. Memory holds the weights twice meanwhile.
+
+    Args:
+        model: The network, or a module that holds networks.
+        select: Which networks: the outermost chosen modules. All by default.
+        weights: "bf16" for copies in bfloat16; outputs keep their dtypes.
+        channels_last: Whether copies and their inputs of four dimensions are channels last.
+        tolerance: Of `Frozen.error`; by default 1e-4, with bfloat16 weights 3e-2.
+        itself: Whether `model` may be frozen as a whole, or only parts of it.
+        backend: A name known to `torch.compile`, or a backend function; only inductor freezes.
+
+    Raises:
+        NoEffect: There is nothing to compile.
+
+    >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    >>> with frozen(net, backend="eager") as networks, torch.no_grad():
+    ...     _ = net(torch.ones(2, 4))
+    >>> networks[0].error
+    0.0
+    """
+    check_arguments(weights, channels_last, tolerance)
+    check(backend, None)
+    limit = TOLERANCES[weights] if tolerance is None else tolerance
+    targets = find_blocks(model, select=select, blocks=False, itself=itself)
+    networks = [
+        Frozen(
+            module,
+            name,
+            weights=weights,
+            channels_last=channels_last,
+            tolerance=limit,
+            backend=backend,
+        )
+        for name, module in targets.items()
+    ]
+    for one in networks:
+        one.module._compiled_call_impl = one
+    try:
+        yield networks
+    finally:
+        for one in networks:
+            one.module._compiled_call_impl = one.before
+
+
+def difference(found: Any, wanted: Any) -> float:
+    """Return the largest relative difference of two nested results: of norms, or the share of integers.
+
+    Infinite where structures, shapes or the places of what is not finite differ.
+
+    >>> difference([torch.tensor([3.0, 4.4])], [torch.tensor([3.0, 4.0])])
+    0.08...
+    """
+    some, others = tree_leaves(found), tree_leaves(wanted)
+    if len(some) != len(others):
+        return float("inf")
+    return max((_difference(a, b) for a, b in zip(some, others, strict=True)), default=0.0)
+
+
+def check_arguments(weights: Any, channels_last: Any, tolerance: Any) -> None:
+    """Raise unless these can be arguments of `frozen`."""
+    if weights not in TOLERANCES:
+        raise ValueError(explain("unknown `weights`", repr(weights), "pass None or 'bf16'"))
+    if not isinstance(channels_last, bool):
+        raise TypeError(explain("`channels_last` is a bool", repr(channels_last), "pass True"))
+    if tolerance is None:
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(explain("`tolerance` is a number", repr(tolerance), "pass 1e-4"))
+    if not 0 < tolerance < float("inf"):
+        raise ValueError(explain("`tolerance` is positive", repr(tolerance), "pass 1e-4"))
+
+
+def _difference(found: Any, wanted: Any) -> float:
+    if not isinstance(wanted, Tensor) or not isinstance(found, Tensor):
+        return 0.0 if type(found) is type(wanted) else float("inf")
+    if found.shape != wanted.shape:
+        return float("inf")
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return float((found != wanted).double().mean()) if wanted.numel() else 0.0
+    wide = torch.complex128 if wanted.is_complex() else torch.float64
+    a, b = found.to(wide), wanted.to(wide)
+    same = a == b  # infinities of a mask among them
+    if not bool(torch.isfinite(torch.where(same, 0, b)).all()):
+        return float("inf")
+    gap = torch.where(same, 0, a - b).abs().square().sum().sqrt()
+    norm = torch.where(torch.isfinite(b), b, 0).abs().square().sum().sqrt()
+    if not bool(torch.isfinite(gap)):
+        return float("inf")
+    return float(gap / norm) if bool(norm > 0) else float(gap)
+
+
+def _stamp(module: nn.Module) -> tuple[Any, ...]:
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    return any(getattr(m, kind) for m in module.modules() for kind in kinds)
+
+
+def _clone(value: Any) -> Any:
+    """Copy a tensor to one of the same kind: graphs for inference tensors do not fit others."""
+    if not isinstance(value, Tensor):
+        return value
+    with torch.inference_mode(value.is_inference()):
+        return value.detach().clone()
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    return value if dtype is None or not isinstance(value, Tensor) else value.to(dtype)
