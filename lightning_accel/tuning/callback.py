@@ -20,7 +20,7 @@ from lightning_accel.tuning.candidates import check_techniques
 from lightning_accel.tuning.numerics import check
 from lightning_accel.tuning.report import TuneReport
 from lightning_accel.tuning.settings import Settings
-from lightning_accel.tuning.within import refuse, tune_within
+from lightning_accel.tuning.within import Asked, refuse, tune_within
 
 
 class AutoTune(Callback):
@@ -136,17 +136,7 @@ class AutoTune(Callback):
         answer: Any = None
         if trainer.is_global_zero:
             try:
-                answer = tune_within(
-                    trainer,
-                    pl_module,
-                    numerics=self.numerics,
-                    budget_s=self.budget_s,
-                    budget_share=self.budget_share,
-                    techniques=self.techniques,
-                    steps=self.steps,
-                    batch_sizes=self.batch_sizes,
-                    folder=self.folder,
-                )
+                answer = tune_within(trainer, pl_module, self._asked(), folder=self.folder)
             except Exception as error:
                 answer = error if self.only_report else self._not_tuned(error)
         answer = trainer.strategy.broadcast(answer)
@@ -156,6 +146,16 @@ class AutoTune(Callback):
             if trainer.is_global_zero:
                 answer.save(path)
         return answer
+
+    def _asked(self) -> Asked:
+        return Asked(
+            self.numerics,
+            self.techniques,
+            self.budget_s,
+            self.budget_share,
+            self.batch_sizes,
+            self.steps,
+        )
 
     def _not_tuned(self, error: Exception) -> TuneReport:
         """Let the fit go on as it is, and say why."""

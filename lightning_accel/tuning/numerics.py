@@ -99,7 +99,8 @@ def difference(plain: Gradients, other: Gradients) -> Difference:
         if norm > limit and (not where or not cosine >= worst):
             worst, where = cosine if cosine == cosine else -1.0, name
     length = math.sqrt(sum(norm**2 for norm in norms.values()) * squared)
-    whole = product / length if length > 0 else 1.0 if not norms else -1.0
+    nothing = squared == 0 and not any(norms.values())  # frozen, or at a minimum: two zeros agree
+    whole = product / length if length > 0 else 1.0 if nothing else -1.0
     return Difference(loss, whole if whole == whole else -1.0, worst, where)
 
 

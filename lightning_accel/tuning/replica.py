@@ -26,6 +26,7 @@ from lightning_accel.bridge.example import inert_copy, step_arguments
 from lightning_accel.compilation import compile_blocks
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.loop import use_implementation
+from lightning_accel.measure.subject import localise_norms
 from lightning_accel.memory import activation_budget
 from lightning_accel.precision import channels_last, matmul_precision
 from lightning_accel.precision.autocast import autocast
@@ -71,7 +72,8 @@ class Replica:
         self._trainer, self._batches = trainer, batches
         self._count = self._block = 0
         self.clones = clones
-        self.module = _copied(trainer, pl_module)
+        self.module = copied(trainer, pl_module)
+        localise_norms(self.module)  # which would wait for processes that are not here
         memo: dict[int, Any] = {
             id(p): q for p, q in zip(pl_module.parameters(), self.module.parameters(), strict=True)
         }
@@ -314,7 +316,12 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
             setattr(layer, name, value)
 
 
-def _copied(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+def copied(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+    """Return an inert copy of the module.
+
+    Raises:
+        Unsupported: It cannot be copied.
+    """
     try:
         with inert_copy(trainer, pl_module) as made:
             return made

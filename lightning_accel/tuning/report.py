@@ -180,9 +180,12 @@ class TuneReport:
         try:
             if plain["format"] != FORMAT:
                 raise ValueError(f"format {plain['format']!r}")
+            for key in ("settings", "about"):
+                if not isinstance(plain[key], Mapping):
+                    raise TypeError(f"{key} is {plain[key]!r}")
             ratio, low, high = (float(value) for value in plain["resolution"])
             return cls(
-                Settings.from_dict(dict(plain["settings"])),
+                Settings.from_dict(plain["settings"]),
                 [_read(Bar, bar) for bar in plain["bars"]],
                 [_read(Trial, trial) for trial in plain["trials"]],
                 [_read(Rate, rate) for rate in plain["rates"]],
@@ -222,7 +225,8 @@ class TuneReport:
             preset["trainer"] = {"plugins": plugins}
         if callbacks := self.settings.callbacks():
             preset["callbacks"] = callbacks
-        where = ", ".join(str(self.about[k]) for k in ("device", "torch") if k in self.about)
+        known = [str(self.about[key]) for key in ("device", "torch") if key in self.about]
+        where = " ".join(", ".join(known).split())  # one line, whatever a device calls itself
         head = [
             "# @package _global_",
             f"# Tuned: {self.settings.label}, {self.ratio:.2f}x as fast as plain ({where}).",

@@ -291,16 +291,23 @@ class Search:
     def _curve_noise(self, settings: Settings) -> float:
         """Return how far a learning curve moves when its first weights move by rounding."""
         if settings not in self._noise_of:
-            curve = self._arena.replica(settings).losses
-            moved = self._arena.build(settings.having("compilation", PLAIN))
-            moved.perturb()
-            # As many steps as are compared, and no more seconds than a tenth of the budget.
-            end = time.perf_counter() + self._budget_s / 10
-            while len(moved.losses) < len(curve) and time.perf_counter() < end:
-                with moved.around(_SEED + len(moved.losses)):
-                    moved.step()
-            self._noise_of[settings] = curve_gap(curve, moved.losses)
+            try:
+                self._noise_of[settings] = self._moved_gap(settings)
+            except torch.OutOfMemoryError as error:  # no room for a third copy
+                forget(error)
+                self._noise_of[settings] = 0.0
         return self._noise_of[settings]
+
+    def _moved_gap(self, settings: Settings) -> float:
+        curve = self._arena.replica(settings).losses
+        moved = self._arena.build(settings.having("compilation", PLAIN))
+        moved.perturb()
+        # As many steps as are compared, and no more seconds than a tenth of the budget.
+        end = time.perf_counter() + self._budget_s / 10
+        while len(moved.losses) < len(curve) and time.perf_counter() < end:
+            with moved.around(_SEED + len(moved.losses)):
+                moved.step()
+        return curve_gap(curve, moved.losses)
 
     def _waterfall(self, best: Settings) -> tuple[list[Bar], Ratio, Settings]:
         """Measure plain, plain again and every step of the way side by side; keep what is confirmed."""

@@ -111,11 +111,16 @@ def load(folder: Path, key: str) -> TuneReport | None:
 
 def save(folder: Path, key: str, report: TuneReport) -> str | None:
     """Keep an answer, whole or not at all; return why it could not be kept."""
+    text = report.to_json()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
-            file.write(report.to_json())
-        os.replace(file.name, folder / f"{key}.json")
+            file.write(text)
+        try:
+            os.replace(file.name, folder / f"{key}.json")
+        except OSError:
+            os.unlink(file.name)
+            raise
     except OSError as error:
         return f"the answer could not be kept in {folder}: {error}"
     return None

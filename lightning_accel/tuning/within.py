@@ -14,10 +14,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -29,14 +29,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.attention import uses_attention
-from lightning_accel.bridge.example import batches, inert_copy, placed
+from lightning_accel.bridge.example import batches, placed
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.loading.still import untouched as steady
 from lightning_accel.surgery.snapshot import random_state, set_random_state
 from lightning_accel.tuning import store
+from lightning_accel.tuning.alone import alone
 from lightning_accel.tuning.candidates import find
 from lightning_accel.tuning.data import choose_loading
-from lightning_accel.tuning.replica import Replica
+from lightning_accel.tuning.replica import Replica, copied
 from lightning_accel.tuning.report import TuneReport
 from lightning_accel.tuning.search import Search, Unpayable
 from lightning_accel.tuning.settings import PLAIN, Settings
@@ -47,29 +48,35 @@ _UNKNOWN_STEPS = 100_000
 """What a run without an end is taken for."""
 
 
+class Asked(NamedTuple):
+    """What a user asks of a search.
+
+    Args:
+        numerics: The tier that is allowed.
+        techniques: What to try.
+        budget_s: About how long to search.
+        budget_share: The most of the rest of the run that a search may take.
+        batch_sizes: Batch sizes to measure under the chosen settings.
+        steps: The length of the run, in batches; `None` is what the Trainer has left.
+    """
+
+    numerics: str
+    techniques: tuple[str, ...]
+    budget_s: float
+    budget_share: float
+    batch_sizes: tuple[int, ...] = ()
+    steps: int | None = None
+
+
 def tune_within(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    *,
-    numerics: str,
-    budget_s: float,
-    budget_share: float,
-    techniques: tuple[str, ...],
-    steps: int | None = None,
-    batch_sizes: Sequence[int] = (),
-    folder: Path | None = None,
+    trainer: Trainer, pl_module: LightningModule, asked: Asked, *, folder: Path | None = None
 ) -> TuneReport:
     """Search for the fastest settings of this fit, at its beginning, or find an earlier answer.
 
     Args:
         trainer: A Trainer at `on_train_start`.
         pl_module: The module that it trains.
-        numerics: The tier that is allowed.
-        budget_s: About how long to search.
-        budget_share: The most of the rest of the run that a search may take.
-        techniques: What to try.
-        steps: The length of the run, in batches; by default what the Trainer has left.
-        batch_sizes: Batch sizes to measure under the chosen settings.
+        asked: What to search for.
         folder: Where earlier answers are; `None` searches in any case.
 
     Raises:
@@ -77,66 +84,80 @@ def tune_within(
         AccelError: The step fails on a copy, or gives no loss.
     """
     refuse(trainer, pl_module)
-    steps = steps_left(trainer) if steps is None else steps
+    if asked.steps is None:
+        asked = asked._replace(steps=steps_left(trainer))
     start = time.perf_counter()
     with untouched(trainer):
         data = _draw(trainer, pl_module)
-        asked = {
-            "numerics": numerics,
-            "techniques": techniques,
-            "batch_sizes": list(batch_sizes),
-            "budget_s": budget_s,
-        }
-        key = store.fingerprint(trainer, pl_module, data, steps=steps, asked=asked)
+        key = _key(trainer, pl_module, data, asked)
         known = store.load(folder, key) if folder is not None else None
         if known is not None:
             return known
-
-        modes = _modes(trainer, pl_module, data)
-
-        def build(settings: Settings, other: list[Any] | None = None) -> Replica:
-            given = data if other is None else other
-            return Replica(trainer, pl_module, given, settings, **modes)
-
-        attention = "attention" in techniques and uses_attention(
-            lambda: build(Settings()).gradients(0)
-        )
-        contests, skipped = find(
-            trainer, pl_module, numerics=numerics, techniques=techniques, attention=attention
-        )
-        search = Search(
-            build,
-            device=trainer.strategy.root_device,
-            numerics=numerics,
-            steps=steps,
-            budget_s=budget_s,
-            budget_share=budget_share,
-            longest_s=_time_left(trainer),
-        )
-        report = TuneReport(steps=steps, numerics=numerics, about=store.about(pl_module.device))
         try:
-            found = search.run(contests, skipped)
-        except Unpayable as error:
-            report.notes = [str(error)]
-            return report
-        report.settings, report.bars, report.trials = found.settings, found.bars, found.trials
-        report.resolution, report.notes = (*found.resolution,), found.notes
-        if "loading" in techniques:
-            value, gain, tried = choose_loading(trainer, found.bars[-1].step_ms, budget_s / 10)
-            report.settings = report.settings.having("loading", value)
-            report.trials = [*report.trials, *tried]
-            if value != PLAIN:
-                report.notes = [
-                    *report.notes,
-                    f"data {value}: {gain:.2f}x, batch and step together",
-                ]
-        report.rates = measure_sizes(build, data, batch_sizes, report.settings, budget_s / 10)
+            with alone(trainer.world_size):
+                report = _search(trainer, pl_module, data, asked)
+        except Unpayable as error:  # said, and not kept: a longer run may find an answer
+            return TuneReport(numerics=asked.numerics, notes=[str(error)])
         report.seconds = time.perf_counter() - start
     if folder is not None:
         kept = store.save(folder, key, report)
         if kept is not None:
             rank_zero_info(kept)
     return report
+
+
+def _search(
+    trainer: Trainer, pl_module: LightningModule, data: list[Any], asked: Asked
+) -> TuneReport:
+    assert asked.steps is not None
+    modes = _modes(trainer, pl_module, data)
+
+    def build(settings: Settings, other: list[Any] | None = None) -> Replica:
+        return Replica(trainer, pl_module, data if other is None else other, settings, **modes)
+
+    attention = "attention" in asked.techniques and uses_attention(
+        lambda: build(Settings()).gradients(0)
+    )
+    contests, skipped = find(
+        trainer,
+        pl_module,
+        numerics=asked.numerics,
+        techniques=asked.techniques,
+        attention=attention,
+    )
+    found = Search(
+        build,
+        device=trainer.strategy.root_device,
+        numerics=asked.numerics,
+        steps=asked.steps,
+        budget_s=asked.budget_s,
+        budget_share=asked.budget_share,
+        longest_s=_time_left(trainer),
+    ).run(contests, skipped)
+    settings, trials, notes = found.settings, found.trials, found.notes
+    share_s = asked.budget_s / 10
+    if "loading" in asked.techniques:
+        value, gain, tried = choose_loading(trainer, found.bars[-1].step_ms, share_s)
+        settings, trials = settings.having("loading", value), [*trials, *tried]
+        if value != PLAIN:
+            notes = [*notes, f"data {value}: {gain:.2f}x, batch and step together"]
+    return TuneReport(
+        settings,
+        found.bars,
+        trials,
+        measure_sizes(build, data, asked.batch_sizes, settings, share_s),
+        (*found.resolution,),
+        asked.steps,
+        asked.numerics,
+        about=store.about(pl_module.device),
+        notes=notes,
+    )
+
+
+def _key(trainer: Trainer, pl_module: LightningModule, data: list[Any], asked: Asked) -> str:
+    assert asked.steps is not None
+    kept = asked._asdict() | {"steps": None, "budget_share": None}  # neither changes the answer
+    return store.fingerprint(trainer, pl_module, data, steps=asked.steps, asked=kept)
 
 
 def refuse(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,8 +195,8 @@ def _draw(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         drawn = batches(trainer, _BATCHES)
     if combined is not None and combined._mode == "sequential" and len(loaders) > 1:
         drawn = [batch[0] for batch in drawn]  # one loader after the other, so the first
-    with inert_copy(trainer, pl_module) as copy:
-        return [placed(trainer, copy, batch) for batch in drawn]
+    copy = copied(trainer, pl_module)
+    return [placed(trainer, copy, batch) for batch in drawn]
 
 
 def _modes(trainer: Trainer, pl_module: LightningModule, data: list[Any]) -> dict[str, bool]:
