@@ -8,6 +8,7 @@ round, see the same disturbances; the ratio of tenth percentiles over rounds is 
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import time
@@ -82,11 +83,17 @@ class Lane:
         fn = self.fn
         with self.around():
             synchronise(self.device)
-            cpu, wall = time.process_time(), time.perf_counter()
-            for _ in range(self.calls):
-                fn()
-            synchronise(self.device)
-            return time.perf_counter() - wall, time.process_time() - cpu
+            collects = gc.isenabled()
+            gc.disable()  # as timeit does: a collection hits whoever runs by chance
+            try:
+                cpu, wall = time.process_time(), time.perf_counter()
+                for _ in range(self.calls):
+                    fn()
+                synchronise(self.device)
+                return time.perf_counter() - wall, time.process_time() - cpu
+            finally:
+                if collects:
+                    gc.enable()
 
 
 def run(

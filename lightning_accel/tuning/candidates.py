@@ -24,8 +24,8 @@ from lightning_accel.surgery import Stage
 
 TECHNIQUES = (
     "precision",
-    "matmul",
     "memory_format",
+    "matmul",
     "optimizer",
     "attention",
     "compilation",

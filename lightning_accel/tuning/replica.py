@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_accel.attention import attention_backend
 from lightning_accel.bridge.example import inert_copy, step_arguments
@@ -153,6 +154,12 @@ class Replica:
             with torch.no_grad():
                 for buffer, before in zip(self.module.buffers(), buffers, strict=True):
                     buffer.copy_(before)
+
+    def has_float32_products(self) -> bool:
+        """Tell whether a step multiplies matrices in float32, whose exactness can be chosen."""
+        with _Products() as seen:
+            self.gradients(0)
+        return seen.found
 
     def perturb(self, size: float = 1e-7) -> None:
         """Change every weight by so much of itself: the noise that rounding would make."""
@@ -359,6 +366,24 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+class _Products(TorchDispatchMode):
+    """Looks out for matrix products in float32."""
+
+    _NAMES = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "linear")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.__name__.partition(".")[0] in self._NAMES and isinstance(out, Tensor):
+            self.found = self.found or out.dtype == torch.float32
+        return out
 
 
 class _Handle:

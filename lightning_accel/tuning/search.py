@@ -14,7 +14,6 @@ by side once more (the waterfall); if that does not confirm the whole, plain is 
 
 from __future__ import annotations
 
-import gc
 import time
 from typing import NamedTuple
 
@@ -48,6 +47,8 @@ _BUDGETS = (0.5, 0.3, 0.1, 0.0)
 """Shares of the activations to keep when plain runs out of memory."""
 _SEED = 0
 
+_STEPS_OF_A_LANE = 20
+"""What must be left for one more contest and the waterfall, in steps of the fastest so far."""
 _FEWEST_STEPS = 40
 """About what a search takes at least, in steps of the module."""
 
@@ -100,6 +101,7 @@ class Search:
         self._budget_s, self._budget_share, self._longest_s = budget_s, budget_share, longest_s
         self.trials: list[Trial] = []
         self._noise_of: dict[Settings, float] = {}
+        self._products: dict[Settings, bool] = {}
 
     def run(self, contests: list[Contest], skipped: list[Skipped]) -> Found:
         """Search, and leave the number of threads as it was."""
@@ -117,7 +119,6 @@ class Search:
             # The last share is for the waterfall, which confirms the whole.
             share_s = self._left_s() / (len(contests) - index + 1)
             best = self._contest(best, contest, share_s)
-            gc.collect()
         bars, resolution, best = self._waterfall(best)
         order = sorted(self.trials, key=lambda trial: TECHNIQUES.index(trial.technique))
         return Found(best, order, bars, resolution, self._arena.notes)
@@ -134,7 +135,7 @@ class Search:
             )
         lane = self._arena.lane(base, replica)
         lane.measure()
-        self._arena.step_s = lane.wall_s[0]
+        self._arena.step_s = self._best_s = lane.wall_s[0]
         self._afford()
         return base
 
@@ -187,7 +188,7 @@ class Search:
         """Return the incumbent or a value of this technique that earned its place."""
         values = []
         for value in contest.values:
-            reason = self._not_worth_trying(contest.technique, value, share_s)
+            reason = self._not_worth_trying(best, contest.technique, value, share_s)
             if reason:
                 self.trials.append(Trial(contest.technique, value, "skipped", reason))
             else:
@@ -201,6 +202,7 @@ class Search:
         for name, why in failed.items():
             del lanes[name]
             self.trials.append(Trial(contest.technique, name, "failed", why))
+        self._best_s = min(self._arena.seconds(lane) for lane in lanes.values())
         ranked = sorted(lanes, key=lambda name: self._arena.seconds(lanes[name]))
         winner = best
         for name in ranked:
@@ -217,9 +219,17 @@ class Search:
                 self._arena.drop(candidate)
         return winner
 
-    def _not_worth_trying(self, technique: str, value: str, share_s: float) -> str:
-        if time.perf_counter() > self._end:
+    def _not_worth_trying(self, best: Settings, technique: str, value: str, share_s: float) -> str:
+        if self._left_s() < _STEPS_OF_A_LANE * self._best_s:
             return f"the budget of {self._budget_s:.0f} s was spent"
+        if technique == "matmul" and best not in self._products:
+            try:
+                self._products[best] = self._arena.replica(best).has_float32_products()
+            except torch.OutOfMemoryError as error:  # then the contest finds out
+                forget(error)
+                self._products[best] = True
+        if technique == "matmul" and not self._products[best]:
+            return "the step has no matrix product in float32"
         if technique != "compilation":
             return ""
         cost_s = _COMPILE_S * (_AUTOTUNING if "autotuning" in value else 1)
