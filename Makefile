@@ -31,14 +31,15 @@ check: .venv/.stamp
 	$(PY) -m pytest -q tests/test_house.py
 
 # What training and inference gain, in under ten minutes on two quiet cores; and then all the others.
-SPEED := overhead train_speed tune_zoo infer_speed warm_start memory_budget
-OTHERS := prune_accuracy prune_latency prune_selectors resume_after_prune distill_accuracy distill_cost
+SPEED := overhead.py "train_speed.py --cases mlp gpt_d256 cnn_32px" tune_zoo.py infer_speed.py warm_start.py memory_budget.py
+OTHERS := "train_speed.py --cases gpt_d512 cnn_64px" prune_accuracy.py prune_latency.py prune_selectors.py \
+	resume_after_prune.py distill_accuracy.py distill_cost.py
 
 bench: .venv/.stamp
-	@for name in $(SPEED); do echo "== $$name"; $(PY) "benchmarks/$$name.py" || exit 1; done
+	@for script in $(SPEED); do echo "== $$script"; $(PY) benchmarks/$$script || exit 1; done
 
 bench-all: bench
-	@for name in $(OTHERS); do echo "== $$name"; $(PY) "benchmarks/$$name.py" || exit 1; done
+	@for script in $(OTHERS); do echo "== $$script"; $(PY) benchmarks/$$script || exit 1; done
 
 # Apart from the rest: torchvision beside a torch of another build breaks `import lightning`.
 .venv-zoo/.stamp: pyproject.toml

@@ -323,3 +323,31 @@ def test_a_student_gains_from_its_teacher_in_under_sixty_lines(tmp_path: Path, n
         if line.startswith("student ")
     )
     assert taught > alone + 0.03 if "image" in name else taught < alone - 0.1
+
+
+# --- tuning -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_a_run_found_out_is_a_preset_for_the_next(tmp_path: Path) -> None:
+    fast = ["trainer=fast", "model.widths=[8,16]", "model.depth=1"]
+    given = ["budget_s=4", "budget_share=1000", "cache=false", "techniques=[precision,optimizer]"]
+    searched = run(
+        "+accel=auto", *fast, *(f"+callbacks.tuning.{one}" for one in given), cwd=tmp_path
+    )
+    assert "plain against plain" in searched
+    (preset,) = tmp_path.glob("outputs/*/tuned.yaml")
+    preset.rename(tmp_path / "tuned.yaml")
+    again = run("+accel=./tuned.yaml", *fast, cwd=tmp_path)
+    assert "plain against plain" not in again and "test/acc" in again
+    bf16 = "AutocastPrecision" in (tmp_path / "tuned.yaml").read_text()
+    assert ("Computing in bfloat16" in again) == bf16
+
+
+@pytest.mark.slow
+def test_a_trainer_tunes_itself_in_under_sixty_lines(tmp_path: Path) -> None:
+    script = "examples/04_auto_tune.py"
+    assert len((ROOT / script).read_text().splitlines()) < 60
+    printed = run(cwd=tmp_path, script=script)
+    assert "two epochs:" in printed and "considered" in printed.lower()
+    assert {"tuned.yaml", "tuned.svg"} <= {path.name for path in tmp_path.iterdir()}

@@ -319,7 +319,7 @@ def test_every_argument_that_cannot_be_meant_is_refused(name: str, value: Any) -
 @pytest.mark.parametrize(
     "fine",
     [
-        {"techniques": frozenset({"precision", "matmul"})},
+        {"techniques": frozenset({"precision"})},
         {"techniques": {"precision": 1}.keys()},
         {"techniques": "precision"},
         {"budget_s": math.inf},

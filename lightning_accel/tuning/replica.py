@@ -39,6 +39,8 @@ _REMEMBERED = 20
 _DRIFT = 64
 """Steps after which the first weights come back, so that nothing trains into denormal numbers."""
 _SMALL_BYTES = 256 * 2**20
+_SCALE = 2.0**16
+"""Of gradients in fp16, with which a scaler begins."""
 
 
 class Replica:
@@ -138,10 +140,11 @@ class Replica:
         try:
             with self.around(seed), _without_dropout(self.module):
                 loss = self._run(None)
+                scale = _SCALE if self._scaler is not None else 1.0
                 if self.module.automatic_optimization:
-                    loss.backward()  # unscaled: to be compared
+                    (loss * scale).backward()
             found = {
-                name: (p.grad.to_dense() if p.grad.is_sparse else p.grad).detach().float().clone()
+                name: _dense(p.grad) / scale
                 for name, p in self.module.named_parameters()
                 if p.grad is not None
             }
@@ -360,6 +363,11 @@ def _renewed(value: Any, clones: bool) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_renewed(v, clones) for v in value)
     return copy.deepcopy(value) if clones else copy.copy(value)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    return dense.detach().float().clone()
 
 
 def _seed(seed: int) -> None:

@@ -36,6 +36,8 @@ from lightning_accel.tuning.settings import PLAIN, Settings, words
 
 _LEAST_GAIN = 1.02
 """A gain below this is not worth a setting, however sure it is."""
+_CALLBACK_S = 25e-6
+"""What a callback costs the Trainer per step, which a copy does not see (`benchmarks/overhead.py`)."""
 _RESTLESS = 0.1
 """A difference between plain and plain that is worth a word."""
 _COMPILE_S = 5.0
@@ -47,7 +49,7 @@ _BUDGETS = (0.5, 0.3, 0.1, 0.0)
 """Shares of the activations to keep when plain runs out of memory."""
 _SEED = 0
 
-_STEPS_OF_A_LANE = 20
+_STEPS_OF_A_LANE = 10
 """What must be left for one more contest and the waterfall, in steps of the fastest so far."""
 _FEWEST_STEPS = 40
 """About what a search takes at least, in steps of the module."""
@@ -283,13 +285,21 @@ class Search:
             pays_after = round(compile_s / saved_s)
         trial = Trial(technique, name, "taken", "", *ratio, compile_s, pays_after)
         curves = [self._arena.replica(settings).losses for settings in (best, candidate)]
-        off = curve_verdict(curve_gap(*curves), self._curve_noise(best))
+        gap = curve_gap(*curves)
+        off = curve_verdict(gap, 0.0)
+        if off:  # only then it is worth finding out how far rounding alone leads
+            off = curve_verdict(gap, self._curve_noise(best))
         if off:
             return trial._replace(verdict="rejected", reason=off)
         if ratio.low <= 1.0 or ratio.ratio < _LEAST_GAIN:
             slower = ratio.high < 1.0
             return trial._replace(
                 verdict="not taken", reason="slower" if slower else "no measurable difference"
+            )
+        if technique != "precision" and saved_s < _CALLBACK_S:
+            return trial._replace(
+                verdict="not taken",
+                reason=f"it saves {1e6 * saved_s:.0f} us per step, as much as one more callback costs",
             )
         if pays_after is not None and pays_after >= self._steps:
             return trial._replace(
