@@ -48,7 +48,7 @@ from lightning_accel.measure import Table
 from lightning_accel.measure.bars import bars_svg
 from lightning_accel.measure.contention import Watch
 from lightning_accel.precision import matmul
-from lightning_accel.tuning.candidates import TECHNIQUES
+from lightning_accel.tuning.settings import TECHNIQUES
 
 GOALS = {
     "amp": {"mlp": 2.4, "gpt_d256": 2.1, "gpt_d512": 2.6, "cnn_32px": 2.0, "cnn_64px": 2.5},

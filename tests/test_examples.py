@@ -230,6 +230,7 @@ def test_train_runs_from_any_folder_and_writes_into_its_own(tmp_path: Path) -> N
     assert "!!python" not in saved[0].read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(tmp_path: Path) -> None:
     keep = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, save_top_k: -1}"
     run("trainer=fast", "logger=csv", f"+callbacks.keep={keep}", cwd=tmp_path)

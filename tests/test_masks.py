@@ -476,6 +476,7 @@ found = [fit("a"), *(fit(f"b{e}", folder / "a" / f"epoch={e}.ckpt") for e in (0,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_mask_alike_and_resume_alike(tmp_path: Path, root: Path) -> None:
     script = tmp_path / "ddp_masks.py"

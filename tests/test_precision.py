@@ -395,6 +395,7 @@ def test_bf16_clips_gradients_with_a_fused_optimizer(
     assert max(largest) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_agree_on_the_format(tmp_path: Path, root: Path) -> None:
     script = tmp_path / "ddp.py"

@@ -16,16 +16,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch import LightningModule
+from typing import TYPE_CHECKING, Any
 
 from lightning_accel.cli.plan import composed, found_in_code
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.tuning import AutoTune, TuneReport, tune
-from lightning_accel.tuning.candidates import TECHNIQUES
 from lightning_accel.tuning.numerics import TIERS
-from lightning_accel.tuning.outside import tune_in
+from lightning_accel.tuning.settings import TECHNIQUES
+
+if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and so import none
+    from lightning.pytorch import LightningModule
+
+    from lightning_accel.tuning import TuneReport
 
 
 def add(commands: Any) -> None:
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> TuneReport:
+    from lightning_accel.tuning import AutoTune, tune
+
     arguments: dict[str, Any] = {
         "numerics": args.numerics,
         "budget_s": args.budget,
@@ -102,6 +105,8 @@ def _named(args: argparse.Namespace) -> tuple[LightningModule, Any]:
                 "pass MODULE:FUNCTION, or --config FILE and overrides",
             )
         )
+    from lightning.pytorch import LightningModule
+
     made = found_in_code(args.module)()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], LightningModule)):
         raise TypeError(
@@ -116,6 +121,8 @@ def _named(args: argparse.Namespace) -> tuple[LightningModule, Any]:
 
 def _from_config(args: argparse.Namespace, arguments: dict[str, Any]) -> TuneReport:
     from lightning_accel.recipe import build
+    from lightning_accel.tuning import AutoTune
+    from lightning_accel.tuning.outside import tune_in
 
     words = [word for word in (args.module, *args.overrides) if word is not None]
     made = build(composed(args.config, words), allow=tuple(args.allow))

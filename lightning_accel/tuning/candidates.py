@@ -21,18 +21,7 @@ from lightning_accel.errors import NoEffect, explain
 from lightning_accel.measure.subject import is_compiled
 from lightning_accel.precision.autocast import takes_effect
 from lightning_accel.surgery import Stage
-
-TECHNIQUES = (
-    "precision",
-    "memory_format",
-    "matmul",
-    "optimizer",
-    "attention",
-    "compilation",
-    "float8",
-    "loading",
-)
-"""In the order in which they are tried; float8 pays only in compiled code, so after that."""
+from lightning_accel.tuning.settings import TECHNIQUES
 
 
 class Skipped(NamedTuple):

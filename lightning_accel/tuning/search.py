@@ -22,7 +22,7 @@ import torch
 from lightning_accel.errors import AccelError
 from lightning_accel.measure.race import Lane, Ratio
 from lightning_accel.tuning.arena import Arena, Build, forget, said
-from lightning_accel.tuning.candidates import TECHNIQUES, Contest, Skipped
+from lightning_accel.tuning.candidates import Contest, Skipped
 from lightning_accel.tuning.numerics import (
     Gradients,
     curve_gap,
@@ -32,7 +32,7 @@ from lightning_accel.tuning.numerics import (
 )
 from lightning_accel.tuning.replica import Replica
 from lightning_accel.tuning.report import Bar, Trial
-from lightning_accel.tuning.settings import PLAIN, Settings, words
+from lightning_accel.tuning.settings import PLAIN, TECHNIQUES, Settings, words
 
 _LEAST_GAIN = 1.02
 """A gain below this is not worth a setting, however sure it is."""

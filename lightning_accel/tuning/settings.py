@@ -17,6 +17,18 @@ from lightning_accel.errors import explain
 PLAIN = "plain"
 """The value of everything that stays as the user has it."""
 
+TECHNIQUES = (
+    "precision",
+    "memory_format",
+    "matmul",
+    "optimizer",
+    "attention",
+    "compilation",
+    "float8",
+    "loading",
+)
+"""In the order in which they are tried; float8 pays only in compiled code, so after that."""
+
 Node = dict[str, Any]
 
 
