@@ -521,10 +521,10 @@ def test_ties_and_doubts_go_to_what_the_user_has(turns: list[float], taken: str)
 
 
 def test_choose_measures_workers_beside_the_step() -> None:
-    choice = choose(DataLoader(Items(), 4), step_ms=1.0, budget_s=1.0, workers=(1,), hold=False)
+    choice = choose(DataLoader(Items(), 4), step_ms=5.0, budget_s=5.0, workers=(1,), hold=False)
     assert {way.name for way in choice.ways} == {"as is", "workers=1", "pinned"}
     by = {way.name: way for way in choice.ways}
-    assert by["as is"].median_ms and by["as is"].median_ms > 0.8, "the step is in it"
+    assert by["as is"].median_ms and by["as is"].median_ms > 1.0, "the step is in it"
     assert by["workers=1"].times_ms and "CUDA" in by["pinned"].skipped
 
 
