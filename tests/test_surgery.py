@@ -413,3 +413,9 @@ def test_receipts_join_and_know_when_nothing_happened(net: nn.Sequential) -> Non
 def test_errors_have_three_parts_and_survive_pickling() -> None:
     error = pickle.loads(pickle.dumps(AccelError("wrong", "this", "do that")))  # noqa: S301
     assert str(error) == "wrong. Found: this. Do: do that."
+
+
+@pytest.mark.parametrize("choice", [0, -1, float("nan"), True, object()])
+def test_a_selection_that_names_nothing_is_refused_in_three_parts(choice: object) -> None:
+    with pytest.raises(TypeError, match=r"a selection is .* Found: .* Do: "):
+        Select.of(choice)  # type: ignore[arg-type]

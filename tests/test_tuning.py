@@ -934,6 +934,22 @@ def test_a_wrong_gradient_is_rejected_with_its_figure(
     assert trial.verdict == "rejected" and "of net.0.weight" in trial.reason
 
 
+def test_products_in_float32_are_seen_until_autocast_takes_them(
+    quiet: None, trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    class Looks(Picks):
+        def run(self, contests: list[Contest], skipped: list[Skipped]) -> Found:
+            for settings in (Settings(), Settings(precision="bf16")):
+                seen[settings.label] = self.build(settings).has_float32_products()
+            return super().run(contests, skipped)
+
+    monkeypatch.setattr(within, "Search", Looks)
+    train(Net(), data(), [tuner()], **trainer_kwargs)
+    assert seen == {"plain": True, "bf16": False}
+
+
 def test_a_real_search_leaves_no_trace(quiet: None, trainer_kwargs: dict[str, Any]) -> None:
     found, before = [], flags()
     techniques = ("precision", "matmul", "optimizer", "attention")

@@ -339,6 +339,16 @@ def test_products_that_are_not_in_float32_need_no_precision(world: World) -> Non
     assert verdicts(find(world, PRECISION, MATMUL))["matmul medium"] == "not taken"
 
 
+@pytest.mark.parametrize(("step_s", "verdict"), [(1e-4, "not taken"), (1e-3, "taken")])
+def test_a_saving_below_the_cost_of_a_callback_is_not_taken(
+    world: World, step_s: float, verdict: str
+) -> None:
+    world.step_s, world.factors = step_s, {"optimizer fused": 0.9}
+    found = find(world, Contest("optimizer", ("fused",)))
+    assert verdicts(found) == {"optimizer fused": verdict}
+    assert ("one more callback" in reason(found, "fused")) == (verdict == "not taken")
+
+
 def test_losers_are_dropped_early(world: World) -> None:
     world.factors = {"matmul high": 3.0, "matmul medium": 0.9}
     find(world, MATMUL)

@@ -60,6 +60,14 @@ class Select:
                     )
                 )
             return cls(**choice)
+        if not isinstance(choice, Iterable):
+            raise TypeError(
+                explain(
+                    "a selection is a name pattern, several, or a `Select`",
+                    repr(choice),
+                    "pass 'encoder.*', say",
+                )
+            )
         return cls(include=choice)  # type: ignore[arg-type]
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:

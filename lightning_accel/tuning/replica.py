@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -82,9 +82,6 @@ class Replica:
         }
         self.optimizers = [_with_own_attributes(o, memo) for o in trainer.optimizers]
         self._let_it_look(trainer, memo)
-        self._params = [
-            [p for group in o.param_groups for p in group["params"]] for o in self.optimizers
-        ]
         self.device = trainer.strategy.root_device
         self._scaler = torch.amp.GradScaler(self.device.type) if settings.format == "fp16" else None
         self._every = max(1, int(trainer.accumulate_grad_batches))
@@ -114,7 +111,7 @@ class Replica:
         if self.module.automatic_optimization:
             self._automatic(last)
         else:
-            self._run(None)
+            self._run()
         self._count += 1
 
     def first_step(self) -> float:
@@ -139,7 +136,7 @@ class Replica:
         kept, self.losses = self.losses, []
         try:
             with self.around(seed), _without_dropout(self.module):
-                loss = self._run(None)
+                loss = self._run()
                 scale = _SCALE if self._scaler is not None else 1.0
                 if self.module.automatic_optimization:
                     (loss * scale).backward()
@@ -237,7 +234,7 @@ class Replica:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.format]
         return autocast(self.device.type, dtype)
 
-    def _run(self, on_loss: Callable[[Tensor], None] | None) -> Tensor:
+    def _run(self) -> Tensor:
         """Run the user's step on the next batch, and return its loss."""
         index = self._count % len(self._batches)
         batch = _renewed(self._batches[index], self.clones)
@@ -256,8 +253,6 @@ class Replica:
                 f"`training_step` returned {type(output).__name__}",
                 "return the loss for every batch, or leave AutoTune out",
             )
-        if on_loss is not None:
-            on_loss(loss)
         if len(self.losses) < _REMEMBERED:
             self.losses.append(loss.detach().float().clone())
         return loss
@@ -266,13 +261,13 @@ class Replica:
         optimizer = self.optimizers[0]
 
         def closure() -> Tensor:
-            loss = self._run(None)
+            loss = self._run()
             if self._count % self._every == 0:
                 optimizer.zero_grad(set_to_none=True)
             scaled = loss / self._every if self._every > 1 else loss
             (self._scaler.scale(scaled) if self._scaler is not None else scaled).backward()
             if last:
-                self._clip(0)
+                self._clip()
             return loss
 
         if not last:
@@ -284,16 +279,17 @@ class Replica:
             self._scaler.step(optimizer)
             self._scaler.update()
 
-    def _clip(self, which: int) -> None:
+    def _clip(self) -> None:
         limit = self._trainer.gradient_clip_val
         if not limit:
             return
         if self._scaler is not None:
-            self._scaler.unscale_(self.optimizers[which])
+            self._scaler.unscale_(self.optimizers[0])
+        params = [p for group in self.optimizers[0].param_groups for p in group["params"]]
         if str(self._trainer.gradient_clip_algorithm or "norm").endswith("value"):
-            nn.utils.clip_grad_value_(self._params[which], limit)
+            nn.utils.clip_grad_value_(params, limit)
         else:
-            nn.utils.clip_grad_norm_(self._params[which], limit)
+            nn.utils.clip_grad_norm_(params, limit)
 
     def _let_it_optimize(self) -> None:
         """Give a module that optimizes by itself the copies of its optimizers."""

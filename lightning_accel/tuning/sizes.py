@@ -17,6 +17,8 @@ from lightning_accel.tuning.replica import Replica
 from lightning_accel.tuning.report import Rate
 from lightning_accel.tuning.settings import Settings
 
+_LONGEST_S = 30.0
+
 
 def measure_sizes(
     build: Callable[[Settings, list[Any] | None], Replica],
@@ -34,6 +36,7 @@ def measure_sizes(
         settings: What to measure them under.
         budget_s: About how long in all.
     """
+    budget_s = min(budget_s, _LONGEST_S)  # also where the search itself may last for ever
     rates = []
     lanes: dict[str, Lane] = {}
     for size in sizes:

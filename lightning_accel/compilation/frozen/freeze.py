@@ -227,7 +227,7 @@ def difference(found: Any, wanted: Any) -> float:
 
 def check_arguments(weights: Any, channels_last: Any, tolerance: Any) -> None:
     """Raise unless these can be arguments of `frozen`."""
-    if weights not in TOLERANCES:
+    if not isinstance(weights, (str, type(None))) or weights not in TOLERANCES:
         raise ValueError(explain("unknown `weights`", repr(weights), "pass None or 'bf16'"))
     if not isinstance(channels_last, bool):
         raise TypeError(explain("`channels_last` is a bool", repr(channels_last), "pass True"))
