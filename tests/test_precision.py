@@ -23,13 +23,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import AutocastPrecision, Select, StructuredPruning, hardware
 from lightning_accel.errors import AccelError, NoEffect, Unsupported
 from lightning_accel.precision import MemoryFormat, Policy, channels_last, plugin, policy, resolve
-from lightning_accel.precision.autocast import autocast, cache_keeps_gradients, takes_effect
+from lightning_accel.precision.autocast import takes_effect
 from lightning_accel.precision.gate import Gate
 
 pytestmark = [
@@ -40,20 +39,6 @@ pytestmark = [
 BF16, FP16 = torch.bfloat16, torch.float16
 LR = 2.0**-10
 CPU = torch.device("cpu")
-
-
-class Casts(TorchDispatchMode):
-    """Counts casts to a short format."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        short = kwargs.get("dtype") in (BF16, FP16)
-        self.count += func is torch.ops.aten._to_copy.default and short
-        return func(*args, **kwargs)
 
 
 class Module(LightningModule):
@@ -185,7 +170,7 @@ def test_making_the_plugin_touches_no_device(monkeypatch: pytest.MonkeyPatch) ->
         pass
 
 
-# --- the cache of casts -----------------------------------------------------------------------
+# --- no cast is kept --------------------------------------------------------------------------
 
 
 def shared(uses: int = 3) -> nn.Sequential:
@@ -193,24 +178,50 @@ def shared(uses: int = 3) -> nn.Sequential:
     return nn.Sequential(*[layer] * uses)
 
 
-class Counting(Module):
+class Tempered(Module):
+    """Changes its weights between two forwards of one step, in a way that no version counts."""
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        with Casts() as casts:
-            loss = super().training_step(batch, batch_idx)
-        self.casts = casts.count
-        return loss
+        first = super().training_step(batch, batch_idx)
+        for weight in self.parameters():
+            weight.data.mul_(0.5)
+        return first + super().training_step(batch, batch_idx)
 
 
-def casts_in_a_step(trainer: Any, precision: Any) -> int:
-    counting = module(shared(), kind=Counting)
-    trainer(plugins=[precision], max_epochs=1).fit(counting, data())
-    return counting.casts
+@pytest.mark.parametrize("kind", [Module, Tempered])
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+@pytest.mark.parametrize("net", [None, lambda: shared(400)], ids=["mlp", "shared"])
+def test_every_value_is_that_of_lightnings_own(
+    trainer: Any, kind: type[Module], stage: str, net: Any
+) -> None:
+    users = []
+    for precision in (AutocastPrecision("bf16"), MixedPrecision("bf16-mixed", "cpu")):
+        torch.manual_seed(0)
+        user = module(net and net(), kind=kind)
+        losses: list[Tensor] = []
+        step = user.training_step
+        user.training_step = lambda *a, f=step, n=losses: n.append(f(*a)) or n[-1]
+        run = trainer(plugins=[precision], inference_mode=False, limit_train_batches=2)
+        getattr(run, stage)(user, data())
+        users.append([*user.parameters(), *losses])
+    assert losses
+    assert all(torch.equal(a, b) for a, b in zip(*users, strict=True))
 
 
-def test_a_shared_weight_is_cast_once_per_step(trainer: Any) -> None:
-    lightnings = casts_in_a_step(trainer, MixedPrecision("bf16-mixed", "cpu"))
-    ours = casts_in_a_step(trainer, AutocastPrecision("bf16"))
-    assert (lightnings, ours) == (7, 3)  # the input, and weight and bias: three times, or once
+def test_the_gradient_of_a_weight_used_often_is_summed_in_fp32(trainer: Any) -> None:
+    class Often(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return sum(F.linear(batch[0], self.net[0].weight).float().sum() for _ in range(400))
+
+        def on_after_backward(self) -> None:
+            self.grad = self.net[0].weight.grad.clone()
+
+    user, x = module(shared(1), kind=Often), next(iter(data()))[0]
+    trainer(plugins=[AutocastPrecision("bf16")], limit_train_batches=1, max_epochs=1).fit(
+        user, data()
+    )
+    truth = (400 * x.sum(0)).expand_as(user.grad)
+    assert float((user.grad - truth).norm() / truth.norm()) < 0.01
 
 
 class NoGradFirst(Module):
@@ -239,27 +250,6 @@ def test_weights_first_used_without_grad_still_get_their_gradient(
         grads.append(user.grads)
     assert len(grads[0]) == len(list(module().parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_an_older_torch_keeps_lightnings_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_accel.precision.autocast.cache_keeps_gradients", lambda: False)
-    layer, x = shared(), torch.randn(2, 8)
-    with Casts() as casts, autocast("cpu", BF16):
-        layer(x)
-    assert casts.count == 7
-
-
-def test_whether_the_cache_is_right_is_found_by_trying() -> None:
-    weight = torch.ones(2, 2, requires_grad=True)
-    with torch.autocast("cpu", BF16):
-        with torch.no_grad():
-            weight @ weight
-        truth = (weight @ weight).requires_grad
-    cache_keeps_gradients.cache_clear()
-    assert cache_keeps_gradients() == truth
-    cache_keeps_gradients.cache_clear()
-    with torch.no_grad(), torch.inference_mode():  # as when a validation asks first
-        assert cache_keeps_gradients() == truth
 
 
 class Alternating(Module):
@@ -335,7 +325,7 @@ def test_a_users_own_autocast_inside_is_respected(trainer: Any) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             with torch.autocast("cpu", enabled=False):
                 self.seen["off"] = self.net(batch[0]).dtype
-            with torch.autocast("cpu", dtype=FP16, cache_enabled=False):
+            with torch.autocast("cpu", dtype=FP16):
                 self.seen["other"] = self.net(batch[0]).dtype
             return super().training_step(batch, batch_idx)
 

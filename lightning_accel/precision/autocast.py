@@ -1,45 +1,30 @@
-"""The autocast context: weights are cast once per step, and never stale or without their gradient.
+"""The autocast context: every use of a weight casts it anew, as in Lightning.
 
-Autocast keeps the cast of a weight until the context ends, so that a weight used many times in one step
-is cast once. Lightning 2.5.5 to 2.6.6 switch this off (its #20921), because of two traps:
+Autocast can keep the cast of a weight until the context ends. That context is here a whole step, and a kept
+cast is wrong in it in ways that nothing reports, which is why Lightning switched it off (its #20921):
 
-- A weight that is first used under `no_grad` was kept without its graph, and got no gradient afterwards
-  (Lightning #20644, PyTorch #158232). Fixed in PyTorch (#165068, in 2.11); for an older one we keep
-  Lightning's answer. `cache_keeps_gradients` tells which by trying. It can go with torch 2.10.
-- A weight that an optimizer changes within the context (manual optimization) keeps its old cast. The
-  plugin clears the cache after every optimizer step.
-
-As in PyTorch at large, the cache does not know dtypes: whoever enters another `torch.autocast` of a different
-short dtype within, for the same weights, passes `cache_enabled=False` to it.
+- A weight that changes within a step is used with its old values: manual optimization, SAM, MAML, test-time
+  training, averages swapped in between two forwards, noise added to `weight.data`.
+- All uses of a weight share one cast, and their gradients are summed in that cast's short format: used 400
+  times, a weight has a gradient that is off by a fifth.
+- A weight first used under `no_grad` got no gradient (Lightning #20644, PyTorch #158232).
 """
 
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 
 import torch
 
 
 def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
-    """Return an autocast context that casts each weight once where this PyTorch does that right.
+    """Return an autocast context that keeps no cast of a weight.
 
     >>> with autocast("cpu", torch.bfloat16):
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
     torch.bfloat16
     """
-    return torch.autocast(device_type, dtype=dtype, cache_enabled=cache_keeps_gradients())
-
-
-@lru_cache(maxsize=1)
-def cache_keeps_gradients() -> bool:
-    """Tell whether a cached cast made under `no_grad` still leads to the weight's gradient."""
-    weight = torch.ones(1, 1, requires_grad=True)
-    with torch.inference_mode(False), torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
-        with torch.no_grad():
-            weight.mm(weight)
-        with torch.enable_grad():
-            return weight.mm(weight).requires_grad
+    return torch.autocast(device_type, dtype=dtype, cache_enabled=False)
 
 
 def takes_effect(device: torch.device, dtype: torch.dtype) -> bool:

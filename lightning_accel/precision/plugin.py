@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.errors import AccelError, Unsupported
@@ -33,10 +32,11 @@ _REFUSED = {
 class AutocastPrecision(MixedPrecision):
     """Compute in the format that is fast on the Trainer's device; the weights stay in fp32.
 
-    Over `Trainer(precision="bf16-mixed")` of Lightning 2.6.6: the device is the one the model is really on,
-    also for accelerators that Lightning does not know; each weight is cast once per step, not once per
-    use; with fp16 a scheduler waits when the scaler skipped its optimizer's step; and bf16 allows gradient
-    clipping with fused optimizers. The format is chosen when the Trainer starts, and said with its reason.
+    Every value is that of `Trainer(precision="bf16-mixed")` to the last bit. Over that of Lightning 2.6.6:
+    the format is one that is fast on this device, chosen when the Trainer starts, and said with its reason;
+    the device is the one the model is really on, also for accelerators that Lightning does not know; with
+    fp16 a scheduler waits when the scaler skipped its optimizer's step; and bf16 allows gradient clipping
+    with fused optimizers.
 
     Args:
         format: "auto", "bf16", "fp16" or "fp32".
@@ -61,7 +61,6 @@ class AutocastPrecision(MixedPrecision):
         self.precision = "32-true"
         self.scaler: torch.amp.GradScaler | None = None
         self._gate: Gate | None = None
-        self._handles: list[RemovableHandle] = []
 
     @property
     def last_step_skipped(self) -> bool:
@@ -81,16 +80,11 @@ class AutocastPrecision(MixedPrecision):
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        """Watch the optimizers, now that model and optimizers are in place."""
+        """Check the device, now that the model is in place; with a scaler, watch the optimizers."""
         kinds = {p.device.type for p in model.parameters()} - {"meta"}
         if kinds and self.device not in kinds:  # a strategy that does not tell its real device
             self._choose(next(p.device for p in model.parameters() if p.device.type in kinds))
         self._release()
-        if self.policy is None or self.policy.dtype is None:
-            return model, optimizers, lr_schedulers
-        for optimizer in optimizers:
-            # In manual optimization weights change within the context; their casts must go.
-            self._handles.append(optimizer.register_step_post_hook(_forget_casts))
         module = model if isinstance(model, LightningModule) else getattr(model, "module", None)
         if self.scaler is not None and isinstance(module, LightningModule):
             self._gate = Gate(module, optimizers, [config.scheduler for config in lr_schedulers])
@@ -189,16 +183,9 @@ class AutocastPrecision(MixedPrecision):
         return self.policy
 
     def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         if self._gate is not None:
             self._gate.open()
             self._gate = None
-
-
-def _forget_casts(*_: Any) -> None:
-    torch.clear_autocast_cache()
 
 
 def _refuse(strategy: Strategy) -> None:
