@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_accel.bridge.model_edit import tell
 from lightning_accel.bridge.optimizers import optimizers_of, shadows_of
+from lightning_accel.bridge.parts import PartState, parts_of
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.surgery import Receipt
 from lightning_accel.surgery.snapshot import Snapshot, random_state
@@ -56,6 +57,9 @@ def _holders(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     optimizers = optimizers_of(trainer, pl_module)
     found: dict[str, Any] = {f"optimizer{i}": o for i, o in enumerate(optimizers)}
     found["shadows"] = shadows_of(trainer, pl_module)
+    for part in parts_of(trainer, pl_module):
+        if part.at is None:
+            found[part.where] = PartState(pl_module, part)
     for i, config in enumerate(trainer.lr_scheduler_configs):
         found[f"scheduler{i}"] = config.scheduler
     for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
