@@ -32,10 +32,12 @@ def within(*roots: Any) -> list[Any]:
     such, a function with them in its closure, or a module that keeps optimizers as attributes. What
     Lightning puts around an optimizer is no optimizer of its own.
 
+    >>> import torch
+    >>> from torch.optim import SGD
     >>> class Wrapper:
     ...     def __init__(self, inner):
     ...         self.engines = {"fast": [inner]}
-    >>> sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    >>> sgd = SGD([nn.Parameter(torch.ones(1))])
     >>> within(Wrapper(sgd)) == [sgd]
     True
     """
@@ -82,9 +84,10 @@ class Steps:
         parameters: Returns the parameters of interest, as they are now.
         after: What to do after such a step.
 
+    >>> from torch.optim import SGD
     >>> layer = nn.Linear(1, 1)
     >>> steps = Steps(layer.parameters)
-    >>> sgd = torch.optim.SGD(layer.parameters())
+    >>> sgd = SGD(layer.parameters())
     >>> sgd.step()
     >>> steps.seen() == [sgd]
     True
