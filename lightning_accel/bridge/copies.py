@@ -61,9 +61,20 @@ def renew_buffers(
 ) -> None:
     """Let `work` change the buffers of a copy, and take them over; the weight averages' as well."""
     for model in (pl_module, *averages(trainer.callbacks, pl_module)):  # type: ignore[attr-defined]
-        copy = twin(model)
+        copy = _in_dtypes_of(pl_module, twin(model))  # a true precision converts the module only
         with isolate_rng(), trainer.precision_plugin.train_step_context():
             work(copy)
         buffers = dict(copy.named_buffers())
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
+
+
+def _in_dtypes_of(module: nn.Module, copy: nn.Module) -> nn.Module:
+    for tensors, likes in (
+        (copy.named_parameters(), module.named_parameters()),
+        (copy.named_buffers(), module.named_buffers()),
+    ):
+        dtypes = {name: like.dtype for name, like in likes}
+        for name, tensor in tensors:
+            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    return copy

@@ -19,6 +19,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
+from lightning_accel.bridge.optimizers import (
+    optimizers_of,
+    refuse_flat,
+    shadows_of,
+    unwatch,
+    watch,
+)
+from lightning_accel.bridge.parts import following, forget_parts, note_parts, widened
 from lightning_accel.bridge.restore import averages, register, remember
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery import Cut, Receipt, Stage, follow
@@ -36,6 +44,19 @@ class ModelEdit(Callback):
         _check_order(trainer)
         refuse_compiled(pl_module)
         register(pl_module)
+        if stage == "fit":
+            watch(pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what is kept beside the weights, and refuse what no edit could follow."""
+        refuse_flat(shadows_of(trainer, pl_module))
+        note_parts(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        unwatch(pl_module)
+        forget_parts(pl_module)
 
 
 def commit(
@@ -57,15 +78,22 @@ def commit(
     wrapped = isinstance(strategy, DDPStrategy) and strategy.model is not pl_module
     if trainer.world_size > 1:
         cut = strategy.broadcast(cut)
+    parts = following(trainer, pl_module, cut)
+    cut = widened(cut, parts)
     if wrapped:
         strategy.model = pl_module
         gc.collect()  # the old wrapper's gradient accumulators know the old shapes
     remember(pl_module, cut.before)
+    shadows = shadows_of(trainer, pl_module)  # while shapes still tell whose they are
+    refuse_flat(shadows)
+    in_parts = [(part.copy, part.cut(cut)) for part in parts if part.at is None]
     receipt = cut.apply(pl_module)
+    for copy, its_own in in_parts:
+        its_own.apply(copy)
     for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         cut.apply(average)
-    for optimizer in trainer.optimizers:
-        _warn_of_resets(follow(optimizer, receipt))
+    _warn_of_resets(follow(optimizers_of(trainer, pl_module), receipt))
+    shadows.follow(cut.kept)
     if finish is not None:
         finish()
     if wrapped:

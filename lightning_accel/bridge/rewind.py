@@ -14,6 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_accel.bridge.model_edit import tell
+from lightning_accel.bridge.optimizers import optimizers_of, shadows_of
+from lightning_accel.bridge.parts import PartState, parts_of
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.surgery import Receipt
 from lightning_accel.surgery.snapshot import Snapshot, random_state
@@ -25,7 +27,7 @@ def remember_fit(trainer: Trainer, pl_module: LightningModule) -> Snapshot:
         pl_module,
         pristine=pristine(pl_module),
         copies=averages(trainer.callbacks, pl_module),  # type: ignore[attr-defined]
-        holders=_holders(trainer),
+        holders=_holders(trainer, pl_module),
         random=_of_all_processes(trainer, random_state()),
     )
 
@@ -42,7 +44,7 @@ def rewind(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> 
         pl_module,
         pristine=pristine(pl_module),
         copies=averages(trainer.callbacks, pl_module),  # type: ignore[attr-defined]
-        holders=_holders(trainer),
+        holders=_holders(trainer, pl_module),
     )
     if wrapped:
         strategy.configure_ddp()  # type: ignore[attr-defined]
@@ -51,8 +53,13 @@ def rewind(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> 
     return receipt
 
 
-def _holders(trainer: Trainer) -> dict[str, Any]:
-    found: dict[str, Any] = {f"optimizer{i}": o for i, o in enumerate(trainer.optimizers)}
+def _holders(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    optimizers = optimizers_of(trainer, pl_module)
+    found: dict[str, Any] = {f"optimizer{i}": o for i, o in enumerate(optimizers)}
+    found["shadows"] = shadows_of(trainer, pl_module)
+    for part in parts_of(trainer, pl_module):
+        if part.at is None:
+            found[part.where] = PartState(pl_module, part)
     for i, config in enumerate(trainer.lr_scheduler_configs):
         found[f"scheduler{i}"] = config.scheduler
     for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from lightning_accel.distillation.projector import Embedding, Projector, from_sp
 from lightning_accel.distillation.seen import Answer
 from lightning_accel.distillation.tape import INPUT, Record
 from lightning_accel.surgery import Receipt, follow
+from lightning_accel.surgery.optimizers import within
 
 
 def state(heads: nn.ModuleDict) -> dict[str, Any]:
@@ -89,5 +90,5 @@ def _renew(head: Projector | Embedding, width: int, optimizers: Sequence[Any]) -
     for old, new in zip(head.parameters(), fresh.parameters(), strict=True):
         old.grad = None
         old.data = new.data.to(old.dtype)
-        for optimizer in optimizers:
+        for optimizer in within(optimizers):
             optimizer.state.pop(old, None)

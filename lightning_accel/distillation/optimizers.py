@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_accel.errors import AccelError, Unsupported
+from lightning_accel.surgery.optimizers import parameters_of, within
 
 _OF_A_GROUP = (
     "base_lrs",
@@ -66,6 +67,10 @@ def join(
     optimizer.add_param_group({"params": new, **settings})
     for scheduler in schedulers:
         _extend(scheduler, optimizer, index, count)
+    for inner in within(optimizer)[1:]:
+        # One that shares the groups, or was told by the one around it, has them already.
+        if not {id(p) for p in new} & {id(p) for p in parameters_of(inner)}:
+            join([inner], schedulers, new, beside=beside)
 
 
 def _home(optimizers: Sequence[Any], ids: set[int]) -> tuple[Any, int]:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_mirror
+from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.loop import bar, hooks, log
 from lightning_accel.loop.fused import (
@@ -27,6 +28,7 @@ from lightning_accel.loop.fused import (
 )
 from lightning_accel.loop.sigterm import Throttle
 from lightning_accel.surgery import Change, Receipt
+from lightning_accel.surgery.optimizers import within
 
 TESTED = "2.6"
 """The minor release of Lightning whose internals `LeanLoop` knows."""
@@ -73,7 +75,7 @@ class FusedOptimizer(Callback):
                 "name the optimizer in DeepSpeed's configuration",
             )
         sparse = sparse_weights(pl_module)
-        for index, optimizer in enumerate(trainer.optimizers):
+        for index, optimizer in enumerate(optimizers_of(trainer, pl_module)):
             original = Original(optimizer)
             try:
                 self._refuse_sparse(optimizer, sparse)
@@ -104,8 +106,8 @@ class FusedOptimizer(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._aligns:
-            self._layout.align(optimizer)
+        for one in within(optimizer) if self._aligns else ():
+            self._layout.align(one)
 
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt

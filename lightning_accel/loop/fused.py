@@ -24,6 +24,7 @@ from torch.utils import _foreach_utils
 
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.surgery import Change, Receipt
+from lightning_accel.surgery.optimizers import within
 
 IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 
@@ -118,7 +119,7 @@ def why_not(optimizer: Optimizer, implementation: str) -> str | None:
         )
     flag = "foreach" if implementation == "for-loop" else implementation
     kind = type(optimizer).__name__
-    if isinstance(getattr(optimizer, "optim", None), Optimizer):
+    if len(within(optimizer)) > 1:
         return f"{kind} holds another optimizer that steps; build that one so"
     if flag not in optimizer.defaults:
         return f"{kind} has no such implementation"

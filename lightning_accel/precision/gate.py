@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_accel.surgery.optimizers import within
+
 
 class Gate:
     """Holds a scheduler back while every step of its optimizer since its last one was skipped.
@@ -27,7 +29,9 @@ class Gate:
         self._attempts = [0] * len(schedulers)
         self._taken: list[int | Tensor] = [0] * len(schedulers)
         self._last: int | Tensor = 1
-        self._hooks = [o.register_step_post_hook(self._took) for o in optimizers]
+        # A wrapper that is no optimizer of torch has no hook, but what works inside of it does.
+        found = [o for o in within(optimizers) if isinstance(o, Optimizer)]
+        self._hooks = [o.register_step_post_hook(self._took) for o in found]
         module.lr_scheduler_step = self._scheduler_step
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
@@ -44,7 +48,7 @@ class Gate:
         yield
         for index, scheduler in enumerate(self._schedulers):
             steered = getattr(scheduler, "optimizer", None)
-            if steered is getattr(optimizer, "optimizer", optimizer):
+            if any(steered is one for one in within(optimizer)):
                 self._attempts[index] += 1
                 self._taken[index] = self._taken[index] + self._last
 

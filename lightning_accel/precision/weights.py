@@ -18,6 +18,7 @@ a moving average, a checkpoint) wins over the master, element by element.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,9 +26,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 from lightning_accel.errors import explain
+from lightning_accel.surgery.optimizers import parameters_of, within
 
 KINDS = ("master", "stochastic")
 SHORT = torch.bfloat16
@@ -39,6 +45,19 @@ class _Open(NamedTuple):
     parameter: nn.Parameter
     full: nn.Parameter
     version: int  # of the stand-in's gradient; -1 without one
+
+
+class _Opened(NamedTuple):
+    """An optimizer that holds stand-ins, some of which one around it has opened already.
+
+    `lists` is what this one put into its groups, `keys` what it put into its state; the groups and the
+    state may be those of the optimizer around it, which then sees to them.
+    """
+
+    optimizer: Optimizer
+    entries: list[_Open]
+    lists: dict[nn.Parameter, nn.Parameter]
+    keys: dict[nn.Parameter, nn.Parameter]
 
 
 class ShortWeights:
@@ -65,7 +84,10 @@ class ShortWeights:
         self._full: dict[
             nn.Parameter, nn.Parameter
         ] = {}  # stand-ins; without "master" empty between steps
-        self._open: dict[int, tuple[Optimizer, list[_Open]]] = {}
+        self._open: dict[int, _Opened] = {}
+        self._mine: Callable[[], Iterable[nn.Parameter]] = tuple
+        self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.steps = 0  # that were seen
         self._depth: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -86,14 +108,27 @@ class ShortWeights:
             elif p.dtype != SHORT and p.is_floating_point() and p.requires_grad:
                 self._stand_in(p).data = p.detach().to(torch.float32, copy=True)
 
-    def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Work around the steps of these optimizers, and around the loading of their states."""
+    def watch(
+        self,
+        optimizers: Iterable[Any],
+        parameters: Callable[[], Iterable[nn.Parameter]] | None = None,
+    ) -> None:
+        """Work around the steps of these optimizers, and around the loading of their states.
+
+        Args:
+            optimizers: With those inside of them.
+            parameters: Returns the model's, at any time: other optimizers that step them are met at work.
+        """
         self.release()
-        for optimizer in optimizers:
+        found = [o for o in within(list(optimizers)) if isinstance(o, Optimizer)]
+        self._mine = parameters or (lambda: (p for o in found for p in parameters_of(o)))
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+        for optimizer in found:
             _lengthen(optimizer)
             self._handles += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
                 # Loading casts the state to the dtype of its parameter, which must not be the short one.
                 optimizer.register_load_state_dict_pre_hook(lambda o, _: self.open(o)),
                 optimizer.register_load_state_dict_post_hook(lambda o: self.close(o)),
@@ -121,22 +156,34 @@ class ShortWeights:
         """Let an optimizer hold float32 stand-ins; twice is once."""
         if id(optimizer) in self._open:
             return
-        entries = []
-        for p in _parameters(optimizer):
-            if p.dtype == SHORT and p.requires_grad:
+        held = {e.parameter: e.full for opened in self._open.values() for e in opened.entries}
+        owners = {full: p for p, full in held.items()}
+        entries, lists, keys = [], {}, {}
+        for p in parameters_of(optimizer):
+            if p in owners:  # in groups that the optimizer around this one shares
+                keys[owners[p]] = p
+            elif p in held:
+                keys[p] = lists[p] = held[p]
+            elif p.dtype == SHORT and p.requires_grad and p not in lists:
                 full = self._stand_in(p)
                 full.data = self._current(p)
                 full.grad = None if p.grad is None else p.grad.to(torch.float32)
                 entries.append(_Open(p, full, -1 if full.grad is None else full.grad._version))
-        self._open[id(optimizer)] = optimizer, entries
-        _exchange(optimizer, {e.parameter: e.full for e in entries})
+                keys[p] = lists[p] = full
+        if any(opened.optimizer.state is optimizer.state for opened in self._open.values()):
+            keys = {}
+        self._open[id(optimizer)] = _Opened(optimizer, entries, lists, keys)
+        _exchange(optimizer, lists, keys)
 
     def close(self, optimizer: Optimizer, *, final: bool = False) -> None:
         """Give the parameters back, with the new weights; `final` rounds for good, at the end of a step."""
-        _, entries = self._open.pop(id(optimizer), (optimizer, []))
-        by_chance = final and self.kind == "stochastic"
+        opened = self._open.pop(id(optimizer), None)
+        if opened is None:
+            return
+        entries = opened.entries
+        by_chance = final and self.kind == "stochastic" and bool(entries)
         generators = self._generators(entries) if by_chance else {}
-        _exchange(optimizer, {e.full: e.parameter for e in entries})
+        _give_back(opened)
         for p, full, version in entries:
             values = full.detach()
             with torch.no_grad():
@@ -149,9 +196,9 @@ class ShortWeights:
 
     def abandon(self) -> None:
         """Give the parameters back after a failed step, with the weights they had before it."""
-        for optimizer, entries in self._open.values():
-            _exchange(optimizer, {e.full: e.parameter for e in entries})
-            for _, full, _ in entries:
+        for opened in reversed(self._open.values()):
+            _give_back(opened)
+            for _, full, _ in opened.entries:
                 full.grad = None
         self._open = {}
 
@@ -178,6 +225,9 @@ class ShortWeights:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         key = id(optimizer)
+        if not self._is_mine(optimizer):
+            return None
+        self.steps += 1
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         # A step within a step is a subclass that calls its parent's.
         self._depth[key] = self._depth.get(key, 0) + 1 if key in self._open else 1
@@ -190,16 +240,35 @@ class ShortWeights:
             return (args[0], wrapped, *args[2:]), kwargs
         return args, {**kwargs, "closure": wrapped}
 
+    def _is_mine(self, optimizer: Optimizer) -> bool:
+        if id(optimizer) in self._open:
+            return True
+        if optimizer in self._foreign:
+            return False
+        held = {id(p) for p in self._mine()}
+        held |= {id(e.full) for opened in self._open.values() for e in opened.entries}
+        if any(id(p) in held for p in parameters_of(optimizer)):
+            return True
+        self._foreign.add(optimizer)
+        return False
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if id(optimizer) not in self._depth:
+            return
         self._depth[id(optimizer)] -= 1
         if self._depth[id(optimizer)] == 0:
+            del self._depth[id(optimizer)]
             self.close(optimizer, final=True)
 
     def _around(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
-            self.close(optimizer)
+            # The model computes with its own weights, so those around this one give theirs back as well.
+            around = [o.optimizer for o in self._open.values() if o.optimizer is not optimizer]
+            for one in (optimizer, *reversed(around)):
+                self.close(one)
             result = closure()
-            self.open(optimizer)
+            for one in (*around, optimizer):
+                self.open(one)
             return result
 
         return run
@@ -281,11 +350,6 @@ def check_seed(seed: Any) -> int:
     return seed
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
-
-
 def _lengthen(optimizer: Optimizer) -> None:
     """Make states float32 that were made before the first step, as Adagrad's are."""
     for state in optimizer.state.values():
@@ -299,13 +363,22 @@ def _closure_comes_first(optimizer: Optimizer) -> bool:
     return str(getattr(type(optimizer).step, "__module__", "")).startswith("torch.optim.")
 
 
-def _exchange(optimizer: Optimizer, successors: dict[nn.Parameter, nn.Parameter]) -> None:
+def _exchange(
+    optimizer: Optimizer,
+    lists: dict[nn.Parameter, nn.Parameter],
+    keys: dict[nn.Parameter, nn.Parameter],
+) -> None:
     """Put others in the place of parameters, in the lists and dicts that an optimizer has and may share."""
     for group in optimizer.param_groups:
-        group["params"][:] = [successors.get(p, p) for p in group["params"]]
+        group["params"][:] = [lists.get(p, p) for p in group["params"]]
     state = optimizer.state
-    for p in [p for p in successors if p in state]:
-        state[successors[p]] = state.pop(p)
+    for p in [p for p in keys if p in state]:
+        state[keys[p]] = state.pop(p)
+
+
+def _give_back(opened: _Opened) -> None:
+    lists = {full: p for p, full in opened.lists.items()}
+    _exchange(opened.optimizer, lists, {full: p for p, full in opened.keys.items()})
 
 
 def _hand_back(grad: Tensor | None, p: nn.Parameter, version: int) -> None:

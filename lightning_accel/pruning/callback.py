@@ -17,6 +17,7 @@ from lightning_accel.bridge import guards
 from lightning_accel.bridge.copies import TrainingData, renew_buffers
 from lightning_accel.bridge.example import batches, calls_of, find_example
 from lightning_accel.bridge.model_edit import ModelEdit, commit
+from lightning_accel.bridge.parts import note_parts
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.bridge.rewind import remember_fit, rewind
 from lightning_accel.errors import NoEffect, Unsupported, explain
@@ -191,6 +192,7 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rehearse, so that what cannot work is told now and not in the middle of the fit."""
+        super().on_train_start(trainer, pl_module)
         if self._done() < len(self.when):
             with isolate_rng():
                 calls = find_example(trainer, pl_module, self.example)
@@ -208,6 +210,7 @@ class StructuredPruning(ModelEdit):
     ) -> None:
         # Lightning leaves out the epoch's start after a resume from the last step of an epoch.
         if batch_idx == 0:
+            note_parts(trainer, pl_module)  # those that other callbacks made since
             self._act(trainer, pl_module)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:

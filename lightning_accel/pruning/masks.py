@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_accel.errors import NoEffect, explain
 from lightning_accel.surgery import Change, Receipt, Select
@@ -104,8 +106,13 @@ def two_of_four(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Receipt:
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], *, count: bool = True) -> Receipt:
     """Set the masked elements of the weights to zero, in place.
+
+    Args:
+        model: The network.
+        masks: By name of the weight.
+        count: Tell how many are zero, which waits for the device.
 
     >>> layer = nn.Linear(8, 4)
     >>> receipt = apply_masks(layer, magnitude_masks(layer, amount=0.75).keep)
@@ -125,6 +132,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Receipt:
                 )
             )
         parameter.masked_fill_(~keep.to(parameter.device), 0.0)
+        if not count:
+            continue
         zeros = keep.numel() - int(keep.sum())
         changes.append(Change(name, "masked", "", f"{zeros} of {keep.numel()} are zero"))
     return Receipt(tuple(changes))
@@ -138,6 +147,23 @@ def hold_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         gradient = parameters[name].grad
         if gradient is not None:
             gradient.masked_fill_(~keep.to(gradient.device), 0.0)
+
+
+def mask_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> list[RemovableHandle]:
+    """Let every backward give masked weights the gradient zero, until the handles are removed.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> handles = mask_gradients(layer, {"weight": torch.tensor([[True, False]])})
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> layer.weight.grad
+    tensor([[1., 0.]])
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [
+        parameters[name].register_hook(partial(_masked, ~keep.to(parameters[name].device)))
+        for name, keep in masks.items()
+        if parameters[name].requires_grad
+    ]
 
 
 @torch.no_grad()
@@ -234,6 +260,10 @@ def check_pattern(pattern: Any) -> str:
             explain("unknown pattern", repr(pattern), f"choose one of {', '.join(PATTERNS)}")
         )
     return str(pattern)
+
+
+def _masked(gone: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.masked_fill(gone, 0.0)
 
 
 def _weights(model: nn.Module, select: Select) -> tuple[dict[str, nn.Parameter], list[Change]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.surgery.optimizers import parameters_of, within
 from lightning_accel.surgery.receipt import Change, Moved, Receipt
 
 
@@ -27,7 +28,7 @@ def follow(optimizer: Any, receipt: Receipt) -> Receipt:
     starts it anew, and the returned receipt says so under `skipped`.
 
     Args:
-        optimizer: A `torch.optim.Optimizer`, or a wrapper that holds one as `.optimizer`.
+        optimizer: An optimizer, or whatever holds one or several: see `optimizers.within`.
         receipt: What the edit returned.
 
     Returns:
@@ -37,20 +38,27 @@ def follow(optimizer: Any, receipt: Receipt) -> Receipt:
     >>> follow(torch.optim.SGD(layer.parameters()), Receipt()).changes
     ()
     """
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
-        return follow(inner, receipt)
+    followed = [_follow(one, receipt) for one in within(optimizer)]
+    return sum(followed, Receipt())
+
+
+def _follow(optimizer: Any, receipt: Receipt) -> Receipt:
     changes: list[Change] = []
     reset: list[Change] = []
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    moves = [move for move in receipt.moved if id(move.old) in held]
+    # Groups that an optimizer inside shares have been replaced already.
+    held = {id(p) for p in parameters_of(optimizer)}
+    moves = [m for m in receipt.moved if id(m.old) in held or id(m.new) in held]
     _replace_members(optimizer, moves)
     for move in moves:
         state = optimizer.state.pop(move.old, None)
         if not state:
             continue
-        if all(_can_slice(value, move.old_shape) for value in state.values()):
-            optimizer.state[move.new] = {k: _slice(v, move) for k, v in state.items()}
+        if not isinstance(state, Mapping):
+            reset.append(Change(move.name, "optimizer state reset", type(state).__name__))
+        elif all(_can_slice(value, move) for value in state.values()):
+            for value in state.values():
+                _slice(value, move)
+            optimizer.state[move.new] = state
             changes.append(Change(move.name, "optimizer state sliced"))
         else:
             reset.append(Change(move.name, "optimizer state reset", _describe(state)))
@@ -69,20 +77,22 @@ def _replace_members(optimizer: Any, moves: list[Moved]) -> None:
         group["params"][:] = [successors.get(id(p), p) for p in group["params"]]
 
 
-def _can_slice(value: Any, old_shape: tuple[int, ...]) -> bool:
+def _can_slice(value: Any, move: Moved) -> bool:
     if isinstance(value, Tensor):
         plain = type(value) in (Tensor, nn.Parameter)
-        return plain and (value.numel() == 1 or tuple(value.shape) == old_shape)
+        # Of the new shape is what two optimizers share, seen for the second time.
+        return plain and (
+            value.numel() == 1 or tuple(value.shape) in (move.old_shape, tuple(move.new.shape))
+        )
     return not isinstance(value, (list, tuple, Mapping)) or not any(
         isinstance(item, Tensor)
         for item in (value.values() if isinstance(value, Mapping) else value)
     )
 
 
-def _slice(value: Any, move: Moved) -> Any:
+def _slice(value: Any, move: Moved) -> None:
     if isinstance(value, Tensor) and value.shape == torch.Size(move.old_shape):
-        return move.kept.take(value)
-    return value
+        value.data = move.kept.take(value)
 
 
 def _describe(state: Mapping[str, Any]) -> str:

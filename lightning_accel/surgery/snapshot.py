@@ -205,8 +205,10 @@ def _put(model: nn.Module, tensors: Mapping[str, Tensor], structure: Structure) 
 def _load(holder: Stateful, state: Any) -> None:
     if isinstance(holder, torch.optim.Optimizer):
         state = _with_later_groups(state, holder.state_dict())
+        groups, each, held = holder.param_groups, list(holder.param_groups), holder.state
         holder.load_state_dict(_plain(state))
         _in_its_own_dtype(holder, state)
+        _keep_objects(holder, groups, each, held)
         return
     before = {id(one): dict(vars(one)) for one in _schedulers(holder)}
     holder.load_state_dict(_plain(state))
@@ -224,6 +226,24 @@ def _with_later_groups(stored: Any, present: Any) -> Any:
         "param_groups": [*stored["param_groups"], *later],
         "state": {**stored["state"], **kept},
     }
+
+
+def _keep_objects(optimizer: Any, groups: list[Any], each: list[Any], held: Any) -> None:
+    """Put what was loaded into the groups and the state of before, which another optimizer may share."""
+    for old, new in zip(each, optimizer.param_groups, strict=True):
+        if old is not new:
+            members = old["params"]
+            members[:] = new["params"]
+            old.clear()
+            old.update(new, params=members)
+    if optimizer.param_groups is not groups:
+        groups[:] = each
+        optimizer.param_groups = groups
+    if optimizer.state is not held:
+        loaded = dict(optimizer.state)
+        held.clear()
+        held.update(loaded)
+        optimizer.state = held
 
 
 def _schedulers(holder: Any) -> Iterator[Any]:

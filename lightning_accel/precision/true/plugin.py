@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.errors import StructureMismatch, Unsupported, explain
-from lightning_accel.precision.weights import ShortWeights
+from lightning_accel.precision.weights import SHORT, ShortWeights
+from lightning_accel.surgery.optimizers import bare, within
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 _XLA_NAMES = ("bf16-true", "bf16-mixed")
@@ -80,14 +81,14 @@ class Bf16Precision(HalfPrecision):
         """Watch the optimizers, now that model and optimizers are in place."""
         inner = model if isinstance(model, LightningModule) else getattr(model, "module", model)
         self._model = inner if isinstance(inner, nn.Module) else model
-        for optimizer in optimizers:
+        for optimizer in within(optimizers):
             if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
                 raise Unsupported(
                     "Bf16Precision exchanges what an optimizer holds, and this one shards it",
                     type(optimizer).__name__,
                     "use the plain optimizer, or `AutocastPrecision('bf16')`",
                 )
-        self.weights.watch(optimizers)
+        self.weights.watch([*optimizers, self._model], self._model.parameters)
         return model, optimizers, lr_schedulers
 
     @override
@@ -96,7 +97,13 @@ class Bf16Precision(HalfPrecision):
     ) -> Any:
         """Step, and leave nothing half done when the step fails."""
         try:
-            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+            if self.weights.steps:
+                return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+            before = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+            result = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+            if not self.weights.steps:
+                _refuse_unseen(optimizer, before)
+            return result
         except BaseException:
             self.weights.abandon()
             raise
@@ -228,8 +235,17 @@ class XlaPrecision(XLAPrecision):
         return f"{type(self).__name__}({self.precision!r})"
 
 
+def _refuse_unseen(optimizer: Any, before: Mapping[nn.Parameter, Tensor]) -> None:
+    if any(p.dtype == SHORT and not torch.equal(p, old) for p, old in before.items()):
+        raise Unsupported(
+            "Bf16Precision cannot see this optimizer step, so weights would learn in bfloat16 only",
+            f"{type(optimizer).__name__}, which calls no `step` of a `torch.optim.Optimizer`",
+            "let it inherit from `torch.optim.Optimizer`, or use `AutocastPrecision('bf16')`",
+        )
+
+
 def _bare(optimizer: Any) -> Optimizer:
-    found: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    found: Optimizer = bare(optimizer)
     return found
 
 

@@ -13,11 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.bridge import guards
+from lightning_accel.bridge.optimizers import optimizers_of, shadows_of
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import explain
 from lightning_accel.pruning import masks as masking
 from lightning_accel.pruning.schedule import require_reached
 from lightning_accel.surgery import Receipt, Select
+from lightning_accel.surgery.optimizers import Steps
 
 
 class WeightMasks(Callback):
@@ -74,6 +76,7 @@ class WeightMasks(Callback):
         self.masks: dict[str, Tensor] = {}
         self.receipt = Receipt()
         self._handles: list[RemovableHandle] = []
+        self._steps: Steps | None = None
 
     @property
     @override
@@ -122,6 +125,19 @@ class WeightMasks(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         masking.hold_gradients(pl_module, self.masks)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        # What steps without being an optimizer of torch, or writes weights by hand.
+        if self.masks:
+            masking.apply_masks(pl_module, self.masks, count=False)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,6 +194,15 @@ class WeightMasks(Callback):
     ) -> Receipt:
         self.masks = {name: mask.to(pl_module.device) for name, mask in keep.items()}
         receipt = masking.apply_masks(pl_module, self.masks)
+        self._unhook()
+        # From the backward on, since SAM and the like read gradients before any step.
+        self._handles = masking.mask_gradients(pl_module, self.masks)
+        for optimizer in optimizers_of(trainer, pl_module):
+            masking.hold(pl_module, self.masks, optimizer)
+        for shadow in shadows_of(trainer, pl_module):
+            if shadow.name in self.masks:
+                gone = ~self.masks[shadow.name].to(shadow.tensor.device)
+                shadow.tensor.data.masked_fill_(gone, 0.0)
         for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
             masking.apply_masks(average, self.masks)
         return receipt
@@ -185,13 +210,17 @@ class WeightMasks(Callback):
     def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let every step of every optimizer end with the masks, in manual optimization too."""
         self._release()
-
-        def after(optimizer: Optimizer, *_: Any) -> None:
-            masking.hold(pl_module, self.masks, optimizer)
-
-        self._handles = [o.register_step_post_hook(after) for o in trainer.optimizers]
+        self._steps = Steps(
+            pl_module.parameters, lambda optimizer: masking.hold(pl_module, self.masks, optimizer)
+        )
 
     def _release(self) -> None:
+        if self._steps is not None:
+            self._steps.stop()
+        self._steps = None
+        self._unhook()
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
