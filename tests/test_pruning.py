@@ -567,9 +567,9 @@ def test_a_less_pruned_best_checkpoint_comes_back_and_forth(fit: Fit, tmp_path: 
     trainer = fit(model, StructuredPruning(ratio=0.5, when=[1, 3]), every_epoch(tmp_path / "a"))
     final = copy.deepcopy(model.state_dict())
     for epoch, width in ((0, 8), (2, 6), (4, 4)):
-        trainer.test(
-            model, loader(), ckpt_path=tmp_path / "a" / f"epoch={epoch}.ckpt", verbose=False
-        )
+        path = tmp_path / "a" / f"epoch={epoch}.ckpt"
+        with pytest.warns(UserWarning, match="another structure"):
+            trainer.test(model, loader(), ckpt_path=path, verbose=False)
         assert model.net.stem[0].out_channels == width
     assert all(torch.equal(final[k], v) for k, v in model.state_dict().items())
 
@@ -585,6 +585,22 @@ def test_a_checkpoint_saved_after_the_fit_carries_the_structure(fit: Fit, tmp_pa
     checkpoint: dict[str, Any] = {}
     again.on_save_checkpoint(checkpoint)
     assert checkpoint["lightning_accel"]["structure"]["tensors"]
+
+
+@pytest.mark.parametrize("width", [6, 12])
+def test_a_pruned_network_of_another_width_is_refused(fit: Fit, tmp_path: Path, width: int) -> None:
+    model = seeded()
+    fit(model, StructuredPruning(ratio=0.5, when=1), every_epoch(tmp_path / "a"), epochs=2)
+    path = tmp_path / "a" / "epoch=1.ckpt"
+    with pytest.raises(StructureMismatch, match=r"was 8.* before the first prune, and is"):
+        load_from_checkpoint(Images, path, width=width)
+    already = load_from_checkpoint(Images, path, width=4)  # built in the pruned sizes
+    assert same(model, already)
+    checkpoint = torch.load(path, weights_only=True)
+    assert "lightning_accel.load_from_checkpoint" in checkpoint["lightning_accel"]["readme"]
+    del checkpoint["lightning_accel"]["dense"], checkpoint["lightning_accel"]["readme"]
+    torch.save(checkpoint, path)  # as 0.1.0 wrote it
+    assert same(model, load_from_checkpoint(Images, path))
 
 
 def test_unpruned_checkpoints_load_as_ever(fit: Fit, tmp_path: Path) -> None:

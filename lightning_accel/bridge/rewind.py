@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from lightning_accel.bridge import bests
 from lightning_accel.bridge.model_edit import tell
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.surgery import Receipt
@@ -46,6 +47,7 @@ def rewind(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> 
     )
     if wrapped:
         strategy.configure_ddp()  # type: ignore[attr-defined]
+    bests.taken_back(trainer)
     tell(trainer, "on_model_edit_end", pl_module, receipt)
     snapshot.restore_random(trainer.global_rank)  # last: what went before may have drawn numbers
     return receipt
@@ -53,6 +55,7 @@ def rewind(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> 
 
 def _holders(trainer: Trainer) -> dict[str, Any]:
     found: dict[str, Any] = {f"optimizer{i}": o for i, o in enumerate(trainer.optimizers)}
+    found.update(bests.keepers(trainer))
     for i, config in enumerate(trainer.lr_scheduler_configs):
         found[f"scheduler{i}"] = config.scheduler
     for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]

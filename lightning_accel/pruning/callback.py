@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_accel.bridge import guards
+from lightning_accel.bridge import bests, guards
 from lightning_accel.bridge.copies import TrainingData, renew_buffers
 from lightning_accel.bridge.example import batches, calls_of, find_example
 from lightning_accel.bridge.model_edit import ModelEdit, commit
@@ -44,6 +44,9 @@ class StructuredPruning(ModelEdit):
 
     Optimizer state, weight averages, DDP, checkpoints and resume follow; batch-norm statistics are
     re-estimated from unlabelled training batches. What could not be pruned is listed with its reason.
+
+    The best scores of `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` start anew with the
+    smaller network. Checkpoints of the larger one stay on disk and are named in `history[i]["bests"]`.
 
     Args:
         ratio: Share of the channels of every layer to remove, above 0 and below 1.
@@ -225,6 +228,10 @@ class StructuredPruning(ModelEdit):
                 self.guard.begin(epoch=trainer.current_epoch, snapshot=snapshot)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        bests.forget_stale(trainer)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.guard is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
@@ -239,6 +246,7 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._may_go_on(trainer, pl_module, final=True)
+        bests.save_at_end(trainer, pl_module)
         if self.guard is not None and self.guard.stopped:
             return
         # `current_epoch` counts on before this hook; with a guard, steps that are past may be put off.
@@ -277,6 +285,7 @@ class StructuredPruning(ModelEdit):
                 self.history[-1]["step"] = due
             rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.text}")
             return False
+        earlier = bests.bests(trainer)
         receipt = commit(trainer, pl_module, found.cut, lambda: self._renew(trainer, pl_module))
         after = sum(p.numel() for p in pl_module.parameters())
         self.receipt = self.receipt + receipt
@@ -288,6 +297,7 @@ class StructuredPruning(ModelEdit):
                 "params_after": after,
                 "kept": found.kept,
                 "skipped": {change.name: change.what for change in receipt.skipped},
+                "bests": earlier,
             }
         )
         self._report(trainer, receipt, found.text)
