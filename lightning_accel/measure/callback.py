@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
 import weakref
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_accel import hardware
+from lightning_accel.bridge.bests import is_stale
 from lightning_accel.bridge.example import find_example, inert_copy
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.errors import Unsupported, explain
@@ -36,6 +38,7 @@ from lightning_accel.measure.table import show
 from lightning_accel.measure.timing import Pace
 from lightning_accel.surgery import Receipt, Stage
 from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.structure import named_tensors
 
 
 class _Paced(Callback):
@@ -158,15 +161,22 @@ class AccelReport(_Paced):
     Parameters, multiply-accumulates of one sample, latency at batch 1 and at the training batch, and
     training steps per second (a forward and a backward, no optimizer, no data), on the same inputs,
     in the same process, in interleaved blocks. The dense side is the model as you wrote it, uncompiled,
-    under your own precision; when the precision is this package's, in float32. Metrics of the dense
-    side are those logged last before the first edit. Printed, logged to every logger, and saved.
+    under your own precision; when the precision is this package's, in float32. Printed, logged to every
+    logger, and saved.
+
+    Metrics stand beside figures of the network that they were measured on, or are left out with a note:
+    those last logged before the last edit, and those of a test that loaded another structure. Metrics of
+    the dense side are those logged last before the first edit, "after epoch 8", say. That is a shorter
+    training, so no gain is given for them; it is with `dense_metrics`.
 
     Weights, buffers, gradients, flags and random state are bit-equal before and after. An error while
     measuring becomes a warning: a finished training is never lost.
 
     Args:
-        path: Where the JSON goes, markdown beside it; by default `report.json` in `default_root_dir`.
-        dense_metrics: Metrics of a dense training to compare with, instead of those before the edit.
+        path: Where the JSON goes, markdown beside it; by default `report.json` in the folder of the first
+            logger, without one in the Trainer's `default_root_dir`, without that in `lightning_logs`.
+            A file that is no report is left alone, and a number added to the name.
+        dense_metrics: Metrics of a dense training as long as this one, to compare with.
         budget_s: Seconds of measuring; warm-up and compilation come on top.
         example: Arguments of the LightningModule's `forward`; by default what its networks receive.
 
@@ -195,6 +205,8 @@ class AccelReport(_Paced):
         self.budget_s = budget_s
         self.example = example
         self.report: Report | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._saved_at: Path | None = None
         self._edits: list[dict[str, Any]] = []
         self._before: dict[str, Any] = {}
         self._latest: dict[str, float] = {}
@@ -224,10 +236,13 @@ class AccelReport(_Paced):
         if not self._is_of(pl_module):
             self._module = weakref.ref(pl_module)
             self._edits, self._before, self._latest, self.report = [], {}, {}, None
+            self._saved_at = None
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:  # kept for an edit right after a resume
+        if (
+            trainer.state.fn == "fit" and not trainer.sanity_checking
+        ):  # kept for an edit right after a resume
             self._latest = _plain(trainer.callback_metrics)
 
     def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,6 +250,7 @@ class AccelReport(_Paced):
         if self._before.get("params", params) == params:  # nothing was taken out so far
             self._before = {
                 "params": params,
+                "epoch": int(trainer.current_epoch),
                 "metrics": {**self._latest, **_plain(trainer.callback_metrics)},
                 "steps_per_s": self.pace.steps_per_s,
             }
@@ -257,6 +273,7 @@ class AccelReport(_Paced):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = report = Report()
+        self._shapes = _shapes(pl_module)
         self._describe(report, trainer)
         failed = "measuring the dense model against the final one failed"
         # The innermost catches: `isolate_rng` does not restore when an error passes through it.
@@ -271,18 +288,21 @@ class AccelReport(_Paced):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.report is None or not self._is_of(pl_module):
             return
-        params = sum(p.numel() for p in pl_module.parameters())
-        if params != self.report.final.params:
-            self.report.note(f"test metrics are those of a checkpoint with {params:,} parameters")
-        self.report.final.metrics.update(_plain(trainer.callback_metrics))
+        tested = _plain(trainer.callback_metrics)
+        names = ", ".join(tested)
+        if _shapes(pl_module) == self._shapes:
+            self.report.final.metrics.update(tested)
+            if trainer.ckpt_path:
+                self.report.note(f"of the weights in {trainer.ckpt_path}: {names}")
+        else:
+            params = sum(p.numel() for p in pl_module.parameters())
+            self.report.note(
+                f"left out: {names} of a checkpoint with {params:,} parameters, which is another network"
+            )
         self._publish(trainer)
 
     def _describe(self, report: Report, trainer: Trainer) -> None:
-        before = (
-            self._before.get("metrics", {}) if self.dense_metrics is None else self.dense_metrics
-        )
-        report.dense.metrics = dict(before)
-        report.final.metrics = _plain(trainer.callback_metrics)
+        self._describe_metrics(report, trainer)
         after = self.pace.steps_per_s
         report.extra["edits"] = [dict(edit) for edit in self._edits]
         report.extra["observed_steps_per_s"] = {
@@ -296,6 +316,25 @@ class AccelReport(_Paced):
             "torch": torch.__version__,
             "lightning": lightning.__version__,
         }
+
+    def _describe_metrics(self, report: Report, trainer: Trainer) -> None:
+        logged = _plain(trainer.callback_metrics)
+        stale = [name for name in logged if is_stale(trainer, name)]
+        report.final.metrics = {k: v for k, v in logged.items() if k not in stale}
+        if stale:
+            report.note(
+                f"left out: {', '.join(stale)}, last logged before the last edit, by another network"
+            )
+        if self.dense_metrics is not None:
+            report.dense.metrics = dict(self.dense_metrics)
+        elif self._edits and self._before.get("metrics"):
+            report.dense.metrics = dict(self._before["metrics"])
+            done = self._before.get("epoch", self._edits[0]["epoch"])
+            report.extra["dense_metrics_after_epoch"] = done
+            report.note(
+                f"metrics of the dense network are those after epoch {done}, before it was edited; no gain is "
+                "given between trainings of unequal length: pass `dense_metrics=` of one as long as this"
+            )
 
     def _measure(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:
         _refuse_sharded(trainer)
@@ -356,12 +395,20 @@ class AccelReport(_Paced):
         if self.report is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         with self._told_not_raised("the report could not be saved"):
-            self.report.save(self.path or Path(trainer.default_root_dir) / "report.json")
+            self._save(trainer, self.report)
         with self._told_not_raised("the report could not be logged"):
             for logger in trainer.loggers:
                 logger.log_metrics(self.report.flat(), step=trainer.global_step)
                 if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
                     _log_to_wandb(logger, self.report)
+
+    def _save(self, trainer: Trainer, report: Report) -> None:
+        known = self._saved_at is not None
+        path = self._saved_at or self.path or _default_path(trainer)
+        self._saved_at = path if known else _free(path)
+        written = report.save(self._saved_at)
+        if not known:
+            rank_zero_info("Wrote " + " and ".join(map(str, written)))
 
     @contextmanager
     def _told_not_raised(self, what: str) -> Iterator[None]:
@@ -383,6 +430,29 @@ class AccelReport(_Paced):
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {str(name): float(value) for name, value in metrics.items()}
+
+
+def _shapes(module: LightningModule) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(module)}
+
+
+def _default_path(trainer: Trainer) -> Path:
+    """Return where this fit's logs go, as `ModelCheckpoint` finds it; never just the working folder."""
+    root = Path(trainer.default_root_dir)
+    if not trainer.loggers:
+        working = root.absolute() == Path.cwd()
+        return Path(root, "lightning_logs" if working else "", "report.json")
+    first = trainer.loggers[0]
+    if first.log_dir is not None:
+        return Path(first.log_dir, "report.json")
+    version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+    return Path(first.save_dir or root, str(first.name), version, "report.json")
+
+
+def _free(path: Path) -> Path:
+    """Return `path`, or the first numbered name beside it where no foreign file is."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    return next(p for p in itertools.chain([path], names) if Report.is_free(p))
 
 
 def _reformatted(trainer: Trainer) -> set[str]:

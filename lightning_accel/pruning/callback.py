@@ -26,7 +26,18 @@ from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.recalibrate import recalibrate
 from lightning_accel.pruning.request import READ_THE_LOSS, Request
 from lightning_accel.pruning.target import Target
+from lightning_accel.pruning.trained import looks_untrained
 from lightning_accel.surgery import Cut, Receipt, Select, Stage
+
+_FEW = 0.01  # of the parameters; a ratio of 0.9 leaves about this
+
+_UNTRAINED = explain(
+    "StructuredPruning cuts before the first step, and the network looks untrained: its weights are as "
+    "initialised, so that what its channels are worth is chance",
+    "`when` is 0, and this fit resumed from nothing",
+    "pass a later `when`, such as 8 or 0.4; or load the weights first, or ignore this warning for weights "
+    "that are trained all the same",
+)
 
 _BATCHES = 10  # of training data, for an importance that measures
 
@@ -50,14 +61,15 @@ class StructuredPruning(ModelEdit):
 
     Args:
         ratio: Share of the channels of every layer to remove, above 0 and below 1.
+        when: Epoch before which to prune, counted from 0; or the share of the fit (0.4 of 20 epochs is
+            epoch 8); or a list of either. With 0 the network should be one that is trained already: it is
+            warned of one that looks untrained (`warnings.filterwarnings("ignore", "StructuredPruning")`).
         target: Instead of `ratio`, what to keep of the network at the start of the fit: `Macs(0.5)`,
             `Params(0.5)`, `Latency(0.5)` on the device of the fit, `Memory(0.5)`.
         importance: One of `importance.KNOWN`, or a function of model and group; those that measure do so
             on ten training batches.
         scope: "local" takes the same share of every layer, "global" ranks all channels together,
             "isomorphic" those of layers of equal structure.
-        when: Epoch before which to prune, counted from 0; or the share of the fit (0.4 of 20 epochs is
-            epoch 8); or a list of either.
         schedule: How the share rises over the epochs of `when`: "linear", "cubic" (most of it early),
             "iterative" (the same share of what is left), or "one_shot" for one epoch.
         select: Layers whose channels may go: a `Select`, a name pattern or several. The last layer is
@@ -91,10 +103,10 @@ class StructuredPruning(ModelEdit):
         self,
         ratio: float | None = None,
         *,
+        when: float | Iterable[float],
         target: Target | None = None,
         importance: Importance = "magnitude",
         scope: str = "local",
-        when: float | Iterable[float] = 0,
         schedule: str = "linear",
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
         round_to: int | str | None = None,
@@ -286,6 +298,8 @@ class StructuredPruning(ModelEdit):
             rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.text}")
             return False
         earlier = bests.bests(trainer)
+        if not trainer.global_step and not _is_trial(trainer) and looks_untrained(pl_module):
+            rank_zero_warn(_UNTRAINED)
         receipt = commit(trainer, pl_module, found.cut, lambda: self._renew(trainer, pl_module))
         after = sum(p.numel() for p in pl_module.parameters())
         self.receipt = self.receipt + receipt
@@ -301,6 +315,16 @@ class StructuredPruning(ModelEdit):
             }
         )
         self._report(trainer, receipt, found.text)
+        dense = _dense_params(pl_module)
+        if after < _FEW * dense:
+            rank_zero_warn(
+                explain(
+                    "StructuredPruning leaves almost nothing of the network",
+                    f"{after:,} of {dense:,} parameters, {after / dense:.2%}",
+                    "check `ratio`: it is the share of channels to remove, and parameters fall with its "
+                    "square; or ask for `target=Params(0.5)`",
+                )
+            )
         return True
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> _Decision:
@@ -346,6 +370,12 @@ class StructuredPruning(ModelEdit):
         rank_zero_info(text)
         for logger in trainer.loggers:
             logger.log_metrics(values, trainer.global_step)
+
+
+def _dense_params(pl_module: LightningModule) -> int:
+    dense = pristine(pl_module).tensors
+    named = pl_module.named_parameters()
+    return sum(math.prod(dense[n]) if n in dense else p.numel() for n, p in named)
 
 
 def _is_trial(trainer: Trainer) -> bool:
