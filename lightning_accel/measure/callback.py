@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import platform
-import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -22,6 +21,7 @@ from typing_extensions import override
 from lightning_accel import hardware
 from lightning_accel.bridge.bests import is_stale
 from lightning_accel.bridge.example import find_example, inert_copy
+from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.measure.flops import undisturbed
@@ -35,61 +35,12 @@ from lightning_accel.measure.subject import (
     restore,
 )
 from lightning_accel.measure.table import show
-from lightning_accel.measure.timing import Pace
 from lightning_accel.surgery import Receipt, Stage
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.structure import named_tensors
 
 
-class _Paced(Callback):
-    """Feeds a `Pace` from the hooks of a fit; validation, checkpoints and edits do not count.
-
-    A step is an optimizer step, as in `trainer.global_step`: with four accumulated batches it takes
-    four of them.
-    """
-
-    def __init__(self) -> None:
-        self.pace = Pace()
-        self._global_step = 0
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pace.restart()
-        self._global_step = trainer.global_step
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        now, step = time.perf_counter(), trainer.global_step
-        samples = self._samples(batch)
-        self.pace.tick(steps=step - self._global_step, samples=samples, now=now)
-        self._global_step = step
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pace.pause()
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pace.pause()
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self.pace.pause()
-
-    def on_model_edit_end(
-        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
-    ) -> None:
-        self.pace.restart()
-
-    def _samples(self, batch: Any) -> int:
-        return 0
-
-
-class StepMeter(_Paced):
+class StepMeter(Paced):
     """Log `measure/steps_per_s` and `measure/samples_per_s` without ever waiting for the device.
 
     Each value covers the steps since the one before. Warm-up, compilation after an edit, validation,
@@ -155,7 +106,7 @@ class StepMeter(_Paced):
             logger.log_metrics(self.last, step=max(trainer.global_step - 1, 0))
 
 
-class AccelReport(_Paced):
+class AccelReport(Paced):
     """At the end of a fit, measure the dense model against the final one and say what was gained.
 
     Parameters, multiply-accumulates of one sample, latency at batch 1 and at the training batch, and
@@ -404,7 +355,7 @@ class AccelReport(_Paced):
 
     def _save(self, trainer: Trainer, report: Report) -> None:
         known = self._saved_at is not None
-        path = self._saved_at or self.path or _default_path(trainer)
+        path = self._saved_at or self.path or report_path(trainer)
         self._saved_at = path if known else _free(path)
         written = report.save(self._saved_at)
         if not known:
@@ -434,19 +385,6 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _shapes(module: LightningModule) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(module)}
-
-
-def _default_path(trainer: Trainer) -> Path:
-    """Return where this fit's logs go, as `ModelCheckpoint` finds it; never just the working folder."""
-    root = Path(trainer.default_root_dir)
-    if not trainer.loggers:
-        working = root.absolute() == Path.cwd()
-        return Path(root, "lightning_logs" if working else "", "report.json")
-    first = trainer.loggers[0]
-    if first.log_dir is not None:
-        return Path(first.log_dir, "report.json")
-    version = first.version if isinstance(first.version, str) else f"version_{first.version}"
-    return Path(first.save_dir or root, str(first.name), version, "report.json")
 
 
 def _free(path: Path) -> Path:
