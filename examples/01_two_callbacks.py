@@ -7,7 +7,7 @@ from models.resnet import ResNet
 from lightning_accel import AccelReport, StructuredPruning
 
 seed_everything(0)
-callbacks = [StructuredPruning(ratio=0.5, when=8), AccelReport()]
+callbacks = [StructuredPruning(ratio=0.5, when=8), AccelReport("outputs/report.json")]
 trainer = Trainer(max_epochs=20, callbacks=callbacks, logger=False, enable_checkpointing=False)
 trainer.fit(model := ResNet(), data := Digits())
 trainer.test(model, data)

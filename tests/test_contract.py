@@ -119,7 +119,7 @@ ROWS: dict[str, Technique] = {
     },
 }
 EDITS: dict[str, Callable[[], ModelEdit]] = {
-    "prune": lambda: StructuredPruning(ratio=0.5, select="nowhere.*"),
+    "prune": lambda: StructuredPruning(ratio=0.5, select="nowhere.*", when=0),
     "compile": lambda: BlockCompile(backend="eager", select="nowhere.*"),
 }
 

@@ -261,7 +261,7 @@ def test_a_preset_finishes_with_a_true_table(tmp_path: Path, preset: str, experi
     if preset == "distill":
         fast += ["teacher.model.depth=2", "teacher.trainer.max_epochs=1"]
     run(f"+accel={preset}", *chosen, *fast, cwd=tmp_path)
-    (path,) = tmp_path.glob("outputs/*/report.json")
+    (path,) = tmp_path.glob("outputs/**/report.json")
     report = json.loads(path.read_text())
     dense, final, ratios = report["dense"], report["final"], report["ratios"]
     for quantity in ("params", "macs"):
@@ -279,7 +279,7 @@ def test_two_callbacks_give_the_same_without_hydra(tmp_path: Path) -> None:
     lines = [line for line in script.splitlines() if line.strip()]
     assert len(lines) < 15
     run(cwd=tmp_path, script="examples/01_two_callbacks.py")
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "outputs" / "report.json").read_text())
     assert report["ratios"]["macs"] > 2
     assert report["final"]["metrics"]["test/acc"] > 0.97
 

@@ -26,6 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import AccelReport, StepMeter, StructuredPruning
 from lightning_accel.measure import (
+    Comparison,
+    Latency,
     Pace,
     Report,
     Subject,
@@ -670,7 +672,8 @@ def fit(trainer_kwargs: dict[str, Any]) -> Fit:
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    (path,) = folder.rglob("report.json")
+    plain: dict[str, Any] = json.loads(path.read_text())
     return plain
 
 
@@ -794,7 +797,11 @@ def test_a_fit_without_edits_gains_nothing(fit: Fit, tmp_path: Path) -> None:
     assert plain["ratios"]["steps_per_s"] == pytest.approx(1.0, rel=0.3)
     assert plain["dense"]["params"] == num_params(Net())
     assert plain["edits"] == []
-    assert (tmp_path / "report.md").read_text().startswith("**Dense model against final model**")
+    assert (
+        next(tmp_path.rglob("report.md"))
+        .read_text()
+        .startswith("**Dense model against final model**")
+    )
 
 
 class Validations(Callback):
@@ -819,13 +826,21 @@ def test_a_pruned_fit_is_compared_with_what_the_class_builds(fit: Fit, tmp_path:
     assert plain["final"]["macs"] * 8 == count_macs(model.net, (x,)).macs
     assert plain["ratios"]["macs"] == plain["dense"]["macs"] / plain["final"]["macs"]
     assert plain["dense"]["metrics"] == {"val_loss": watch.losses[0]}
+    assert plain["dense_metrics_after_epoch"] == 1
+    (row,) = [
+        r for r in next(tmp_path.rglob("report.md")).read_text().splitlines() if "| val_loss" in r
+    ]
+    assert "after epoch 1 |" in row
+    assert row.endswith("| - |")  # no gain between a training of one epoch and one of four
+    assert report.report is not None
+    assert not any("dense_metrics" in key for key in report.report.flat())
     assert plain["final"]["metrics"] == {"val_loss": watch.losses[-1]}
     assert [(e["epoch"], e["step"]) for e in plain["edits"]] == [(1, 4), (2, 8)]
     trainer.test(model, data(), verbose=False)
     plain = saved(tmp_path)
     loss = float(trainer.callback_metrics["test_loss"])
     assert plain["final"]["metrics"]["test_loss"] == pytest.approx(loss)
-    assert "test_loss" in (tmp_path / "report.md").read_text()
+    assert "test_loss" in next(tmp_path.rglob("report.md")).read_text()
 
 
 @quiet
@@ -853,9 +868,73 @@ def test_a_test_of_a_less_pruned_checkpoint_is_said(fit: Fit, tmp_path: Path) ->
     keep = ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1, filename="{epoch}")
     model = Module()
     trainer = fit(model, StructuredPruning(ratio=0.5, when=1), AccelReport(budget_s=0.1), keep)
-    trainer.test(model, data(), ckpt_path=tmp_path / "ckpt" / "epoch=0.ckpt", verbose=False)
+    with pytest.warns(UserWarning, match="another structure"):
+        trainer.test(model, data(), ckpt_path=tmp_path / "ckpt" / "epoch=0.ckpt", verbose=False)
     (note,) = [n for n in saved(tmp_path)["notes"] if "checkpoint" in n]
     assert f"{num_params(Net()):,} parameters" in note
+    assert "test_loss" not in saved(tmp_path)["final"]["metrics"]
+    with pytest.warns(UserWarning, match="another structure"):
+        trainer.test(model, data(), ckpt_path=tmp_path / "ckpt" / "epoch=1.ckpt", verbose=False)
+    assert "test_loss" in saved(tmp_path)["final"]["metrics"]
+    assert any("of the weights in" in n and "epoch=1.ckpt" in n for n in saved(tmp_path)["notes"])
+
+
+@quiet
+def test_a_metric_of_the_network_before_the_edit_is_left_out(fit: Fit, tmp_path: Path) -> None:
+    report, logger = AccelReport(tmp_path / "report.json", budget_s=0.1), Recording()
+    prune = StructuredPruning(ratio=0.5, when=2)
+    fit(Module(), prune, report, max_epochs=3, check_val_every_n_epoch=2, logger=logger)
+    plain = saved(tmp_path)
+    assert plain["final"]["metrics"] == {}
+    assert "val_loss" in plain["dense"]["metrics"]
+    assert any("left out: val_loss" in note for note in plain["notes"])
+    ((_, row),) = logger.of("report/")
+    assert not any(key.startswith("report/final_metrics") for key in row)
+
+
+@quiet
+def test_a_report_goes_to_the_log_folder_and_never_to_the_working_folder(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trainer = fit(Module(), AccelReport(budget_s=0.1), logger=CSVLogger(tmp_path / "logs"))
+    (found,) = tmp_path.rglob("report.json")
+    assert found.parent == Path(trainer.log_dir)
+    fit(Module(), AccelReport(budget_s=0.1), logger=Recording(), default_root_dir=tmp_path / "r")
+    assert (tmp_path / "r" / "recording" / "0" / "report.json").exists()
+    fit(Module(), AccelReport(budget_s=0.1), default_root_dir=None)
+    assert not list((tmp_path / "here").glob("report*"))
+    assert (tmp_path / "here" / "lightning_logs" / "report.json").exists()
+
+
+@quiet
+@pytest.mark.parametrize("foreign", ["report.json", "report.md"])
+def test_a_foreign_file_is_never_overwritten(fit: Fit, tmp_path: Path, foreign: str) -> None:
+    (tmp_path / foreign).write_text('{"mine": 1}')
+    fit(Module(), AccelReport(tmp_path / "report.json", budget_s=0.1))
+    assert (tmp_path / foreign).read_text() == '{"mine": 1}'
+    assert (tmp_path / "report-1.json").exists()
+    fit(
+        Module(), AccelReport(tmp_path / "report.json", budget_s=0.1)
+    )  # which may take the place of an earlier report
+    assert not (tmp_path / "report-2.json").exists()
+
+
+def test_a_gain_whose_interval_says_nothing_is_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compared(*_: Any, **__: Any) -> Comparison:
+        side = Latency(1.0, 0.1, 1.0, 9)
+        return Comparison(side, side, 93.62, 2.58, 285.95, 0.2)
+
+    monkeypatch.setattr("lightning_accel.measure.report.compare", compared)
+    net = nn.Linear(2, 2)
+    subject = Subject(net, {1: lambda: None}, step=lambda: None)
+    report = measure_pair(subject, subject)
+    assert report.ratios.latency == {}
+    assert report.ratios.steps_per_s is None
+    assert not any("93.62" in line for line in report.table().to_text().splitlines())
+    assert any("between 2.58x and 286x" in note for note in report.extra["notes"])
+    assert "report/ratio_latency_1" not in report.flat()
 
 
 class Still(Callback):
@@ -1088,7 +1167,7 @@ def test_a_trial_run_writes_nothing(fit: Fit, tmp_path: Path) -> None:
     assert time.perf_counter() - start < 8
     assert report.report is not None
     assert report.report.ratios.macs == 1.0
-    assert not list(tmp_path.glob("report.*"))
+    assert not list(tmp_path.rglob("report.*"))
 
 
 @quiet
@@ -1099,7 +1178,7 @@ def test_a_fit_of_no_batches_has_no_report(
     report = AccelReport()
     fit(Module(), report, StepMeter(), **nothing)
     assert report.report is None
-    assert not list(tmp_path.glob("report.*"))
+    assert not list(tmp_path.rglob("report.*"))
 
 
 @quiet

@@ -243,7 +243,7 @@ def test_a_pruned_checkpoint_is_planned_in_its_own_shape(
 
     from lightning_accel import StructuredPruning
 
-    trainer_kwargs.update(callbacks=[StructuredPruning(ratio=0.5)], max_epochs=1)
+    trainer_kwargs.update(callbacks=[StructuredPruning(ratio=0.5, when=0)], max_epochs=1)
     trainer = Trainer(**trainer_kwargs)
     trainer.fit(Lit(), DataLoader(TensorDataset(torch.randn(8, 8)), 4))
     trainer.save_checkpoint(folder / "last.ckpt")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -274,7 +275,7 @@ def test_an_impossible_ratio_is_refused(ratio: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="above 0 and below 1"):
         prune(tiny.MLP(), example=torch.randn(1, 8), ratio=ratio)
     with pytest.raises((ValueError, TypeError), match="above 0 and below 1"):
-        StructuredPruning(ratio=ratio)
+        StructuredPruning(ratio=ratio, when=0)
 
 
 @pytest.mark.parametrize("round_to", [0, -8, 2.5, "8", True])
@@ -310,14 +311,14 @@ def test_arguments_of_another_type_are_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match="Do: "):
         prune(tiny.MLP(), example=torch.randn(2, 8), **wrong)
     with pytest.raises(TypeError, match="Do: "):
-        StructuredPruning(**wrong)
+        StructuredPruning(**{"when": 0, **wrong})
 
 
 def test_attention_goes_by_heads_or_by_width() -> None:
     with pytest.raises(ValueError, match="heads"):
         prune(tiny.MLP(), example=torch.randn(1, 8), ratio=0.5, attention="depth")
     with pytest.raises(ValueError, match="heads"):
-        StructuredPruning(ratio=0.5, attention="depth")
+        StructuredPruning(ratio=0.5, attention="depth", when=0)
 
 
 def test_an_unknown_importance_lists_the_known_ones() -> None:
@@ -567,9 +568,9 @@ def test_a_less_pruned_best_checkpoint_comes_back_and_forth(fit: Fit, tmp_path: 
     trainer = fit(model, StructuredPruning(ratio=0.5, when=[1, 3]), every_epoch(tmp_path / "a"))
     final = copy.deepcopy(model.state_dict())
     for epoch, width in ((0, 8), (2, 6), (4, 4)):
-        trainer.test(
-            model, loader(), ckpt_path=tmp_path / "a" / f"epoch={epoch}.ckpt", verbose=False
-        )
+        path = tmp_path / "a" / f"epoch={epoch}.ckpt"
+        with pytest.warns(UserWarning, match="another structure"):
+            trainer.test(model, loader(), ckpt_path=path, verbose=False)
         assert model.net.stem[0].out_channels == width
     assert all(torch.equal(final[k], v) for k, v in model.state_dict().items())
 
@@ -585,6 +586,22 @@ def test_a_checkpoint_saved_after_the_fit_carries_the_structure(fit: Fit, tmp_pa
     checkpoint: dict[str, Any] = {}
     again.on_save_checkpoint(checkpoint)
     assert checkpoint["lightning_accel"]["structure"]["tensors"]
+
+
+@pytest.mark.parametrize("width", [6, 12])
+def test_a_pruned_network_of_another_width_is_refused(fit: Fit, tmp_path: Path, width: int) -> None:
+    model = seeded()
+    fit(model, StructuredPruning(ratio=0.5, when=1), every_epoch(tmp_path / "a"), epochs=2)
+    path = tmp_path / "a" / "epoch=1.ckpt"
+    with pytest.raises(StructureMismatch, match=r"was 8.* before the first prune, and is"):
+        load_from_checkpoint(Images, path, width=width)
+    already = load_from_checkpoint(Images, path, width=4)  # built in the pruned sizes
+    assert same(model, already)
+    checkpoint = torch.load(path, weights_only=True)
+    assert "lightning_accel.load_from_checkpoint" in checkpoint["lightning_accel"]["readme"]
+    del checkpoint["lightning_accel"]["dense"], checkpoint["lightning_accel"]["readme"]
+    torch.save(checkpoint, path)  # as 0.1.0 wrote it
+    assert same(model, load_from_checkpoint(Images, path))
 
 
 def test_unpruned_checkpoints_load_as_ever(fit: Fit, tmp_path: Path) -> None:
@@ -692,12 +709,40 @@ def test_weight_averages_are_carried_along(
         assert same(whole, resumed), epoch
 
 
+@pytest.mark.filterwarnings("ignore:StructuredPruning cuts before the first step")
 def test_prune_before_the_first_epoch_needs_no_batch_to_have_run(fit: Fit) -> None:
     model = seeded()
-    fit(model, StructuredPruning(ratio=0.5), epochs=1)
+    fit(model, StructuredPruning(ratio=0.5, when=0), epochs=1)
     assert model.net.stem[0].out_channels == 4
 
 
+def test_an_untrained_network_is_not_cut_in_silence(fit: Fit) -> None:
+    with pytest.warns(UserWarning, match=r"looks untrained.*`when` is 0"):
+        fit(seeded(), StructuredPruning(ratio=0.5, when=0), epochs=1)
+    trained = seeded()
+    fit(trained, epochs=1)
+    fit(trained, StructuredPruning(ratio=0.5, when=0), epochs=1)  # warnings are errors here
+    with pytest.raises(TypeError, match="when"):
+        StructuredPruning(0.5)  # type: ignore[call-arg]
+
+
+def test_a_ratio_that_leaves_almost_nothing_is_told(fit: Fit) -> None:
+    class Wide(Images):
+        def __init__(self) -> None:
+            super().__init__(width=64)
+
+    with pytest.warns(UserWarning, match=r"leaves almost nothing.*Found: .* of .* parameters"):
+        fit(Wide(), StructuredPruning(ratio=0.999, when=1), epochs=2)
+
+
+@pytest.mark.parametrize("when", [1.0, [1.0], (1, 2.0), np.int64(1), [np.float32(1.0)]])
+def test_a_whole_number_is_an_epoch_in_any_type(when: Any) -> None:
+    read = StructuredPruning(ratio=0.5, when=when).when
+    assert read in ((1,), (1, 2))
+    assert all(type(epoch) is int for epoch in read)
+
+
+@pytest.mark.filterwarnings("ignore:StructuredPruning cuts before the first step")
 def test_a_target_of_macs_is_met_along_a_schedule(fit: Fit) -> None:
     model = Images(width=32)
     x = torch.randn(1, 3, 8, 8)
@@ -812,7 +857,7 @@ class TestExamples:
 
     def test_taylor_with_manual_optimization_is_refused_at_setup(self, fit: Fit) -> None:
         with pytest.raises(Unsupported, match="magnitude"):
-            fit(self.Manual(), StructuredPruning(ratio=0.5, importance="taylor"))
+            fit(self.Manual(), StructuredPruning(ratio=0.5, importance="taylor", when=0))
 
     def test_parts_called_one_after_another_keep_their_interface(self, fit: Fit) -> None:
         model = self.TwoParts()
@@ -902,7 +947,8 @@ class TestRefusals:
     """Bad inputs are told at setup, before any step."""
 
     @pytest.mark.parametrize(
-        "when", [-1, 1.5, "2", [], [3, 1], [1, 1], None, [True], 1.0, 0.0, [0.6, 0.3], [1, 0.5]]
+        "when",
+        [-1, 1.5, "2", [], [3, 1], [1, 1], None, [True], -1.0, [0.6, 0.3], [1, 0.5], [0.5, 1.0]],
     )
     def test_an_impossible_schedule(self, when: Any) -> None:
         with pytest.raises(ValueError, match="`when`"):
@@ -911,7 +957,7 @@ class TestRefusals:
     @pytest.mark.parametrize("both", [{}, {"ratio": 0.5, "target": Macs(0.5)}])
     def test_neither_or_both_targets(self, both: dict[str, float]) -> None:
         with pytest.raises(ValueError, match="either"):
-            StructuredPruning(**both)  # type: ignore[arg-type]
+            StructuredPruning(**{"when": 0, **both})  # type: ignore[arg-type]
 
     def test_an_epoch_beyond_the_fit(self, fit: Fit) -> None:
         with pytest.raises(ValueError, match="max_epochs=5"):
@@ -919,7 +965,7 @@ class TestRefusals:
 
     def test_a_selection_that_matches_nothing(self, fit: Fit) -> None:
         with pytest.raises(NoEffect, match="decoder"):
-            fit(seeded(), StructuredPruning(ratio=0.5, select="decoder.*"))
+            fit(seeded(), StructuredPruning(ratio=0.5, select="decoder.*", when=0))
 
     def test_a_module_without_optimizer(self, fit: Fit) -> None:
         class Bare(Images):
@@ -927,13 +973,13 @@ class TestRefusals:
                 return None
 
         with pytest.raises(AccelError, match="optimizer"), pytest.warns(UserWarning):
-            fit(Bare(), StructuredPruning(ratio=0.5))
+            fit(Bare(), StructuredPruning(ratio=0.5, when=0))
 
     def test_a_compiled_module(self, fit: Fit) -> None:
         model = seeded()
         model.compile(backend="eager")
         with pytest.raises(Unsupported, match="BlockCompile"):
-            fit(model, StructuredPruning(ratio=0.5))
+            fit(model, StructuredPruning(ratio=0.5, when=0))
 
     def test_spawned_ranks(self, trainer_kwargs: dict[str, Any]) -> None:
         from lightning_accel.bridge.guards import refuse_spawn
@@ -963,7 +1009,7 @@ class TestRefusals:
                 return F.cross_entropy(batch[0].flatten(1) @ self.weight, batch[1])
 
         with pytest.raises(AccelError, match="no trainable module"):
-            fit(Functional(), StructuredPruning(ratio=0.5))
+            fit(Functional(), StructuredPruning(ratio=0.5, when=0))
 
 
 def test_a_fit_that_ends_before_its_prune_is_not_silent(fit: Fit) -> None:

@@ -4,10 +4,12 @@ import copy
 import pickle
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from lightning_accel.errors import AccelError, NoEffect, StructureMismatch
+from lightning_accel.pruning import prune
 from lightning_accel.surgery import (
     Cut,
     Kept,
@@ -19,6 +21,7 @@ from lightning_accel.surgery import (
     swap,
     twin,
 )
+from lightning_accel.surgery.snapshot import Snapshot
 
 
 def halved(model: nn.Module) -> Cut:
@@ -419,3 +422,25 @@ def test_errors_have_three_parts_and_survive_pickling() -> None:
 def test_a_selection_that_names_nothing_is_refused_in_three_parts(choice: object) -> None:
     with pytest.raises(TypeError, match=r"a selection is .* Found: .* Do: "):
         Select.of(choice)  # type: ignore[arg-type]
+
+
+def test_what_an_edit_did_is_printed_in_ten_lines() -> None:
+    net = nn.ModuleList([tiny.ConvNet(), tiny.ConvNet()])
+    receipts = [prune(one, example=torch.randn(2, 3, 8, 8), ratio=0.5) for one in net]
+    receipt = receipts[0] + receipts[1]
+    structure = Structure.of(net)
+    assert len(receipt.changes) > 20
+    snapshot = Snapshot.take(net, pristine=structure)
+    for shown in (receipt, structure, snapshot, receipt.moved[0], receipt.moved[0].kept):
+        for text in (repr(shown), str(shown)):
+            assert len(text.splitlines()) <= 10
+            assert max(map(len, text.splitlines())) <= 110
+            assert "tensor(" not in text
+    assert "stem.0.weight: " in repr(receipt)
+
+
+def test_a_cut_is_printed_in_ten_lines() -> None:
+    index = torch.arange(1000)
+    cut = Cut({f"layer{n}.weight": Kept((index, None)) for n in range(30)})
+    assert len(repr(cut).splitlines()) <= 10
+    assert "layer0.weight: Kept(1000, all)" in repr(cut)

@@ -72,7 +72,7 @@ def test_a_sweep_logs_one_run_per_job_grouped_with_config_and_report(tmp_path: P
         assert groups == {sweep.name}
     presets = [("amp",), ("prune",), ("amp", "prune")]
     assert sorted(seen) == sorted((preset, seed) for preset in presets for seed in (0, 1))
-    reports = [json.loads(p.read_text()) for p in sorted(sweep.glob("*/report.json"))]
+    reports = [json.loads(p.read_text()) for p in sorted(sweep.glob("*/**/report.json"))]
     assert len(reports) == 6
 
 
@@ -159,4 +159,4 @@ def test_a_sweep_on_two_processes_trains_its_teacher_once(tmp_path: Path) -> Non
     printed = train(tmp_path, "-m", "+accel=distill", "seed=0,1", *FAST, *two, *teacher)
     assert printed.count("Training the teacher first") == 1
     assert len(list((tmp_path / "outputs" / "teachers").iterdir())) == 1
-    assert len(list(tmp_path.glob("outputs/sweep_*/*/report.json"))) == 2
+    assert len(list(tmp_path.glob("outputs/sweep_*/*/**/report.json"))) == 2

@@ -339,8 +339,8 @@ def test_a_share_that_is_no_number_is_refused(share: Any) -> None:
         (lambda: Latency(0.5, budget_s=0), "budget_s"),
         (lambda: check_round_to("8"), "'measured'"),
         (lambda: check_round_to(0), "'measured'"),
-        (lambda: StructuredPruning(), "either"),
-        (lambda: StructuredPruning(0.5, target=Macs(0.5)), "either"),
+        (lambda: StructuredPruning(when=0), "either"),
+        (lambda: StructuredPruning(0.5, target=Macs(0.5), when=0), "either"),
     ],
 )
 def test_other_bad_arguments_are_refused(make: Any, said: str) -> None:
@@ -350,4 +350,4 @@ def test_other_bad_arguments_are_refused(make: Any, said: str) -> None:
 
 def test_a_target_that_is_a_number_is_told_what_to_write() -> None:
     with pytest.raises(TypeError, match=r"Macs\(0.5\)"):
-        StructuredPruning(target=0.5)  # type: ignore[arg-type]
+        StructuredPruning(target=0.5, when=0)  # type: ignore[arg-type]

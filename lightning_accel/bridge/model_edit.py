@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from lightning_accel.bridge import bests
 from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
 from lightning_accel.bridge.optimizers import (
     optimizers_of,
@@ -98,6 +99,7 @@ def commit(
         finish()
     if wrapped:
         strategy.configure_ddp()  # type: ignore[attr-defined]
+    bests.start_anew(trainer)
     tell(trainer, "on_model_edit_end", pl_module, receipt)
     return receipt
 

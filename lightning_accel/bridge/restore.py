@@ -11,19 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_accel.errors import StructureMismatch
+from lightning_accel.errors import StructureMismatch, explain
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.structure import named_tensors, text
 
 ModuleT = TypeVar("ModuleT", bound=LightningModule)
 
 KEY = "lightning_accel"
+_README = (
+    "This network was pruned, and is smaller than what its class builds: a plain `load_from_checkpoint` or "
+    "`load_state_dict` ends in size mismatches. Load it with "
+    "`lightning_accel.load_from_checkpoint(YourModule, path)`, or with the same callbacks in the Trainer. "
+    "`structure` holds the present shapes, `dense` those before the first prune."
+)
 _RECORD = "_accel_pristine"
 
 
@@ -91,7 +99,11 @@ def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
     users_own(checkpoint)
     before = pristine(pl_module)
     if before.tensors or before.attributes:
-        checkpoint[KEY] = {"structure": before.now(pl_module).to_dict()}
+        checkpoint[KEY] = {
+            "readme": _README,
+            "structure": before.now(pl_module).to_dict(),
+            "dense": before.to_dict(),
+        }
 
 
 def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]) -> None:
@@ -103,14 +115,60 @@ def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
         structure = Structure.from_dict(stored.get("structure"))
         structure.check(pl_module, limit=pristine(pl_module))
     before = structure.now(pl_module).updated(pristine(pl_module))
+    if stored and "dense" in stored:  # files of 0.1.0 have none
+        _check_origin(pl_module, structure, Structure.from_dict(stored["dense"]), before)
     target = before.updated(structure)
     _check_tensors(pl_module, target, checkpoint.get("state_dict") or {})
+    _tell_another_size(pl_module, target)
     remember(pl_module, before)
     target.apply(pl_module)
     trainer = getattr(pl_module, "_trainer", None)
     for average in averages(trainer.callbacks if trainer is not None else [], pl_module):
         target.apply(average)
     users_own(checkpoint)
+
+
+def _check_origin(
+    pl_module: LightningModule, structure: Structure, dense: Structure, built: Structure
+) -> None:
+    """Raise unless the pruned network came from one of the sizes that this class builds here."""
+    if structure.now(pl_module) == structure and not pristine(pl_module).tensors:
+        return  # built in the pruned sizes already
+    pairs = [(name, size, built.tensors.get(name)) for name, size in dense.tensors.items()]
+    for name, sizes in dense.attributes.items():
+        there = built.attributes.get(name, {})
+        pairs += [
+            (f"{name}.{key}", _listed(v), _listed(there.get(key))) for key, v in sizes.items()
+        ]
+    for name, stored, present in pairs:
+        if present is not None and tuple(stored) != tuple(present):
+            raise StructureMismatch(
+                "the checkpoint holds a pruned network that was of another size before",
+                f"`{name}` was {text(stored)} before the first prune, and is {text(present)} in this model",
+                "build the model with the hyper-parameters of the one that was pruned; nothing was loaded",
+            )
+
+
+def _listed(size: Any) -> Any:
+    return (size,) if isinstance(size, int) else size
+
+
+def _tell_another_size(pl_module: LightningModule, target: Structure) -> None:
+    """Warn when a module that was pruned here gets another structure for a test or a prediction."""
+    trainer = getattr(pl_module, "_trainer", None)
+    fitting = trainer is None or trainer.state.fn == "fit"
+    if fitting or not pristine(pl_module).tensors or target.now(pl_module) == target:
+        return
+    present = sum(p.numel() for p in pl_module.parameters())
+    sizes = {n: prod(s) for n, s in target.tensors.items()}
+    stored = sum(sizes.get(n, p.numel()) for n, p in pl_module.named_parameters())
+    rank_zero_warn(
+        explain(
+            "the checkpoint holds another structure than the network has, which takes it on",
+            f"{stored:,} parameters in the checkpoint, {present:,} in the network",
+            "nothing if you meant this checkpoint, else load one that was saved after the last prune",
+        )
+    )
 
 
 def _check_tensors(pl_module: LightningModule, target: Structure, stored: dict[str, Any]) -> None:

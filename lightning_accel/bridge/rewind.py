@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from lightning_accel.bridge import bests
 from lightning_accel.bridge.model_edit import tell
 from lightning_accel.bridge.optimizers import optimizers_of, shadows_of
 from lightning_accel.bridge.parts import PartState, parts_of
@@ -48,6 +49,7 @@ def rewind(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> 
     )
     if wrapped:
         strategy.configure_ddp()  # type: ignore[attr-defined]
+    bests.taken_back(trainer)
     tell(trainer, "on_model_edit_end", pl_module, receipt)
     snapshot.restore_random(trainer.global_rank)  # last: what went before may have drawn numbers
     return receipt
@@ -60,6 +62,7 @@ def _holders(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     for part in parts_of(trainer, pl_module):
         if part.at is None:
             found[part.where] = PartState(pl_module, part)
+    found.update(bests.keepers(trainer))
     for i, config in enumerate(trainer.lr_scheduler_configs):
         found[f"scheduler{i}"] = config.scheduler
     for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
-import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,14 +12,16 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_accel import hardware
+from lightning_accel.bridge.bests import is_stale
 from lightning_accel.bridge.example import find_example, inert_copy
+from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.measure.flops import undisturbed
@@ -33,60 +35,12 @@ from lightning_accel.measure.subject import (
     restore,
 )
 from lightning_accel.measure.table import show
-from lightning_accel.measure.timing import Pace
 from lightning_accel.surgery import Receipt, Stage
 from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.structure import named_tensors
 
 
-class _Paced(Callback):
-    """Feeds a `Pace` from the hooks of a fit; validation, checkpoints and edits do not count.
-
-    A step is an optimizer step, as in `trainer.global_step`: with four accumulated batches it takes
-    four of them.
-    """
-
-    def __init__(self) -> None:
-        self.pace = Pace()
-        self._global_step = 0
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pace.restart()
-        self._global_step = trainer.global_step
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        now, step = time.perf_counter(), trainer.global_step
-        samples = self._samples(batch)
-        self.pace.tick(steps=step - self._global_step, samples=samples, now=now)
-        self._global_step = step
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pace.pause()
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pace.pause()
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self.pace.pause()
-
-    def on_model_edit_end(
-        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
-    ) -> None:
-        self.pace.restart()
-
-    def _samples(self, batch: Any) -> int:
-        return 0
-
-
-class StepMeter(_Paced):
+class StepMeter(Paced):
     """Log `measure/steps_per_s` and `measure/samples_per_s` without ever waiting for the device.
 
     Each value covers the steps since the one before. Warm-up, compilation after an edit, validation,
@@ -152,21 +106,28 @@ class StepMeter(_Paced):
             logger.log_metrics(self.last, step=max(trainer.global_step - 1, 0))
 
 
-class AccelReport(_Paced):
+class AccelReport(Paced):
     """At the end of a fit, measure the dense model against the final one and say what was gained.
 
     Parameters, multiply-accumulates of one sample, latency at batch 1 and at the training batch, and
     training steps per second (a forward and a backward, no optimizer, no data), on the same inputs,
     in the same process, in interleaved blocks. The dense side is the model as you wrote it, uncompiled,
-    under your own precision; when the precision is this package's, in float32. Metrics of the dense
-    side are those logged last before the first edit. Printed, logged to every logger, and saved.
+    under your own precision; when the precision is this package's, in float32. Printed, logged to every
+    logger, and saved.
+
+    Metrics stand beside figures of the network that they were measured on, or are left out with a note:
+    those last logged before the last edit, and those of a test that loaded another structure. Metrics of
+    the dense side are those logged last before the first edit, "after epoch 8", say. That is a shorter
+    training, so no gain is given for them; it is with `dense_metrics`.
 
     Weights, buffers, gradients, flags and random state are bit-equal before and after. An error while
     measuring becomes a warning: a finished training is never lost.
 
     Args:
-        path: Where the JSON goes, markdown beside it; by default `report.json` in `default_root_dir`.
-        dense_metrics: Metrics of a dense training to compare with, instead of those before the edit.
+        path: Where the JSON goes, markdown beside it; by default `report.json` in the folder of the first
+            logger, without one in the Trainer's `default_root_dir`, without that in `lightning_logs`.
+            A file that is no report is left alone, and a number added to the name.
+        dense_metrics: Metrics of a dense training as long as this one, to compare with.
         budget_s: Seconds of measuring; warm-up and compilation come on top.
         example: Arguments of the LightningModule's `forward`; by default what its networks receive.
 
@@ -195,6 +156,8 @@ class AccelReport(_Paced):
         self.budget_s = budget_s
         self.example = example
         self.report: Report | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._saved_at: Path | None = None
         self._edits: list[dict[str, Any]] = []
         self._before: dict[str, Any] = {}
         self._latest: dict[str, float] = {}
@@ -224,10 +187,13 @@ class AccelReport(_Paced):
         if not self._is_of(pl_module):
             self._module = weakref.ref(pl_module)
             self._edits, self._before, self._latest, self.report = [], {}, {}, None
+            self._saved_at = None
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:  # kept for an edit right after a resume
+        if (
+            trainer.state.fn == "fit" and not trainer.sanity_checking
+        ):  # kept for an edit right after a resume
             self._latest = _plain(trainer.callback_metrics)
 
     def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,6 +201,7 @@ class AccelReport(_Paced):
         if self._before.get("params", params) == params:  # nothing was taken out so far
             self._before = {
                 "params": params,
+                "epoch": int(trainer.current_epoch),
                 "metrics": {**self._latest, **_plain(trainer.callback_metrics)},
                 "steps_per_s": self.pace.steps_per_s,
             }
@@ -257,6 +224,7 @@ class AccelReport(_Paced):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = report = Report()
+        self._shapes = _shapes(pl_module)
         self._describe(report, trainer)
         failed = "measuring the dense model against the final one failed"
         # The innermost catches: `isolate_rng` does not restore when an error passes through it.
@@ -271,18 +239,21 @@ class AccelReport(_Paced):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.report is None or not self._is_of(pl_module):
             return
-        params = sum(p.numel() for p in pl_module.parameters())
-        if params != self.report.final.params:
-            self.report.note(f"test metrics are those of a checkpoint with {params:,} parameters")
-        self.report.final.metrics.update(_plain(trainer.callback_metrics))
+        tested = _plain(trainer.callback_metrics)
+        names = ", ".join(tested)
+        if _shapes(pl_module) == self._shapes:
+            self.report.final.metrics.update(tested)
+            if trainer.ckpt_path:
+                self.report.note(f"of the weights in {trainer.ckpt_path}: {names}")
+        else:
+            params = sum(p.numel() for p in pl_module.parameters())
+            self.report.note(
+                f"left out: {names} of a checkpoint with {params:,} parameters, which is another network"
+            )
         self._publish(trainer)
 
     def _describe(self, report: Report, trainer: Trainer) -> None:
-        before = (
-            self._before.get("metrics", {}) if self.dense_metrics is None else self.dense_metrics
-        )
-        report.dense.metrics = dict(before)
-        report.final.metrics = _plain(trainer.callback_metrics)
+        self._describe_metrics(report, trainer)
         after = self.pace.steps_per_s
         report.extra["edits"] = [dict(edit) for edit in self._edits]
         report.extra["observed_steps_per_s"] = {
@@ -296,6 +267,25 @@ class AccelReport(_Paced):
             "torch": torch.__version__,
             "lightning": lightning.__version__,
         }
+
+    def _describe_metrics(self, report: Report, trainer: Trainer) -> None:
+        logged = _plain(trainer.callback_metrics)
+        stale = [name for name in logged if is_stale(trainer, name)]
+        report.final.metrics = {k: v for k, v in logged.items() if k not in stale}
+        if stale:
+            report.note(
+                f"left out: {', '.join(stale)}, last logged before the last edit, by another network"
+            )
+        if self.dense_metrics is not None:
+            report.dense.metrics = dict(self.dense_metrics)
+        elif self._edits and self._before.get("metrics"):
+            report.dense.metrics = dict(self._before["metrics"])
+            done = self._before.get("epoch", self._edits[0]["epoch"])
+            report.extra["dense_metrics_after_epoch"] = done
+            report.note(
+                f"metrics of the dense network are those after epoch {done}, before it was edited; no gain is "
+                "given between trainings of unequal length: pass `dense_metrics=` of one as long as this"
+            )
 
     def _measure(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:
         _refuse_sharded(trainer)
@@ -356,12 +346,20 @@ class AccelReport(_Paced):
         if self.report is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         with self._told_not_raised("the report could not be saved"):
-            self.report.save(self.path or Path(trainer.default_root_dir) / "report.json")
+            self._save(trainer, self.report)
         with self._told_not_raised("the report could not be logged"):
             for logger in trainer.loggers:
                 logger.log_metrics(self.report.flat(), step=trainer.global_step)
                 if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
                     _log_to_wandb(logger, self.report)
+
+    def _save(self, trainer: Trainer, report: Report) -> None:
+        known = self._saved_at is not None
+        path = self._saved_at or self.path or report_path(trainer)
+        self._saved_at = path if known else _free(path)
+        written = report.save(self._saved_at)
+        if not known:
+            rank_zero_info("Wrote " + " and ".join(map(str, written)))
 
     @contextmanager
     def _told_not_raised(self, what: str) -> Iterator[None]:
@@ -383,6 +381,16 @@ class AccelReport(_Paced):
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {str(name): float(value) for name, value in metrics.items()}
+
+
+def _shapes(module: LightningModule) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(module)}
+
+
+def _free(path: Path) -> Path:
+    """Return `path`, or the first numbered name beside it where no foreign file is."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    return next(p for p in itertools.chain([path], names) if Report.is_free(p))
 
 
 def _reformatted(trainer: Trainer) -> set[str]:

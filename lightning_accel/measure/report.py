@@ -8,6 +8,7 @@ under `spread`. A gain is dense by final: 2.0 means half the arithmetic, half th
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,11 +21,14 @@ from torch import nn
 
 from lightning_accel.measure.flops import Macs
 from lightning_accel.measure.memory import model_size
-from lightning_accel.measure.table import Cell, Table, finite
+from lightning_accel.measure.table import Cell, Table, finite, show
 from lightning_accel.measure.timing import Comparison, compare
 
 _TELLING = 0.95
 """Gains that may be above this are not called slower: two equal calls differ by up to 5 %."""
+
+_WIDEST = 2.0
+"""A gain is withheld when the upper end of its interval is more than this times the lower."""
 
 
 class Subject(NamedTuple):
@@ -53,7 +57,7 @@ class Side:
 
 @dataclass
 class Ratios:
-    """The gains: 2.0 means half the arithmetic, half the time, twice the steps."""
+    """The gains: 2.0 means half the arithmetic, half the time, twice the steps; what is withheld is absent."""
 
     macs: float | None = None
     params: float | None = None
@@ -64,6 +68,9 @@ class Ratios:
 @dataclass
 class Report:
     """What an edit or a whole fit gave; `extra` holds further keys of the JSON file.
+
+    With `dense_metrics_after_epoch` in `extra`, the dense metrics are those of a shorter training: they
+    are labelled so, and no gain is given beside them.
 
     >>> report = Report(Side(params=100), Side(params=50), Ratios(params=2.0))
     >>> report.to_dict()["ratios"]["params"]
@@ -106,21 +113,38 @@ class Report:
             ["parameters", self.dense.params, self.final.params, _times(self.ratios.params)],
             ["MACs per sample", self.dense.macs, self.final.macs, _times(self.ratios.macs)],
         ]
-        for batch, gain in self.ratios.latency.items():
-            cells = self.dense.latency_ms[batch], self.final.latency_ms[batch]
-            rows.append([f"latency, batch {batch} (ms)", *cells, _times(gain)])
+        for batch, before in self.dense.latency_ms.items():
+            gain = _times(self.ratios.latency.get(batch))
+            rows.append(
+                [f"latency, batch {batch} (ms)", before, self.final.latency_ms.get(batch), gain]
+            )
         speed = self.dense.steps_per_s, self.final.steps_per_s
         rows.append(["training steps/s", *speed, _times(self.ratios.steps_per_s)])
-        for name in {**self.dense.metrics, **self.final.metrics}:
-            before, after = self.dense.metrics.get(name), self.final.metrics.get(name)
-            known = before is not None and after is not None
-            rows.append([name, before, after, f"{after - before:+.4g}" if known else None])  # type: ignore[operator]
+        rows += self._metric_rows()
         return Table(
             ["", "dense", "final", "gain"], rows, title, tuple(self.extra.get("notes", ()))
         )
 
+    def _metric_rows(self) -> list[list[Cell]]:
+        shorter = self.extra.get("dense_metrics_after_epoch")
+        rows: list[list[Cell]] = []
+        for name in {**self.dense.metrics, **self.final.metrics}:
+            before, after = self.dense.metrics.get(name), self.final.metrics.get(name)
+            if before is not None and shorter is not None:
+                rows.append([name, f"{show(before)} after epoch {shorter}", after, None])
+            elif before is None or after is None:
+                rows.append([name, before, after, None])
+            else:
+                rows.append([name, before, after, f"{after - before:+.4g}"])
+        return rows
+
     def flat(self, prefix: str = "report") -> dict[str, float]:
-        """Return every number under one key each, as loggers want it."""
+        """Return every number under one key each, as loggers want it.
+
+        >>> early = Report(Side(metrics={"acc": 0.7}), extra={"dense_metrics_after_epoch": 3})
+        >>> early.flat()
+        {'report/before_edit_acc': 0.7, 'report/before_edit_epochs': 3.0}
+        """
         numbers: dict[str, float] = {}
 
         def visit(key: str, value: Any) -> None:
@@ -131,9 +155,24 @@ class Report:
                 numbers[key] = float(value)
 
         plain = self.to_dict()
+        if (shorter := plain.get("dense_metrics_after_epoch")) is not None:
+            early = {**plain["dense"].pop("metrics"), "epochs": shorter}
+            visit(f"{prefix}/before_edit", early)
         for key, part in (("dense", "dense"), ("final", "final"), ("ratio", "ratios")):
             visit(f"{prefix}/{key}", plain[part])
         return numbers
+
+    @staticmethod
+    def is_free(path: str | Path) -> bool:
+        """Whether `save` would overwrite nothing here but an earlier report."""
+        target = Path(path)
+        if not target.exists():
+            return not target.with_suffix(".md").exists()
+        try:
+            Report.from_dict(json.loads(target.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, OSError):
+            return False
+        return True
 
     def save(self, path: str | Path) -> tuple[Path, Path]:
         """Write `path` as JSON and its neighbour of the same name as markdown, each atomically."""
@@ -177,13 +216,14 @@ def measure_pair(
         key = str(batch)
         report.dense.latency_ms[key] = found.baseline.p10_ms
         report.final.latency_ms[key] = found.candidate.p10_ms
-        report.ratios.latency[key] = found.ratio
+        if (gain := _told(found)) is not None:
+            report.ratios.latency[key] = gain
         _keep_spread(report, f"latency_{key}", found)
     if dense.step is not None and final.step is not None:
         found = compare(dense.step, final.step, device=device, budget_s=share_s)
         report.dense.steps_per_s = 1000 / found.baseline.p10_ms
         report.final.steps_per_s = 1000 / found.candidate.p10_ms
-        report.ratios.steps_per_s = found.ratio
+        report.ratios.steps_per_s = _told(found)
         _keep_spread(report, "training_step", found)
     return report
 
@@ -211,6 +251,12 @@ def _keep_spread(report: Report, key: str, found: Comparison) -> None:
         "ratio_high": found.high,
         "busy": found.busy,
     }
+    if _told(found) is None:
+        report.note(
+            f"no gain is given for {key}: it may be anything between {found.low:.3g}x and "
+            f"{found.high:.3g}x. Other work disturbed the measurement; measure again on a quiet machine"
+        )
+        return
     if found.high < _TELLING:
         report.note(
             f"the final model is slower here: {key}, {found.ratio:.2f}x "
@@ -221,6 +267,19 @@ def _keep_spread(report: Report, key: str, found: Comparison) -> None:
             f"other work disturbed {key}: the threads ran {found.busy:.0%} of the time, "
             f"gain between {found.low:.2f}x and {found.high:.2f}x"
         )
+
+
+def is_useful(low: float, high: float) -> bool:
+    """Whether an interval of a gain is narrow enough to say anything.
+
+    >>> is_useful(1.9, 2.4), is_useful(2.58, 285.95)
+    (True, False)
+    """
+    return 0 < low <= high < math.inf and high <= _WIDEST * low
+
+
+def _told(found: Comparison) -> float | None:
+    return found.ratio if is_useful(found.low, found.high) else None
 
 
 def _gain(dense: float | None, final: float | None) -> float | None:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_accel.bridge import guards
+from lightning_accel.bridge import bests, guards
 from lightning_accel.bridge.copies import TrainingData, renew_buffers
 from lightning_accel.bridge.example import batches, calls_of, find_example
 from lightning_accel.bridge.model_edit import ModelEdit, commit
@@ -27,7 +27,18 @@ from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.recalibrate import recalibrate
 from lightning_accel.pruning.request import READ_THE_LOSS, Request
 from lightning_accel.pruning.target import Target
+from lightning_accel.pruning.trained import looks_untrained
 from lightning_accel.surgery import Cut, Receipt, Select, Stage
+
+_FEW = 0.01  # of the parameters; a ratio of 0.9 leaves about this
+
+_UNTRAINED = explain(
+    "StructuredPruning cuts before the first step, and the network looks untrained: its weights are as "
+    "initialised, so that what its channels are worth is chance",
+    "`when` is 0, and this fit resumed from nothing",
+    "pass a later `when`, such as 8 or 0.4; or load the weights first, or ignore this warning for weights "
+    "that are trained all the same",
+)
 
 _BATCHES = 10  # of training data, for an importance that measures
 
@@ -46,16 +57,20 @@ class StructuredPruning(ModelEdit):
     Optimizer state, weight averages, DDP, checkpoints and resume follow; batch-norm statistics are
     re-estimated from unlabelled training batches. What could not be pruned is listed with its reason.
 
+    The best scores of `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` start anew with the
+    smaller network. Checkpoints of the larger one stay on disk and are named in `history[i]["bests"]`.
+
     Args:
         ratio: Share of the channels of every layer to remove, above 0 and below 1.
+        when: Epoch before which to prune, counted from 0; or the share of the fit (0.4 of 20 epochs is
+            epoch 8); or a list of either. With 0 the network should be one that is trained already: it is
+            warned of one that looks untrained (`warnings.filterwarnings("ignore", "StructuredPruning")`).
         target: Instead of `ratio`, what to keep of the network at the start of the fit: `Macs(0.5)`,
             `Params(0.5)`, `Latency(0.5)` on the device of the fit, `Memory(0.5)`.
         importance: One of `importance.KNOWN`, or a function of model and group; those that measure do so
             on ten training batches.
         scope: "local" takes the same share of every layer, "global" ranks all channels together,
             "isomorphic" those of layers of equal structure.
-        when: Epoch before which to prune, counted from 0; or the share of the fit (0.4 of 20 epochs is
-            epoch 8); or a list of either.
         schedule: How the share rises over the epochs of `when`: "linear", "cubic" (most of it early),
             "iterative" (the same share of what is left), or "one_shot" for one epoch.
         select: Layers whose channels may go: a `Select`, a name pattern or several. The last layer is
@@ -89,10 +104,10 @@ class StructuredPruning(ModelEdit):
         self,
         ratio: float | None = None,
         *,
+        when: float | Iterable[float],
         target: Target | None = None,
         importance: Importance = "magnitude",
         scope: str = "local",
-        when: float | Iterable[float] = 0,
         schedule: str = "linear",
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
         round_to: int | str | None = None,
@@ -228,6 +243,10 @@ class StructuredPruning(ModelEdit):
                 self.guard.begin(epoch=trainer.current_epoch, snapshot=snapshot)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        bests.forget_stale(trainer)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.guard is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
@@ -242,6 +261,7 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._may_go_on(trainer, pl_module, final=True)
+        bests.save_at_end(trainer, pl_module)
         if self.guard is not None and self.guard.stopped:
             return
         # `current_epoch` counts on before this hook; with a guard, steps that are past may be put off.
@@ -280,6 +300,9 @@ class StructuredPruning(ModelEdit):
                 self.history[-1]["step"] = due
             rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.text}")
             return False
+        earlier = bests.bests(trainer)
+        if not trainer.global_step and not _is_trial(trainer) and looks_untrained(pl_module):
+            rank_zero_warn(_UNTRAINED)
         receipt = commit(trainer, pl_module, found.cut, lambda: self._renew(trainer, pl_module))
         after = sum(p.numel() for p in pl_module.parameters())
         self.receipt = self.receipt + receipt
@@ -291,9 +314,20 @@ class StructuredPruning(ModelEdit):
                 "params_after": after,
                 "kept": found.kept,
                 "skipped": {change.name: change.what for change in receipt.skipped},
+                "bests": earlier,
             }
         )
         self._report(trainer, receipt, found.text)
+        dense = _dense_params(pl_module)
+        if after < _FEW * dense:
+            rank_zero_warn(
+                explain(
+                    "StructuredPruning leaves almost nothing of the network",
+                    f"{after:,} of {dense:,} parameters, {after / dense:.2%}",
+                    "check `ratio`: it is the share of channels to remove, and parameters fall with its "
+                    "square; or ask for `target=Params(0.5)`",
+                )
+            )
         return True
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> _Decision:
@@ -339,6 +373,12 @@ class StructuredPruning(ModelEdit):
         rank_zero_info(text)
         for logger in trainer.loggers:
             logger.log_metrics(values, trainer.global_step)
+
+
+def _dense_params(pl_module: LightningModule) -> int:
+    dense = pristine(pl_module).tensors
+    named = pl_module.named_parameters()
+    return sum(math.prod(dense[n]) if n in dense else p.numel() for n, p in named)
 
 
 def _is_trial(trainer: Trainer) -> bool:

@@ -11,6 +11,7 @@ With t the share of the steps that are done and k the share to keep at the end:
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -33,10 +34,13 @@ When = tuple[int, ...] | tuple[float, ...]
 def moments(when: Any) -> When:
     """Read `when` as ascending epochs, or as ascending shares of the fit.
 
-    >>> moments(3), moments([1, 4]), moments(0.4)
-    ((3,), (1, 4), (0.4,))
+    A whole number is an epoch in whatever type it comes: jsonargparse, and so LightningCLI, makes 2.0 of 2.
+
+    >>> moments(3), moments([1, 4]), moments(0.4), moments(2.0)
+    ((3,), (1, 4), (0.4,), (2,))
     """
     listed = tuple(when) if isinstance(when, Iterable) and not isinstance(when, str) else (when,)
+    listed = tuple(map(_as_epoch, listed))
     whole = all(type(epoch) is int and epoch >= 0 for epoch in listed)
     shares = all(type(share) is float and 0 < share < 1 for share in listed)
     if not listed or not (whole or shares) or any(a >= b for a, b in pairwise(listed)):
@@ -49,6 +53,13 @@ def moments(when: Any) -> When:
             )
         )
     return listed
+
+
+def _as_epoch(moment: Any) -> Any:
+    if isinstance(moment, bool) or not isinstance(moment, numbers.Real):
+        return moment
+    share = float(moment)
+    return int(share) if share.is_integer() else share
 
 
 def epochs(when: When, max_epochs: int | None) -> tuple[int, ...]:

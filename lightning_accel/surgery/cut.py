@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import StructureMismatch
-from lightning_accel.surgery.receipt import Change, Kept, Moved, Receipt
+from lightning_accel.surgery.receipt import Change, Kept, Moved, Receipt, summary
 from lightning_accel.surgery.structure import (
     Size,
     Structure,
@@ -46,6 +46,13 @@ class Cut:
 
     def __bool__(self) -> bool:
         return bool(self.kept)
+
+    def __repr__(self) -> str:
+        """Write a summary of at most ten lines, without tensors."""
+        counts = f"{len(self.kept)} tensors, {len(self.attributes)} modules"
+        lines = [f"  {name}: {kept!r}" for name, kept in self.kept.items()]
+        lines += [f"  left alone: {change.name}: {change.what}" for change in self.skipped]
+        return summary(f"Cut({counts}, {len(self.skipped)} skipped)", lines)
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> Receipt:

@@ -6,6 +6,7 @@ reading `moved`, so that nothing of a user's training state goes stale.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -24,6 +25,11 @@ class Kept(NamedTuple):
 
     dims: tuple[Tensor | None, ...]
     flat: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """Write the number of kept positions of each dimension, not the positions."""
+        dims = ", ".join("all" if d is None else str(len(d)) for d in self.dims)
+        return f"Kept({dims})" if self.flat is None else f"Kept({self.flat.numel()} elements)"
 
     def take(self, tensor: Tensor) -> Tensor:
         """Return a new tensor with the kept elements of `tensor`, on its device and memory format.
@@ -82,6 +88,10 @@ class Moved(NamedTuple):
     old_shape: tuple[int, ...]
     kept: Kept
 
+    def __repr__(self) -> str:
+        """Write the shapes, not the values."""
+        return f"Moved({self.name!r}, {self.old_shape} -> {tuple(self.new.shape)})"
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -102,6 +112,20 @@ class Receipt:
     def __bool__(self) -> bool:
         return bool(self.changes or self.moved)
 
+    def __repr__(self) -> str:
+        """Write a summary of at most ten lines, without tensors.
+
+        >>> Receipt((Change("fc", "pruned", "8", "4"),))
+        Receipt(1 changes, 0 moved, 0 skipped, 0 notes)
+          fc: pruned, 8 -> 4
+        """
+        counts = ", ".join(
+            f"{len(getattr(self, f))} {f}" for f in ("changes", "moved", "skipped", "notes")
+        )
+        lines = [f"  {c.name}: {c.what}, {c.before} -> {c.after}" for c in self.changes]
+        lines += [f"  left alone: {c.name}: {c.what}" for c in self.skipped]
+        return summary(f"Receipt({counts})", [*lines, *(f"  {note}" for note in self.notes)])
+
     def __add__(self, other: Receipt) -> Receipt:
         return Receipt(
             self.changes + other.changes,
@@ -109,6 +133,17 @@ class Receipt:
             self.skipped + other.skipped,
             self.notes + other.notes,
         )
+
+
+def summary(title: str, lines: Sequence[str]) -> str:
+    """Write at most ten lines, each of at most 110 characters.
+
+    >>> summary("twelve", [str(n) for n in range(12)]).splitlines()[-2:]
+    ['6', '  and 5 more']
+    """
+    shown = lines if len(lines) <= 8 else [*lines[:7], f"  and {len(lines) - 7} more"]
+    flat = [line.replace("\n", " ") for line in (title, *shown)]
+    return "\n".join(line if len(line) <= 110 else f"{line[:107]}..." for line in flat)
 
 
 def _in_format_of(like: Tensor, tensor: Tensor) -> Tensor:

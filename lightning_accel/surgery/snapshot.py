@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_accel.errors import StructureMismatch
-from lightning_accel.surgery.receipt import Change, Receipt
+from lightning_accel.surgery.receipt import Change, Receipt, summary
 from lightning_accel.surgery.structure import Structure, named_tensors, replace_data, text
 
 
@@ -46,6 +46,12 @@ class Snapshot:
     copies: Sequence[Mapping[str, Tensor]] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
     random: Sequence[Mapping[str, Any]] = ()
+
+    def __repr__(self) -> str:
+        """Write what is in it, not the values."""
+        held = sum(tensor.numel() for tensor in self.tensors.values())
+        counts = f"{len(self.tensors)} tensors of {held:,} numbers, {len(self.copies)} averages"
+        return summary(f"Snapshot({counts})", [f"  {name}" for name in self.states])
 
     @classmethod
     def take(

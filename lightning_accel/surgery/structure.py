@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import StructureMismatch
-from lightning_accel.surgery.receipt import Change, Receipt
+from lightning_accel.surgery.receipt import Change, Receipt, summary
 
 Size = int | tuple[int, ...]
 
@@ -38,6 +38,18 @@ class Structure:
 
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Write a summary of at most ten lines.
+
+        >>> Structure.of(nn.Linear(4, 2))
+        Structure(2 tensors, 1 modules)
+          weight: 2x4
+          bias: 2
+        """
+        lines = [f"  {name}: {text(shape)}" for name, shape in self.tensors.items()]
+        counts = f"{len(self.tensors)} tensors, {len(self.attributes)} modules"
+        return summary(f"Structure({counts})", lines)
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:

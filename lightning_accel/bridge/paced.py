@@ -1,0 +1,74 @@
+"""The pace of a fit, read from its hooks, and where its report goes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_accel.measure.timing import Pace
+from lightning_accel.surgery import Receipt
+
+
+class Paced(Callback):
+    """Feeds a `Pace` from the hooks of a fit; validation, checkpoints and edits do not count.
+
+    A step is an optimizer step, as in `trainer.global_step`: with four accumulated batches it takes
+    four of them.
+    """
+
+    def __init__(self) -> None:
+        self.pace = Pace()
+        self._global_step = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pace.restart()
+        self._global_step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, step = time.perf_counter(), trainer.global_step
+        samples = self._samples(batch)
+        self.pace.tick(steps=step - self._global_step, samples=samples, now=now)
+        self._global_step = step
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pace.pause()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pace.pause()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.pace.pause()
+
+    def on_model_edit_end(
+        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
+    ) -> None:
+        self.pace.restart()
+
+    def _samples(self, batch: Any) -> int:
+        return 0
+
+
+def report_path(trainer: Trainer) -> Path:
+    """Return where this fit's logs go, as `ModelCheckpoint` finds it; never just the working folder."""
+    root = Path(trainer.default_root_dir)
+    if not trainer.loggers:
+        working = root.absolute() == Path.cwd()
+        return Path(root, "lightning_logs" if working else "", "report.json")
+    first = trainer.loggers[0]
+    if first.log_dir is not None:
+        return Path(first.log_dir, "report.json")
+    version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+    return Path(first.save_dir or root, str(first.name), version, "report.json")
