@@ -162,22 +162,6 @@ def test_an_explicit_example_needs_somewhere_to_go(trainer_kwargs: dict[str, Any
     fit(trainer_kwargs, Parts(), look)
 
 
-def test_edits_in_a_wrong_order_are_refused_with_the_right_one(
-    trainer_kwargs: dict[str, Any],
-) -> None:
-    class Late(ModelEdit):
-        stage = Stage.COMPILE
-
-    class Early(ModelEdit):
-        stage = Stage.SHAPE
-
-    trainer = Trainer(**{**trainer_kwargs, "callbacks": [Late(), Early()]})
-    with pytest.raises(AccelError, match="put Early before Late"):
-        trainer.fit(
-            Module(), DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.arange(4)), 4)
-        )
-
-
 def test_the_other_package_of_lightning_is_told_apart(trainer_kwargs: dict[str, Any]) -> None:
     import pytorch_lightning
     from pytorch_lightning.demos.boring_classes import BoringModel

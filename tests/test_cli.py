@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lightning_accel import __version__
 from lightning_accel.cli import env, main
 from lightning_accel.cli.env import REQUIRED, Facts, mismatches
 
@@ -161,3 +162,15 @@ def test_a_wrong_command_exits_with_the_usage() -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(["nonsense"])
     assert exit_info.value.code == 2
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "tune" in capsys.readouterr().out
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    assert __version__ in capsys.readouterr().out

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 
-from lightning_accel._hydra_plugins import LightningAccelSearchPath
+from lightning_accel._hydra_plugins import LightningAccelSearchPath, Travelling
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -152,4 +152,11 @@ def test_an_editable_install_finds_the_presets_of_the_checkout() -> None:
     path = ConfigSearchPathImpl()
     LightningAccelSearchPath().manipulate_search_path(path)
     (entry,) = path.get_path()
-    assert Path(entry.path.removeprefix("file://")).resolve() == ROOT / "conf"
+    assert Path(entry.path.removeprefix("travelling://")).resolve() == ROOT / "conf"
+    source = Travelling(provider="lightning_accel", path=entry.path)
+    assert {"accel", "precision", "pruning"} <= set(source.list("", None))
+    generic = {"data", "model", "trainer", "logger", "experiment", "teacher", "accelerator"}
+    assert not generic & set(source.list("", None))
+    assert not any(source.is_group(name) for name in generic)
+    assert not source.is_config("trainer/ddp") and not source.is_config("config")
+    assert not source.is_config("accel/../trainer/ddp")

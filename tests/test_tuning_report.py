@@ -17,6 +17,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
 from lightning_accel import AutoTune
+from lightning_accel.precision import UsePrecision
 from lightning_accel.recipe import build
 from lightning_accel.tuning import Settings, TuneReport, store
 from lightning_accel.tuning.numerics import (
@@ -234,14 +235,16 @@ def test_the_preset_builds_the_same_trainer(tmp_path: Path, chosen: Settings) ->
     assert text.startswith("# @package _global_\n")
     trainer = {
         "_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "logger": False,
-        "enable_checkpointing": False, **preset["trainer"],
+        "enable_checkpointing": False,
     }  # fmt: skip
     model = {"_target_": f"{BoringModel.__module__}.BoringModel"}
     run = build({**preset, "trainer": trainer, "model": model}, allow=("lightning.pytorch.demos.",))
     by_hand = TuneReport(chosen).trainer_arguments()
     names = {type(c).__name__ for c in run.trainer.callbacks}  # type: ignore[attr-defined]
     assert names >= {type(c).__name__ for c in by_hand["callbacks"]} and len(names) >= 2
-    assert type(run.trainer.precision_plugin) is type(by_hand["plugins"][0])
+    (use,) = [c for c in run.trainer.callbacks if isinstance(c, UsePrecision)]  # type: ignore[attr-defined]
+    assert type(use.plugin) is type(by_hand["plugins"][0])
+    assert use.plugin.format == by_hand["plugins"][0].format
     assert yaml.safe_load(TuneReport().to_yaml()) == {}
 
 

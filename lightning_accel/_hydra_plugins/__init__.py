@@ -5,6 +5,7 @@ user's own `conf/accel/*.yaml` wins. A preset may also be a file of the folder i
 typed, such as the one that a tuner wrote: `+accel=./tuned.yaml`. Nothing of torch is imported here.
 """
 
+import builtins
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 _GROUP = "accel/"
 _SUFFIXES = (".yaml", ".yml")
 _EXPLICIT = ("./", "../", "/")
+_TRAVEL = (
+    *("accel", "attention", "compilation", "distillation", "loading", "loop", "memory"),
+    *("precision", "pruning", "tuning"),
+)
 _MOST_BYTES = 1_000_000
 
 
 class LightningAccelSearchPath(SearchPathPlugin):
-    """Append `lightning_accel/conf` of a wheel, or `conf/` of an editable install's checkout."""
+    """Append the groups that travel, from `lightning_accel/conf` of a wheel or `conf/` of a checkout."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         spec = importlib.util.find_spec("lightning_accel")
@@ -31,9 +36,58 @@ class LightningAccelSearchPath(SearchPathPlugin):
             return
         package = Path(spec.origin).parent
         if (package / "conf").is_dir():
-            search_path.append("lightning_accel", "pkg://lightning_accel.conf")
+            search_path.append("lightning_accel", f"{Travelling.scheme()}://{package / 'conf'}")
         elif (package.parent / "conf" / "accel").is_dir():
-            search_path.append("lightning_accel", f"file://{package.parent / 'conf'}")
+            found = package.parent / "conf"
+            search_path.append("lightning_accel", f"{Travelling.scheme()}://{found}")
+
+
+class Travelling(ConfigSource):
+    """Presets and techniques, and no other group of the folder: not those of our examples.
+
+    A generic group (data, model, trainer, logger, accelerator) would otherwise answer for a file that is
+    missing in a user's own app, which would then train with our configuration.
+    """
+
+    @staticmethod
+    def scheme() -> str:
+        return "travelling"
+
+    def available(self) -> bool:
+        return Path(self.path).is_dir()
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path == "" or (
+            _travels(config_path) and Path(self.path, config_path).is_dir()
+        )
+
+    def is_config(self, config_path: str) -> bool:
+        return _travels(config_path) and self._file(config_path).is_file()
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> builtins.list[str]:
+        found = [
+            path for path in Path(self.path, config_path).glob("*") if path.name[0] not in "._"
+        ]
+        if not config_path:
+            found = [path for path in found if path.name in _TRAVEL]
+        groups = {p.name for p in found if p.is_dir() and results_filter != ObjectType.CONFIG}
+        configs = {
+            p.stem for p in found if p.suffix in _SUFFIXES and results_filter != ObjectType.GROUP
+        }
+        return sorted(groups | configs)
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = self._file(config_path)
+        text = _text(path)
+        return ConfigResult(
+            config=_mapping(path, text),
+            path=f"{self.scheme()}://{self.path}",
+            provider=self.provider,
+            header=ConfigSource._get_header_dict(text),
+        )
+
+    def _file(self, config_path: str) -> Path:
+        return Path(self.path, config_path.removesuffix(".yaml") + ".yaml")
 
 
 class LightningAccelPresetFiles(SearchPathPlugin):
@@ -99,9 +153,14 @@ def register() -> None:
     from hydra.core.plugins import Plugins
 
     known = {found.__name__ for found in Plugins.instance().discover()}
-    for ours in (PresetFile, LightningAccelSearchPath, LightningAccelPresetFiles):
+    for ours in (PresetFile, Travelling, LightningAccelSearchPath, LightningAccelPresetFiles):
         if ours.__name__ not in known:
             Plugins.instance().register(ours)
+
+
+def _travels(config_path: str) -> bool:
+    group, _, name = config_path.partition("/")
+    return group in _TRAVEL and ".." not in name
 
 
 def _text(path: Path) -> str:

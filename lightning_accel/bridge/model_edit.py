@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from itertools import pairwise
+from functools import wraps
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,15 +34,22 @@ from lightning_accel.surgery import Cut, Receipt, Stage, follow
 
 
 class ModelEdit(Callback):
-    """A callback that edits the model; `stage` says what kind of edit, and so its place in the order."""
+    """A callback that edits the model; `stage` says what kind of edit, and so its place in the order.
+
+    Edits that were passed in another order change places among themselves before the first is set up.
+    """
 
     stage: ClassVar[Stage]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "setup" in vars(cls):
+            cls.setup = _after_sorting(cls.setup)  # type: ignore[method-assign]
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the order of the Trainer's edits, and let checkpoints carry the structure."""
+        """Let checkpoints carry the structure."""
         refuse_mirror(trainer)
-        _check_order(trainer)
         refuse_compiled(pl_module)
         register(pl_module)
         if stage == "fit":
@@ -112,17 +119,43 @@ def tell(trainer: Trainer, hook: str, *args: Any) -> None:
             method(trainer, *args)
 
 
-def _check_order(trainer: Trainer) -> None:
-    edits = [c for c in trainer.callbacks if isinstance(c, ModelEdit)]  # type: ignore[attr-defined]
-    for earlier, later in pairwise(edits):
-        if earlier.stage > later.stage:
-            raise AccelError(
-                "callbacks that edit the model must come in the order "
-                + " < ".join(stage.name for stage in Stage),
-                f"{type(earlier).__name__} ({earlier.stage.name}) before "
-                f"{type(later).__name__} ({later.stage.name})",
-                f"put {type(later).__name__} before {type(earlier).__name__} in `callbacks`",
-            )
+def _after_sorting(setup: Callable[..., None]) -> Callable[..., None]:
+    """Sort the Trainer's edits when the first of them is set up.
+
+    Lightning walks along the very list by index, so the edit that comes to stand in the place of the
+    caller is set up instead of it, and Lightning comes to the caller later.
+    """
+
+    @wraps(setup)
+    def sorted_first(
+        self: ModelEdit, trainer: Trainer, pl_module: LightningModule, stage: str
+    ) -> None:
+        refuse_mirror(trainer)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        places = [i for i, c in enumerate(callbacks) if isinstance(c, ModelEdit)]
+        given = [c for c in callbacks if isinstance(c, ModelEdit)]
+        right = sorted(given, key=lambda edit: edit.stage)
+        if [id(edit) for edit in given] == [id(edit) for edit in right]:
+            setup(self, trainer, pl_module, stage)
+            return
+        if self is not given[0]:
+            raise _late(given, right)
+        for place, edit in zip(places, right, strict=True):
+            callbacks[place] = edit
+        if right[0] is self:
+            setup(self, trainer, pl_module, stage)
+        else:
+            right[0].setup(trainer, pl_module, stage)
+
+    return sorted_first
+
+
+def _late(given: list[ModelEdit], right: list[ModelEdit]) -> AccelError:
+    return AccelError(
+        "callbacks that edit the model were put into another order while they were set up",
+        ", ".join(f"{type(edit).__name__} ({edit.stage.name})" for edit in given),
+        "order them as " + ", ".join(type(edit).__name__ for edit in right),
+    )
 
 
 def _warn_of_resets(followed: Receipt) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from lightning_accel import __version__
 from lightning_accel.cli import env, plan, tune
 
 _COMMANDS = (env, plan, tune)
@@ -12,7 +13,11 @@ _COMMANDS = (env, plan, tune)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if "run" not in args:
+        parser.print_help()
+        return 0
     code: int = args.run(args)
     return code
 
@@ -22,7 +27,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lightning-accel",
         description="Make the training you already have with Lightning faster, and measure it.",
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="command")
     for command in _COMMANDS:
         command.add(commands)
     return parser

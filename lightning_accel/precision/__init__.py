@@ -8,7 +8,12 @@ from lightning_accel.precision.matmul import matmul_precision, probe_matmul
 from lightning_accel.precision.policy import Policy, resolve
 
 if TYPE_CHECKING:
-    from lightning_accel.precision.callback import Float8Linear, MatmulPrecision, MemoryFormat
+    from lightning_accel.precision.callback import (
+        Float8Linear,
+        MatmulPrecision,
+        MemoryFormat,
+        UsePrecision,
+    )
     from lightning_accel.precision.plugin import AutocastPrecision
     from lightning_accel.precision.true.plugin import Bf16Precision, XlaPrecision
 
@@ -19,6 +24,7 @@ __all__ = [
     "MatmulPrecision",
     "MemoryFormat",
     "Policy",
+    "UsePrecision",
     "XlaPrecision",
     "channels_last",
     "float8_linear",
@@ -37,7 +43,7 @@ def __getattr__(name: str) -> Any:
         from lightning_accel.precision.true import plugin
 
         return getattr(plugin, name)
-    if name in ("Float8Linear", "MatmulPrecision", "MemoryFormat"):
+    if name in ("Float8Linear", "MatmulPrecision", "MemoryFormat", "UsePrecision"):
         from lightning_accel.precision import callback
 
         return getattr(callback, name)

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.bridge.model_edit import ModelEdit
-from lightning_accel.errors import NoEffect, explain
+from lightning_accel.errors import AccelError, NoEffect, explain
 from lightning_accel.precision import float8, matmul
 from lightning_accel.precision.layout import channels_last, convert_inputs
 from lightning_accel.surgery import Receipt, Select, Stage
@@ -162,6 +163,48 @@ class MatmulPrecision(Callback):
         before = self._before.pop(id(trainer), None)
         if before is not None:
             matmul.write(before)
+
+
+class UsePrecision(Callback):
+    """Hand a precision plugin to the Trainer when it starts: a callback merges where `plugins` do not.
+
+    For configurations: `Trainer(plugins=...)` takes a list, which no preset can add to, and which an app
+    may fill itself. In Python, pass the plugin to the Trainer.
+
+    Args:
+        plugin: Such as `AutocastPrecision("auto")`.
+
+    Raises:
+        TypeError: It is no precision plugin.
+
+    >>> from lightning_accel.precision import AutocastPrecision
+    >>> UsePrecision(AutocastPrecision("bf16")).plugin
+    AutocastPrecision('bf16')
+    """
+
+    def __init__(self, plugin: Precision) -> None:
+        if not isinstance(plugin, Precision):
+            raise TypeError(
+                explain(
+                    "`plugin` is a precision plugin", repr(plugin), "pass AutocastPrecision('auto')"
+                )
+            )
+        self.plugin = plugin
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the plugin in the place of plain float32, before the module is converted."""
+        strategy = trainer.strategy
+        if strategy.precision_plugin is self.plugin:
+            return
+        if trainer.precision not in ("32-true", None):
+            raise AccelError(
+                "a Trainer computes in one precision",
+                f"its own {trainer.precision!r} beside {self.plugin!r}",
+                "leave out one of them: `precision=` and `plugins=` of the Trainer, or "
+                "`callbacks.precision`",
+            )
+        strategy.precision_plugin = self.plugin
 
 
 class Float8Linear(ModelEdit):

@@ -221,9 +221,12 @@ class TuneReport:
         import yaml
 
         preset: dict[str, Any] = {}
-        if plugins := self.settings.plugins():
-            preset["trainer"] = {"plugins": plugins}
-        if callbacks := self.settings.callbacks():
+        # As callbacks all: a list of plugins would not merge with that of an app.
+        plugins = {
+            name: {"_target_": "lightning_accel.precision.UsePrecision", "plugin": node}
+            for name, node in self.settings.plugins().items()
+        }
+        if callbacks := {**plugins, **self.settings.callbacks()}:
             preset["callbacks"] = callbacks
         known = [str(self.about[key]) for key in ("device", "torch") if key in self.about]
         where = " ".join(", ".join(known).split())  # one line, whatever a device calls itself

@@ -1,0 +1,164 @@
+"""Hydra apps that know nothing of this package and build their own Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
+from hydra.errors import MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf import DictConfig
+
+from lightning_accel import AutocastPrecision, BlockCompile, StructuredPruning
+from lightning_accel._hydra_plugins import LightningAccelSearchPath, register
+from lightning_accel.bridge import ModelEdit
+from lightning_accel.errors import AccelError
+from lightning_accel.precision import UsePrecision
+from lightning_accel.surgery import Stage
+
+CONFIG = """
+callbacks:
+  early: {_target_: lightning.pytorch.callbacks.LambdaCallback}
+trainer:
+  _target_: lightning.pytorch.Trainer
+  accelerator: cpu
+  max_epochs: 2
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+
+
+class Tiny(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+        )
+        self.dtypes: set[torch.dtype] = set()
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        out = self.net(batch)
+        self.dtypes.add(out.dtype)
+        return out.float().square().mean()
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.randn(16, 4), 4)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    register()
+    # An install copies the plugin; the one of this checkout is what is tested.
+    plugins = Plugins.instance().plugin_type_to_subclass_list
+    others = [p for p in plugins[SearchPathPlugin] if p.__name__ != "LightningAccelSearchPath"]
+    monkeypatch.setitem(plugins, SearchPathPlugin, [*others, LightningAccelSearchPath])
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "train.yaml").write_text(CONFIG)
+    (tmp_path / "trainer" / "cpu.yaml").write_text("accelerator: cpu\n")
+    with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
+        yield tmp_path
+
+
+def callbacks_of(cfg: DictConfig) -> list[Callback]:
+    """Build callbacks as lightning-hydra-template does."""
+    return [
+        hydra.utils.instantiate(node)
+        for node in cfg.callbacks.values()
+        if isinstance(node, DictConfig) and "_target_" in node
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.parametrize("plugins", [None, [TorchCheckpointIO()]], ids=["none", "its own"])
+def test_a_preset_acts_in_an_app_that_builds_its_own_trainer(folder: Path, plugins: Any) -> None:
+    more = ["callbacks.precision.plugin.format=bf16", "~callbacks.report"]
+    cfg = compose("train", ["+accel=amp_prune", *more])
+    given: dict[str, Any] = {} if plugins is None else {"plugins": plugins}
+    trainer = hydra.utils.instantiate(
+        cfg.trainer, callbacks=callbacks_of(cfg), logger=False, **given
+    )
+    model = Tiny()
+    trainer.fit(model)
+    assert model.dtypes == {torch.bfloat16}
+    assert [m.out_features for m in model.net if hasattr(m, "out_features")] == [4, 2]
+
+
+def test_a_preset_computes_what_the_plugin_of_a_trainer_does(
+    trainer_kwargs: dict[str, Any],
+) -> None:
+    weights = []
+    for given in (
+        {"callbacks": [UsePrecision(AutocastPrecision("bf16"))]},
+        {"plugins": [AutocastPrecision("bf16")]},
+    ):
+        torch.manual_seed(0)
+        model = Tiny()
+        Trainer(**trainer_kwargs | given).fit(model)  # type: ignore[operator]
+        weights.append(model.net[0].weight)
+    assert torch.equal(*weights)
+
+
+def test_two_precisions_are_refused(trainer_kwargs: dict[str, Any]) -> None:
+    use = UsePrecision(AutocastPrecision("bf16"))
+    mine = MixedPrecision("bf16-mixed", "cpu")
+    with pytest.raises(AccelError, match="one precision"):
+        Trainer(**trainer_kwargs | {"callbacks": [use], "plugins": [mine]}).fit(Tiny())
+
+
+def test_edits_come_in_order_and_are_each_set_up_once(trainer_kwargs: dict[str, Any]) -> None:
+    seen: list[str] = []
+
+    class Early(ModelEdit):
+        stage = Stage.SHAPE
+
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            super().setup(trainer, pl_module, stage)
+            seen.append(type(self).__name__)
+
+    class Middle(Early):
+        stage = Stage.MEMORY
+
+    class Late(Early):
+        stage = Stage.COMPILE
+
+    other = Callback()
+    given = [Late(), other, Early(), Middle()]
+    trainer = Trainer(**trainer_kwargs | {"callbacks": given})
+    trainer.fit(Tiny())
+    assert seen == ["Early", "Middle", "Late"]
+    held = [c for c in trainer.callbacks if c in given]  # type: ignore[attr-defined]
+    assert [type(c).__name__ for c in held] == ["Early", "Callback", "Middle", "Late"]
+
+
+def test_the_presets_own_order_needs_no_sorting_by_the_app(trainer_kwargs: dict[str, Any]) -> None:
+    edits = [BlockCompile(backend="eager"), StructuredPruning(ratio=0.5, when=1)]
+    model = Tiny()
+    Trainer(**trainer_kwargs | {"callbacks": edits, "max_epochs": 2}).fit(model)
+    assert model.net[0].out_features == 4
+
+
+def test_our_examples_do_not_answer_for_a_missing_file(folder: Path) -> None:
+    (folder / "train.yaml").write_text("defaults: [trainer: cpu, _self_]\n" + CONFIG)
+    with pytest.raises(MissingConfigException):
+        compose("train", ["trainer=ddp"])
+
+
+@pytest.mark.parametrize(
+    "name", ["+accelerator=tpu", "+teacher=vit", "+data=digits", "+model=resnet"]
+)
+def test_no_generic_group_of_ours_travels(folder: Path, name: str) -> None:
+    group, _, value = name.removeprefix("+").partition("=")
+    assert compose("train", [name])[group] == value, "a plain string: no file of ours was read"
