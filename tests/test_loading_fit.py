@@ -234,12 +234,17 @@ def test_a_fit_that_fails_leaves_nothing(trainer_kwargs: dict[str, Any]) -> None
 
 
 class Clock:
-    """Time that passes only where an item is read, or a batch is looked up."""
+    """Time that passes only where an item is read, or a batch is looked up; no state of a dataset's."""
 
     now = 0.0
 
-    def perf_counter(self) -> float:
-        return self.now
+    @classmethod
+    def perf_counter(cls) -> float:
+        return cls.now
+
+    @classmethod
+    def spend(cls) -> None:
+        cls.now += 0.001
 
 
 class Slow(Items):
@@ -249,7 +254,7 @@ class Slow(Items):
         self.clock, self.items = clock, items
 
     def __getitem__(self, i: int) -> Any:
-        self.clock.now += 0.001
+        self.clock.spend()
         return self.items[i]
 
 
@@ -258,9 +263,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     for name in ("choose", "store"):
         monkeypatch.setattr(import_module(f"lightning_accel.loading.{name}"), "time", made)
+    module = import_module("lightning_accel.loading.choose")
+    monkeypatch.setattr(module, "_step", lambda ms, device: lambda batch: None)
 
     def take(store: Store, indices: Any) -> Any:
-        made.now += 0.001  # a batch of four at the price of one item
+        made.spend()  # a batch of four at the price of one item
         return plain_take(store, indices)
 
     plain_take = Store.take
@@ -269,10 +276,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_vouched_for_it_holds_what_is_slow_to_read_and_says_what_it_leaves(
-    trainer_kwargs: dict[str, Any], clock: Clock, monkeypatch: pytest.MonkeyPatch
+    trainer_kwargs: dict[str, Any], clock: Clock
 ) -> None:
-    # Time that a test keeps is no state of the dataset's, which is compared.
-    monkeypatch.setattr("lightning_accel.loading.resident.fingerprint", lambda dataset: b"")
     _, plain = fit(trainer_kwargs, [], train=loader())
     fast = FastLoading(workers=False, budget_s=2.0, unchanging=True)
     _, module = fit(trainer_kwargs, [fast], train=loader(Slow(clock, Items())))
