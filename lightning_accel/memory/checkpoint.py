@@ -201,7 +201,7 @@ _HOOKS: dict[str, Any] = (
     if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
     else {}
 )
-_selecting = functools.partial(checkpoint, use_reentrant=False, **_HOOKS)
+_selecting: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False, **_HOOKS)
 
 
 def _recomputing(module: nn.Module, policy: str) -> Callable[..., Any]:
