@@ -1,6 +1,6 @@
-# make demo | test | check | bench | bench-all | zoo: each makes its own environment in .venv on first use.
+# make demo | test | test-newest | check | bench | bench-all | zoo: each makes its environment on first use.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-all zoo clean
+.PHONY: help demo test test-newest check bench bench-all zoo clean
 
 # The first interpreter >= 3.11 that runs and can make an environment; set PYTHON to choose another.
 FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -23,6 +23,15 @@ demo: .venv/.stamp
 
 test: .venv/.stamp
 	$(PY) -m pytest -n 2 --dist worksteal
+
+# What a plain `pip install` brings today: no constraints, so the newest torch that pip finds. Gigabytes.
+.venv-newest/.stamp: pyproject.toml
+	test -x .venv-newest/bin/python || "$(PYTHON)" -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade -e '.[dev,examples]'
+	@touch $@
+
+test-newest: .venv-newest/.stamp
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 check: .venv/.stamp
 	$(PY) -m ruff format --check $(SOURCES)
@@ -52,4 +61,4 @@ zoo: .venv-zoo/.stamp
 	.venv-zoo/bin/python benchmarks/prune_zoo.py
 
 clean:
-	rm -rf .venv .venv-zoo build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-zoo build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis

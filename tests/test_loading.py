@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -343,9 +344,13 @@ def test_what_could_change_is_refused_with_its_reason_and_nothing_is_drawn(name:
     assert before == (own and own.bit_generator.state)
 
 
-def test_reading_that_would_take_too_long_is_refused() -> None:
+def test_reading_that_would_take_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("lightning_accel.loading.store.time", clock)
+    loader = DataLoader(taking(clock), 4)  # 22 items of a millisecond
     with pytest.raises(Unsupported, match="takes about"):
-        resident(DataLoader(Items(), 4), limit_s=1e-9)
+        resident(loader, limit_s=0.0219)
+    assert resident(loader, limit_s=0.0221).store.copied
 
 
 @pytest.mark.parametrize(
@@ -376,10 +381,15 @@ def test_a_dataset_that_changes_later_is_noticed_and_read_again() -> None:
     assert all(map(same, list(fast), list(fast.loader))), "and without a second warning"
 
 
-def test_an_index_outside_is_an_error_and_not_another_item() -> None:
-    fast = resident(DataLoader(TensorDataset(X), 2, sampler=[0, N]))
-    with pytest.raises(IndexError, match="outside"):
+@pytest.mark.parametrize("kind", ["tensors", "items"])
+def test_an_index_outside_is_the_error_of_the_loader_and_not_another_item(kind: str) -> None:
+    dataset: Any = TensorDataset(X) if kind == "tensors" else Items(lambda i: X[i])
+    fast = resident(DataLoader(dataset, 2, sampler=[0, N]))
+    with pytest.raises(IndexError) as plain:
+        list(fast.loader)
+    with pytest.raises(IndexError) as ours:
         list(fast)
+    assert str(plain.value) == str(ours.value)
 
 
 def test_a_resident_loader_looks_like_its_loader() -> None:
@@ -477,19 +487,46 @@ def test_an_iterator_of_another_kind_is_not_taken_over() -> None:
 # ---------------------------------------------------------------- choosing
 
 
-def _slow(i: int) -> Any:
-    x = torch.ones(64, 64)
-    for _ in range(3):
-        x = x @ x / 64
-    return x
+class Clock:
+    """Time that passes only when something of the test's own takes it; it is no state of a dataset's."""
+
+    now = 0.0
+
+    @classmethod
+    def perf_counter(cls) -> float:
+        return cls.now
+
+    @classmethod
+    def spend(cls, ms: float) -> None:
+        cls.now += ms / 1000
 
 
-def test_choose_takes_what_is_faster_and_leaves_everything_as_it_was() -> None:
-    sampler = RandomSampler(Items(), generator=torch.Generator().manual_seed(1))
-    loader = DataLoader(Items(_slow), 4, sampler=sampler)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock for `choose`: an item of `Taking` takes a millisecond, a step as long as it is said to."""
+    made = Clock()
+    module = import_module("lightning_accel.loading.choose")
+    monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(module, "_step", lambda ms, device: lambda batch: made.spend(ms))
+    return made
+
+
+def taking(clock: Clock, make: Callable[[int], Any] = lambda i: X[i]) -> Items:
+    def read(i: int) -> Any:
+        clock.spend(1.0)
+        return make(i)
+
+    return Items(read)
+
+
+def test_choose_takes_what_is_faster_and_leaves_everything_as_it_was(clock: Clock) -> None:
+    dataset = taking(clock)
+    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(dataset, 4, sampler=sampler)
     states = torch.get_rng_state(), random.getstate(), sampler.generator.get_state()
-    choice = choose(loader, step_ms=0.0, budget_s=0.6, workers=(), pin=False)
-    assert choice.taken == "resident" and choice.ratio > 1.5, choice.table().to_text()
+    choice = choose(loader, step_ms=4.0, budget_s=6.0, workers=(), pin=False, unchanging=True)
+    assert choice.taken == "resident", choice.table().to_text()
+    assert choice.ratio == pytest.approx(2.0), "4 items and a step beside a step"
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
     assert torch.equal(states[2], sampler.generator.get_state())
     again = DataLoader(loader.dataset, 5)
@@ -508,7 +545,7 @@ def test_choose_takes_what_is_faster_and_leaves_everything_as_it_was() -> None:
 )
 def test_ties_and_doubts_go_to_what_the_user_has(turns: list[float], taken: str) -> None:
     loader = DataLoader(Items(), 4)
-    race = _Race(loader, 0.0, torch.device("cpu"), 1.0)
+    race = _Race(loader, 0.0, torch.device("cpu"), 1.0)  # reads no clock before it is run
     race.makes = {"as is": loader, "workers=1": with_workers(loader, 1)}
     race.times = {"as is": [10.0, 10.2, 10.1, 9.0, 10.0], "workers=1": turns}
     choice = race.choice(keep_random=True)
@@ -520,12 +557,14 @@ def test_ties_and_doubts_go_to_what_the_user_has(turns: list[float], taken: str)
         assert choice.apply(loader).num_workers == 1
 
 
-def test_choose_measures_workers_beside_the_step() -> None:
-    choice = choose(DataLoader(Items(), 4), step_ms=5.0, budget_s=5.0, workers=(1,), hold=False)
+def test_choose_measures_workers_beside_the_step(clock: Clock) -> None:
+    loader = DataLoader(taking(clock), 4)
+    choice = choose(loader, step_ms=5.0, budget_s=5.0, workers=(1,), hold=False, unchanging=True)
     assert {way.name for way in choice.ways} == {"as is", "workers=1", "pinned"}
     by = {way.name: way for way in choice.ways}
-    assert by["as is"].median_ms and by["as is"].median_ms > 1.0, "the step is in it"
-    assert by["workers=1"].times_ms and "CUDA" in by["pinned"].skipped
+    assert by["as is"].median_ms == pytest.approx(9.0), "four items and the step"
+    assert by["workers=1"].median_ms == pytest.approx(5.0), "items are made in another process"
+    assert choice.taken == "workers=1" and "CUDA" in by["pinned"].skipped
 
 
 @pytest.mark.parametrize(
@@ -538,12 +577,29 @@ def test_choose_measures_workers_beside_the_step() -> None:
     ],
 )
 def test_choose_survives_what_cannot_be_measured(loader: Any, why: str) -> None:
-    choice = choose(loader(), step_ms=0.0, budget_s=0.2, workers=(1,))
+    choice = choose(loader(), step_ms=0.0, budget_s=0.2, workers=(1,), unchanging=True)
     assert choice.taken == "as is" and why in choice.reason
 
 
-def test_choose_says_why_a_way_was_skipped() -> None:
-    choice = choose(DataLoader(Items(_augment), 4), step_ms=0.0, budget_s=0.2, workers=(1,))
+def test_choose_reads_nothing_that_is_not_vouched_for() -> None:
+    choice = choose(DataLoader(Items(_raise), 4), step_ms=0.0)
+    assert choice.taken == "as is" and not choice.ways and "unchanging=True" in choice.reason
+
+
+def test_choose_iterates_no_sampler() -> None:
+    def refuse() -> Any:
+        raise AssertionError("iterated")
+
+    sampler = Drawing()
+    sampler.__class__ = type("Once", (Drawing,), {"__iter__": lambda self: refuse()})
+    choice = choose(DataLoader(TensorDataset(X), 4, sampler=sampler), step_ms=0.0, budget_s=0.1)
+    assert choice.ways and not choice.ways[0].skipped
+
+
+def test_choose_says_why_a_way_was_skipped(clock: Clock) -> None:
+    loader = DataLoader(taking(clock, _augment), 4)
+    given: Any = {"step_ms": 1.0, "budget_s": 2.0, "workers": (1,), "unchanging": True}
+    choice = choose(loader, **given)
     assert {w.name: bool(w.skipped) for w in choice.ways} == {
         "as is": False,
         "resident": True,
@@ -551,10 +607,8 @@ def test_choose_says_why_a_way_was_skipped() -> None:
         "pinned": True,
     }
     assert all("draws random" in w.skipped for w in choice.ways[1:3])
-    free = choose(
-        DataLoader(Items(_augment), 4), step_ms=0.0, budget_s=0.3, workers=(1,), keep_random=False
-    )
-    assert not free.ways[2].skipped
+    free = choose(loader, **given, keep_random=False)
+    assert not free.ways[2].skipped and free.ways[2].times_ms
 
 
 @pytest.mark.parametrize(

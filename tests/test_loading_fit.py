@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 from lightning_accel.errors import Unsupported
 from lightning_accel.loading import Choice, FastLoading, apply_choice, choose, resident
 from lightning_accel.loading.order import SameBatches
+from lightning_accel.loading.store import Store
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -231,19 +233,61 @@ def test_a_fit_that_fails_leaves_nothing(trainer_kwargs: dict[str, Any]) -> None
     assert "process_dataloader" not in vars(trainer.strategy)
 
 
-def test_auto_holds_what_is_slow_to_read_and_says_what_it_leaves(
-    trainer_kwargs: dict[str, Any],
+class Clock:
+    """Time that passes only where an item is read, or a batch is looked up; no state of a dataset's."""
+
+    now = 0.0
+
+    @classmethod
+    def perf_counter(cls) -> float:
+        return cls.now
+
+    @classmethod
+    def spend(cls) -> None:
+        cls.now += 0.001
+
+
+class Slow(Items):
+    """Items that take a millisecond each on a clock of the test's own."""
+
+    def __init__(self, clock: Clock, items: Items) -> None:
+        self.clock, self.items = clock, items
+
+    def __getitem__(self, i: int) -> Any:
+        self.clock.spend()
+        return self.items[i]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    for name in ("choose", "store"):
+        monkeypatch.setattr(import_module(f"lightning_accel.loading.{name}"), "time", made)
+    module = import_module("lightning_accel.loading.choose")
+    monkeypatch.setattr(module, "_step", lambda ms, device: lambda batch: None)
+
+    def take(store: Store, indices: Any) -> Any:
+        made.spend()  # a batch of four at the price of one item
+        return plain_take(store, indices)
+
+    plain_take = Store.take
+    monkeypatch.setattr(Store, "take", take)
+    return made
+
+
+def test_vouched_for_it_holds_what_is_slow_to_read_and_says_what_it_leaves(
+    trainer_kwargs: dict[str, Any], clock: Clock
 ) -> None:
     _, plain = fit(trainer_kwargs, [], train=loader())
-    fast = FastLoading(workers=False, budget_s=0.4)
-    _, module = fit(trainer_kwargs, [fast], train=loader())
+    fast = FastLoading(workers=False, budget_s=2.0, unchanging=True)
+    _, module = fit(trainer_kwargs, [fast], train=loader(Slow(clock, Items())))
     assert_same(plain, module)
     (held, *_) = [change for change in fast.receipt.changes if change.name == "train"]
     assert "held in memory" in held.after and "0 workers" in held.before
-    assert fast.choices[0][1].ratio > 1.5
-    fast = FastLoading(workers=False, budget_s=0.4)
+    assert fast.choices[0][1].ratio == pytest.approx(4.0)
+    fast = FastLoading(workers=False, budget_s=2.0, unchanging=True)
     _, plain = fit(trainer_kwargs, [], train=loader(Noisy()))
-    _, module = fit(trainer_kwargs, [fast], train=loader(Noisy()))
+    _, module = fit(trainer_kwargs, [fast], train=loader(Slow(clock, Noisy())))
     assert_same(plain, module)
     assert any("draws random numbers" in change.after for change in fast.receipt.skipped)
 
@@ -262,7 +306,7 @@ def test_auto_measures_workers_after_the_first_epoch(
         kwargs = {**trainer_kwargs, "max_epochs": 3, **extra}
         train = lambda: loader(num_workers=2, persistent_workers=True)  # noqa: E731
         _, plain = fit(kwargs, [], train=train())
-        fast = FastLoading(resident=False)
+        fast = FastLoading(resident=False, unchanging=True)
         trainer, module = fit(kwargs, [fast], train=train())
         assert_same(plain, module)
         assert [c.after for c in fast.receipt.changes] == ["1 workers"] and not _ours(trainer)
@@ -302,9 +346,9 @@ def test_a_choice_is_applied_to_a_running_trainer(
     assert bool(callback.applied.receipt) == (taken != "as is")
 
 
-def test_a_real_choice_is_applied(trainer_kwargs: dict[str, Any]) -> None:
-    given = loader()
-    choice = choose(given, step_ms=0.0, budget_s=0.4, workers=(), pin=False)
+def test_a_real_choice_is_applied(trainer_kwargs: dict[str, Any], clock: Clock) -> None:
+    given = loader(Slow(clock, Items()))
+    choice = choose(given, step_ms=0.0, budget_s=2.0, workers=(), pin=False, unchanging=True)
     assert choice.taken == "resident", choice.table().to_text()
     _, plain = fit(trainer_kwargs, [])
     assert_same(plain, fit(trainer_kwargs, [Applies(choice)], train=given)[1])
@@ -352,6 +396,7 @@ def test_a_fit_of_one_epoch_does_not_read_everything_first(trainer_kwargs: dict[
         {"budget_s": 0.0},
         {"budget_s": float("nan")},
         {"keep_random": None},
+        {"unchanging": 1},
     ],
     ids=str,
 )

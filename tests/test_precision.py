@@ -122,8 +122,16 @@ def test_auto_does_not_trust_a_fast_format_that_autocast_does_not_give(
     assert resolve("auto", "cuda").dtype is None
 
 
-def test_auto_on_this_machine_agrees_with_its_clock() -> None:
-    assert (resolve("auto").dtype == BF16) == hardware.describe("cpu").is_fast(BF16)
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+def test_auto_agrees_with_the_clock_of_the_machine(
+    gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "_gain", lambda device, dtype: gain)
+    hardware._describe.cache_clear()
+    try:
+        assert (resolve("auto").dtype == BF16) == (gain > 1)
+    finally:
+        hardware._describe.cache_clear()
 
 
 def test_what_was_asked_for_is_done_and_slowness_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

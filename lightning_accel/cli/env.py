@@ -92,6 +92,7 @@ def gather() -> Facts:
     """Look at this machine."""
     versions = {"lightning-accel": __version__, "python": platform.python_version()}
     known = {name: _version(name) for name in (*REQUIRED, *_OPTIONAL)}
+    known["torch"] = str(torch.__version__)  # with its build, which the metadata may leave out
     errors = {
         name: error
         for name, module in _TRY_IMPORT.items()

@@ -25,7 +25,7 @@ from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.bridge.step import Around
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.loading.choose import Choice, choose
-from lightning_accel.loading.order import SameBatches, stop_workers
+from lightning_accel.loading.order import SameBatches
 from lightning_accel.loading.resident import (
     SHARE,
     ResidentLoader,
@@ -33,7 +33,8 @@ from lightning_accel.loading.resident import (
     free_bytes,
     resident,
 )
-from lightning_accel.loading.store import Store, is_free, require_plain
+from lightning_accel.loading.rows import Rows, why_not_now
+from lightning_accel.loading.store import Store, require_plain
 from lightning_accel.loading.workers import with_workers
 from lightning_accel.measure.race import synchronise
 from lightning_accel.surgery import Receipt
@@ -48,19 +49,24 @@ class FastLoading(Callback):
     """Make the same batches faster: the dataset held in memory, other workers, pinned memory.
 
     Batches, their order and all random numbers stay the same bit for bit, so that the weights at the end
-    do as well. What would change them is left alone, with the reason in `receipt.skipped`. Holding the
-    data is measured when the Trainer gets its loaders; workers after the first epoch, beside a step of
-    the length that was seen.
+    do as well. What would change them is left alone, with the reason in `receipt.skipped`. By itself it
+    takes a `TensorDataset`, and subsets of one: batches are looked up in its own tensors, so that every
+    write to them is seen. Any other dataset may give other items at the next read, which no look from
+    outside rules out: it is neither read nor held unless you vouch for it, by `unchanging`, or by asking
+    for `resident=True` or a number of workers.
 
     Args:
         resident: Hold the dataset in memory: "auto" where it is faster, `True` or an error, `False`.
-            On CUDA it is held there when it fits into a fifth of what is free.
+            On CUDA a dataset that is vouched for is held there, if it fits into a fifth of what is free.
         workers: "auto", a number of workers, or `False` to keep the loader's own.
         pin: Pinned memory for copies to CUDA: "auto", or whether.
         limit_bytes: The most that one dataset may take; by default a fifth of the memory that is free,
             shared by the processes of this machine.
         budget_s: The longest that one measurement may take, and for "auto" reading all of a dataset.
         keep_random: Leave the workers alone where items draw random numbers, which would be others.
+        unchanging: You vouch that each item stays as it is, whenever and by whomever it is read, and that
+            to read it leaves no trace. Then any dataset is measured: held when the Trainer gets its loaders;
+            with other workers after the first epoch, beside a step of the length that was seen.
 
     Raises:
         ValueError: An argument is out of range.
@@ -79,6 +85,7 @@ class FastLoading(Callback):
         limit_bytes: int | None = None,
         budget_s: float = 5.0,
         keep_random: bool = True,
+        unchanging: bool = False,
     ) -> None:
         for name, value in (("resident", resident), ("pin", pin)):
             if value != "auto" and not isinstance(value, bool):
@@ -94,11 +101,13 @@ class FastLoading(Callback):
             raise ValueError(
                 explain("nothing was asked for", "three times false", "leave one 'auto'")
             )
-        if not isinstance(keep_random, bool):
-            raise TypeError(explain("`keep_random` is true or false", repr(keep_random), "a bool"))
+        for name, flag in (("keep_random", keep_random), ("unchanging", unchanging)):
+            if not isinstance(flag, bool):
+                raise TypeError(explain(f"`{name}` is true or false", repr(flag), "pass a bool"))
         check_limits(limit_bytes, budget_s)
         self.resident, self.workers, self.pin = resident, workers, pin
-        self.limit_bytes, self.budget_s, self.keep_random = limit_bytes, budget_s, keep_random
+        self.limit_bytes, self.budget_s = limit_bytes, budget_s
+        self.keep_random, self.unchanging = keep_random, unchanging
         self.choices: list[tuple[str, Choice]] = []
         self.receipt = Receipt()
         self._around: Around | None = None
@@ -158,6 +167,8 @@ class FastLoading(Callback):
         for index, loader in enumerate(combined.flattened):
             if isinstance(loader, SameBatches) or (self.workers != "auto" and self.pin != "auto"):
                 continue
+            if not self.unchanging and trainer.strategy.root_device.type != "cuda":
+                continue  # pinned memory is all that may be taken without a word of the user's
             first = index not in self._chosen
             if first:
                 self._chosen[index] = self._choose(trainer, loader)
@@ -210,7 +221,8 @@ class FastLoading(Callback):
                     return ResidentLoader(loader, store)
             found = self._held(trainer, loader, name)
             if isinstance(found, ResidentLoader):
-                self._stores.append((loader.dataset, loader.collate_fn, found.store))
+                if isinstance(found.store, Store):
+                    self._stores.append((loader.dataset, loader.collate_fn, found.store))
                 return found
         if isinstance(self.pin, bool) and self.pin != loader.pin_memory:
             return with_workers(loader, loader.num_workers, pin_memory=self.pin)
@@ -223,7 +235,7 @@ class FastLoading(Callback):
             limit = max(1, int(SHARE * free_bytes(device)) // max(1, trainer.num_devices))
         if self.resident is True:
             return resident(loader, device, limit_bytes=limit, limit_s=_LONG_S)
-        if trainer.max_epochs == 1 and not (is_free(loader) and device.type == "cpu"):
+        if trainer.max_epochs == 1 and why_not_now(loader):
             self._skip(name, "each item is read once, so holding it would gain nothing")
             return loader
         choice = choose(
@@ -233,6 +245,7 @@ class FastLoading(Callback):
             budget_s=self.budget_s,
             workers=(),
             pin=False,
+            unchanging=self.unchanging,
             limit_bytes=limit,
         )
         self.choices.append((name, choice))
@@ -250,6 +263,7 @@ class FastLoading(Callback):
             hold=False,
             pin=self.pin == "auto",
             keep_random=self.keep_random,
+            unchanging=self.unchanging,
         )
 
     def _skip(self, name: str, why: str) -> None:
@@ -309,10 +323,7 @@ def apply_choice(
     new = choice.apply(old.loader if isinstance(old, SameBatches) else old)
     new.follow(old)
     running = _running(trainer, combined, index) if kind == "train" else None
-    begun = new._running
     taken = None if running is None else new.adopt(running)
-    if running is None:
-        stop_workers(begun)
     _put(combined, index, new)
     if taken is not None:
         combined._iterator.iterators[index] = taken  # type: ignore[union-attr]
@@ -362,6 +373,7 @@ def _place(trainer: Trainer) -> torch.device:
 def _shown(loader: Any) -> str:
     if isinstance(loader, ResidentLoader):
         store = loader.store
-        size = f"{store.num_bytes / 1e6:.1f} MB" if store.copied else "its own tensors"
-        return f"held in memory ({store.device.type}, {size})"
+        if isinstance(store, Rows):
+            return "looked up in its own tensors"
+        return f"held in memory ({store.device.type}, {store.num_bytes / 1e6:.1f} MB)"
     return f"{loader.num_workers} workers" + (", pinned" if loader.pin_memory else "")

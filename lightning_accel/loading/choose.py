@@ -27,6 +27,7 @@ from lightning_accel.errors import AccelError, explain
 from lightning_accel.hardware import num_usable_cores
 from lightning_accel.loading.order import SameBatches, stop_workers
 from lightning_accel.loading.resident import ResidentLoader, check_limits, resident
+from lightning_accel.loading.rows import Rows, rows
 from lightning_accel.loading.still import untouched
 from lightning_accel.loading.store import Store, batch_size_of, require_plain, require_still
 from lightning_accel.loading.workers import with_workers
@@ -73,7 +74,7 @@ class Choice:
     num_workers: int | None = None
     pin_memory: bool | None = None
     keep_random: bool = True
-    store: Store | None = field(default=None, repr=False, compare=False)
+    store: Store | Rows | None = field(default=None, repr=False, compare=False)
 
     def apply(self, loader: Any) -> Any:
         """Return `loader`, over the same dataset, in the form that was taken.
@@ -116,11 +117,13 @@ def choose(
     hold: bool = True,
     pin: bool = True,
     keep_random: bool = True,
+    unchanging: bool = False,
     limit_bytes: int | None = None,
 ) -> Choice:
     """Measure ways of making the batches of a DataLoader, and return the one to take.
 
-    Nothing of the user's is left changed: neither samplers nor random states; the dataset is read.
+    Nothing of the user's is left changed: no sampler is iterated, and only a dataset that is nothing but its
+    tensors is read, unless it is vouched for.
 
     Args:
         loader: The user's DataLoader. Another iterable, or an `IterableDataset`, stays as it is.
@@ -131,6 +134,8 @@ def choose(
         hold: Whether holding the dataset in memory may be taken.
         pin: Whether pinned memory may be taken (CUDA only).
         keep_random: Leave the workers alone where items draw random numbers, which would be others.
+        unchanging: You vouch that each item stays as it is, whenever and by whomever it is read, and that
+            to read it leaves no trace. Then other workers are tried, and other datasets.
         limit_bytes: The most that holding the dataset may take.
 
     >>> from torch.utils.data import TensorDataset
@@ -143,14 +148,17 @@ def choose(
         loader = loader.loader
     try:
         require_plain(loader)
+        if not unchanging:
+            rows(loader)
     except AccelError as error:
         return Choice("as is", 1.0, str(error))
     race = _Race(loader, step_ms, torch.device(device), budget_s)
     with untouched(loader.dataset, loader.collate_fn):
         race.enter("as is", lambda: loader)
         if hold:
-            race.enter("resident", lambda: race.held(limit_bytes))
+            race.enter("resident", lambda: race.held(limit_bytes, unchanging))
         counts = _counts(loader) if workers is None else workers
+        counts = counts if unchanging else ()
         moved = _moves(loader) if keep_random and counts else ""
         pins = pin and race.device.type == "cuda"
         for count in counts:
@@ -172,7 +180,7 @@ class _Race:
         self.loader, self.device, self.budget_s = loader, device, budget_s
         self.end = time.perf_counter() + budget_s
         self.step = _step(step_ms, device)
-        self.store: Store | None = None
+        self.store: Store | Rows | None = None
         self.makes: dict[str, Any] = {}
         self.times: dict[str, list[float]] = {}
         self.skipped: dict[str, str] = {}
@@ -186,9 +194,10 @@ class _Race:
         except Exception as error:  # a user's dataset may raise anything; it is told, not hidden
             self.skipped[name] = str(error) if isinstance(error, AccelError) else repr(error)
 
-    def held(self, limit_bytes: int | None) -> ResidentLoader:
-        """Hold the dataset, within the budget of time."""
-        where = self.device if self.device.type == "cuda" else torch.device("cpu")
+    def held(self, limit_bytes: int | None, unchanging: bool) -> ResidentLoader:
+        """Hold the dataset, within the budget of time; on the device only what is vouched for."""
+        there = self.device.type == "cuda" and unchanging
+        where = self.device if there else torch.device("cpu")
         limit_s = max(self.budget_s, 0.001)
         try:
             found = resident(self.loader, where, limit_bytes=limit_bytes, limit_s=limit_s)

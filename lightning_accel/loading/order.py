@@ -24,17 +24,16 @@ class Order:
     Args:
         indices: The iterator of the user's sampler.
         ahead: How many lists the DataLoader asks for at once: 0 without workers.
-        start: Whether these are still to be asked for.
 
     >>> list(Order(iter([[0, 1], [2]]), ahead=4))
     [[0, 1], [2]]
     """
 
-    def __init__(self, indices: Iterator[Any], *, ahead: int = 0, start: bool = True) -> None:
+    def __init__(self, indices: Iterator[Any], *, ahead: int = 0) -> None:
         self._indices, self._ahead = indices, ahead
         self._waiting: deque[Any] = deque()
-        for _ in range(ahead if start else 0):
-            self.ask()
+        for _ in range(ahead):
+            self._ask()
 
     def __iter__(self) -> Order:
         return self
@@ -45,56 +44,45 @@ class Order:
         if not self._waiting:
             raise StopIteration
         first = self._waiting.popleft()
-        self.ask()
+        self._ask()
         return first
 
-    def ask(self) -> None:
-        """Ask the sampler once more, where the DataLoader does so ahead of time."""
-        if self._ahead:
-            for found in self._indices:
-                self._waiting.append(found)
-                return
+    def _ask(self) -> None:
+        for found in self._indices:
+            self._waiting.append(found)
+            return
 
 
 class Batches:
-    """Batches of one epoch: for each list of indices what `make` makes of it.
+    """Batches of one epoch: for each list of indices what `make` makes of it."""
 
-    `before` is what a DataLoader's workers had begun when this took over; it comes first.
-    """
-
-    def __init__(
-        self, order: Order, make: Callable[[Any], Any], before: Iterator[Any] | None = None
-    ) -> None:
-        self.order, self._make, self._before = order, make, before
+    def __init__(self, order: Order, make: Callable[[Any], Any]) -> None:
+        self.order, self._make = order, make
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> Any:
-        if self._before is not None:
-            for batch in self._before:
-                self.order.ask()
-                return batch
-            stop_workers(self._before)
-            self._before = None
         return self._make(next(self.order))
 
 
 class SameBatches:
     """A DataLoader's batches made in another way: same values, same order, same random numbers.
 
-    Looks like the DataLoader to whoever reads `dataset`, `sampler`, `batch_size` and the like.
+    Looks like the DataLoader to whoever reads `dataset`, `sampler`, `batch_size` and the like, or sets them.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+        self.__dict__["loader"] = loader
         self._running: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         loader = self.loader
-        indices = iter(loader.batch_sampler)  # type: ignore[arg-type]
+        indices = iter(loader.batch_sampler)
         if not (loader.persistent_workers and self._running is not None):
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+            seed = torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+            self._begin(int(seed))
+        stop_workers(self._running)
         self._running = self._start(Order(indices, ahead=_ahead(loader)))
         return self._running
 
@@ -106,6 +94,12 @@ class SameBatches:
             raise AttributeError(name)
         return getattr(self.loader, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.loader, name, value)
+
     @property
     def _iterator(self) -> Any:
         """What Lightning sets to `None` when it has done with the workers."""
@@ -113,12 +107,13 @@ class SameBatches:
 
     @_iterator.setter
     def _iterator(self, value: Any) -> None:
-        self._running = value
         if value is None:
             self.close()
+        self._running = value
 
     def close(self) -> None:
         """End what runs in the background."""
+        stop_workers(self._running)
 
     def follow(self, old: Any) -> None:
         """Take the place of `old`, a loader of the same batches that may have been iterated before."""
@@ -131,10 +126,12 @@ class SameBatches:
     def adopt(self, running: Any) -> Iterator[Any]:
         """Return an iterator that goes on where one of the DataLoader is, with nothing drawn twice.
 
+        What workers have begun they end: they see the data as it was when they were started.
+
         Raises:
             Unsupported: `running` is no iterator of a DataLoader or of ours.
         """
-        if isinstance(running, Batches) and running._before is None:
+        if isinstance(running, Batches):
             self._running = self._start(running.order)
             return self._running
         indices = getattr(running, "_sampler_iter", None)
@@ -145,14 +142,13 @@ class SameBatches:
                 type(running).__name__,
                 "nothing: the next epoch comes from the new loader",
             )
-        before = running if workers else None
-        if before is not None:
-            before._sampler_iter = iter(())  # it gives what its workers have begun, and no more
-        order = Order(indices, ahead=_ahead(self.loader) if workers else 0, start=False)
-        self._running = self._start(order, before)
+        self._running = running if workers else self._start(Order(indices))
         return self._running
 
-    def _start(self, order: Order, before: Iterator[Any] | None = None) -> Iterator[Any]:
+    def _begin(self, seed: int) -> None:
+        """Do what is due where a DataLoader would start its workers, with this seed."""
+
+    def _start(self, order: Order) -> Iterator[Any]:
         raise NotImplementedError
 
 

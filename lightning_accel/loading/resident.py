@@ -19,45 +19,90 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightning_accel.errors import Unsupported, explain
-from lightning_accel.loading.order import Batches, Order, SameBatches
-from lightning_accel.loading.store import Store, build, prove, reader, require_plain
+from lightning_accel.loading.order import Batches, Order, SameBatches, stop_workers
+from lightning_accel.loading.rows import Rows, rows, why_not_now
+from lightning_accel.loading.still import fingerprint
+from lightning_accel.loading.store import Store, build, prove, reader, require_plain, too_large
 
 SHARE = 0.2
 _SPOT_ITEMS = 2
 
 
 class ResidentLoader(SameBatches):
-    """A DataLoader's batches, looked up in a `Store`. Made by `resident`.
+    """A DataLoader's batches, looked up in `Rows` or in a `Store`. Made by `resident`.
 
-    Whenever it is iterated, two items are read from the dataset and compared with what is held. If they
-    differ, the dataset has changed: a warning says so, and the items are read from it from then on.
+    Whenever it is iterated, what shows a change is compared: whether the dataset still is its rows; of one that
+    is held, all that it keeps, and two items. If they differ, the DataLoader itself gives the batches from then
+    on, and of a dataset that was held a warning says so.
     """
 
-    def __init__(self, loader: DataLoader[Any], store: Store) -> None:
+    def __init__(self, loader: DataLoader[Any], store: Store | Rows) -> None:
         super().__init__(loader)
-        self.store = store
+        self.__dict__["store"] = store
         self._times = 0
         self._stale = False
+        self._frozen: Rows | None = None
+        self._collate = loader.collate_fn
+        self._kept = None if isinstance(store, Rows) else fingerprint(loader.dataset)
         self._pins = (
             loader.pin_memory and store.device.type == "cpu" and torch.accelerator.is_available()
         )
 
-    def _start(self, order: Order, before: Iterator[Any] | None = None) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:
+        if self._stale or not self._unchanged():
+            self._running = iter(self.loader)
+            return self._running
+        return super().__iter__()
+
+    def close(self) -> None:
+        """End the worker processes of the DataLoader, if it has made batches itself."""
+        super().close()
+        stop_workers(self.loader._iterator)
+        self.loader._iterator = None
+
+    def follow(self, old: Any) -> None:
+        """Take the place of `old`, unless workers persist that hold what its rows were."""
+        if isinstance(self.store, Rows) and self.loader.persistent_workers and old._iterator:
+            raise Unsupported(
+                "workers that persist hold the data as it was when they were started",
+                "persistent_workers=True",
+                "pass FastLoading to the Trainer, which begins with the fit",
+            )
+        super().follow(old)
+
+    def _unchanged(self) -> bool:
+        if isinstance(self.store, Rows):
+            return not why_not_now(self.loader)
         self._times += 1
         try:
-            if not self._stale:
-                size = min(_SPOT_ITEMS, self.store.num_items)
-                prove(self.store, self.loader, count=1, seed=self._times, size=size)
+            if self._collate is not self.loader.collate_fn:
+                raise Unsupported("another `collate_fn` has been set")
+            if self._kept is not None and self._kept != fingerprint(self.loader.dataset):
+                raise Unsupported("what the dataset keeps has changed")
+            size = min(_SPOT_ITEMS, self.store.num_items)
+            prove(self.store, self.loader, count=1, seed=self._times, size=size)
         except Unsupported:
             self._stale = True
             what = "a dataset that was held in memory has changed, and is read item by item again"
             do = "hold it only once it is complete, or exclude it with resident=False"
-            warnings.warn(explain(what, type(self.loader.dataset).__name__, do), stacklevel=2)
-        return Batches(order, self._make(), before)
+            warnings.warn(explain(what, type(self.loader.dataset).__name__, do), stacklevel=3)
+        return not self._stale
 
-    def _make(self) -> Any:
-        make = reader(self.loader) if self._stale else self.store.take
-        return (lambda indices: _pinned(make(indices))) if self._pins else make
+    def _begin(self, seed: int) -> None:
+        self._frozen = None
+
+    def _start(self, order: Order) -> Iterator[Any]:
+        store, plain = self.store, reader(self.loader)
+        if isinstance(store, Rows) and self.loader.num_workers:
+            self._frozen = store = self._frozen or store.frozen()
+            plain = reader(self.loader, store.dataset)
+
+        def make(indices: Any) -> Any:
+            batch = store.take(indices)
+            batch = plain(indices) if batch is None else batch
+            return _pinned(batch) if self._pins else batch
+
+        return Batches(order, make)
 
 
 def resident(
@@ -69,8 +114,9 @@ def resident(
 ) -> ResidentLoader:
     """Hold a map-style dataset in memory, and give the batches of its DataLoader from there.
 
-    Same batches in the same order, bit for bit, and the same random numbers drawn, with any sampler. A
-    `TensorDataset` on the CPU is used as it is, without a copy.
+    Same batches in the same order, bit for bit, and the same random numbers drawn, with any sampler. Rows of a
+    `TensorDataset` are looked up in its own tensors on the CPU, without a copy. Of any other dataset, and on
+    another device, you vouch that items stay as they are and that to read them leaves no trace: all are read.
 
     Args:
         loader: The user's DataLoader; it is not changed.
@@ -93,7 +139,21 @@ def resident(
     device = torch.device(device)
     require_plain(loader)
     limit = int(SHARE * free_bytes(device)) if limit_bytes is None else limit_bytes
+    if device.type == "cpu" and not why_not_now(loader):
+        return ResidentLoader(loader, look_up(loader, limit))
     return ResidentLoader(loader, build(loader, device=device, limit_bytes=limit, limit_s=limit_s))
+
+
+def look_up(loader: DataLoader[Any], limit_bytes: int) -> Rows:
+    """Return the look-up in a dataset's own tensors; in place of workers it takes a copy of them.
+
+    Raises:
+        Unsupported: The batches may be more than rows of tensors, or the copy is too large.
+    """
+    found = rows(loader)
+    if loader.num_workers and found.num_bytes > limit_bytes:
+        raise too_large(found.num_bytes, limit_bytes)
+    return found
 
 
 def check_limits(limit_bytes: int | None, limit_s: float) -> None:

@@ -5,17 +5,18 @@ tensor when every item has the same shapes and dtypes, reading it draws no rando
 same twice, and a batch is nothing but its items one above the other. A `collate_fn` of the user's own has
 to show the last for every item, not for a sample: each is put into a batch and read alone.
 
-A `TensorDataset`, or a subset of one, holds such tensors already; they are used as they are, with no copy.
+That items stay the same later on cannot be proved: the user vouches for it. What shows is noticed: whenever
+the loader is iterated, all that the dataset keeps in its attributes is compared, and a few items are read.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from operator import index as as_int
+from collections.abc import Callable
 from random import Random
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -26,11 +27,11 @@ from torch.utils.data import (
     MapDataPipe,
     StackDataset,
     Subset,
-    TensorDataset,
     default_collate,
 )
 
 from lightning_accel.errors import Unsupported
+from lightning_accel.loading.rows import Rows, number, why_not_now
 from lightning_accel.loading.still import Draws, same, untouched
 
 _SAMPLE = 8
@@ -38,19 +39,22 @@ _PROOFS = 3
 
 
 class Store(NamedTuple):
-    """Rows of every leaf of a batch. `rows` maps the items of a subset to rows of the whole."""
+    """Rows of every leaf of a batch, copied from the dataset as it was once."""
 
     leaves: tuple[Tensor, ...]
     dims: tuple[tuple[int, ...], ...]
     """Where each dimension of a stored leaf is found in a batch: memory formats survive."""
     spec: TreeSpec
-    rows: Tensor | None
     num_items: int
-    copied: bool
+
+    @property
+    def copied(self) -> bool:
+        """All of it is."""
+        return True
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes the rows take; nothing was copied where `copied` is false."""
+        """How many bytes the rows take."""
         return sum(leaf.nbytes for leaf in self.leaves)
 
     @property
@@ -58,16 +62,16 @@ class Store(NamedTuple):
         """Where the rows are."""
         return self.leaves[0].device
 
-    def take(self, indices: Sequence[Any]) -> Any:
-        """Return the batch of some items, in new memory."""
-        wanted = [as_int(i) for i in indices]
-        if wanted and (min(wanted) < 0 or max(wanted) >= self.num_items):
-            if min(wanted) < -self.num_items or max(wanted) >= self.num_items:
-                raise IndexError(f"a sampler asked for an item outside of 0..{self.num_items - 1}")
-            wanted = [i % self.num_items for i in wanted]
-        picked = torch.tensor(wanted, dtype=torch.long)
-        if self.rows is not None:
-            picked = self.rows.index_select(0, picked)
+    def take(self, indices: Any) -> Any:
+        """Return the batch of some items, in new memory; `None` where a sampler asks for something else."""
+        if not isinstance(indices, (list, tuple, Tensor, np.ndarray)):
+            return None
+        wanted = [number(i) for i in indices]
+        if not wanted or any(
+            i is None or not -self.num_items <= i < self.num_items for i in wanted
+        ):
+            return None
+        picked = torch.tensor([i % self.num_items for i in wanted if i is not None])
         taken = [
             _in_batch(leaf.index_select(0, picked.to(leaf.device, non_blocking=True)), dims)
             for leaf, dims in zip(self.leaves, self.dims, strict=True)
@@ -75,9 +79,14 @@ class Store(NamedTuple):
         return tree_unflatten(taken, self.spec)
 
 
-def reader(loader: DataLoader[Any]) -> Callable[[Any], Any]:
-    """Return what makes a batch of a list of indices, as a DataLoader without workers does it."""
-    dataset: Any = loader.dataset
+def reader(loader: DataLoader[Any], dataset: Any = None) -> Callable[[Any], Any]:
+    """Return what makes a batch of a list of indices, as a DataLoader without workers does it.
+
+    Args:
+        loader: The DataLoader.
+        dataset: Where to read instead of its own dataset.
+    """
+    dataset = loader.dataset if dataset is None else dataset
     collate = loader.collate_fn
     at_once = getattr(dataset, "__getitems__", None)
     if at_once:
@@ -148,17 +157,12 @@ def build(
         Unsupported: It cannot be held, with the reason; or it was held and a batch was not the same.
     """
     require_plain(loader)
-    own = _own_tensors(loader)
-    if own is not None and device.type == "cpu":
-        store = _around(loader, *own)
-    else:
-        seconds = require_still(loader) * _length(loader.dataset)
-        if own is not None:
-            store = _moved(_around(loader, *own), device, limit_bytes)
-        elif seconds > limit_s:
-            raise _refusal(f"reading all items takes about {seconds:.0f} s (limit {limit_s:g} s)")
-        else:
-            store = _filled(loader, device, limit_bytes)
+    known = not why_not_now(loader)
+    seconds = 0.0 if known else require_still(loader) * _length(loader.dataset)
+    if seconds > limit_s:
+        raise _refusal(f"reading all items takes about {seconds:.0f} s (limit {limit_s:g} s)")
+    read = Rows(loader.dataset).take if known else reader(loader)
+    store = _filled(loader, read, device, limit_bytes)
     prove(store, loader, count=_PROOFS)
     return store
 
@@ -182,11 +186,6 @@ def prove(
             given = read(indices)
             if not same(_on_cpu(given), _on_cpu(store.take(indices))):
                 raise _refusal("batches differ from those of the dataset, read item by item")
-
-
-def is_free(loader: DataLoader[Any]) -> bool:
-    """Tell whether a dataset consists of tensors on the CPU, so that nothing need be copied there."""
-    return _own_tensors(loader) is not None
 
 
 def batch_leaves(batch: Any) -> tuple[list[Tensor], TreeSpec]:
@@ -214,8 +213,10 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
     return max(1, _length(loader.dataset) // max(1, _length(loader.batch_sampler)))
 
 
-def _filled(loader: DataLoader[Any], device: torch.device, limit_bytes: int) -> Store:
-    read, total, size = reader(loader), _length(loader.dataset), batch_size_of(loader)
+def _filled(
+    loader: DataLoader[Any], read: Callable[[Any], Any], device: torch.device, limit_bytes: int
+) -> Store:
+    total, size = _length(loader.dataset), batch_size_of(loader)
     trusted = loader.collate_fn is default_collate and _reads_singly(loader.dataset)
     with untouched(loader.dataset, loader.collate_fn):
         draws = Draws(loader.dataset, loader.collate_fn)
@@ -224,7 +225,7 @@ def _filled(loader: DataLoader[Any], device: torch.device, limit_bytes: int) -> 
         _require_rows(leaves, len(start))
         needed = sum(leaf.nbytes for leaf in leaves) * total // len(start)
         if needed > limit_bytes:
-            raise _too_large(needed, limit_bytes)
+            raise too_large(needed, limit_bytes)
         dims = tuple(_dims(leaf) for leaf in leaves)
         held = tuple(
             torch.empty((total, *leaf.permute(d).shape[1:]), dtype=leaf.dtype, device=device)
@@ -235,7 +236,7 @@ def _filled(loader: DataLoader[Any], device: torch.device, limit_bytes: int) -> 
             _fill(held, dims, spec, chunk, read, trusted=trusted)
         if draws.happened():
             raise _refusal("reading the items draws random numbers (an augmentation?)")
-    return Store(held, dims, spec, None, total, copied=True)
+    return Store(held, dims, spec, total)
 
 
 def _fill(
@@ -266,42 +267,6 @@ def _fill(
                 wanted.copy_(leaf.permute(d))
             elif not same(wanted.cpu().contiguous(), leaf.permute(d).cpu().contiguous()):
                 raise _refusal("a batch is more than its items stacked (a collate_fn that mixes?)")
-
-
-def _around(loader: DataLoader[Any], tensors: tuple[Tensor, ...], rows: Tensor | None) -> Store:
-    start = list(range(min(batch_size_of(loader), _length(loader.dataset))))
-    leaves, spec = batch_leaves(reader(loader)(start))
-    dims = tuple(_dims(leaf) for leaf in leaves)
-    held = tuple(t.permute(d) for t, d in zip(tensors, dims, strict=True))
-    return Store(held, dims, spec, rows, _length(loader.dataset), copied=False)
-
-
-def _moved(store: Store, device: torch.device, limit_bytes: int) -> Store:
-    """Copy to another device, and of a subset only what is in it."""
-    share = 1.0 if store.rows is None else len(store.rows) / max(1, len(store.leaves[0]))
-    if store.num_bytes * share > limit_bytes:
-        raise _too_large(int(store.num_bytes * share), limit_bytes)
-    parts = (x if store.rows is None else x.index_select(0, store.rows) for x in store.leaves)
-    held = tuple(part.contiguous().to(device) for part in parts)
-    return store._replace(leaves=held, rows=None, copied=True)
-
-
-def _own_tensors(loader: DataLoader[Any]) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
-    """Return the tensors that a dataset consists of, and the rows that a subset of it has."""
-    dataset, rows = loader.dataset, None
-    while type(dataset) is Subset:
-        picked, total = torch.tensor(list(map(as_int, dataset.indices))), _length(dataset.dataset)
-        picked = torch.where(picked < 0, picked + total, picked).long()
-        if ((picked < 0) | (picked >= total)).any():
-            return None  # the dataset itself says what is wrong with that
-        rows = picked if rows is None else picked.index_select(0, rows)
-        dataset = dataset.dataset
-    if type(dataset) is not TensorDataset or loader.collate_fn is not default_collate:
-        return None
-    plain = all(type(t) is Tensor and t.device.type == "cpu" for t in dataset.tensors)
-    if not plain or not dataset.tensors or any(t.requires_grad for t in dataset.tensors):
-        return None
-    return dataset.tensors, rows
 
 
 def _dims(leaf: Tensor) -> tuple[int, ...]:
@@ -347,7 +312,7 @@ def _known_start(start: Any) -> bool:
 def _length(sized: Any) -> int:
     try:
         return len(sized)
-    except (TypeError, NotImplementedError):
+    except Exception:  # the user's code: whatever it raises, there is no length
         return -1
 
 
@@ -360,7 +325,8 @@ def _refusal(found: str) -> Unsupported:
     return Unsupported("this dataset cannot be held in memory as it is", found, "leave it as it is")
 
 
-def _too_large(needed: int, limit: int) -> Unsupported:
+def too_large(needed: int, limit: int) -> Unsupported:
+    """Return the error that says how much room is needed."""
     return Unsupported(
         "this dataset is too large to be held in memory",
         f"{needed / 1e6:.1f} MB, where {limit / 1e6:.1f} MB are allowed",

@@ -37,71 +37,124 @@ _OF_LIGHTNING = "DistributedSamplerWrapper"  # lists all of the sampler that it 
 
 
 class WorkerLoader(SameBatches):
-    """A DataLoader's batches, made by another number of workers. Made by `with_workers`."""
+    """A DataLoader's batches, made by another number of workers. Made by `with_workers`.
+
+    The workers persist where the user's do, and else are started for each epoch: they see the dataset as it
+    is then.
+    """
 
     def __init__(self, loader: DataLoader[Any], num_workers: int, pin_memory: bool) -> None:
         super().__init__(loader)
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self._lists = _Lists(len(loader))
-        self._inner = DataLoader(
-            loader.dataset,
-            batch_sampler=self._lists,
-            num_workers=num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=pin_memory,
-            timeout=loader.timeout if num_workers else 0,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context if num_workers else None,
-            generator=torch.Generator(),  # the global one is the training's
-            persistent_workers=num_workers > 0,
-        )
+        self.__dict__.update(num_workers=num_workers, pin_memory=pin_memory)
+        self._seed = torch.Generator()
+        self._inner: Any = None
 
     def close(self) -> None:
         """End the worker processes."""
-        stop_workers(self._inner._iterator)
-        self._inner._iterator = None
+        super().close()
+        if self._inner is not None:
+            stop_workers(self._inner._iterator)
+            self._inner = None
 
-    def _start(self, order: Order, before: Iterator[Any] | None = None) -> Iterator[Any]:
-        return _Ahead(self, order, before)
+    def _begin(self, seed: int) -> None:
+        self.close()  # others are started for this epoch
+        self._seed.manual_seed(seed)  # items that draw follow the user's seed
+
+    def _start(self, order: Order) -> Iterator[Any]:
+        return _Ahead(self, order)
 
     def begin(self, order: Order) -> Iterator[Any]:
         """Let the workers begin with the batches of `order`."""
+        loader = self.loader
+        if self._inner is None:
+            self._lists = _Lists()
+            self._inner = DataLoader(
+                loader.dataset,
+                batch_sampler=self._lists,
+                num_workers=self.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=self.pin_memory,
+                timeout=loader.timeout if self.num_workers else 0,
+                worker_init_fn=loader.worker_init_fn,
+                multiprocessing_context=loader.multiprocessing_context
+                if self.num_workers
+                else None,
+                generator=self._seed,  # the global one is the training's
+                persistent_workers=loader.persistent_workers and self.num_workers > 0,
+            )
         self._lists.order = order
         return iter(self._inner)
+
+
+class PinnedLoader(SameBatches):
+    """A DataLoader with pinned memory or without, and all else of the user's. Made by `with_workers`."""
+
+    def __init__(self, loader: DataLoader[Any], pin_memory: bool) -> None:
+        super().__init__(loader)
+        self.__dict__.update(pin_memory=pin_memory)
+        self._inner: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = self.loader
+        if self._inner is None or self._inner.collate_fn is not loader.collate_fn:
+            self._inner = DataLoader(
+                loader.dataset,
+                batch_sampler=loader.batch_sampler,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=self.pin_memory,
+                timeout=loader.timeout,
+                worker_init_fn=loader.worker_init_fn,
+                multiprocessing_context=loader.multiprocessing_context,
+                generator=loader.generator,
+                prefetch_factor=loader.prefetch_factor,
+                persistent_workers=loader.persistent_workers,
+            )
+        self._running = iter(self._inner)
+        return self._running
+
+    def close(self) -> None:
+        """End the worker processes."""
+        super().close()
+        if self._inner is not None:
+            stop_workers(self._inner._iterator)
+            self._inner = None
+
+    def follow(self, old: Any) -> None:
+        """Take the place of `old`, unless its workers persist: to start others draws a seed."""
+        if self.loader.persistent_workers and old._iterator is not None:
+            raise Unsupported(
+                "workers that persist keep the memory that they were started with",
+                "persistent_workers=True",
+                "pass `pin_memory` to the DataLoader",
+            )
+
+    def adopt(self, running: Any) -> Iterator[Any]:
+        """Let the epoch that has begun go on as it is."""
+        self._running = running
+        return iter(running)
 
 
 class _Lists:
     """Stands where a batch sampler does, and gives the lists of the running order."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.order: Any = ()
+    order: Any = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.order)
-
-    def __len__(self) -> int:
-        return self.length
 
 
 class _Ahead:
     """One epoch. The workers begin at the first batch, or at once where the user's began at once."""
 
-    def __init__(self, loader: WorkerLoader, order: Order, before: Iterator[Any] | None) -> None:
-        self.order, self._loader, self._before = order, loader, before
-        eager = loader.loader.num_workers > 0 and before is None
-        self._batches = loader.begin(order) if eager else None
+    def __init__(self, loader: WorkerLoader, order: Order) -> None:
+        self.order, self._loader = order, loader
+        self._batches = loader.begin(order) if loader.loader.num_workers > 0 else None
 
     def __iter__(self) -> _Ahead:
         return self
 
     def __next__(self) -> Any:
-        if self._before is not None:
-            for batch in self._before:
-                self.order.ask()
-                return batch
-            stop_workers(self._before)
-            self._before = None
         if self._batches is None:
             self._batches = self._loader.begin(self.order)
         return next(self._batches)
@@ -113,8 +166,11 @@ def with_workers(
     *,
     pin_memory: bool | None = None,
     keep_random: bool = True,
-) -> WorkerLoader:
-    """Give the batches of a DataLoader from another number of workers, which persist.
+) -> WorkerLoader | PinnedLoader:
+    """Give the batches of a DataLoader from another number of workers.
+
+    Workers see the dataset as it is when their epoch begins, and each keeps its own copy: for items that
+    are the same whenever and by whomever they are read.
 
     Args:
         loader: The user's DataLoader; it is not changed.
@@ -141,11 +197,12 @@ def with_workers(
         if not isinstance(flag, bool) and not (name == "pin_memory" and flag is None):
             raise TypeError(explain(f"`{name}` is true or false", repr(flag), "pass a bool"))
     require_plain(loader)
-    if num_workers != loader.num_workers:
-        require_known_order(loader)
-        if keep_random:
-            require_still(loader)
     pins = loader.pin_memory if pin_memory is None else pin_memory
+    if num_workers == loader.num_workers:
+        return PinnedLoader(loader, pins)
+    require_known_order(loader)
+    if keep_random:
+        require_still(loader)
     return WorkerLoader(loader, num_workers, pins)
 
 

@@ -19,6 +19,7 @@ training alone. Copies recompute as well; pickles hold the user's own forward. W
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -193,6 +194,16 @@ def _own_forward(module: nn.Module) -> tuple[Any, ...] | None:
     return found
 
 
+# PyTorch 2.14 asks whether kept tensors pass the hooks around a block (#190581), and will change its default.
+# They are counted by `note_kept`, so they do not.
+_HOOKS: dict[str, Any] = (
+    {"respect_saved_tensors_hooks": False}
+    if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
+    else {}
+)
+_selecting: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False, **_HOOKS)
+
+
 def _recomputing(module: nn.Module, policy: str) -> Callable[..., Any]:
     """Make a function of the module, which holds no instance, so that copies get one of their own.
 
@@ -220,13 +231,13 @@ def _recomputing(module: nn.Module, policy: str) -> Callable[..., Any]:
         ):  # running statistics are outputs of a graph, and change once
             if policy == "full":
                 return checkpoint(call, *values, use_reentrant=False)
-            return checkpoint(call, *values, use_reentrant=False, context_fn=_selective)
+            return _selecting(call, *values, context_fn=_selective)
         make = functools.partial(_contexts, self, policy)
         if self in _called:
-            return checkpoint(call, *values, use_reentrant=False, context_fn=make)
+            return _selecting(call, *values, context_fn=make)
         _called.add(self)
         before = _versions(self)
-        out = checkpoint(call, *values, use_reentrant=False, context_fn=make)
+        out = _selecting(call, *values, context_fn=make)
         _refuse_changed(self, before)
         return out
 

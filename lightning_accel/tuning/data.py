@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from lightning_accel.errors import AccelError
-from lightning_accel.loading import Choice, apply_choice, choose, resident
+from lightning_accel.loading import Choice, apply_choice, choose
 from lightning_accel.loading.callback import Applied
+from lightning_accel.loading.resident import SHARE, free_bytes, look_up
 from lightning_accel.tuning.report import Trial
 from lightning_accel.tuning.settings import PLAIN, loading_arguments
 
@@ -54,10 +56,9 @@ def apply_loading(trainer: Trainer, value: str) -> Applied:
     if isinstance(loader, str):
         raise AccelError("the data cannot be loaded as it was chosen", loader, "tune anew")
     arguments = loading_arguments(value)
-    if arguments["resident"] is True:
-        device = trainer.strategy.root_device
-        held = resident(loader, device if device.type == "cuda" else "cpu")
-        choice = Choice("resident", 1.0, "chosen before", store=held.store)
+    if value == "resident":
+        held = look_up(loader, int(SHARE * free_bytes(torch.device("cpu"))))
+        choice = Choice("resident", 1.0, "chosen before", store=held)
     else:
         workers = arguments.get("workers", loader.num_workers)
         pin = arguments.get("pin")

@@ -170,7 +170,10 @@ def loading_arguments(value: str) -> Node:
     {'resident': False, 'workers': 2, 'pin': True}
     """
     if value == "resident":
-        return {"resident": True}
+        return {
+            "workers": False,
+            "pin": False,
+        }  # where it is another dataset, nobody vouches for it
     found = _LOADING.fullmatch(value)
     if found is None:
         raise ValueError(
