@@ -32,12 +32,12 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import XLAAccelerator
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves
 
 import lightning_accel
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.redact import redacted
+from lightning_accel.surgery.preserve import preserve_rng
 
 ALLOWED = (
     "lightning.pytorch.Trainer",
@@ -177,7 +177,7 @@ def _train_teacher(
         "enable_model_summary": False,
         **recipe["trainer"],
     }
-    with isolate_rng():
+    with preserve_rng():
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(recipe["seed"])
         run = build({**recipe, "trainer": trainer}, allow=allow)

@@ -6,27 +6,44 @@ from collections.abc import Callable, Iterator
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_accel.bridge.example import batches, calls_of, inert_copy, run_step
+from lightning_accel.bridge.example import AtHand, batches_or, calls_of, run_step
+from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.preserve import preserve_rng
 
 
 class TrainingData:
-    """Up to `count` batches of a fit's training data, seen through copies of the module."""
+    """Up to `count` batches of a fit's training data, seen through copies of the module.
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
+    Args:
+        trainer: Of the fit.
+        pl_module: The user's module.
+        count: How many batches.
+        at_hand: A batch of this fit, for data that can be read only once.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        count: int,
+        at_hand: AtHand | None = None,
+    ) -> None:
         self._trainer = trainer
         self._module = pl_module
         self._count = count
+        self._at_hand = at_hand
 
     def calls(self) -> Iterator[tuple[Call, ...]]:
         """Yield the calls of the module's networks for each batch."""
-        return calls_of(self._trainer, self._module, batches(self._trainer, self._count))
+        return calls_of(
+            self._trainer, self._module, batches_or(self._trainer, self._count, self._at_hand)
+        )
 
     def copy(self) -> LightningModule:
         """Return a copy on which `training_step` has no effect outside it."""
@@ -35,7 +52,7 @@ class TrainingData:
 
     def losses(self, copy: LightningModule) -> Iterator[Tensor]:
         """Yield the loss of each batch on a copy, one graph at a time."""
-        for index, batch in enumerate(batches(self._trainer, self._count)):
+        for index, batch in enumerate(batches_or(self._trainer, self._count, self._at_hand)):
             output = run_step(self._trainer, copy, batch, index)
             loss = output["loss"] if isinstance(output, dict) else output
             if not isinstance(loss, Tensor):
@@ -62,7 +79,7 @@ def renew_buffers(
     """Let `work` change the buffers of a copy, and take them over; the weight averages' as well."""
     for model in (pl_module, *averages(trainer.callbacks, pl_module)):  # type: ignore[attr-defined]
         copy = _in_dtypes_of(pl_module, twin(model))  # a true precision converts the module only
-        with isolate_rng(), trainer.precision_plugin.train_step_context():
+        with preserve_rng(), trainer.precision_plugin.train_step_context():
             work(copy)
         buffers = dict(copy.named_buffers())
         for name, buffer in model.named_buffers():

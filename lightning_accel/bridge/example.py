@@ -12,22 +12,30 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from copy import copy as shallow_copy
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
+from lightning_accel.bridge.data import ReadOnce, batches
+from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.errors import AccelError
-from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call, as_call
+from lightning_accel.surgery.preserve import preserve_rng, preserve_state
 
-_SEED = 0
+_STARTED = "_accel_started"
+
+
+class AtHand(NamedTuple):
+    """A batch that the fit itself was given, in place and through all hooks."""
+
+    batch: Any
 
 
 class StepFailed(AccelError):
@@ -35,7 +43,7 @@ class StepFailed(AccelError):
 
 
 def find_example(
-    trainer: Trainer, pl_module: LightningModule, example: Any = None
+    trainer: Trainer, pl_module: LightningModule, example: Any = None, at_hand: AtHand | None = None
 ) -> tuple[Call, ...]:
     """Return example calls: the explicit ones, else `example_input_array`, else a real batch's.
 
@@ -43,14 +51,16 @@ def find_example(
         trainer: A Trainer within a fit.
         pl_module: The user's module.
         example: Arguments of its `forward`: a tensor, a tuple of arguments, or a dict of keywords.
+        at_hand: A batch of this fit, for data that can be read only once.
 
     Raises:
+        ReadOnce: The data can be read only once, and no batch is at hand.
         AccelError: No trainable module is called in `training_step`, or the step failed on the twin.
     """
     if example is None and is_overridden("forward", pl_module):
         example = pl_module.example_input_array
     if example is None:
-        return list(calls_of(trainer, pl_module, batches(trainer, 1)))[0]  # noqa: RUF015 to its end: it puts the random state back
+        return list(calls_of(trainer, pl_module, batches_or(trainer, 1, at_hand)))[0]  # noqa: RUF015 to its end: it puts the random state back
     device = pl_module.device
     example = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
     return (as_call(example, _entry(pl_module)),)
@@ -61,11 +71,21 @@ def batches_of(trainer: Trainer, pl_module: LightningModule, count: int) -> list
     return list(calls_of(trainer, pl_module, batches(trainer, count)))
 
 
+def batches_or(trainer: Trainer, count: int, at_hand: AtHand | None) -> list[Any]:
+    """Return batches of the fit; the one at hand for data that can be read only once."""
+    try:
+        return batches(trainer, count)
+    except ReadOnce:
+        if at_hand is None:
+            raise
+        return [at_hand]
+
+
 def calls_of(
     trainer: Trainer, pl_module: LightningModule, data: list[Any]
 ) -> Iterator[tuple[Call, ...]]:
     """Yield the outermost calls of trainable modules for each batch."""
-    with isolate_rng(), inert_copy(trainer, pl_module) as copy:
+    with preserve_rng(), inert_copy(trainer, pl_module) as copy:
         for index, batch in enumerate(data):
             calls = outermost_calls(trainer, copy, placed(trainer, copy, batch), index)
             if not calls:
@@ -87,25 +107,6 @@ def outermost_calls(
     return tuple(calls.values())
 
 
-@contextmanager
-def inert_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
-    """Give a twin on which `training_step` can run without any effect outside it."""
-    copy = twin(pl_module)
-    copy.trainer = trainer
-    if vars(copy).get("training_step", copy) is vars(pl_module).get("training_step"):
-        del vars(copy)["training_step"]  # a function that is bound to the original
-    inert = _Inert()
-    for name in ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer"):
-        for module in copy.modules():
-            if isinstance(module, LightningModule):
-                vars(module)[name] = inert
-    vars(copy)["clip_gradients"] = inert
-    count = max(len(trainer.optimizers), 1)
-    vars(copy)["optimizers"] = lambda *_, **__: inert if count == 1 else [inert] * count
-    vars(copy)["lr_schedulers"] = lambda *_, **__: inert
-    yield copy
-
-
 def run_step(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:
     """Run `training_step` of an inert copy on a batch, moved and cast as the Trainer would."""
     return run_placed(trainer, copy, placed(trainer, copy, batch), index)
@@ -113,16 +114,31 @@ def run_step(trainer: Trainer, copy: LightningModule, batch: Any, index: int) ->
 
 def placed(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
     """Return a batch as `training_step` gets it: cast, moved, and through the batch transfer hooks."""
+    if isinstance(batch, AtHand):
+        return deepcopy(batch.batch)
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = copy._on_before_batch_transfer(batch, dataloader_idx=0)
-    return copy._apply_batch_transfer_handler(batch, trainer.strategy.root_device, 0)
+    batch = _hook(trainer, copy, "on_before_batch_transfer")(batch, 0)
+    batch = _hook(trainer, copy, "transfer_batch_to_device")(batch, trainer.strategy.root_device, 0)
+    return _hook(trainer, copy, "on_after_batch_transfer")(batch, 0)
 
 
 def run_placed(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:
-    """Run `training_step` of an inert copy on a batch that is in place already."""
+    """Run `training_step` of an inert copy on a batch that is in place already.
+
+    A step that fails is tried once more after the module's own hooks at the start of training, of an epoch
+    and of a batch, in which many modules make what their steps use.
+    """
     try:
-        with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            return copy.training_step(*step_arguments(copy, batch, index))
+        try:
+            return _step(trainer, copy, batch, index)
+        except Exception:
+            if vars(copy).get(_STARTED):
+                raise
+            vars(copy)[_STARTED] = True
+            copy.on_train_start()
+            copy.on_train_epoch_start()
+            copy.on_train_batch_start(batch, index)
+            return _step(trainer, copy, batch, index)
     except Exception as error:
         raise StepFailed(
             "`training_step` failed on a copy of the module",
@@ -131,80 +147,29 @@ def run_placed(trainer: Trainer, copy: LightningModule, batch: Any, index: int) 
         ) from error
 
 
-def batches(trainer: Trainer, count: int) -> list[Any]:
-    """Return up to `count` batches of training data, at least one, without moving the data's order.
+def _step(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:
+    with torch.enable_grad(), trainer.precision_plugin.train_step_context():
+        return copy.training_step(*step_arguments(copy, batch, index))
 
-    Items are drawn evenly from the dataset by index, so the same dataset always gives the same
-    batches: a resumed run then decides as the uninterrupted one. What has no index is iterated.
-    """
-    loaders = trainer.train_dataloader
-    if loaders is None:
-        raise AccelError("there is no training data yet", "", "call this within `trainer.fit`")
-    with isolate_rng():
-        torch.manual_seed(_SEED)
-        drawn = tree_map(lambda loader: _draw(loader, count), loaders)
-    columns = min(len(v) for v in _lists(drawn))
-    return [
-        tree_map(lambda v, i=i: v[i], drawn, is_leaf=lambda v: isinstance(v, _Drawn))
-        for i in range(columns)
-    ]
+
+def _hook(trainer: Trainer, copy: LightningModule, name: str) -> Any:
+    """Return a batch hook: that of the copy, or of the datamodule where Lightning takes that one."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is None or not is_overridden(name, datamodule):
+        return getattr(copy, name)
+    stand_in = shallow_copy(datamodule)
+
+    def hook(*args: Any) -> Any:
+        with preserve_state(stand_in):
+            return getattr(stand_in, name)(*args)
+
+    return hook
 
 
 def step_arguments(copy: LightningModule, batch: Any, index: int) -> tuple[Any, ...]:
     """Return what `training_step` takes: the batch, perhaps its index, perhaps that of the loader."""
     names = list(inspect.signature(copy.training_step).parameters)
     return (batch, index, 0)[: max(1, min(len(names), 3))] if names else ()
-
-
-class _Drawn(list[Any]):
-    """Batches of one loader, a leaf to tree functions."""
-
-
-def _lists(drawn: Any) -> list[_Drawn]:
-    return tree_leaves(drawn, is_leaf=lambda v: isinstance(v, _Drawn))
-
-
-def _draw(loader: Any, count: int) -> _Drawn:
-    if _is_indexable(loader):
-        size = loader.batch_size or 1
-        order = torch.randperm(len(loader.dataset)).tolist()
-        chunks = [order[i : i + size] for i in range(0, size * count, size)]
-        chunks = [c for c in chunks if len(c) == size] or chunks[:1]
-        collate = loader.collate_fn
-        if loader.batch_size is None:
-            return _Drawn(collate(loader.dataset[c[0]]) for c in chunks)
-        return _Drawn(collate([loader.dataset[i] for i in c]) for c in chunks)
-    with _kept_generators(loader):
-        iterator = iter(loader)
-        drawn = _Drawn(batch for _, batch in zip(range(count), iterator, strict=False))
-    if not drawn:
-        raise AccelError("the training data is empty", repr(loader), "pass data to `trainer.fit`")
-    return drawn
-
-
-def _is_indexable(loader: Any) -> bool:
-    return (
-        isinstance(loader, DataLoader)
-        and not isinstance(loader.dataset, IterableDataset)
-        and hasattr(loader.dataset, "__getitem__")
-        and hasattr(loader.dataset, "__len__")
-        and len(loader.dataset) > 0
-        and (loader.batch_size is not None or loader.batch_sampler is None)
-    )
-
-
-@contextmanager
-def _kept_generators(loader: Any) -> Iterator[None]:
-    holders = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    generators = [
-        g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)
-    ]
-    states = [g.get_state() for g in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 @contextmanager
@@ -253,23 +218,3 @@ def _entry(pl_module: LightningModule) -> str:
 
 def _frozen(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-class _Inert:
-    """Stands for optimizers, schedulers and logging: every use is accepted and does nothing."""
-
-    param_groups: list[dict[str, Any]] = [{"lr": 0.0, "params": []}]
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        return None
-
-    def __getattr__(self, name: str) -> _Inert:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __enter__(self) -> _Inert:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None

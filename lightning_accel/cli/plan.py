@@ -209,7 +209,8 @@ def _from_code(name: str, checkpoint: Path | None) -> tuple[nn.Module, Any]:
 
 
 def _from_config(path: Path, overrides: list[str], allow: list[str], device: str) -> Named:
-    from lightning_accel.bridge.example import calls_of, inert_copy, run_step
+    from lightning_accel.bridge.example import calls_of, run_step
+    from lightning_accel.bridge.inert import inert_copy
     from lightning_accel.recipe import build
 
     config = composed(path, overrides)

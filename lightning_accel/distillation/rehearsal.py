@@ -18,17 +18,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_accel.bridge.data import ReadOnce, batches
 from lightning_accel.bridge.example import (
-    batches,
-    inert_copy,
     outermost_calls,
     placed,
     run_placed,
 )
+from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import load_from_checkpoint
 from lightning_accel.distillation import evidence
 from lightning_accel.distillation.engine import Engine
@@ -39,6 +38,7 @@ from lightning_accel.distillation.tape import Record, Tape, layer
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.preserve import preserve_rng
 
 _BATCHES = 16  # to tell classes in another order from a teacher that knows nothing
 
@@ -47,7 +47,7 @@ _BATCHES = 16  # to tell classes in another order from a teacher that knows noth
 def stage(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
     """Give a copy to rehearse on, without compiled code, and put the random state back."""
     eager = torch.compiler.set_stance("force_eager")
-    with isolate_rng(), eager, inert_copy(trainer, pl_module) as copy:
+    with preserve_rng(), eager, inert_copy(trainer, pl_module) as copy:
         yield copy
 
 
@@ -148,7 +148,7 @@ def check_classes(
     if found is None or not evidence.is_at_chance(*found):
         return
     chosen, target, num_classes = [found[0]], [found[1]], found[2]
-    for index, other in enumerate(batches(trainer, _BATCHES)):
+    for index, other in enumerate(_more(trainer)):
         moved = placed(trainer, copy, other)
         again = record_on(trainer, copy, engine, name, moved, index, "last")
         if again is None:
@@ -168,6 +168,14 @@ def check_classes(
                 "pass a trained teacher, and inputs prepared as it knows them",
             )
         )
+
+
+def _more(trainer: Trainer) -> list[Any]:
+    """Return other batches; none of data that can be read only once."""
+    try:
+        return batches(trainer, _BATCHES)
+    except ReadOnce:
+        return []
 
 
 def gradient_shares(

@@ -28,11 +28,11 @@ from lightning_accel.hardware import num_usable_cores
 from lightning_accel.loading.order import SameBatches, stop_workers
 from lightning_accel.loading.resident import ResidentLoader, check_limits, resident
 from lightning_accel.loading.rows import Rows, rows
-from lightning_accel.loading.still import untouched
 from lightning_accel.loading.store import Store, batch_size_of, require_plain, require_still
 from lightning_accel.loading.workers import with_workers
 from lightning_accel.measure.race import synchronise
 from lightning_accel.measure.table import Table
+from lightning_accel.surgery.preserve import preserve_rng
 
 _ROUNDS = 5
 _FEWEST_ROUNDS = 3
@@ -153,7 +153,7 @@ def choose(
     except AccelError as error:
         return Choice("as is", 1.0, str(error))
     race = _Race(loader, step_ms, torch.device(device), budget_s)
-    with untouched(loader.dataset, loader.collate_fn):
+    with preserve_rng(loader.dataset, loader.collate_fn):
         race.enter("as is", lambda: loader)
         if hold:
             race.enter("resident", lambda: race.held(limit_bytes, unchanging))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import random
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -16,30 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from lightning_accel.surgery.snapshot import random_state, set_random_state
+from lightning_accel.surgery.preserve import generator_state, generators
+from lightning_accel.surgery.snapshot import random_state
 
 _DEPTH = 5
 _MOST = 2000
-
-
-@contextmanager
-def untouched(*holders: Any) -> Iterator[None]:
-    """Put all random states back: the global ones, and generators that `holders` keep as attributes.
-
-    >>> before = torch.get_rng_state()
-    >>> with untouched():
-    ...     _ = torch.rand(3)
-    >>> torch.equal(before, torch.get_rng_state())
-    True
-    """
-    world = random_state()
-    own = [(generator, _state(generator)) for generator in generators(*holders)]
-    try:
-        yield
-    finally:
-        set_random_state(world)
-        for generator, state in own:
-            _set_state(generator, state)
 
 
 class Draws:
@@ -62,45 +40,13 @@ class Draws:
     def _now(self) -> list[Any]:
         world = random_state()
         tensors = [world["torch"], *world["cuda"]]
-        own = [_state(generator) for generator in self._own]
+        own = [generator_state(generator) for generator in self._own]
         return [
             world["python"],
             world["numpy"],
             *(t.numpy().tobytes() for t in tensors),
             *(s.cpu().numpy().tobytes() if isinstance(s, Tensor) else repr(s) for s in own),
         ]
-
-
-def generators(*holders: Any) -> list[Any]:
-    """Return the generators that are found in the attributes of some objects, a few levels deep.
-
-    >>> len(generators({"mine": torch.Generator()}))
-    1
-    """
-    found: list[Any] = []
-    seen: set[int] = set()
-    level = list(holders)
-    for _ in range(_DEPTH):
-        following: list[Any] = []
-        for value in level[:_MOST]:
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if isinstance(
-                value,
-                (torch.Generator, random.Random, np.random.Generator, np.random.RandomState),
-            ):
-                found.append(value)
-            elif isinstance(value, dict):
-                following += list(value.values())[:_MOST]
-            elif isinstance(value, (list, tuple)):
-                following += value[:_MOST]
-            elif not isinstance(value, (Tensor, np.ndarray, str, bytes, int, float, type)):
-                following += getattr(value, "__dict__", {}).values()
-                following += [getattr(value, "__self__", None), getattr(value, "func", None)]
-                following += [c.cell_contents for c in getattr(value, "__closure__", None) or ()]
-        level = following
-    return found
 
 
 def fingerprint(holder: Any) -> bytes | None:
@@ -210,20 +156,3 @@ def _same_leaf(one: Any, other: Any) -> bool:
 def _bits(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()
-
-
-def _state(generator: Any) -> Any:
-    if isinstance(generator, (torch.Generator, np.random.RandomState)):
-        return generator.get_state()
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.getstate()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, (torch.Generator, np.random.RandomState)):
-        generator.set_state(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.setstate(state)

@@ -32,7 +32,8 @@ from torch.utils.data import (
 
 from lightning_accel.errors import Unsupported
 from lightning_accel.loading.rows import Rows, number, why_not_now
-from lightning_accel.loading.still import Draws, same, untouched
+from lightning_accel.loading.still import Draws, same
+from lightning_accel.surgery.preserve import preserve_rng
 
 _SAMPLE = 8
 _PROOFS = 3
@@ -127,7 +128,7 @@ def require_still(loader: DataLoader[Any]) -> float:
     """
     read, total = reader(loader), _length(loader.dataset)
     picked = [0, *Random(0).sample(range(total), min(total, _SAMPLE) - 1)]
-    with untouched(loader.dataset, loader.collate_fn):
+    with preserve_rng(loader.dataset, loader.collate_fn):
         draws = Draws(loader.dataset, loader.collate_fn)
         start = time.perf_counter()
         try:
@@ -181,7 +182,7 @@ def prove(
     lists = [choice.sample(range(total), size) for _ in range(count)]
     if not seed:
         lists += [list(range(size)), list(range(total - size, total)), [total - 1]]
-    with untouched(loader.dataset, loader.collate_fn):
+    with preserve_rng(loader.dataset, loader.collate_fn):
         for indices in lists:
             given = read(indices)
             if not same(_on_cpu(given), _on_cpu(store.take(indices))):
@@ -218,7 +219,7 @@ def _filled(
 ) -> Store:
     total, size = _length(loader.dataset), batch_size_of(loader)
     trusted = loader.collate_fn is default_collate and _reads_singly(loader.dataset)
-    with untouched(loader.dataset, loader.collate_fn):
+    with preserve_rng(loader.dataset, loader.collate_fn):
         draws = Draws(loader.dataset, loader.collate_fn)
         start = list(range(min(size, total)))
         leaves, spec = batch_leaves(read(start))

@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_accel import hardware
 from lightning_accel.bridge.bests import is_stale
-from lightning_accel.bridge.example import find_example, inert_copy
+from lightning_accel.bridge.example import find_example
+from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.errors import Unsupported, explain
@@ -37,6 +37,7 @@ from lightning_accel.measure.subject import (
 from lightning_accel.measure.table import show
 from lightning_accel.surgery import Receipt, Stage
 from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.surgery.structure import named_tensors
 
 
@@ -228,7 +229,7 @@ class AccelReport(Paced):
         self._describe(report, trainer)
         failed = "measuring the dense model against the final one failed"
         # The innermost catches: `isolate_rng` does not restore when an error passes through it.
-        with undisturbed(pl_module), isolate_rng(), self._told_not_raised(failed):
+        with undisturbed(pl_module), preserve_rng(), self._told_not_raised(failed):
             self._measure(report, trainer, pl_module)
         trainer.strategy.barrier("lightning_accel.AccelReport")
         self._publish(trainer)

@@ -11,12 +11,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
-from lightning_accel.bridge.example import StepFailed, batches, inert_copy, run_step
+from lightning_accel.bridge.data import batches
+from lightning_accel.bridge.example import StepFailed, run_step
 from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
+from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.model_edit import ModelEdit
 from lightning_accel.bridge.step import Around
 from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
@@ -31,6 +32,7 @@ from lightning_accel.memory.checkpoint import (
 from lightning_accel.memory.saved import SavedTensors, standing
 from lightning_accel.memory.trial import compile_for_trial, compiled_names, largest_budget
 from lightning_accel.surgery import Receipt, Select, Stage
+from lightning_accel.surgery.preserve import preserve_rng
 
 _compiled_with: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
 """The budget that the graphs of a module were made with."""
@@ -351,7 +353,7 @@ class _Trial:
         return _of_all(self._trainer, value, choose)
 
     def _bytes(self, budget: float) -> float:
-        with isolate_rng(), inert_copy(self._trainer, self._module) as copy:
+        with preserve_rng(), inert_copy(self._trainer, self._module) as copy:
             localise_norms(copy)
             compile_for_trial(copy, self._names)
             try:

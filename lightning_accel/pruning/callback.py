@@ -10,12 +10,12 @@ from typing import Any, ClassVar, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_accel.bridge import bests, guards
 from lightning_accel.bridge.copies import TrainingData, renew_buffers
-from lightning_accel.bridge.example import batches, calls_of, find_example
+from lightning_accel.bridge.data import ReadOnce, batches
+from lightning_accel.bridge.example import AtHand, batches_or, calls_of, find_example
 from lightning_accel.bridge.model_edit import ModelEdit, commit
 from lightning_accel.bridge.parts import note_parts
 from lightning_accel.bridge.restore import pristine
@@ -29,6 +29,7 @@ from lightning_accel.pruning.request import READ_THE_LOSS, Request
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trained import looks_untrained
 from lightning_accel.surgery import Cut, Receipt, Select, Stage
+from lightning_accel.surgery.preserve import preserve_rng
 
 _FEW = 0.01  # of the parameters; a ratio of 0.9 leaves about this
 
@@ -148,6 +149,7 @@ class StructuredPruning(ModelEdit):
         self.example = example
         self.receipt = Receipt()
         self.history: list[dict[str, Any]] = []
+        self._at_hand: AtHand | None = None
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._module: Callable[[], LightningModule | None] = lambda: None
 
@@ -209,8 +211,11 @@ class StructuredPruning(ModelEdit):
         """Rehearse, so that what cannot work is told now and not in the middle of the fit."""
         super().on_train_start(trainer, pl_module)
         if self._done() < len(self.when):
-            with isolate_rng():
-                calls = find_example(trainer, pl_module, self.example)
+            with preserve_rng():
+                try:
+                    calls = find_example(trainer, pl_module, self.example)
+                except ReadOnce:  # nothing can be tried before the first batch of the fit
+                    return
                 self.request.rehearse(
                     pl_module, calls, left=self._left(), dense=pristine(pl_module)
                 )
@@ -226,13 +231,17 @@ class StructuredPruning(ModelEdit):
         # Lightning leaves out the epoch's start after a resume from the last step of an epoch.
         if batch_idx == 0:
             note_parts(trainer, pl_module)  # those that other callbacks made since
-            self._act(trainer, pl_module)
+            self._at_hand = AtHand(batch)
+            try:
+                self._act(trainer, pl_module)
+            finally:
+                self._at_hand = None
 
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trial = _is_trial(trainer)  # of everything in one epoch
         due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
-        if due <= self._done():
-            return
+        if due <= self._done() or (self._at_hand is None and _reads_once(trainer)):
+            return  # of a stream, the fit's own first batch will do
         if self.guard is None or trial:
             self._prune(trainer, pl_module, due)
         elif self._may_go_on(trainer, pl_module):
@@ -332,10 +341,10 @@ class StructuredPruning(ModelEdit):
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> _Decision:
         """Decide on all processes, because networks may talk to each other, and take rank 0's word."""
-        data = TrainingData(trainer, pl_module, _BATCHES)
+        data = TrainingData(trainer, pl_module, _BATCHES, self._at_hand)
         left, dense = self._left(), pristine(pl_module)
-        with isolate_rng():
-            calls = find_example(trainer, pl_module, self.example)
+        with preserve_rng():
+            calls = find_example(trainer, pl_module, self.example, self._at_hand)
             try:
                 cut = self.request.plan(
                     pl_module, calls, due=due, left=left, dense=dense, source=data
@@ -354,7 +363,7 @@ class StructuredPruning(ModelEdit):
 
     def _renew(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.recalibrate:
-            data = batches(trainer, self.recalibrate)
+            data = batches_or(trainer, self.recalibrate, self._at_hand)
             calls = partial(calls_of, trainer, pl_module, data)
             renew_buffers(trainer, pl_module, lambda copy: recalibrate(copy, calls()))
 
@@ -379,6 +388,15 @@ def _dense_params(pl_module: LightningModule) -> int:
     dense = pristine(pl_module).tensors
     named = pl_module.named_parameters()
     return sum(math.prod(dense[n]) if n in dense else p.numel() for n, p in named)
+
+
+def _reads_once(trainer: Trainer) -> bool:
+    """Tell whether the training data can be read only once, and so by the fit alone."""
+    try:
+        batches(trainer, 1)
+    except ReadOnce:
+        return True
+    return False
 
 
 def _is_trial(trainer: Trainer) -> bool:

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from typing_extensions import override
 
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.loading.still import untouched as steady
 from lightning_accel.surgery import twin
+from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.tuning.arguments import whole
 from lightning_accel.tuning.callback import AutoTune
 from lightning_accel.tuning.report import TuneReport
@@ -98,7 +98,7 @@ def tune_in(trainer: Trainer, module: LightningModule, data: Any, tuning: AutoTu
     trainer.callbacks = [*edits, tuning, _NoTraining()]  # type: ignore[attr-defined]
     trainer.num_sanity_val_steps = 0
     tuning.only_report = True
-    with steady(module, data):
+    with preserve_rng(module, data):
         trainer.fit(twin(module), data)
     if tuning.report is None:
         raise AccelError(

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_accel.attention import attention_backend
-from lightning_accel.bridge.example import inert_copy, step_arguments
+from lightning_accel.bridge.example import step_arguments
+from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.compilation import compile_blocks
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.loop import use_implementation

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.attention import uses_attention
-from lightning_accel.bridge.example import batches, placed
+from lightning_accel.bridge.data import batches
+from lightning_accel.bridge.example import placed
 from lightning_accel.errors import AccelError, Unsupported
-from lightning_accel.loading.still import untouched as steady
 from lightning_accel.surgery.snapshot import random_state, set_random_state
 from lightning_accel.tuning import store
 from lightning_accel.tuning.alone import alone
@@ -183,16 +183,7 @@ def _draw(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
     """Return batches as the step gets them; what the data draws its random numbers from stays where it is."""
     combined = trainer.fit_loop._combined_loader
     loaders = combined.flattened if combined is not None else []
-    datasets = [getattr(loader, "dataset", loader) for loader in loaders]
-    for dataset in datasets:
-        if isinstance(dataset, Iterator):
-            raise Unsupported(
-                "a stream of data that can be read only once would miss the batches that are measured on",
-                type(dataset).__name__,
-                "let `__iter__` begin anew each time, or use a preset of `lightning-accel tune`",
-            )
-    with steady(*datasets, *(getattr(loader, "collate_fn", None) for loader in loaders)):
-        drawn = batches(trainer, _BATCHES)
+    drawn = batches(trainer, _BATCHES)
     if combined is not None and combined._mode == "sequential" and len(loaders) > 1:
         drawn = [batch[0] for batch in drawn]  # one loader after the other, so the first
     copy = copied(trainer, pl_module)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -21,6 +20,7 @@ from lightning_accel.pruning import sparsity
 from lightning_accel.pruning.graph import Graph, Group
 from lightning_accel.surgery import Receipt, Select, twin
 from lightning_accel.surgery.call import first
+from lightning_accel.surgery.preserve import preserve_rng
 
 _SAMPLES = 2  # enough to trace
 
@@ -159,6 +159,6 @@ class SparsityTraining(Callback):
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> list[Group]:
         frozen = frozenset(n for n, p in pl_module.named_parameters() if not p.requires_grad)
         calls = first(find_example(trainer, pl_module, self.example), _SAMPLES)
-        with isolate_rng(), torch.enable_grad():
+        with preserve_rng(), torch.enable_grad():
             graph = Graph(twin(pl_module), calls, select=self.select, frozen=frozen)
         return list(graph.groups)

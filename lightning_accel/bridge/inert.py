@@ -1,0 +1,131 @@
+"""A copy of the user's module on which anything can be run, and nothing outside of it notices.
+
+Logging, optimizers, schedulers and the Trainer are stand-ins: they can be read as the real ones, and every
+use is accepted and does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy as shallow_copy
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_accel.surgery import twin
+
+_SILENT = (
+    "log",
+    "log_dict",
+    "print",
+    "manual_backward",
+    "toggle_optimizer",
+    "untoggle_optimizer",
+    "clip_gradients",
+)
+_METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
+
+
+@contextmanager
+def inert_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
+    """Give a twin on which `training_step` can run without any effect outside it."""
+    copy = twin(pl_module)
+    if vars(copy).get("training_step", copy) is vars(pl_module).get("training_step"):
+        del vars(copy)["training_step"]  # a function that is bound to the original
+    inert = Inert()
+    for module in copy.modules():
+        if isinstance(module, LightningModule):
+            vars(module).update(dict.fromkeys(_SILENT, inert))
+            vars(module)["_trainer"] = Onlooker(trainer, copy)
+    optimizers = [Inert(optimizer) for optimizer in trainer.optimizers] or [inert]
+    schedulers = [Inert(config.scheduler) for config in trainer.lr_scheduler_configs]
+    vars(copy)["optimizers"] = lambda *_, **__: (
+        optimizers[0] if len(optimizers) == 1 else optimizers
+    )
+    vars(copy)["lr_schedulers"] = lambda *_, **__: _one_or_all(schedulers)
+    yield copy
+
+
+class Inert:
+    """Stands for an optimizer, a scheduler or a logger: can be read, and every call does nothing.
+
+    Args:
+        real: What it stands for; its plain values are copies.
+
+    >>> stand_in = Inert(None)
+    >>> stand_in.anything.at_all(1) is None, stand_in.param_groups[0]["lr"]
+    (True, 0.0)
+    """
+
+    def __init__(self, real: Any = None) -> None:
+        self._real = real
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        return None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Copies of the settings of each group, without parameters."""
+        groups = getattr(self._real, "param_groups", None) or [{"lr": 0.0}]
+        return [{**group, "params": []} for group in groups]
+
+    def get_last_lr(self) -> list[Any]:
+        """Return the learning rates of the scheduler that it stands for."""
+        rates = getattr(self._real, "_last_lr", None)
+        return list(rates) if rates is not None else [group["lr"] for group in self.param_groups]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self._real, name, None)
+        if isinstance(value, (bool, int, float, str)):
+            return value
+        return Inert(value if name == "optimizer" else None)
+
+    def __enter__(self) -> Inert:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class Onlooker:
+    """The Trainer as a rehearsal sees it: everything can be read; what is set, logged or saved stays here.
+
+    Args:
+        trainer: Of the fit.
+        module: The copy that is rehearsed.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        real: Any = vars(trainer).get("_real", trainer)
+        inert = Inert()
+        own = {
+            "_real": real,
+            "lightning_module": module,
+            "model": module,
+            "logger": inert if real.loggers else None,
+            "loggers": [inert for _ in real.loggers],
+            "optimizers": [Inert(optimizer) for optimizer in real.optimizers],
+            "save_checkpoint": inert,
+            "datamodule": shallow_copy(real.datamodule),
+        }
+        vars(self).update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(vars(self)["_real"], name)
+        return dict(value) if name in _METRICS else value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Onlooker:
+        return self
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # Lightning and users ask what it is
+        return Trainer
+
+
+def _one_or_all(schedulers: list[Inert]) -> Any:
+    if len(schedulers) > 1:
+        return schedulers
+    return schedulers[0] if schedulers else None
