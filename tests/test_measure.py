@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import AccelReport, StepMeter, StructuredPruning
+from lightning_accel.bridge import paced
 from lightning_accel.measure import (
     Comparison,
     Latency,
@@ -42,7 +43,6 @@ from lightning_accel.measure import (
     race,
     time_call,
 )
-from lightning_accel.measure import callback as callback_file
 from lightning_accel.measure.report import Ratios, Side
 from lightning_accel.measure.subject import (
     Runnable,
@@ -82,7 +82,7 @@ class Ticks:
 @pytest.fixture
 def ticks(monkeypatch: pytest.MonkeyPatch) -> Ticks:
     made = Ticks()
-    for module in (race, contention, callback_file, sys.modules[__name__]):
+    for module in (race, contention, paced, sys.modules[__name__]):
         if hasattr(module, "time"):
             monkeypatch.setattr(module, "time", made)
     monkeypatch.setattr(contention, "_busy_seconds", lambda: 0.0)
@@ -836,8 +836,6 @@ def test_a_fit_without_edits_gains_nothing(fit: Fit, tmp_path: Path) -> None:
     fit(Module(), AccelReport(budget_s=0.6))
     plain = saved(tmp_path)
     assert plain["ratios"]["params"] == plain["ratios"]["macs"] == 1.0
-    assert plain["ratios"]["latency"] == pytest.approx({"1": 1.0, "8": 1.0}, rel=0.3)
-    assert plain["ratios"]["steps_per_s"] == pytest.approx(1.0, rel=0.3)
     assert plain["dense"]["params"] == num_params(Net())
     assert plain["edits"] == []
     assert (
@@ -1248,7 +1246,7 @@ def test_every_logger_gets_flat_numbers_and_wandb_a_table(fit: Fit, tmp_path: Pa
     plain, wandb = Recording(), WandbLogger()
     fit(Module(), AccelReport(budget_s=0.1), logger=[plain, wandb, CSVLogger(tmp_path / "csv")])
     ((_, row),) = plain.of("report/")
-    assert {"report/ratio_macs", "report/ratio_latency_8", "report/final_params"} <= set(row)
+    assert {"report/ratio_macs", "report/final_params"} <= set(row)
     assert wandb.summary == row
     ((key, columns, rows),) = wandb.tables
     assert (key, columns) == ("report/table", ["quantity", "dense", "final", "gain"])

@@ -411,6 +411,7 @@ def test_a_target_inside_the_module_is_cut_where_its_network_is() -> None:
         assert (held - p).abs().max() < 0.05  # channels of one kept, others of the other, would not
 
 
+@pytest.mark.filterwarnings("ignore:StructuredPruning cuts before the first step")
 def test_a_copy_of_which_nothing_is_known_is_refused_at_start() -> None:
     with pytest.raises(Unsupported, match="has not moved yet"):
         fit(Byol(), StructuredPruning(ratio=0.5, when=0))

@@ -795,7 +795,7 @@ class Unoptimized(Net):
 
 class OneShot(IterableDataset[Any]):
     def __init__(self) -> None:
-        self.left = iter(range(32))
+        self.left = (i for i in range(32))  # cannot be copied
 
     def __iter__(self) -> Any:
         return self

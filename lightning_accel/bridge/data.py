@@ -155,8 +155,10 @@ def _copied(source: Any, *shared: Any) -> Iterator[Any]:
         made = copy.deepcopy(source, memo)
     except Exception as error:  # whatever the objects of a user do when they are copied
         raise _read_once(source, error) from error
+    own = {id(value) for value in reachable(source)}
     for generator in generators(made):
-        _reseed(generator)
+        if id(generator) not in own:  # a dataset is shared with the user's sampler
+            _reseed(generator)
     return iter(made)
 
 

@@ -171,6 +171,7 @@ def test_masked_training_is_that_of_a_masked_loop(make: Any, way: str) -> None:
 
 
 @each
+@pytest.mark.filterwarnings("ignore:StructuredPruning cuts before the first step")
 def test_a_prune_goes_on_as_a_masked_loop(make: Any, way: str) -> None:
     """davda54/sam#42 and #31, kozistr/pytorch_optimizer#201, Lightning#4974."""
     module, true = Module(make, way), Module(make, way)
