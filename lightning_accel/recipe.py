@@ -320,7 +320,8 @@ def _trainer(tree: Mapping[str, Any]) -> Trainer:
         raise Unsupported(
             "Lightning reaches a TPU through torch_xla only",
             "no torch_xla that works with this torch, or no TPU",
-            "install torch==2.9.* with torch_xla==2.9.* on a TPU machine, or say accelerator=auto",
+            "say accelerator=auto; or on a TPU machine, install the torch_xla that is made for this "
+            f"torch, {torch.__version__}",
         )
     loggers = _all(tree.get("logger"), "logger")
     arguments: dict[str, Any] = {"callbacks": _in_order(_all(tree.get("callbacks"), "callbacks"))}

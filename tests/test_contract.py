@@ -370,7 +370,10 @@ def test_a_selection_of_nothing_is_an_error_not_a_silence(fit: Fit, name: str) -
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(lightning_accel.__all__) - {"load_from_checkpoint", "tune"})
+    "name",
+    sorted(
+        set(lightning_accel.__all__) - {"load_from_checkpoint", "prune_before_sharding", "tune"}
+    ),
 )
 def test_unknown_arguments_are_refused(name: str) -> None:
     required = [torch.nn.Linear(1, 1)] if name == "DistillationModule" else []

@@ -73,3 +73,9 @@ def test_a_cache_is_not_made_of_nonsense(name: str, tmp_path: Path) -> None:
     for value in (*NOT_NUMBERS, -1):
         with pytest.raises((ValueError, TypeError), match=r"Found: .*Do: "):
             TeacherCache(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("nothing", [None, [None]])
+def test_no_teacher_says_where_one_comes_from(nothing: Any) -> None:
+    with pytest.raises(ValueError, match=r"no teacher.*callbacks\.distillation\.teacher="):
+        Distillation(nothing)

@@ -273,6 +273,15 @@ def read_teachers(teacher: Source | Teacher | Sequence[Source | Teacher]) -> lis
     ['path', 'ema']
     """
     listed: list[Any] = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+    if any(item is None for item in listed):
+        raise ValueError(
+            explain(
+                "there is no teacher",
+                "`teacher=None`; in a configuration, no `teacher.ckpt_path`",
+                "pass a trained network or the path of its checkpoint (in an app: "
+                "callbacks.distillation.teacher=path.ckpt), 'self' or 'ema'",
+            )
+        )
     if not listed:
         raise ValueError(
             explain("there is no teacher", repr(teacher), "pass a trained network, or 'self'")
