@@ -74,16 +74,16 @@ class TrainingData:
 
 @torch.no_grad()
 def renew_buffers(
-    trainer: Trainer, pl_module: LightningModule, work: Callable[[nn.Module], object]
+    trainer: Trainer, pl_module: LightningModule, work: Callable[[nn.Module], dict[str, Tensor]]
 ) -> None:
-    """Let `work` change the buffers of a copy, and take them over; the weight averages' as well."""
+    """Let `work` find new buffers on a copy, and take over those that it names; in weight averages as well."""
     for model in (pl_module, *averages(trainer.callbacks, pl_module)):  # type: ignore[attr-defined]
         copy = _in_dtypes_of(pl_module, twin(model))  # a true precision converts the module only
         with preserve_rng(), trainer.precision_plugin.train_step_context():
-            work(copy)
-        buffers = dict(copy.named_buffers())
+            found = work(copy)
         for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+            if name in found:
+                buffer.copy_(found[name])
 
 
 def _in_dtypes_of(module: nn.Module, copy: nn.Module) -> nn.Module:
