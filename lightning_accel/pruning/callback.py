@@ -28,7 +28,7 @@ from lightning_accel.pruning.recalibrate import recalibrate
 from lightning_accel.pruning.request import READ_THE_LOSS, Request
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trained import looks_untrained
-from lightning_accel.surgery import Cut, Receipt, Select, Stage
+from lightning_accel.surgery import Cut, Receipt, Select, Stage, twin
 from lightning_accel.surgery.preserve import preserve_rng
 
 _FEW = 0.01  # of the parameters; a ratio of 0.9 leaves about this
@@ -216,8 +216,12 @@ class StructuredPruning(ModelEdit):
                     calls = find_example(trainer, pl_module, self.example)
                 except ReadOnce:  # nothing can be tried before the first batch of the fit
                     return
+                later = min(self.when[self._done() :]) > trainer.current_epoch
                 self.request.rehearse(
-                    pl_module, calls, left=self._left(), dense=pristine(pl_module)
+                    _unfrozen(pl_module) if later else pl_module,
+                    calls,
+                    left=self._left(),
+                    dense=pristine(pl_module),
                 )
 
     @override
@@ -388,6 +392,16 @@ def _dense_params(pl_module: LightningModule) -> int:
     dense = pristine(pl_module).tensors
     named = pl_module.named_parameters()
     return sum(math.prod(dense[n]) if n in dense else p.numel() for n, p in named)
+
+
+def _unfrozen(pl_module: LightningModule) -> LightningModule:
+    """Return a copy that may be pruned anywhere: what is frozen now need not be when a prune is due."""
+    if all(p.requires_grad for p in pl_module.parameters()):
+        return pl_module
+    copy = twin(pl_module)
+    for parameter in copy.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    return copy
 
 
 def _reads_once(trainer: Trainer) -> bool:

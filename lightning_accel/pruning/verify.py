@@ -20,7 +20,15 @@ from lightning_accel.errors import BrokenModel
 from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.statistics import Record, Replay
 from lightning_accel.surgery import Cut, twin
-from lightning_accel.surgery.call import Call, as_call, cast, run, same_random_state, tensors
+from lightning_accel.surgery.call import (
+    Call,
+    as_call,
+    cast,
+    converted,
+    run,
+    same_random_state,
+    tensors,
+)
 
 TOLERANCE = 1e-9
 
@@ -60,12 +68,12 @@ class Verifier:
         self.calls = calls
         device_has_float64 = next(model.parameters()).device.type != "mps"
         self.dtype = torch.float64 if device_has_float64 else torch.float32
-        self.exact = twin(model).to(dtype=self.dtype).eval()
+        self.exact = converted(twin(model), self.dtype).eval()
         self.exact_calls = cast(calls, self.dtype)
         if self.dtype == torch.float64 and not runs(self.exact, self.exact_calls):
             # Some kernels, such as those of grouped experts, know no float64.
             self.dtype = torch.float32
-            self.exact.to(dtype=self.dtype)
+            self.exact = converted(twin(model), self.dtype).eval()
             self.exact_calls = cast(calls, self.dtype)
 
     def equivalence(self, cut: Cut) -> None:
@@ -186,7 +194,9 @@ def _backward(model: nn.Module, calls: Sequence[Call]) -> None:
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    return [t for t in tensors(outputs) if t.is_floating_point()]
+    found = (t.resolve_conj() for t in tensors(outputs))
+    real = (torch.view_as_real(t) if t.is_complex() else t for t in found)
+    return [t for t in real if t.is_floating_point()]
 
 
 def in_dtype_of(calls: Sequence[Call], model: nn.Module) -> tuple[Call, ...]:

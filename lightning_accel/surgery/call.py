@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Call(NamedTuple):
@@ -34,6 +36,22 @@ def as_call(example: Any, name: str = "") -> Call:
 def run(model: nn.Module, calls: Sequence[Call]) -> list[Any]:
     """Make the calls one after another and return their outputs."""
     return [model.get_submodule(call.name)(*call.args, **call.kwargs) for call in calls]
+
+
+def converted(model: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Convert a network in place: `Module.to` would drop the imaginary part of complex weights.
+
+    >>> layer = nn.ParameterList([torch.ones(1, dtype=torch.cfloat)])
+    >>> converted(layer, torch.float64)[0].dtype
+    torch.complex128
+    """
+    return model._apply(lambda tensor: _in_precision(tensor, dtype))
+
+
+def _in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 @contextmanager
@@ -83,10 +101,13 @@ def first(calls: Sequence[Call], count: int) -> tuple[Call, ...]:
 
 
 def cast(calls: Sequence[Call], dtype: torch.dtype) -> tuple[Call, ...]:
-    """Convert floating point arguments."""
+    """Convert floating point arguments, and complex ones to the complex numbers of that precision.
+
+    >>> cast([Call("", (torch.ones(1, dtype=torch.cfloat),), {})], torch.float64)[0].args[0].dtype
+    torch.complex128
+    """
 
     def convert(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.detach().to(dtype) if floating else value
+        return _in_precision(value.detach(), dtype) if isinstance(value, Tensor) else value
 
     return tuple(Call(c.name, *tree_map(convert, (c.args, c.kwargs))) for c in calls)
