@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import StructuredPruning
-from lightning_accel.errors import NoEffect
-from lightning_accel.pruning import prune
+from lightning_accel.errors import NoEffect, Unsupported
+from lightning_accel.pruning import SparsityTraining, prune
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
@@ -96,3 +96,37 @@ def test_what_is_frozen_when_a_prune_is_due_stays_whole(trainer_kwargs: dict[str
     with pytest.raises(NoEffect, match="frozen"):
         fit(trainer_kwargs, module, when=2)
     assert module.net[0].out_features == 16
+
+
+class PastLightning(LightningModule):
+    """Steps the optimizer inside of Lightning's."""
+
+    def __init__(self, past: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.past = past
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        (optimizer.optimizer if self.past else optimizer).step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_a_penalty_that_cannot_reach_the_step_is_refused(
+    trainer_kwargs: dict[str, Any], past: bool
+) -> None:
+    data = DataLoader(TensorDataset(torch.randn(16, 8), torch.arange(16) % 3), 8)
+    given = {**trainer_kwargs, "max_epochs": 1, "callbacks": [SparsityTraining("slimming")]}
+    trainer = Trainer(**given)
+    if past:
+        with pytest.raises(Unsupported, match="past Lightning"):
+            trainer.fit(PastLightning(past), data)
+    else:
+        trainer.fit(PastLightning(past), data)
+        assert trainer.global_step == 2

@@ -15,11 +15,12 @@ from typing_extensions import override
 
 from lightning_accel.bridge import guards
 from lightning_accel.bridge.example import find_example
-from lightning_accel.errors import explain
+from lightning_accel.errors import Unsupported, explain
 from lightning_accel.pruning import sparsity
 from lightning_accel.pruning.graph import Graph, Group
 from lightning_accel.surgery import Receipt, Select, twin
 from lightning_accel.surgery.call import first
+from lightning_accel.surgery.optimizers import Steps
 from lightning_accel.surgery.preserve import preserve_rng
 
 _SAMPLES = 2  # enough to trace
@@ -88,6 +89,8 @@ class SparsityTraining(Callback):
         self.groups: list[Group] = []
         self.picked: dict[str, Tensor] = {}
         self._began = -1
+        self._steps: Steps | None = None
+        self._stepped = self._added = False
 
     @property
     @override
@@ -119,6 +122,8 @@ class SparsityTraining(Callback):
             if self.penalty == "growing":
                 self.picked = sparsity.pick(pl_module, self.groups, ratio=self.ratio)
         self._gradients(trainer, pl_module)  # what cannot work is told now
+        self._release()
+        self._steps = Steps(pl_module.parameters, self._note_step)
 
     @override
     def on_before_optimizer_step(
@@ -126,6 +131,34 @@ class SparsityTraining(Callback):
     ) -> None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         sparsity.add_to_grad(pl_module, self._gradients(trainer, pl_module), held=held)
+        self._added = True
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        missed, self._stepped, self._added = self._stepped and not self._added, False, False
+        if missed:
+            raise Unsupported(
+                "the penalty cannot reach an optimizer that is stepped past Lightning",
+                "a step of which `on_before_optimizer_step` was not told",
+                "step what `self.optimizers()` returns, not the optimizer inside it or one of your own",
+            )
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._release()
 
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
@@ -145,6 +178,15 @@ class SparsityTraining(Callback):
                     "start the fit anew to pick units of the smaller network",
                 )
             )
+
+    def _note_step(self, _: Any) -> None:
+        self._stepped = True
+
+    def _release(self) -> None:
+        if self._steps is not None:
+            self._steps.stop()
+            self._steps = None
+        self._stepped = self._added = False
 
     def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> sparsity.Gradients:
         if self.penalty == "slimming":
