@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import StructuredPruning
 from lightning_accel.errors import NoEffect, Unsupported
+from lightning_accel.loop import FusedOptimizer, LeanLoop
 from lightning_accel.pruning import SparsityTraining, prune
 
 pytestmark = pytest.mark.filterwarnings(
@@ -130,3 +132,21 @@ def test_a_penalty_that_cannot_reach_the_step_is_refused(
     else:
         trainer.fit(PastLightning(past), data)
         assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("callback", "line"),
+    [
+        (lambda: SparsityTraining("slimming"), "SparsityTraining: slimming on 1 groups"),
+        (lambda: FusedOptimizer("foreach"), "FusedOptimizer('foreach'): "),
+        (lambda: LeanLoop(), "LeanLoop: "),
+    ],
+)
+def test_what_was_done_is_said_in_one_line(
+    trainer_kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture, callback: Any, line: str
+) -> None:
+    data = DataLoader(TensorDataset(torch.randn(16, 8), torch.arange(16) % 3), 8)
+    trainer = Trainer(**{**trainer_kwargs, "max_epochs": 1, "callbacks": [callback()]})
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        trainer.fit(PastLightning(past=False), data)
+    assert len([r for r in caplog.records if line in r.getMessage()]) == 1

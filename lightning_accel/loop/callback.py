@@ -94,6 +94,8 @@ class FusedOptimizer(Callback):
                 or "`configure_optimizers` gave none",
                 "leave FusedOptimizer out",
             )
+        done = "; ".join(f"{change.name}: {change.what}" for change in self.receipt.changes)
+        rank_zero_info(f"FusedOptimizer({self.implementation!r}): {done or 'nothing to change'}.")
         for change in self.receipt.skipped:
             rank_zero_info(f"{change.name} is left as it is. {change.after}")
 
@@ -238,6 +240,9 @@ class LeanLoop(Callback):
             self._late_bar(trainer, results)
         if stage == "fit" and self.sigterm_every > 1:
             self._rare_checks(trainer)
+        if stage == "fit":
+            names = ", ".join(change.name for change in self.receipt.changes)
+            rank_zero_info(f"LeanLoop: {names or 'nothing to change'}.")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

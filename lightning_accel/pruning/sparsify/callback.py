@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -122,6 +122,9 @@ class SparsityTraining(Callback):
             if self.penalty == "growing":
                 self.picked = sparsity.pick(pl_module, self.groups, ratio=self.ratio)
         self._gradients(trainer, pl_module)  # what cannot work is told now
+        rank_zero_info(
+            f"SparsityTraining: {self.penalty} on {len(self.groups)} groups of channels."
+        )
         self._release()
         self._steps = Steps(pl_module.parameters, self._note_step)
 
