@@ -111,8 +111,8 @@ def digits() -> Task:
             "logit_standardized_kd": beside_task(logit_standardized_kd=9.0),
             "dkd": beside_task(dkd=1.0),
             "dist": beside_task(dist={"weight": 1.0, "temperature": 4.0}),
-            "kd + fitnet (distillation=features)": Variant(
-                preset("+accel=distill", "distillation=features")
+            "kd + fitnet (accel/distillation=features)": Variant(
+                preset("+accel=distill", "accel/distillation=features")
             ),
             "kd + attention_transfer": plus(
                 kd, attention_transfer={"weight": 100.0, "layers": "blocks.*"}
@@ -139,7 +139,9 @@ def pydoc() -> Task:
             "alone": Variant(),
             "kd (+accel=distill)": Variant(preset(*gpt)),
             "jsd": Variant({"losses": {"jsd": {"weight": 0.9}}, "task_weight": 0.1}),
-            "kd + fitnet (distillation=features)": Variant(preset(*gpt, "distillation=features")),
+            "kd + fitnet (accel/distillation=features)": Variant(
+                preset(*gpt, "accel/distillation=features")
+            ),
         },
         teacher=lambda: (GPT(context=64, dim=64, depth=4), Pydoc(context=64, num_windows=3200), 6),
     )

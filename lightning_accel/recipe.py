@@ -204,12 +204,19 @@ def _plain(cfg: Any) -> dict[str, Any]:
 
 
 def _check_groups(tree: Mapping[str, Any]) -> None:
-    known = (*_GROUPS, *(m.name for m in iter_modules(lightning_accel.__path__) if m.ispkg))
-    for key, value in tree.items():
+    techniques = [m.name for m in iter_modules(lightning_accel.__path__) if m.ispkg]
+    marks = tree.get("accel")
+    below = {f"accel/{key}": v for key, v in marks.items()} if isinstance(marks, dict) else {}
+    known = (*_GROUPS, *techniques, *below)
+    for key, value in {**tree, **below}.items():
         meant = key if key in known else next(iter(get_close_matches(key, known, 1, 0.8)), None)
         words = value if isinstance(value, list) else [value]
         if meant is None or not all(isinstance(word, str) for word in words):
             continue
+        if meant in techniques:
+            if key == meant and not all(_is_variant(key, word) for word in words):
+                continue  # a setting of the user's own, such as `precision: 16-mixed`
+            meant = f"accel/{meant}"
         raise ValueError(
             explain(
                 f"the config group `{key}` was not found, so `{key}={value}` would do nothing",
@@ -226,6 +233,12 @@ def _check_groups(tree: Mapping[str, Any]) -> None:
                 "a checkpoint from a URL is loaded as a program", url, "download and pass a file"
             )
         )
+
+
+def _is_variant(technique: str, name: str) -> bool:
+    package = Path(lightning_accel.__path__[0])
+    folders = (package / "conf", package.parent / "conf")
+    return any((folder / "accel" / technique / f"{name}.yaml").is_file() for folder in folders)
 
 
 def _check_node(node: Any, where: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
-from hydra.errors import MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
@@ -156,8 +156,32 @@ def test_our_examples_do_not_answer_for_a_missing_file(folder: Path) -> None:
         compose("train", ["trainer=ddp"])
 
 
+@pytest.mark.parametrize("group", ["memory", "precision", "loading", "tuning", "attention"])
+def test_a_missing_group_of_an_app_is_hydras_own_error(folder: Path, group: str) -> None:
+    with pytest.raises(ConfigCompositionException, match=f"Could not override '{group}'"):
+        compose("train", [f"{group}=none"])
+    (folder / "train.yaml").write_text(f"defaults: [{group}: none, _self_]\n" + CONFIG)
+    with pytest.raises(MissingConfigException, match=f"Could not find '{group}/none'") as caught:
+        compose("train", ["+accel=amp_compile_prune"])
+    assert "Available options" not in str(caught.value), "no group of ours was looked into"
+
+
+def test_a_file_of_the_apps_does_not_answer_for_a_technique(folder: Path) -> None:
+    for group in ("precision", "pruning", "compilation"):
+        (folder / group).mkdir()
+        for name in ("auto", "magnitude", "blocks"):
+            (folder / group / f"{name}.yaml").write_text("theirs: true\n")
+    cfg = compose("train", ["+accel=amp_compile_prune", "+precision=auto"])
+    assert {"precision", "pruning", "compilation"} <= set(cfg.callbacks)
+    assert cfg.precision == {"theirs": True}
+
+
 @pytest.mark.parametrize(
-    "name", ["+accelerator=tpu", "+teacher=vit", "+data=digits", "+model=resnet"]
+    "name",
+    [
+        *("+accelerator=tpu", "+teacher=vit", "+data=digits", "+model=resnet"),
+        *("+memory=budget", "+precision=bf16", "+loading=auto", "+pruning=taylor", "+loop=lean"),
+    ],
 )
 def test_no_generic_group_of_ours_travels(folder: Path, name: str) -> None:
     group, _, value = name.removeprefix("+").partition("=")

@@ -233,17 +233,15 @@ def test_every_technique_folder_has_a_config_group_and_a_variant_that_does_nothi
     ]
     assert techniques
     for name in techniques:
-        assert (ROOT / "conf" / name / "none.yaml").exists(), f"conf/{name}/none.yaml is missing"
+        variant = ROOT / "conf" / "accel" / name / "none.yaml"
+        assert variant.exists(), f"conf/accel/{name}/none.yaml is missing"
         assert (ROOT / "tests" / f"test_{name}.py").exists(), f"tests/test_{name}.py is missing"
 
 
-def test_the_wheel_takes_every_technique_group_and_no_generic_one() -> None:
+def test_the_wheel_takes_presets_with_their_techniques_and_no_other_group() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    groups = {p.name for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "__pycache__"}
-    generic = {"data", "experiment", "logger", "model", "teacher", "trainer"}
-    for group in groups - generic:
-        assert f'"conf/{group}" = "lightning_accel/conf/{group}"' in project
-    for group in generic:
+    assert '"conf/accel" = "lightning_accel/conf/accel"' in project
+    for group in (p.name for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "accel"):
         assert f'"conf/{group}"' not in project
 
 

@@ -117,16 +117,9 @@ def app(tmp_path: Path) -> Path:
 def test_the_wheel_holds_the_presets_and_no_generic_group(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     groups = {n.split("/")[2] for n in names if n.startswith("lightning_accel/conf/")}
-    assert groups >= {"__init__.py", "accel", "accelerator", "pruning", "precision", "compilation"}
-    assert not groups & {
-        "config.yaml",
-        "data",
-        "model",
-        "trainer",
-        "logger",
-        "experiment",
-        "teacher",
-    }
+    assert groups == {"__init__.py", "accel"}
+    techniques = {n.split("/")[3] for n in names if n.startswith("lightning_accel/conf/accel/")}
+    assert techniques >= {"amp_prune.yaml", "pruning", "precision", "compilation", "memory"}
     assert "lightning_accel/py.typed" in names
     assert "hydra_plugins/lightning_accel/__init__.py" in names
     tops = {n.split("/")[0] for n in names}
@@ -154,9 +147,11 @@ def test_an_editable_install_finds_the_presets_of_the_checkout() -> None:
     (entry,) = path.get_path()
     assert Path(entry.path.removeprefix("travelling://")).resolve() == ROOT / "conf"
     source = Travelling(provider="lightning_accel", path=entry.path)
-    assert {"accel", "precision", "pruning"} <= set(source.list("", None))
-    generic = {"data", "model", "trainer", "logger", "experiment", "teacher", "accelerator"}
-    assert not generic & set(source.list("", None))
-    assert not any(source.is_group(name) for name in generic)
-    assert not source.is_config("trainer/ddp") and not source.is_config("config")
-    assert not source.is_config("accel/../trainer/ddp")
+    assert source.list("", None) == ["accel"]
+    assert {"amp", "prune", "precision", "pruning"} <= set(source.list("accel", None))
+    assert source.is_group("accel") and source.is_group("accel/memory")
+    assert source.is_config("accel/amp") and source.is_config("accel/memory/budget")
+    for group in ("data", "model", "trainer", "accelerator", "memory", "precision", "pruning"):
+        assert not source.is_group(group)
+    for name in ("config", "trainer/ddp", "accel/../trainer/ddp", "memory/budget", "accelerate/x"):
+        assert not source.is_config(name)

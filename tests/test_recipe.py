@@ -211,8 +211,17 @@ def test_a_misspelt_group_is_an_error_that_names_the_right_one(
         built(config(**{key: "amp_prune"}))
 
 
+@pytest.mark.parametrize("key", ["pruning", "accel.pruning"])
+def test_a_technique_that_was_not_found_is_an_error(house: types.ModuleType, key: str) -> None:
+    tree = {"accel": {"pruning": "taylor"}} if "." in key else {"pruning": "taylor"}
+    with pytest.raises(ValueError, match="pruning` was not found") as caught:
+        built(config(**tree))
+    assert "Do: say `accel/pruning`" in str(caught.value) or key == "accel.pruning"
+
+
 def test_a_users_own_keys_are_left_alone(house: types.ModuleType) -> None:
     mine = {"train": True, "tags": ["dev"], "task_name": "train", "paths": {"root": "."}, "lr": 0.1}
+    mine |= {"precision": "16-mixed", "memory": "8GB", "accel": {"amp": True}}
     found = built(config(**mine)).config
     assert {key: found[key] for key in mine} == mine
 
@@ -622,7 +631,7 @@ def test_a_killed_training_leaves_nothing_that_is_taken_for_a_teacher(tmp_path: 
 def test_distillation_without_a_teacher_is_an_error_that_says_how_to_get_one(
     house: types.ModuleType,
 ) -> None:
-    node = OmegaConf.load(ROOT / "conf" / "distillation" / "logits.yaml")
+    node = OmegaConf.load(ROOT / "conf" / "accel" / "distillation" / "logits.yaml")
     with pytest.raises(ValueError, match=r"`callbacks\.distillation` has no teacher") as caught:
         built(OmegaConf.create(config(callbacks={"distillation": node})))
     assert "callbacks.distillation.teacher=path.ckpt" in str(caught.value)
@@ -760,10 +769,10 @@ def test_a_preset_that_does_not_exist_is_an_error_of_hydra() -> None:
 
 
 def test_a_part_of_a_preset_can_be_changed_and_taken_out() -> None:
-    assert composed("+accel=prune", "pruning=taylor").callbacks.pruning.importance == "taylor"
+    assert composed("+accel=prune", "accel/pruning=taylor").callbacks.pruning.importance == "taylor"
     assert composed("+accel=prune", "callbacks.pruning.ratio=0.3").callbacks.pruning.ratio == 0.3
-    assert "pruning" not in composed("+accel=amp_prune", "pruning=none").callbacks
-    assert composed("+pruning=random").callbacks.pruning.importance == "random"
+    assert "pruning" not in composed("+accel=amp_prune", "accel/pruning=none").callbacks
+    assert composed("+accel/pruning=random").callbacks.pruning.importance == "random"
 
 
 @pytest.mark.parametrize("chosen", [[], ["model=vit"], ["experiment=pydoc_gpt"]], ids=str)
@@ -780,11 +789,12 @@ def test_what_a_student_learns_from_can_be_changed() -> None:
     logits = composed("+accel=distill").callbacks.distillation
     language = composed("+accel=distill", "experiment=pydoc_gpt").callbacks.distillation
     assert (logits.losses.kd.temperature, language.losses.kd.temperature) == (4.0, 1.0)
-    features = composed("+accel=distill", "distillation=features").callbacks.distillation
+    features = composed("+accel=distill", "accel/distillation=features").callbacks.distillation
     assert list(features.losses) == ["kd", "fitnet"]
     assert (
-        composed("+accel=amp_prune", "+distillation=self").callbacks.distillation.teacher == "self"
+        composed("+accel=amp_prune", "+accel/distillation=self").callbacks.distillation.teacher
+        == "self"
     )
-    assert "distillation" not in composed("+accel=distill", "distillation=none").callbacks
+    assert "distillation" not in composed("+accel=distill", "accel/distillation=none").callbacks
     both = composed("+accel=[amp_prune,distill]").callbacks
     assert "pruning" in both and both.distillation.teacher is None

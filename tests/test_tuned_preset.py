@@ -22,7 +22,7 @@ from lightning_accel.recipe import build
 TUNED = """# @package _global_
 # What a tuner found.
 defaults:
-  - /compilation: blocks
+  - /accel/compilation: blocks
 
 accel:
   tuned: true
@@ -70,9 +70,9 @@ def test_a_file_goes_with_presets_by_name(root: Path, tuned: Path) -> None:
     found = composed(root, "+accel=[amp,./tuned.yaml]")
     assert found["accel"] == {"amp": True, "tuned": True}
     assert {"precision", "report"} <= set(found["callbacks"])
-    tuned.write_text(TUNED.replace("/compilation: blocks", "prune"))
+    tuned.write_text(TUNED.replace("/accel/compilation: blocks", "prune"))
     assert composed(root, "+accel=./tuned.yaml")["accel"] == {"prune": True, "tuned": True}
-    tuned.write_text(TUNED.replace("/compilation: blocks", "./runs/other.yaml"))
+    tuned.write_text(TUNED.replace("/accel/compilation: blocks", "./runs/other.yaml"))
     assert "compilation" in composed(root, "+accel=./tuned.yaml")["callbacks"]
 
 
@@ -97,7 +97,7 @@ def test_a_named_file_of_this_folder_comes_before_a_preset(root: Path, tmp_path:
 
 
 def test_other_groups_do_not_take_files(root: Path, tuned: Path) -> None:
-    for override in ("model=./tuned.yaml", "+pruning=./tuned.yaml", f"data={tuned}"):
+    for override in ("model=./tuned.yaml", "+accel/pruning=./tuned.yaml", f"data={tuned}"):
         with pytest.raises(ConfigCompositionException, match="Could not find"):
             composed(root, override)
 

@@ -20,15 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 _GROUP = "accel/"
 _SUFFIXES = (".yaml", ".yml")
 _EXPLICIT = ("./", "../", "/")
-_TRAVEL = (
-    *("accel", "attention", "compilation", "distillation", "loading", "loop", "memory"),
-    *("precision", "pruning", "tuning"),
-)
 _MOST_BYTES = 1_000_000
 
 
 class LightningAccelSearchPath(SearchPathPlugin):
-    """Append the groups that travel, from `lightning_accel/conf` of a wheel or `conf/` of a checkout."""
+    """Append the group `accel`, from `lightning_accel/conf` of a wheel or `conf/` of a checkout."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         spec = importlib.util.find_spec("lightning_accel")
@@ -43,10 +39,11 @@ class LightningAccelSearchPath(SearchPathPlugin):
 
 
 class Travelling(ConfigSource):
-    """Presets and techniques, and no other group of the folder: not those of our examples.
+    """The group `accel` with its techniques below, and no other group of the folder.
 
-    A generic group (data, model, trainer, logger, accelerator) would otherwise answer for a file that is
-    missing in a user's own app, which would then train with our configuration.
+    A name that an app may have given to a group of its own (`memory`, `precision`, `trainer`) would answer
+    for a file that is missing there, and the app would run with our configuration; and a file of the
+    app's would answer where a preset of ours asks for a technique.
     """
 
     @staticmethod
@@ -69,7 +66,7 @@ class Travelling(ConfigSource):
             path for path in Path(self.path, config_path).glob("*") if path.name[0] not in "._"
         ]
         if not config_path:
-            found = [path for path in found if path.name in _TRAVEL]
+            found = [path for path in found if _travels(path.name)]
         groups = {p.name for p in found if p.is_dir() and results_filter != ObjectType.CONFIG}
         configs = {
             p.stem for p in found if p.suffix in _SUFFIXES and results_filter != ObjectType.GROUP
@@ -159,8 +156,8 @@ def register() -> None:
 
 
 def _travels(config_path: str) -> bool:
-    group, _, name = config_path.partition("/")
-    return group in _TRAVEL and ".." not in name
+    group, *names = config_path.split("/")
+    return group == "accel" and ".." not in names
 
 
 def _text(path: Path) -> str:
