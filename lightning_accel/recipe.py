@@ -111,6 +111,19 @@ def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:
     return Run(trainer, model, data, tree.get("ckpt_path"), config)
 
 
+def build_callbacks(nodes: Mapping[str, Any], *, allow: Sequence[str] = ()) -> list[Callback]:
+    """Build callbacks from nodes by name, checked as `build` checks, in the order of their stages.
+
+    >>> build_callbacks({"report": {"_target_": "lightning_accel.StepMeter"}})  # doctest: +ELLIPSIS
+    [<lightning_accel.measure.callback.StepMeter object at ...>]
+    """
+    tree = {"callbacks": dict(nodes)}
+    _check_targets(tree, tuple(allow))
+    _check_teachers(tree)
+    with _whitelist(ALLOWED + tuple(allow)):
+        return _in_order(_all(tree["callbacks"], "callbacks"))
+
+
 def prepare_teacher(cfg: Any, *, allow: Sequence[str] = ()) -> Path | None:
     """Train the teacher that a configuration describes, once; later runs find its checkpoint.
 
