@@ -150,6 +150,50 @@ def test_the_presets_own_order_needs_no_sorting_by_the_app(trainer_kwargs: dict[
     assert model.net[0].out_features == 4
 
 
+UNNAMED = {
+    "a list": ("callbacks: [{_target_: a.B}, {_target_: a.C}]\n", "2 without names"),
+    "no entries": ("callbacks: []\n", "0 without names"),
+    "from a group": ("defaults: [callbacks: many, _self_]\n", "1 without names"),
+    "an interpolation": (
+        "callbacks: ${oc.dict.values:named}\nnamed: {early: {_target_: a.B}}\n",
+        r"the interpolation \$\{oc.dict.values:named\}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNNAMED)
+@pytest.mark.parametrize("override", ["+accel=prune", "+accel/pruning=taylor", "+accel=[amp,auto]"])
+def test_callbacks_without_names_are_refused_in_words(
+    folder: Path, case: str, override: str
+) -> None:
+    config, found = UNNAMED[case]
+    (folder / "callbacks").mkdir()
+    (folder / "callbacks" / "many.yaml").write_text("- {_target_: a.B}\n")
+    (folder / "train.yaml").write_text(config)
+    plain = compose("train")
+    with pytest.raises(ConfigCompositionException, match=f"by name.*Found: {found}.*Do: write"):
+        compose("train", [override])
+    assert compose("train") == plain
+    assert compose("train", ["+accel/pruning=none"]) == plain, "nothing is added"
+
+
+@pytest.mark.parametrize("config", ["callbacks: null\n", "callbacks: {}\n", "callbacks: ???\n", ""])
+def test_callbacks_that_are_empty_take_a_preset_in(folder: Path, config: str) -> None:
+    (folder / "train.yaml").write_text(config + "lr: 1\n")
+    cfg = compose("train", ["+accel=amp_prune", "lr=2"])
+    assert list(cfg.callbacks) == ["precision", "report", "pruning"] and cfg.lr == 2
+
+
+def test_a_trainer_whose_list_reads_the_named_callbacks_needs_nothing_else(folder: Path) -> None:
+    listed = CONFIG + "  logger: false\n  callbacks: ${oc.dict.values:callbacks}\n"
+    (folder / "train.yaml").write_text(listed)
+    cfg = compose("train", ["+accel=[compile,prune]", "+callbacks.compilation.backend=eager"])
+    del cfg.callbacks.report
+    model = Tiny()
+    hydra.utils.instantiate(cfg.trainer).fit(model)
+    assert model.net[0].out_features == 4
+
+
 def test_our_examples_do_not_answer_for_a_missing_file(folder: Path) -> None:
     (folder / "train.yaml").write_text("defaults: [trainer: cpu, _self_]\n" + CONFIG)
     with pytest.raises(MissingConfigException):

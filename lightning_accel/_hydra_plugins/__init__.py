@@ -7,6 +7,7 @@ typed, such as the one that a tuner wrote: `+accel=./tuned.yaml`. Nothing of tor
 
 import builtins
 import importlib.util
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 _GROUP = "accel/"
 _SUFFIXES = (".yaml", ".yml")
@@ -27,6 +28,7 @@ class LightningAccelSearchPath(SearchPathPlugin):
     """Append the group `accel`, from `lightning_accel/conf` of a wheel or `conf/` of a checkout."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        _look_before_merging()
         spec = importlib.util.find_spec("lightning_accel")
         if spec is None or spec.origin is None:
             return
@@ -153,6 +155,50 @@ def register() -> None:
     for ours in (PresetFile, Travelling, LightningAccelSearchPath, LightningAccelPresetFiles):
         if ours.__name__ not in known:
             Plugins.instance().register(ours)
+
+
+def _look_before_merging() -> None:
+    """Have it said when an app's `callbacks` cannot take in those of a preset.
+
+    For a list OmegaConf says "Cannot merge DictConfig with ListConfig" without a key, and an interpolation
+    would be replaced without a word, with all callbacks behind it (hydra#1939 recommends one). Hydra has no
+    hook between loading and merging, hence this; where its method is gone, its own words are what is left.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    merge = getattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", None)
+    if merge is None or hasattr(merge, "__wrapped__"):
+        return
+
+    @wraps(merge)
+    def looked(self: Any, defaults: Any, repo: Any) -> DictConfig:
+        ours = [_travels(default.config_path or "") for default in defaults]
+        if any(ours):
+            pairs = list(zip(defaults, ours, strict=True))
+            mine = merge(self, [default for default, own in pairs if own], repo)
+            if "callbacks" in mine:
+                _refuse_unnamed(merge(self, [default for default, own in pairs if not own], repo))
+        merged: DictConfig = merge(self, defaults, repo)
+        return merged
+
+    ConfigLoaderImpl._compose_config_from_defaults_list = looked  # type: ignore[method-assign]
+
+
+def _refuse_unnamed(app: DictConfig) -> None:
+    node: Any = app._get_node("callbacks", validate_access=False)
+    if isinstance(node, ListConfig) and not (node._is_none() or node._is_interpolation()):
+        found = f"{len(node)} without names"
+    elif node is not None and node._is_interpolation():
+        found = f"the interpolation {node._value()}, which a preset would replace"
+    else:
+        return
+    raise _refusal(
+        "a preset adds callbacks by name, so `callbacks` of this app has to be a mapping",
+        found,
+        "write `callbacks: {early_stopping: {_target_: ...}, ...}`, and where the Trainer takes a list, "
+        "give it `${oc.dict.values:callbacks}` in yaml, or in Python "
+        "`list(hydra.utils.instantiate(cfg.callbacks).values())`",
+    )
 
 
 def _travels(config_path: str) -> bool:
