@@ -6,6 +6,7 @@ typed, such as the one that a tuner wrote: `+accel=./tuned.yaml`. Nothing of tor
 """
 
 import builtins
+import copy
 import importlib.util
 from functools import wraps
 from pathlib import Path
@@ -175,13 +176,21 @@ def _look_before_merging() -> None:
         ours = [_travels(default.config_path or "") for default in defaults]
         if any(ours):
             pairs = list(zip(defaults, ours, strict=True))
-            mine = merge(self, [default for default, own in pairs if own], repo)
+            mine = merge(self, [default for default, own in pairs if own], _reading_anew(repo))
             if "callbacks" in mine:
-                _refuse_unnamed(merge(self, [default for default, own in pairs if not own], repo))
+                theirs = [default for default, own in pairs if not own]
+                _refuse_unnamed(merge(self, theirs, _reading_anew(repo)))
         merged: DictConfig = merge(self, defaults, repo)
         return merged
 
     ConfigLoaderImpl._compose_config_from_defaults_list = looked  # type: ignore[method-assign]
+
+
+def _reading_anew(repo: Any) -> Any:
+    """Return the same files without what is cached of them: merging writes into what was loaded."""
+    again = copy.copy(repo)
+    again.cache = {}
+    return again
 
 
 def _refuse_unnamed(app: DictConfig) -> None:
