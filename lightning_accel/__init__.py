@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from warnings import filterwarnings
 
+from lightning_accel.shortnames import load_beside_cli
+
 if TYPE_CHECKING:
     from lightning_accel.attention.callback import AttentionBackend
     from lightning_accel.bridge.restore import load_from_checkpoint
@@ -137,3 +139,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def _load_all() -> None:
+    for name in __all__:
+        __getattr__(name)
+
+
+load_beside_cli(_load_all)
