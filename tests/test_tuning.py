@@ -665,6 +665,14 @@ def test_reports_are_written_in_every_form(
     assert "64" in files[5].read_text()
 
 
+def test_a_report_beside_the_logs_needs_no_path(
+    picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    picks.wanted = MANY
+    train(Net(), data(), [tuner(report=True)], **trainer_kwargs | {"default_root_dir": "logs"})
+    assert "bf16" in (tmp_path / "logs" / "tuned.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("kind", "kwargs"), [(Net, {}), (Sparse, {}), (Net, {"precision": "64-true"})]
 )

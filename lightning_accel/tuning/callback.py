@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_mirror
+from lightning_accel.bridge.paced import report_path
 from lightning_accel.errors import explain
 from lightning_accel.tuning import store
 from lightning_accel.tuning.apply import Applied
@@ -40,7 +41,8 @@ class AutoTune(Callback):
             little is not tuned, unless the answer is known.
         techniques: What to try; all by default.
         batch_sizes: Batch sizes to measure as well, for the report only.
-        report: Files to write, by their endings: .yaml is a preset for `+accel=`, .json, .svg, .md, .txt.
+        report: Files to write, by their endings: .yaml is a preset for `+accel=`, .json, .svg, .md, .txt;
+            `True` is `tuned.yaml` where the fit's logs go.
         cache: Folder of earlier answers; `True` is the user's cache folder, `False` searches anew.
 
     Raises:
@@ -59,7 +61,7 @@ class AutoTune(Callback):
         budget_share: float = 0.1,
         techniques: Collection[str] | str | None = None,
         batch_sizes: Sequence[int] = (),
-        report: str | Path | Sequence[str | Path] = (),
+        report: bool | str | Path | Sequence[str | Path] = (),
         cache: bool | str | Path = True,
     ) -> None:
         self.numerics = check(numerics)
@@ -67,7 +69,8 @@ class AutoTune(Callback):
         self.budget_share = positive("budget_share", budget_share)
         self.techniques = check_techniques(techniques)
         self.batch_sizes = sizes_of(batch_sizes)
-        self.files = path_of(report)
+        self.files = () if isinstance(report, bool) else path_of(report)
+        self.beside_logs = report is True
         self.folder = folder_of(cache, store.default_folder())
         self.steps: int | None = None
         self.only_report = False
@@ -142,7 +145,8 @@ class AutoTune(Callback):
         answer = trainer.strategy.broadcast(answer)
         if isinstance(answer, Exception):
             raise answer
-        for path in self.files:
+        beside = [report_path(trainer).with_name("tuned.yaml")] if self.beside_logs else []
+        for path in (*self.files, *beside):
             if trainer.is_global_zero:
                 answer.save(path)
         return answer
