@@ -6,6 +6,11 @@ Trainer. All of them carry the same three parts, joined by `explain`.
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 def explain(what: str, found: str = "", do: str = "") -> str:
     """Join the three parts of an error message.
@@ -44,3 +49,30 @@ class BrokenModel(AccelError):
 
 class StructureMismatch(AccelError):
     """A stored structure does not describe this model or its tensors."""
+
+
+class UnsafeFile(AccelError):
+    """A checkpoint holds objects, and reading them would run code of the file's author."""
+
+
+@contextmanager
+def weights_alone(path: str | Path) -> Iterator[None]:
+    """Say what stands in the way where `torch.load` refuses a file, mostly saved hyper-parameters.
+
+    Raises:
+        UnsafeFile: The file holds more than tensors and plain values.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        from torch.serialization import get_unsafe_globals_in_checkpoint
+
+        found = get_unsafe_globals_in_checkpoint(path) if Path(path).is_file() else []
+        found = sorted(found, key=lambda name: (name.startswith("builtins."), name))
+        raise UnsafeFile(
+            "a checkpoint holds more than weights and plain values, and so would be run as a program",
+            f"{', '.join(found[:4]) or str(error).splitlines()[0]} in {path}",
+            "keep such things out of it, `self.save_hyperparameters(ignore=[...])`; for a file that you trust "
+            "say `load_from_checkpoint(Module, path, weights_only=False)`, or take out its weights once: "
+            "`torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')`",
+        ) from None

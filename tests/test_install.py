@@ -133,6 +133,37 @@ def test_a_users_app_finds_the_presets_of_the_wheel(installed: Path, app: Path) 
     assert str(ROOT) not in printed.split("HOME")[1]
 
 
+BARE = """
+import hydra
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="mine")
+def main(cfg):
+    trainer, model = (hydra.utils.instantiate(cfg[key]) for key in ("trainer", "model"))
+    trainer.fit(model)
+    print("WIDTHS", [m.out_features for m in model.net if hasattr(m, "out_features")])
+
+main()
+"""
+
+
+@pytest.mark.slow
+def test_an_app_that_never_passes_callbacks_on_is_told_so(installed: Path, app: Path) -> None:
+    (app / "bare.py").write_text(BARE)
+    words = [str(installed), "bare.py", "+accel=prune", "~callbacks.report", "hydra.run.dir=out"]
+    done = call(words, app)
+    assert done.returncode != 0 and "`callbacks.pruning` (StructuredPruning) in no" in done.stderr
+    assert "WIDTHS [4, 2]" in checked([*words, "+accel.attach=true"], app)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["memory", "precision", "accelerator"])
+def test_a_missing_group_of_a_users_app_stays_missing(
+    installed: Path, app: Path, group: str
+) -> None:
+    done = call([str(installed), "app.py", f"{group}=none"], app)
+    assert done.returncode != 0 and f"Could not override '{group}'" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_users_app_does_not_find_the_groups_of_our_examples(installed: Path, app: Path) -> None:
     done = call([str(installed), "app.py", "model=resnet"], app)

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_accel.errors import StructureMismatch, explain
+from lightning_accel.errors import StructureMismatch, explain, weights_alone
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.structure import named_tensors, text
 
@@ -83,6 +83,7 @@ def load_from_checkpoint(
 
     Raises:
         StructureMismatch: The stored structure does not fit the class or the stored tensors.
+        UnsafeFile: The file holds objects, such as hyper-parameters, and `weights_only` is `True`.
     """
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -91,7 +92,8 @@ def load_from_checkpoint(
         self.on_load_checkpoint(checkpoint)
 
     once: Any = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint})
-    loaded: ModuleT = once.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
+    with weights_alone(path):
+        loaded: ModuleT = once.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
     return loaded
 
 

@@ -36,7 +36,7 @@ from lightning_accel.distillation.seen import LOGITS, Answer
 from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.tape import Record, Tape, layer
 from lightning_accel.distillation.teacher import Teacher
-from lightning_accel.errors import AccelError, explain
+from lightning_accel.errors import AccelError, UnsafeFile, explain
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
 
@@ -218,6 +218,12 @@ def load_teacher(teacher: Teacher, pl_module: LightningModule) -> nn.Module:
         raise AccelError(
             "there is no such checkpoint of the teacher", str(path), "train it first"
         ) from error
+    except UnsafeFile as error:
+        raise UnsafeFile(
+            f"the teacher cannot be made from its checkpoint alone: {error}",
+            do="then pass Teacher(module, checkpoint='weights.pt'); in yaml, `teacher: {_target_: "
+            "lightning_accel.Teacher, source: ${model}, checkpoint: weights.pt}`",
+        ) from None
     except Exception as error:
         raise AccelError(
             f"the teacher's checkpoint is not one of {type(pl_module).__name__}",

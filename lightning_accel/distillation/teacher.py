@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from lightning_accel import hardware
 from lightning_accel.distillation.arguments import flag, number, path_of, whole
 from lightning_accel.distillation.tape import Record, Tape
-from lightning_accel.errors import AccelError, explain
+from lightning_accel.errors import AccelError, explain, weights_alone
 
 SELF, EMA = "self", "ema"
 _PRECISIONS = ("auto", "bf16", "fp32", "same")
@@ -149,7 +149,8 @@ class Teacher:
     def load_weights(self) -> None:
         """Load `checkpoint` into the module that was passed: a Lightning checkpoint or a state dict."""
         assert isinstance(self.source, nn.Module) and self.checkpoint is not None
-        stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        with weights_alone(self.checkpoint):
+            stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         stored = stored.get("state_dict", stored)
         try:
             self.source.load_state_dict(stored)

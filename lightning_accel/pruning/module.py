@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule
 from torch.distributed.tensor import DTensor
 
 from lightning_accel.bridge.restore import KEY, register, remember
-from lightning_accel.errors import StructureMismatch, Unsupported
+from lightning_accel.errors import StructureMismatch, Unsupported, weights_alone
 from lightning_accel.pruning.prune import plan
 from lightning_accel.surgery import Cut, Receipt, Structure
 from lightning_accel.surgery.call import Call, as_call
@@ -113,6 +113,7 @@ def _stored(path: Path) -> Structure:
         raise StructureMismatch(
             "there is no checkpoint to take the structure from", str(path), "check `ckpt_path`"
         )
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
+    with weights_alone(file):
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
     stored = checkpoint.get(KEY)
     return Structure() if stored is None else Structure.from_dict(stored.get("structure"))

@@ -33,7 +33,7 @@ memory: 8GB
 paths: {output_dir: out}
 """,
     "model/net.yaml": """
-_target_: test_projects.Net
+_target_: test_template.Net
 optimizer: {_target_: torch.optim.SGD, _partial_: true, lr: 0.1}
 """,
     "callbacks/default.yaml": """
@@ -141,7 +141,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, text in PROJECT.items():
         path = tmp_path / "configs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.replace("test_projects.Net", f"{__name__}.Net"))
+        path.write_text(text.replace("test_template.Net", f"{__name__}.Net"))
     with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path / "configs")):
         yield tmp_path
 
