@@ -19,13 +19,13 @@ OURS = ("models.", "data.")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | list[float] | None:
     """Fit and test; return the objective of a sweep, measured on the validation data."""
     with job(cfg):
         prepare_teacher(cfg, allow=OURS)
         run = build(cfg, allow=OURS)
         run.trainer.fit(run.model, run.data, ckpt_path=run.ckpt_path, weights_only=True)
-        objective = float(run.trainer.callback_metrics[cfg.objective])
+        objective = run.objective()
         run.trainer.test(run.model, run.data)
     return objective
 

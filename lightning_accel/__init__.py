@@ -8,6 +8,7 @@ from lightning_accel.shortnames import load_beside_cli
 
 if TYPE_CHECKING:
     from lightning_accel.attention.callback import AttentionBackend
+    from lightning_accel.bridge.objective import Objective
     from lightning_accel.bridge.restore import load_from_checkpoint
     from lightning_accel.compilation.callback import BlockCompile
     from lightning_accel.compilation.frozen.callback import FrozenPredict
@@ -71,6 +72,7 @@ _HOMES = {
     "MatmulPrecision": "precision.callback",
     "Memory": "pruning.target",
     "MemoryFormat": "precision.callback",
+    "Objective": "bridge.objective",
     "Params": "pruning.target",
     "QuboSelector": "pruning.qubo",
     "Ramp": "distillation.schedule",
@@ -113,6 +115,7 @@ __all__ = [
     "MatmulPrecision",
     "Memory",
     "MemoryFormat",
+    "Objective",
     "Params",
     "QuboSelector",
     "Ramp",

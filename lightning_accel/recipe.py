@@ -35,6 +35,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils._pytree import tree_leaves
 
 import lightning_accel
+from lightning_accel.bridge.objective import Objective
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.redact import redacted
 from lightning_accel.surgery.preserve import preserve_rng
@@ -65,6 +66,12 @@ class Run(NamedTuple):
     data: LightningDataModule | None
     ckpt_path: str | None
     config: dict[str, Any]
+
+    def objective(self) -> float | list[float] | None:
+        """Return what the `Objective` among the callbacks asks for, after the fit; without one `None`."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        asked = next((c for c in callbacks if isinstance(c, Objective)), None)
+        return asked.value(self.trainer) if asked is not None else None
 
 
 def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import torch
@@ -21,6 +21,7 @@ from lightning_accel import hardware
 from lightning_accel.bridge.bests import is_stale
 from lightning_accel.bridge.example import find_example
 from lightning_accel.bridge.inert import inert_copy
+from lightning_accel.bridge.objective import is_brought
 from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.errors import Unsupported, explain
@@ -58,6 +59,8 @@ class StepMeter(Paced):
     10
     """
 
+    brings: ClassVar[tuple[str, ...]] = ("measure/steps_per_s", "measure/samples_per_s")
+
     def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()
         if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
@@ -86,6 +89,7 @@ class StepMeter(Paced):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.last:  # a fit shorter than one interval
             self._log(trainer)
+        _bring(trainer, self.last)
 
     @override
     def _samples(self, batch: Any) -> int:
@@ -114,7 +118,7 @@ class AccelReport(Paced):
     training steps per second (a forward and a backward, no optimizer, no data), on the same inputs,
     in the same process, in interleaved blocks. The dense side is the model as you wrote it, uncompiled,
     under your own precision; when the precision is this package's, in float32. Printed, logged to every
-    logger, and saved.
+    logger, saved, and put into `trainer.callback_metrics` under the same names, for sweeps to optimise.
 
     Metrics stand beside figures of the network that they were measured on, or are left out with a note:
     those last logged before the last edit, and those of a test that loaded another structure. Metrics of
@@ -138,6 +142,8 @@ class AccelReport(Paced):
     >>> AccelReport("outputs/report.json", budget_s=5).path
     PosixPath('outputs/report.json')
     """
+
+    brings: ClassVar[tuple[str, ...]] = Report.NUMBERS
 
     def __init__(
         self,
@@ -195,7 +201,7 @@ class AccelReport(Paced):
         if (
             trainer.state.fn == "fit" and not trainer.sanity_checking
         ):  # kept for an edit right after a resume
-            self._latest = _plain(trainer.callback_metrics)
+            self._latest = _logged(trainer)
 
     def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         params = sum(p.numel() for p in pl_module.parameters())
@@ -203,7 +209,7 @@ class AccelReport(Paced):
             self._before = {
                 "params": params,
                 "epoch": int(trainer.current_epoch),
-                "metrics": {**self._latest, **_plain(trainer.callback_metrics)},
+                "metrics": {**self._latest, **_logged(trainer)},
                 "steps_per_s": self.pace.steps_per_s,
             }
 
@@ -231,7 +237,8 @@ class AccelReport(Paced):
         # The innermost catches: `isolate_rng` does not restore when an error passes through it.
         with undisturbed(pl_module), preserve_rng(), self._told_not_raised(failed):
             self._measure(report, trainer, pl_module)
-        trainer.strategy.barrier("lightning_accel.AccelReport")
+        # Only the first process has measured; a sweep asks all of them.
+        _bring(trainer, trainer.strategy.broadcast(report.flat()))
         self._publish(trainer)
         with self._told_not_raised("the report could not be shown"):
             rank_zero_info("\n" + report.table().to_text())
@@ -240,7 +247,7 @@ class AccelReport(Paced):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.report is None or not self._is_of(pl_module):
             return
-        tested = _plain(trainer.callback_metrics)
+        tested = _logged(trainer)
         names = ", ".join(tested)
         if _shapes(pl_module) == self._shapes:
             self.report.final.metrics.update(tested)
@@ -270,7 +277,7 @@ class AccelReport(Paced):
         }
 
     def _describe_metrics(self, report: Report, trainer: Trainer) -> None:
-        logged = _plain(trainer.callback_metrics)
+        logged = _logged(trainer)
         stale = [name for name in logged if is_stale(trainer, name)]
         report.final.metrics = {k: v for k, v in logged.items() if k not in stale}
         if stale:
@@ -378,6 +385,18 @@ class AccelReport(Paced):
                     "report this if the model runs",
                 )
             )
+
+
+def _bring(trainer: Trainer, numbers: Mapping[str, float]) -> None:
+    """End the fit with these numbers too: nothing of Lightning reads them any more, and its next run drops them."""
+    found = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+    trainer.callback_metrics.update(found)
+
+
+def _logged(trainer: Trainer) -> dict[str, float]:
+    """Return what the user's own code logged, without our numbers."""
+    metrics = _plain(trainer.callback_metrics)
+    return {name: value for name, value in metrics.items() if not is_brought(trainer, name)}
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -78,6 +78,16 @@ class Report:
     >>> Report.from_dict(report.to_dict()) == report
     True
     """
+
+    NUMBERS: ClassVar[tuple[str, ...]] = (
+        *("report/ratio_macs", "report/ratio_params", "report/ratio_steps_per_s"),
+        "report/ratio_latency_*",
+        *("report/final_macs", "report/final_params", "report/final_steps_per_s"),
+        *("report/final_latency_ms_*", "report/final_metrics_*"),
+        *("report/dense_macs", "report/dense_params", "report/dense_steps_per_s"),
+        *("report/dense_latency_ms_*", "report/dense_metrics_*", "report/before_edit_*"),
+    )
+    """The names that `flat` may give."""
 
     dense: Side = field(default_factory=Side)
     final: Side = field(default_factory=Side)
