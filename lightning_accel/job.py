@@ -1,4 +1,4 @@
-"""One job of a Hydra app: seeds, one W&B run of its own, ranks that agree, no secrets left behind.
+"""One job of a Hydra app: seeds, one W&B run of its own with a name, ranks that agree, no secrets left behind.
 
 Hydra runs the jobs of a sweep one after another in one process, and three things leak between them.
 Lightning starts the other ranks with the command line of the whole sweep, so that they sweep again and
@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
+import lightning_accel
 from lightning_accel.errors import explain
 from lightning_accel.redact import names_secret, redacted
 
@@ -34,6 +35,8 @@ _LEFT_BY_LIGHTNING = (
     "PL_SEED_WORKERS",
     "WORLD_SIZE",
 )
+_OF_WANDB = ("WANDB_MODE", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_TAGS")
+_LONGEST_NAME, _LONGEST_TAG = 128, 64  # more is refused by W&B, which would end the run
 
 
 @contextmanager
@@ -41,7 +44,9 @@ def job(cfg: Mapping[str, Any]) -> Iterator[None]:
     """Surround the body of a `@hydra.main` function; outside of Hydra it seeds and closes W&B.
 
     W&B works offline when no API key is found, decided before its first init. The runs of a sweep
-    share one group, the name of the sweep's folder.
+    share one group, the name of the sweep's folder. A run is named by what distinguishes it, the swept
+    words of its command line, and its tags are its preset and its techniques. What the logger of the
+    configuration says of name, tags and group goes first, and so does what `WANDB_NAME` and the like say.
 
     Raises:
         ValueError: A secret was given on the command line, where `ps` and the loggers would show it.
@@ -57,6 +62,7 @@ def job(cfg: Mapping[str, Any]) -> Iterator[None]:
         if hydra is not None:
             _scrub(Path(hydra.runtime.output_dir) / str(hydra.output_subdir))
             _refuse_secrets(hydra.overrides.task)
+            _name_run(hydra, cfg)
             if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
                 stack.enter_context(_one_of_a_sweep(hydra))
         if not (os.environ.get("WANDB_MODE") or _has_wandb_key()):
@@ -68,7 +74,7 @@ def job(cfg: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    names = (*_LEFT_BY_LIGHTNING, "WANDB_MODE", "WANDB_RUN_GROUP")
+    names = (*_LEFT_BY_LIGHTNING, *_OF_WANDB)
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -88,6 +94,43 @@ def _closed_wandb() -> Iterator[None]:
     finally:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish(exit_code=int(failed))
+            sys.modules["wandb"].teardown()  # else the next job keeps the name of this one
+
+
+def _name_run(hydra: Any, cfg: Mapping[str, Any]) -> None:
+    """Tell W&B, through the environment: what a logger is given goes before that."""
+    given = [word for word in hydra.overrides.task if not word.lstrip("+").startswith("logger")]
+    if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
+        given = [word for word in given if word not in sys.argv] or given
+    name = redacted(" ".join(word.lstrip("+") for word in given)) or str(hydra.job.name)
+    os.environ.setdefault("WANDB_NAME", name[:_LONGEST_NAME])
+    os.environ.setdefault("WANDB_TAGS", ",".join(_tags(hydra.runtime.choices, cfg)))
+
+
+def _tags(choices: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+    """Return the preset, or its parts where several were chosen, and the techniques."""
+    preset = choices.get("accel")
+    parts = _plain(cfg.get("accel"))
+    chosen = [Path(preset).stem] if isinstance(preset, str) else parts
+    presets = list(chosen) if isinstance(chosen, (list, dict)) else []
+    nodes = _plain(cfg.get("callbacks")) or {}
+    targets = [str(node.get("_target_", "")) for node in nodes.values() if isinstance(node, dict)]
+    techniques = [_folder(target) for target in targets if target.startswith("lightning_accel.")]
+    found = [*presets, *sorted(set(techniques) - {"measure", "bridge"})]
+    clean = [str(tag).replace(",", " ").strip()[:_LONGEST_TAG] for tag in found]
+    return list(dict.fromkeys(tag for tag in clean if tag)) or ["none"]
+
+
+def _folder(target: str) -> str:
+    """Return the folder of a technique: `lightning_accel.StructuredPruning` is at home in `pruning`."""
+    name = target.partition(".")[2]
+    return lightning_accel._HOMES.get(name, name).partition(".")[0]
+
+
+def _plain(node: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
 
 
 @contextmanager

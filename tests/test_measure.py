@@ -1249,6 +1249,10 @@ def test_every_logger_gets_flat_numbers_and_wandb_a_table(fit: Fit, tmp_path: Pa
     ((_, row),) = plain.of("report/")
     assert {"report/ratio_macs", "report/final_params"} <= set(row)
     assert wandb.summary == row
+    ((step, charts),) = wandb.of("report/gains")
+    assert step == 8
+    drawn = dict(charts["report/gains"].table.data)
+    assert drawn["parameters"] == drawn["MACs per sample"] == 1.0
     ((key, columns, rows),) = wandb.tables
     assert (key, columns) == ("report/table", ["quantity", "dense", "final", "gain"])
     assert ["parameters", "548", "548", "1.00x"] in rows

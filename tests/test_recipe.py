@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_accel.errors import AccelError, Unsupported
+from lightning_accel.job import _tags as tags_of
 from lightning_accel.job import job
 from lightning_accel.recipe import ALLOWED, Run, build, prepare_teacher
 from lightning_accel.redact import HIDDEN, redacted
@@ -722,12 +723,40 @@ def test_each_job_closes_its_wandb_run_and_says_whether_it_failed(
     codes: list[int] = []
     fake = types.ModuleType("wandb")
     fake.finish = lambda exit_code: codes.append(exit_code)  # type: ignore[attr-defined]
+    fake.teardown = lambda: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with job({}):
         pass
     with pytest.raises(RuntimeError), job({}):
         raise RuntimeError("training failed")
     assert codes == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tags"),
+    [
+        ([], ["none"]),
+        (["+accel=none"], ["none"]),
+        (["+accel=amp_prune"], ["amp_prune", "precision", "pruning"]),
+        (["+accel=[amp,prune]"], ["amp", "prune", "precision", "pruning"]),
+        (["+pruning=taylor", "+loop=fused"], ["loop", "pruning"]),
+        (["+accel=amp_prune", "pruning=none"], ["amp_prune", "precision"]),
+    ],
+    ids=str,
+)
+def test_the_tags_of_a_run_are_its_preset_and_its_techniques(
+    overrides: list[str], tags: list[str]
+) -> None:
+    cfg = composed(*overrides)
+    assert tags_of(cfg.hydra.runtime.choices, cfg) == tags
+
+
+def test_tags_are_such_as_wandb_takes() -> None:
+    nodes = {"x": None, "y": {"_target_": "lightning_accel.AccelReport"}, "z": {"ratio": 0.5}}
+    assert tags_of({"accel": "./far/away/my, tuned.yaml"}, {"callbacks": nodes}) == ["my  tuned"]
+    (long,) = tags_of({"accel": "x" * 99}, {})
+    assert len(long) == 64
+    assert tags_of({}, {"accel": "not found"}) == ["none"]  # a plain string: `build` refuses it
 
 
 def test_a_job_leaves_no_rank_behind() -> None:

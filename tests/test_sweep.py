@@ -54,7 +54,7 @@ def inspect(run: Path, *options: str) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_logs_one_run_per_job_grouped_with_config_and_report(tmp_path: Path) -> None:
-    sweep_of = ["+accel=amp,prune,amp_prune", "seed=0,1", "logger=wandb"]
+    sweep_of = ["+accel=none,amp,amp_prune", "seed=0,1", "logger=wandb"]
     train(tmp_path, "-m", *sweep_of, "+callbacks.report.budget_s=1", *FAST)
     (sweep,) = (tmp_path / "outputs").iterdir()
     runs = sorted(sweep.glob("*/wandb/offline-run-*"))
@@ -68,9 +68,15 @@ def test_a_sweep_logs_one_run_per_job_grouped_with_config_and_report(tmp_path: P
         assert config["trainer"]["max_epochs"] == 2
         ratios = {k: v for k, v in summary["summary"].items() if "ratio" in k}
         assert ratios, f"no report in {sorted(summary['summary'])}"
-        groups = {r["run"]["run_group"] for r in inspect(run) if "run_group" in r.get("run", {})}
+        records = inspect(run)
+        groups = {r["run"]["run_group"] for r in records if "run_group" in r.get("run", {})}
         assert groups == {sweep.name}
-    presets = [("amp",), ("prune",), ("amp", "prune")]
+        preset = "_".join(config["accel"])
+        assert summary["name"] == f"accel={preset} seed={config['seed']}"
+        techniques = {"amp": "precision", "prune": "pruning", "none": None}
+        assert {*summary["tags"]} == {preset, *map(techniques.get, config["accel"])} - {None}
+        assert summary["summary"]["report/gains_table"]["nrows"] >= 2
+    presets = [("none",), ("amp",), ("amp", "prune")]
     assert sorted(seen) == sorted((preset, seed) for preset in presets for seed in (0, 1))
     reports = [json.loads(p.read_text()) for p in sorted(sweep.glob("*/**/report.json"))]
     assert len(reports) == 6
@@ -94,6 +100,7 @@ def test_a_run_belongs_to_no_group_and_keeps_no_secret(
     (out,) = (tmp_path / "outputs").iterdir()
     (run,) = out.glob("wandb/offline-run-*")
     (summary,) = inspect(run, "--summary")
+    assert "note=" in summary["name"] and summary["tags"] == ["none"]
     assert summary["config"]["note"] == summary["config"]["db"]["password"] == "***"
     assert not any("run_group" in record.get("run", {}) for record in inspect(run))
     assert not [p for p in out.rglob("*") if p.is_file() and canary.encode() in p.read_bytes()]

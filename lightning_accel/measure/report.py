@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -119,21 +119,33 @@ class Report:
 
     def table(self, title: str = "Dense model against final model") -> Table:
         """Return the report as a table with the columns dense, final and gain."""
+        gains = self.gains()
         rows: list[list[Cell]] = [
-            ["parameters", self.dense.params, self.final.params, _times(self.ratios.params)],
-            ["MACs per sample", self.dense.macs, self.final.macs, _times(self.ratios.macs)],
+            [name, before, after, _times(gains.get(name))]
+            for name, before, after in self._quantities()
         ]
-        for batch, before in self.dense.latency_ms.items():
-            gain = _times(self.ratios.latency.get(batch))
-            rows.append(
-                [f"latency, batch {batch} (ms)", before, self.final.latency_ms.get(batch), gain]
-            )
-        speed = self.dense.steps_per_s, self.final.steps_per_s
-        rows.append(["training steps/s", *speed, _times(self.ratios.steps_per_s)])
         rows += self._metric_rows()
         return Table(
             ["", "dense", "final", "gain"], rows, title, tuple(self.extra.get("notes", ()))
         )
+
+    def gains(self) -> dict[str, float]:
+        """Return every gain that is given, by the name of its row.
+
+        >>> Report(ratios=Ratios(params=2.0, latency={"64": 3.0})).gains()
+        {'parameters': 2.0, 'latency, batch 64 (ms)': 3.0}
+        """
+        known = {"parameters": self.ratios.params, "MACs per sample": self.ratios.macs}
+        known |= {_latency(batch): gain for batch, gain in self.ratios.latency.items()}
+        known["training steps/s"] = self.ratios.steps_per_s
+        return {name: gain for name, gain in known.items() if gain is not None}
+
+    def _quantities(self) -> Iterator[tuple[str, float | None, float | None]]:
+        yield "parameters", self.dense.params, self.final.params
+        yield "MACs per sample", self.dense.macs, self.final.macs
+        for batch, before in self.dense.latency_ms.items():
+            yield _latency(batch), before, self.final.latency_ms.get(batch)
+        yield "training steps/s", self.dense.steps_per_s, self.final.steps_per_s
 
     def _metric_rows(self) -> list[list[Cell]]:
         shorter = self.extra.get("dense_metrics_after_epoch")
@@ -290,6 +302,10 @@ def is_useful(low: float, high: float) -> bool:
 
 def _told(found: Comparison) -> float | None:
     return found.ratio if is_useful(found.low, found.high) else None
+
+
+def _latency(batch: str) -> str:
+    return f"latency, batch {batch} (ms)"
 
 
 def _gain(dense: float | None, final: float | None) -> float | None:
