@@ -7,7 +7,7 @@ one trains at a time, also while it sets up, and what it changes in the process 
 is put back when it hands over. Clock: processor time of the one thread. Beside the times: matrix products measured
 in this process (the roofline) and the arithmetic of a step, counted by torch's dispatcher.
 
-    python benchmarks/train_speed.py [--cases mlp gpt_d256] [--tiers amp exact] [--budget 10] [--rounds 30]
+    python benchmarks/train_speed.py [--cases mlp gpt_d256] [--tiers amp exact] [--budget-s 10] [--rounds 30]
         [--json] [--output FILE.json] [--picture FILE.svg]
 
 Exit code 1 when a tuned Trainer is slower than the stock one and its interval says that this is no noise, or when
@@ -243,7 +243,7 @@ def main() -> int:
     )
     parser.add_argument("--cases", nargs="+", choices=list(NETS), default=list(NETS))
     parser.add_argument("--tiers", nargs="+", choices=list(GOALS), help="those with a goal")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds of each search")
+    parser.add_argument("--budget-s", type=float, default=10.0, help="seconds of each search")
     parser.add_argument("--techniques", nargs="+", choices=SEARCHED, default=SEARCHED)
     parser.add_argument("--rounds", type=int, default=30, help="most blocks of each kind")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -252,7 +252,7 @@ def main() -> int:
     args = parser.parse_args()
     quiet()
     tiers = {c: args.tiers or [t for t in GOALS if c in GOALS[t]] for c in args.cases}
-    limits = args.budget, args.rounds, tuple(args.techniques)
+    limits = args.budget_s, args.rounds, tuple(args.techniques)
     cases = {c: measure(c, tiers[c], *limits) for c in args.cases}
     write({"about": about(), "cases": cases}, args.output, as_json=args.json)
     if args.picture:

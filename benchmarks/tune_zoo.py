@@ -6,7 +6,7 @@ this measurement can resolve. And on some of them all of {precision} x {matmul p
 {optimizer} train side by side by hand: what was chosen is near the best of those that learn the same. The best of
 many is partly luck, so the three best run once more beside the chosen one, and only that counts.
 
-    python benchmarks/tune_zoo.py [--pairs mlp_32 conv_16] [--budget 4] [--rounds 20] [--compile] [--json]
+    python benchmarks/tune_zoo.py [--pairs mlp_32 conv_16] [--budget-s 4] [--rounds 20] [--compile] [--json]
         [--output FILE.json]
 
 `--compile` also crosses the grid of two networks with compilation, which takes minutes more. Exit code 1 when a tuned
@@ -368,14 +368,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds of each search")
+    parser.add_argument("--budget-s", type=float, default=4.0, help="seconds of each search")
     parser.add_argument("--rounds", type=int, default=20, help="blocks of each kind")
     parser.add_argument("--compile", action="store_true", help="cross two grids with compilation")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--output", type=Path, help="a file for the JSON object")
     args = parser.parse_args()
     quiet()
-    pairs = {p: measure(p, args.budget, args.rounds, args.compile) for p in args.pairs}
+    pairs = {p: measure(p, args.budget_s, args.rounds, args.compile) for p in args.pairs}
     write({"about": about(), "pairs": pairs}, args.output, as_json=args.json)
     if not args.json:
         print(table(pairs).to_text(width=170))

@@ -22,8 +22,14 @@ def build():
     model = BoringModel()
     return model, model.train_dataloader()
 
-def lonely():
+def own():
     return BoringModel()
+
+def network():
+    return BoringModel().layer
+
+def example():
+    return BoringModel(), BoringModel().layer.weight
 """
 
 
@@ -35,7 +41,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "users_lit"
 
 
-QUICK = ["--budget", "1", "--no-cache", "--technique", "optimizer", "--accelerator", "cpu"]
+QUICK = ["--budget-s", "1", "--no-cache", "--technique", "optimizer", "--accelerator", "cpu"]
 
 
 def test_a_module_of_ones_own_is_tuned_and_the_files_are_written(
@@ -45,6 +51,9 @@ def test_a_module_of_ones_own_is_tuned_and_the_files_are_written(
     outputs = [word for file in files for word in ("--output", str(file))]
     assert main(["tune", f"{code}:build", *QUICK, "--batch-size", "8", *outputs]) == 0
     printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if "Wrote" in line] == [
+        f"Wrote {f}" for f in files
+    ]
     assert "plain against plain" in printed and "Batch sizes" in printed
     assert all(file.stat().st_size for file in files)
     report = json.loads(files[1].read_text())
@@ -52,6 +61,13 @@ def test_a_module_of_ones_own_is_tuned_and_the_files_are_written(
     assert ("optimizer" in report["settings"]) == ("callbacks" in preset)
     assert {trial["technique"] for trial in report["trials"]} == {"optimizer"}
     assert [rate["batch_size"] for rate in report["rates"]] == [8]
+
+
+def test_a_module_with_data_of_its_own_needs_no_other(
+    code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", f"{code}:own", *QUICK, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trials"]
 
 
 def test_json_is_one_object(code: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,11 +79,12 @@ def test_json_is_one_object(code: str, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "say which module"),
-        (["users_lit:lonely"], "gives a LightningModule and its data"),
+        ([], "say which network"),
+        (["users_lit:network"], "gives no LightningModule with data"),
+        (["users_lit:example"], "BoringModel and an example"),
         (["users_lit:nothing"], "MODULE:FUNCTION"),
         (["users_lit:build", "--output", "tuned.pdf"], "unknown form"),
-        (["users_lit:build", "--budget", "0"], "above zero"),
+        (["users_lit:build", "--budget-s", "0"], "above zero"),
         (["--config", "nowhere.yaml"], "no such configuration"),
     ],
 )

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel.cli import plan
 from lightning_accel.errors import NoEffect
+from lightning_accel.measure import timing
 from lightning_accel.measure.bars import bars_svg
 from lightning_accel.pruning.sensitivity import as_table, sensitivity
 from lightning_accel.surgery import Select
@@ -47,6 +48,7 @@ def test_every_group_gets_a_row_and_the_network_stays_as_it_is(net: Any) -> None
         assert 0 < row.removed < row.units
         assert row.macs_saved >= 0 and 0 < row.params_saved < 1
         assert math.isfinite(row.time_saved) and row.change > 0
+        assert row.time_low <= row.time_saved <= row.time_high
         assert row.layers
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert flags == [module.training for module in model.modules()]
@@ -133,6 +135,38 @@ def test_the_table_has_a_line_per_row_and_names_the_device() -> None:
     assert "body.0" in text and "16 -> 8" in text and "on cpu" in text
 
 
+def told(ratio: float, low: float, high: float, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the table of a network whose layers, cut, are `ratio` times as fast."""
+    side = timing.Latency(1.0, 0.1, 1.0, 9)
+    found = timing.Comparison(side, side, ratio, low, high, 1.0)
+    monkeypatch.setattr("lightning_accel.pruning.target.compare", lambda *_, **__: found)
+    rows = sensitivity(tiny.MLP(), calls_for(tiny.MLP), budget_s=0.1)
+    return as_table(rows, share=0.5, device="cpu", measured="output").to_text(width=200)
+
+
+def test_a_time_stands_beside_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = told(2.0, 1.6, 2.5, monkeypatch)
+    assert "-50.0%" in text and "-60.0% to -37.5%" in text
+    assert "slower" not in text and "no measurable" not in text
+
+
+def test_a_layer_that_is_slower_when_cut_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = told(0.5, 0.4, 0.8, monkeypatch)
+    assert "+100.0%" in text
+    assert "slower when cut: body.0, +25.0% to +150.0% time" in text
+
+
+def test_a_time_that_may_be_either_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = told(1.1, 0.9, 1.3, monkeypatch)
+    assert "no measurable difference in time: body.0, body.2" in text and "slower" not in text
+
+
+@pytest.mark.parametrize("budget", [0, -1, math.nan])
+def test_a_budget_is_seconds_above_zero(budget: float) -> None:
+    with pytest.raises(ValueError, match="`budget_s` is a time"):
+        sensitivity(tiny.MLP(), calls_for(tiny.MLP), budget_s=budget)
+
+
 def test_the_picture_is_svg_that_draws_to_scale() -> None:
     svg = bars_svg(["a<b", "x" * 99], {"time": [2.0, 1.0], "loss": [-1.0, 0.0]}, title="T & t")
     tree = ElementTree.fromstring(svg)
@@ -159,12 +193,75 @@ def both():
 
 def number():
     return 3
+
+def three():
+    return 1, 2, 3
+"""
+
+LIT = """
+import tiny, torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader, TensorDataset
+
+def loader():
+    return DataLoader(TensorDataset(torch.arange(64.0).reshape(8, 8) / 64), 4)
+
+class Lit(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = None
+    def setup(self, stage):
+        torch.manual_seed(0)
+        self.net = self.net or tiny.MLP()
+    def forward(self, x):
+        return self.net(x)
+    def training_step(self, batch, batch_idx):
+        loss = self(batch[0]).square().mean()
+        self.log("train/loss", loss)
+        return loss
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+class Own(Lit):
+    def train_dataloader(self):
+        return loader()
+
+class Data(LightningDataModule):
+    def prepare_data(self):
+        self.prepared = True
+    def setup(self, stage):
+        assert self.prepared and stage == "fit"
+        self.ready = True
+    def train_dataloader(self):
+        assert self.ready
+        return loader()
+
+def build():
+    return Lit(), loader()
+
+def module():
+    return Lit(), Data()
+
+class Several(Lit):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx)
+
+def several():
+    return Several(), {"a": loader(), "b": loader()}
+
+def own():
+    return Own()
+
+def alone():
+    return Lit()
 """
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine_nets.py").write_text(MODULE)
+    (tmp_path / "mine_fit.py").write_text(LIT)
+    monkeypatch.delitem(sys.modules, "mine_fit", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "mine_nets", raising=False)
     return tmp_path
@@ -173,16 +270,52 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(*words: str) -> int:
     from lightning_accel.cli import main
 
-    return main(["plan", *words, "--budget", "0.1"])
+    return main(["plan", *words, "--budget-s", "0.1"])
 
 
 def test_plan_prints_a_table_and_draws_a_picture(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("mine_nets:network", "--example", "4,6", "--picture", "plan.svg") == 0
+    drawn = folder / "new" / "plan.svg"
+    assert run("mine_nets:network", "--example", "4,6", "--picture", str(drawn)) == 0
     said = capsys.readouterr().out
     assert "16 -> 8" in said and "change of the output" in said
-    ElementTree.parse(folder / "plan.svg")
+    assert said.endswith(f"Wrote {drawn}\n") and said.count("Wrote") == 1
+    ElementTree.parse(drawn)
+
+
+def test_a_picture_beside_json_is_said_elsewhere(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("mine_nets:both", "--json", "--picture", str(folder / "plan.svg")) == 0
+    said = capsys.readouterr()
+    (group,) = json.loads(said.out)["groups"]
+    assert group["time_low"] <= group["time_saved"] <= group["time_high"]
+    assert said.err == f"Wrote {folder / 'plan.svg'}\n"
+
+
+@pytest.mark.parametrize("build", ["build", "module", "several", "own"])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_what_is_tuned_can_be_planned_and_the_loss_is_measured(
+    folder: Path, build: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"mine_fit:{build}", "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["change_of"] == "loss"
+    assert [group["name"] for group in plain["groups"]] == ["net.body.0", "net.body.2"]
+    import mine_fit  # type: ignore[import-not-found]
+
+    lit, batch = mine_fit.Lit(), next(iter(mine_fit.loader()))
+    lit.setup("fit")
+    cut = mine_fit.Lit()
+    cut.setup("fit")
+    layers = cut.net.body[0], cut.net.body[2]
+    strength = layers[0].weight.square().sum(1) + layers[1].weight.square().sum(0)
+    with torch.no_grad():
+        layers[0].weight[strength.argsort()[:8]] = 0.0
+        layers[0].bias[strength.argsort()[:8]] = 0.0
+        change = cut(batch[0]).square().mean() - lit(batch[0]).square().mean()
+    assert plain["groups"][0]["change"] == pytest.approx(float(change), rel=1e-3, abs=1e-6)
 
 
 def test_plan_json_is_one_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +334,11 @@ WRONG: list[tuple[Sequence[str], str]] = [
     (["no_such_module:f", "--example", "4,6"], "no_such_module"),
     (["mine_nets:number", "--example", "4,6"], "makes no network"),
     (["mine_nets:network"], "--example"),
+    (["mine_nets:three"], "Found: (int, int, int)"),
+    (["mine_fit:alone"], "or (LightningModule, data)"),
+    (["mine_nets:both", "--picture", "plan.png"], "end the name in .svg"),
+    (["mine_nets:network", "--checkpoint", "last.ckpt"], "--checkpoint is of a LightningModule"),
+    (["--config", "x.yaml", "--checkpoint", "last.ckpt"], "Found: --config"),
     (["mine_nets:network", "--example", "4,five"], "an example is a shape"),
     (["mine_nets:network", "--example", "4,6:float99"], "an example is a shape"),
     (["mine_nets:network", "--example", "4,7"], "fails on the example"),
@@ -218,6 +356,15 @@ def test_what_is_wrong_is_said_in_one_line(
     assert run(*words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("lightning-accel plan: ")
+
+
+def test_there_is_one_word_for_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_accel.cli import main
+
+    for command in ("plan", "tune"):
+        with pytest.raises(SystemExit):
+            main([command, "mine_nets:both", "--budget", "1"])
+        assert "unrecognized arguments: --budget" in capsys.readouterr().err
 
 
 def test_an_example_can_be_of_tokens() -> None:
@@ -259,7 +406,7 @@ def test_a_hydra_configuration_is_planned_with_its_own_data_and_loss(
 ) -> None:
     words = [
         *("--config", str(root / "conf" / "config.yaml"), "--allow", "models.", "--allow", "data."),
-        *("--budget", "1", "--json", "model=vit", "data=digits", "accelerator=cpu"),
+        *("--budget-s", "1", "--json", "model=vit", "data=digits", "accelerator=cpu"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", "from lightning_accel.cli import main; main()", "plan", *words],

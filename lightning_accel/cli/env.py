@@ -61,7 +61,8 @@ class Facts(NamedTuple):
 
 def add(commands: Any) -> None:
     """Add the command to an argparse sub-parser collection."""
-    parser = commands.add_parser("env", help="describe this machine and what does not fit on it")
+    said = "describe this machine and what does not fit on it"
+    parser = commands.add_parser("env", help=said, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--device", help="device to describe; the accelerator or the CPU by default"

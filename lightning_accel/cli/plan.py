@@ -1,37 +1,46 @@
 """`lightning-accel plan`: which layers repay a cut, and what it costs, before anything is changed.
 
-What to look at is named in one of three ways:
+What to look at is named as for every command, and its example may come from the command line:
 
+    lightning-accel plan mymodels.nets:build
     lightning-accel plan mymodels.nets:resnet --example 32,3,224,224
     lightning-accel plan mymodels.lit:LitNet --checkpoint last.ckpt --example 32,3,224,224
     lightning-accel plan --config conf/config.yaml --allow models. --allow data. model=vit
 
-The first calls `resnet()` of the module `mymodels.nets`, found from the present folder; it returns the
-network, or the network and an example (a tensor, a tuple of arguments, a dict of keywords). The second
-loads a LightningModule. The third takes network and data from a Hydra configuration, with the overrides
-that one would give to the training script, and so measures the loss and not only the output. All run the
-code that they name.
+`build()` returns a network; or a network and an example of its arguments (a tensor, a tuple of arguments, a dict
+of keywords); or a LightningModule and its data (DataLoaders or a LightningDataModule). With data, the loss is
+measured and not only the output. All run the code that they name.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lightning_accel.cli.subject import (
+    Subject,
+    add_subject,
+    brings_data,
+    found_in_code,
+    subject_of,
+    wrote,
+)
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.bars import bars_svg
 from lightning_accel.measure.table import finite
 from lightning_accel.pruning.sensitivity import Row, as_table, sensitivity
 from lightning_accel.surgery import Select
 from lightning_accel.surgery.call import Call, as_call
+
+if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and so import none
+    from lightning.pytorch import Trainer
 
 
 class Named(NamedTuple):
@@ -49,9 +58,9 @@ def add(commands: Any) -> None:
         help="show what each layer would give and cost if it were pruned",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", help="MODULE:FUNCTION, or an override with --config")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, with --config")
+    add_subject(parser)
     parser.add_argument(
         "--example",
         action="append",
@@ -59,15 +68,11 @@ def add(commands: Any) -> None:
         help="an argument of forward, such as 32,3,224,224 or 8,128:int64:1000; may be repeated",
     )
     parser.add_argument("--checkpoint", type=Path, help="weights of a LightningModule class")
-    parser.add_argument("--config", type=Path, help="a Hydra configuration file")
-    parser.add_argument(
-        "--allow", action="append", default=[], help="where --config may build from: models."
-    )
     parser.add_argument("--share", type=float, default=0.5, help="of each layer's units; 0.5")
     parser.add_argument("--importance", default="magnitude")
     parser.add_argument("--select", action="append", help="pattern of layers to look at")
     parser.add_argument("--device", default="cpu", help="where to measure the time; cpu")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds of measuring; 20")
+    parser.add_argument("--budget-s", type=float, default=20.0, help="seconds of measuring; 20")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw a bar chart")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -76,6 +81,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 2 when it cannot be made."""
     try:
+        _check_picture(args.picture)
         named = _named(args)
         rows = sensitivity(
             named.model,
@@ -84,15 +90,16 @@ def run(args: argparse.Namespace) -> int:
             importance=args.importance,
             select=Select.of(args.select),
             loss=named.loss,
-            budget_s=args.budget,
+            budget_s=args.budget_s,
         )
+        measured = "output" if named.loss is None else "loss"
+        if args.picture:
+            args.picture.parent.mkdir(parents=True, exist_ok=True)
+            args.picture.write_text(picture(rows, share=args.share, measured=measured))
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
         print(f"lightning-accel plan: {error}", file=sys.stderr)
         return 2
-    measured = "output" if named.loss is None else "loss"
     table = as_table(rows, share=args.share, device=args.device, measured=measured)
-    if args.picture:
-        args.picture.write_text(picture(rows, share=args.share, measured=measured))
     if args.json:
         plain = {
             "share": args.share,
@@ -103,7 +110,14 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plain, indent=2))
     else:
         print(table.to_text())
+    if args.picture:
+        wrote(args.picture, args)
     return 0
+
+
+def _check_picture(path: Path | None) -> None:
+    if path is not None and path.suffix != ".svg":
+        raise ValueError(explain("a picture is drawn as SVG", str(path), "end the name in .svg"))
 
 
 def picture(rows: Sequence[Row], *, share: float, measured: str) -> str:
@@ -118,36 +132,89 @@ def picture(rows: Sequence[Row], *, share: float, measured: str) -> str:
 
 
 def _named(args: argparse.Namespace) -> Named:
-    if args.config is not None:
-        words = [word for word in (args.model, *args.overrides) if word is not None]
-        return _from_config(args.config, words, args.allow, args.device)
-    if not args.model or args.overrides:
-        raise ValueError(
-            explain(
-                "say which network",
-                " ".join([args.model or "", *args.overrides]).strip() or "nothing",
-                "pass MODULE:FUNCTION, or --config FILE and overrides",
-            )
-        )
-    made, example = _from_code(args.model, args.checkpoint)
+    subject = _subject(args)
     if args.example:
-        example = tuple(tensor(text) for text in args.example)
-    if example is None:
-        example = getattr(made, "example_input_array", None)
-    if example is None:
+        subject = subject._replace(example=tuple(tensor(text) for text in args.example), data=None)
+    example = subject.example
+    if example is None and subject.data is None:
+        example = getattr(subject.model, "example_input_array", None)
+    if example is not None:
+        device = torch.device(args.device)
+        call = as_call(example)
+        moved = torch.utils._pytree.tree_map(
+            lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, (call.args, call.kwargs)
+        )
+        return Named(subject.model.to(device), (Call("", *moved),))
+    if not brings_data(subject.model, subject.data):
         raise ValueError(
             explain(
                 "the network needs an example of its arguments",
-                f"`{args.model}` returned only the network",
-                "pass --example 32,3,224,224, or return (network, example)",
+                f"`{args.subject}` gave only the network",
+                "pass --example 32,3,224,224, or return (network, example) or (LightningModule, data)",
             )
         )
-    device = torch.device(args.device)
-    call = as_call(example)
-    moved = torch.utils._pytree.tree_map(
-        lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, (call.args, call.kwargs)
+    return _with_data(subject, args.device)
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    if args.checkpoint is None:
+        return subject_of(args)
+    from lightning_accel.bridge.restore import load_from_checkpoint
+
+    found: Any = found_in_code(args.subject) if args.subject and args.config is None else None
+    if not isinstance(found, type) or args.overrides:
+        raise ValueError(
+            explain(
+                "--checkpoint is of a LightningModule class",
+                "--config" if args.config is not None else repr(args.subject),
+                "say mymodels.lit:LitNet --checkpoint last.ckpt",
+            )
+        )
+    return Subject(load_from_checkpoint(found, args.checkpoint))
+
+
+def _with_data(subject: Subject, device: str) -> Named:
+    """Take the calls of a training step on one batch, and its loss."""
+    from lightning.pytorch.utilities import CombinedLoader
+
+    from lightning_accel.bridge.example import calls_of, run_step
+    from lightning_accel.bridge.inert import inert_copy
+
+    module: Any = subject.model
+    trainer = subject.trainer or _quiet_trainer()
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    is_module = hasattr(subject.data, "train_dataloader")
+    where = {"datamodule" if is_module else "train_dataloaders": subject.data}
+    trainer._data_connector.attach_data(module, **where)  # its batch hooks
+    for part in (subject.data, module) if is_module else (module,):
+        part.prepare_data()
+        part.setup("fit")
+    loader = CombinedLoader(trainer.fit_loop._data_source.dataloader(), "max_size_cycle")
+    batch = next(iter(loader))[0]
+    model = module.to(device)
+    calls = next(calls_of(trainer, model, [batch]))
+
+    def loss(network: Any) -> float:
+        with inert_copy(trainer, network) as copy:
+            output = run_step(trainer, copy, batch, 0)
+        return float((output["loss"] if isinstance(output, dict) else output).detach())
+
+    return Named(model, calls, loss)
+
+
+def _quiet_trainer() -> Trainer:
+    from lightning.pytorch import Trainer
+
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
-    return Named(made.to(device), (Call("", *moved),))
 
 
 def tensor(text: str) -> torch.Tensor:
@@ -176,84 +243,3 @@ def tensor(text: str) -> torch.Tensor:
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.randint(0, high, shape, generator=generator).to(dtype)
-
-
-def found_in_code(name: str) -> Callable[..., Any]:
-    """Return what MODULE:FUNCTION names, found from the present folder."""
-    module, _, attribute = name.partition(":")
-    if "" not in sys.path and "." not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` does
-    found = getattr(importlib.import_module(module), attribute, None) if attribute else None
-    if not callable(found):
-        raise ValueError(
-            explain(
-                "the network is named by MODULE:FUNCTION",
-                repr(name),
-                "say mymodels.nets:resnet, a function or class that needs no arguments",
-            )
-        )
-    return found
-
-
-def _from_code(name: str, checkpoint: Path | None) -> tuple[nn.Module, Any]:
-    found: Any = found_in_code(name)
-    if checkpoint is not None:
-        from lightning_accel.bridge.restore import load_from_checkpoint
-
-        return load_from_checkpoint(found, checkpoint), None
-    made = found()
-    made, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(made, nn.Module):
-        raise TypeError(explain(f"`{name}` makes no network", type(made).__name__))
-    return made, example
-
-
-def _from_config(path: Path, overrides: list[str], allow: list[str], device: str) -> Named:
-    from lightning_accel.bridge.example import calls_of, run_step
-    from lightning_accel.bridge.inert import inert_copy
-    from lightning_accel.recipe import build
-
-    config = composed(path, overrides)
-    made = build(config, allow=tuple(allow))
-    if made.data is None:
-        raise ValueError(explain("the configuration has no data", str(path), "choose a `data`"))
-    made.data.prepare_data()
-    made.data.setup("fit")
-    made.trainer.strategy.connect(made.model)
-    made.trainer._data_connector.attach_data(made.model, datamodule=made.data)  # its batch hooks
-    batch = next(iter(made.data.train_dataloader()))
-    model = made.model.to(device)
-    calls = next(calls_of(made.trainer, model, [batch]))
-
-    def loss(network: Any) -> float:
-        with inert_copy(made.trainer, network) as copy:
-            output = run_step(made.trainer, copy, batch, 0)
-        return float((output["loss"] if isinstance(output, dict) else output).detach())
-
-    return Named(model, calls, loss)
-
-
-def composed(path: Path, overrides: list[str]) -> Any:
-    """Compose a configuration as a script would, but without callbacks and loggers: nothing is trained."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf, open_dict
-
-    if not path.is_file():
-        raise ValueError(explain("there is no such configuration", str(path), "pass a yaml file"))
-    with initialize_config_dir(version_base="1.3", config_dir=str(path.resolve().parent)):
-        config = compose(path.stem, overrides, return_hydra_config=True)
-    known = HydraConfig.instance()
-    before = known.cfg
-    with open_dict(config):
-        config.hydra.runtime.output_dir = config.hydra.runtime.cwd = str(Path.cwd())
-        known.set_config(config)
-        try:
-            plain = OmegaConf.to_container(
-                OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]),
-                resolve=True,
-            )
-        finally:
-            known.cfg = before
-    assert isinstance(plain, dict)
-    return {key: v for key, v in plain.items() if key not in ("hydra", "callbacks", "logger")}

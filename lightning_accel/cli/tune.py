@@ -1,31 +1,27 @@
 """`lightning-accel tune`: what makes a training step faster on this machine, without training.
 
-What to tune is named in one of two ways:
+What to tune is named as for every command; a training needs a LightningModule and its data:
 
     lightning-accel tune mymodels.lit:build --output tuned.yaml --output tuned.svg
     lightning-accel tune --config conf/config.yaml --allow models. --allow data. model=gpt --output tuned.yaml
 
-The first calls `build()` of the module `mymodels.lit`, found from the present folder, which returns a
-LightningModule and its data: a DataLoader or a LightningDataModule. The second takes module, data and Trainer
-from a Hydra configuration, with the overrides that one would give to the training script. Both run the code
-that they name. The preset is used by `python train.py +accel=./tuned.yaml`.
+`build()` returns a LightningModule and its data (DataLoaders or a LightningDataModule), or a LightningModule that
+has its own `train_dataloader`. Both run the code that they name. The preset is used by
+`python train.py +accel=./tuned.yaml`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_accel.cli.plan import composed, found_in_code
+from lightning_accel.cli.subject import add_subject, brings_data, subject_of, wrote
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.tuning.numerics import TIERS
 from lightning_accel.tuning.settings import TECHNIQUES
 
 if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and so import none
-    from lightning.pytorch import LightningModule
-
     from lightning_accel.tuning import TuneReport
 
 
@@ -36,15 +32,11 @@ def add(commands: Any) -> None:
         help="find out what makes a training step faster here",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("module", nargs="?", help="MODULE:FUNCTION, or an override with --config")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, with --config")
-    parser.add_argument("--config", type=Path, help="a Hydra configuration file")
-    parser.add_argument(
-        "--allow", action="append", default=[], help="where --config may build from: models."
-    )
+    add_subject(parser)
     parser.add_argument("--numerics", choices=TIERS, default="amp", help="what may change; amp")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of searching; 60")
+    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds of searching; 60")
     parser.add_argument("--steps", type=int, help="batches that will be trained")
     parser.add_argument(
         "--technique", action="append", choices=TECHNIQUES, help="try only this; may be repeated"
@@ -75,61 +67,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> TuneReport:
-    from lightning_accel.tuning import AutoTune, tune
+    from lightning_accel.tuning import AutoTune
 
     arguments: dict[str, Any] = {
         "numerics": args.numerics,
-        "budget_s": args.budget,
+        "budget_s": args.budget_s,
         "techniques": args.technique,
         "batch_sizes": args.batch_size,
         "cache": not args.no_cache,
     }
     files = AutoTune(**arguments, report=args.output).files  # checked before anything runs
-    if args.config is not None:
-        report = _from_config(args, arguments)
-    else:
-        module, data = _named(args)
-        where = {} if args.accelerator is None else {"accelerator": args.accelerator}
-        report = tune(module, data, steps=args.steps, **arguments, **where)
+    report = _tuned(args, arguments)
     for file in files:
-        report.save(file)
+        wrote(report.save(file), args)
     return report
 
 
-def _named(args: argparse.Namespace) -> tuple[LightningModule, Any]:
-    if not args.module or args.overrides:
-        raise ValueError(
-            explain(
-                "say which module",
-                " ".join([args.module or "", *args.overrides]).strip() or "nothing",
-                "pass MODULE:FUNCTION, or --config FILE and overrides",
-            )
-        )
-    from lightning.pytorch import LightningModule
+def _tuned(args: argparse.Namespace, arguments: dict[str, Any]) -> TuneReport:
+    from lightning_accel.tuning import AutoTune, tune
+    from lightning_accel.tuning.outside import tune_in
 
-    made = found_in_code(args.module)()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], LightningModule)):
+    model, example, data, trainer = subject_of(args)
+    if example is not None or not brings_data(model, data):
+        beside = "" if example is None else " and an example"
         raise TypeError(
             explain(
-                f"`{args.module}` gives a LightningModule and its data",
-                type(made).__name__,
+                f"`{args.subject}` gives no LightningModule with data, and only a training can be tuned",
+                type(model).__name__ + beside,
                 "return (module, data), with data a DataLoader or a LightningDataModule",
             )
         )
-    return made
-
-
-def _from_config(args: argparse.Namespace, arguments: dict[str, Any]) -> TuneReport:
-    from lightning_accel.recipe import build
-    from lightning_accel.tuning import AutoTune
-    from lightning_accel.tuning.outside import tune_in
-
-    words = [word for word in (args.module, *args.overrides) if word is not None]
-    made = build(composed(args.config, words), allow=tuple(args.allow))
-    if made.data is None:
-        raise ValueError(
-            explain("the configuration has no data", str(args.config), "choose a `data`")
-        )
+    module: Any = model
+    if trainer is None:
+        where = {} if args.accelerator is None else {"accelerator": args.accelerator}
+        return tune(module, data, steps=args.steps, **arguments, **where)
     tuning = AutoTune(**arguments, budget_share=float("inf"))
     tuning.steps = args.steps
-    return tune_in(made.trainer, made.model, made.data, tuning)
+    return tune_in(trainer, module, data, tuning)

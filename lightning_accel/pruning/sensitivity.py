@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_accel.errors import NoEffect
+from lightning_accel.errors import NoEffect, explain
 from lightning_accel.measure.flops import eval_mode
 from lightning_accel.measure.table import Cell, Table
+from lightning_accel.measure.timing import Comparison
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import selection
 from lightning_accel.pruning.graph import Gone, Graph, Group
@@ -32,8 +33,9 @@ _SAMPLES = 2  # enough to trace
 class Row(NamedTuple):
     """One group of layers that can only be cut together, with a share of its own units removed.
 
-    The saved shares are of the whole network; `time_saved` is measured and may be negative. `change` is
-    that of the loss, or that of the output relative to its norm.
+    The saved shares are of the whole network; `time_saved` is measured, lies between `time_low` and
+    `time_high` with 95 % confidence, and may be negative. `change` is that of the loss, or that of the output
+    relative to its norm.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Row(NamedTuple):
     macs_saved: float
     params_saved: float
     time_saved: float
+    time_low: float
+    time_high: float
     change: float
     layers: tuple[str, ...]
 
@@ -72,6 +76,7 @@ def sensitivity(
 
     Raises:
         NoEffect: Nothing can be pruned.
+        ValueError: `share` or `budget_s` cannot be meant.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> (row,) = sensitivity(net, [Call("", (torch.ones(2, 4),), {})], budget_s=0.05)
@@ -79,6 +84,8 @@ def sensitivity(
     ('0', 8, 4, 0.5)
     """
     check_share(share, "share")
+    if not budget_s > 0:
+        raise ValueError(explain("`budget_s` is a time", repr(budget_s), "pass seconds above 0"))
     scoring.check(importance)
     calls = in_dtype_of(calls, model)
     graph = graph_of(model, calls, select=select, attention=attention)
@@ -97,7 +104,7 @@ def sensitivity(
                 sum(len(units) for units in gone.values()),
                 1 - Macs(0.5).kept(graph, gone),
                 1 - Params(0.5).kept(graph, gone),
-                1 - clock.compared(graph.model, after, calls),
+                *_saved(clock.measured(graph.model, after, calls)),
                 cost(after),
                 tuple(layer for group in groups for layer in group.layers),
             )
@@ -107,15 +114,17 @@ def sensitivity(
 
 def as_table(rows: Sequence[Row], *, share: float, device: str, measured: str) -> Table:
     """Return the rows as a table; `measured` says what `change` is of."""
-    columns = ["layers", "kind", "units", "MACs", "parameters", "time", f"change of the {measured}"]
+    columns = ["layers", "kind", "units", "MACs", "parameters", "time", "95 % interval"]
+    columns.append(f"change of the {measured}")
     cells: list[list[Cell]] = [
         [
             row.name,
             row.kind,
             f"{row.units} -> {row.units - row.removed}",
-            f"{-100 * row.macs_saved:+.1f}%",
-            f"{-100 * row.params_saved:+.1f}%",
-            f"{-100 * row.time_saved:+.1f}%",
+            _change(row.macs_saved),
+            _change(row.params_saved),
+            _change(row.time_saved),
+            _interval(row),
             row.change,
         ]
         for row in rows
@@ -123,8 +132,28 @@ def as_table(rows: Sequence[Row], *, share: float, device: str, measured: str) -
     notes = [
         f"each row: {share:.0%} of the units of these layers alone removed, on a copy",
         f"MACs, parameters and time of the whole network; time of a forward measured on {device}",
+        *(
+            f"slower when cut: {row.name}, {_interval(row)} time"
+            for row in rows
+            if row.time_high < 0
+        ),
     ]
+    if equal := [row.name for row in rows if row.time_low <= 0 <= row.time_high]:
+        notes.append(f"no measurable difference in time: {', '.join(equal)}")
     return Table(columns, cells, "What each layer would give and cost", notes)
+
+
+def _change(saved: float) -> str:
+    return f"{-100 * saved:+.1f}%"
+
+
+def _interval(row: Row) -> str:
+    return f"{_change(row.time_high)} to {_change(row.time_low)}"
+
+
+def _saved(found: Comparison) -> tuple[float, float, float]:
+    ratio, low, high = (1 - 1 / gain for gain in (found.ratio, found.low, found.high))
+    return ratio, low, high
 
 
 def graph_of(

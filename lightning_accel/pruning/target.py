@@ -212,6 +212,10 @@ class Latency(Target):
         return dataclasses.replace(self, batch_size=self.batch_size or batch_size(calls))
 
     def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
+        return 1.0 / self.measured(before, after, calls).ratio
+
+    def measured(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> Comparison:
+        """Return both times, from the least disturbed of up to three measurements."""
         calls = _repeated(calls, self.batch_size)
         best: Comparison | None = None
         with eval_mode(before), eval_mode(after):
@@ -227,7 +231,7 @@ class Latency(Target):
                 if found.high <= found.low * (1 + self.tolerance) and not found.contended:
                     break  # else something else was running
         assert best is not None
-        return 1.0 / best.ratio
+        return best
 
     def reach(self, graph: Prunable, pick: Pick) -> Gone:
         left = partial(self.kept, graph)

@@ -1,0 +1,171 @@
+"""What a command is about: a network, named in the same ways for every command.
+
+    lightning-accel COMMAND mymodels.nets:build
+    lightning-accel COMMAND --config conf/config.yaml --allow models. --allow data. model=vit
+
+The first calls `build()` of the module `mymodels.nets`, found from the present folder. It returns a network; or a
+network and an example of its arguments (a tensor, a tuple of arguments, a dict of keywords); or a LightningModule
+and its data (DataLoaders or a LightningDataModule). The second takes network, data and Trainer from a Hydra
+configuration, with the overrides that one would give to the training script. Both run the code that they name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_accel.errors import explain
+
+if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and so import none
+    from lightning.pytorch import Trainer
+
+
+class Subject(NamedTuple):
+    """A network with what is known beside it."""
+
+    model: nn.Module
+    example: Any = None
+    data: Any = None
+    trainer: Trainer | None = None
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a subject."""
+    parser.add_argument("subject", nargs="?", help="MODULE:FUNCTION, or an override with --config")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, with --config")
+    parser.add_argument("--config", type=Path, help="a Hydra configuration file")
+    parser.add_argument(
+        "--allow", action="append", default=[], help="where --config may build from: models."
+    )
+
+
+def subject_of(args: argparse.Namespace) -> Subject:
+    """Build what the arguments name.
+
+    Raises:
+        ValueError: They name nothing, or nothing that can be found.
+        TypeError: What they name makes no network.
+    """
+    if args.config is not None:
+        words = [word for word in (args.subject, *args.overrides) if word is not None]
+        return _from_config(args.config, words, args.allow)
+    if not args.subject or args.overrides:
+        raise ValueError(
+            explain(
+                "say which network",
+                " ".join([args.subject or "", *args.overrides]).strip() or "nothing",
+                "pass MODULE:FUNCTION, or --config FILE and overrides",
+            )
+        )
+    return _of_made(args.subject, found_in_code(args.subject)())
+
+
+def found_in_code(name: str) -> Callable[..., Any]:
+    """Return what MODULE:FUNCTION names, found from the present folder."""
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path and "." not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does
+    found = getattr(importlib.import_module(module), attribute, None) if attribute else None
+    if not callable(found):
+        raise ValueError(
+            explain(
+                "the network is named by MODULE:FUNCTION",
+                repr(name),
+                "say mymodels.nets:resnet, a function or class that needs no arguments",
+            )
+        )
+    return found
+
+
+def brings_data(model: nn.Module, data: Any) -> bool:
+    """Whether this is a LightningModule that can be trained: with data beside it, or of its own."""
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if not isinstance(model, LightningModule):
+        return False
+    return data is not None or is_overridden("train_dataloader", model)
+
+
+def wrote(path: Path, args: argparse.Namespace) -> None:
+    """Say where a file is; not on the standard output if that is to be one JSON object."""
+    print(f"Wrote {path}", file=sys.stderr if args.json else sys.stdout)
+
+
+def is_data(value: Any) -> bool:
+    """Whether this is what a Trainer takes as training data, and no example of arguments.
+
+    >>> is_data(DataLoader([1])), is_data({"a": DataLoader([1])}), is_data({"input_ids": [[1, 2]]})
+    (True, True, False)
+    """
+    if isinstance(value, DataLoader) or hasattr(value, "train_dataloader"):
+        return True
+    if isinstance(value, Mapping):
+        return bool(value) and all(is_data(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(is_data(item) for item in value)
+    # Another iterable; neither a text, nor an array, nor what moves to a device, as a batch does.
+    batch = isinstance(value, str) or hasattr(value, "__array__") or hasattr(value, "to")
+    return hasattr(value, "__iter__") and not batch
+
+
+def _of_made(name: str, made: Any) -> Subject:
+    model, beside = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            explain(
+                f"`{name}` makes no network",
+                _said(made),
+                "return a network, (network, example), or (LightningModule, data)",
+            )
+        )
+    trains = hasattr(model, "training_step")
+    return Subject(model, data=beside) if trains and is_data(beside) else Subject(model, beside)
+
+
+def _said(made: Any) -> str:
+    if isinstance(made, tuple):
+        return f"({', '.join(type(part).__name__ for part in made)})"
+    return type(made).__name__
+
+
+def _from_config(path: Path, overrides: list[str], allow: list[str]) -> Subject:
+    from lightning_accel.recipe import build
+
+    made = build(_composed(path, overrides), allow=tuple(allow))
+    if made.data is None:
+        raise ValueError(explain("the configuration has no data", str(path), "choose a `data`"))
+    return Subject(made.model, data=made.data, trainer=made.trainer)
+
+
+def _composed(path: Path, overrides: list[str]) -> Any:
+    """Compose a configuration as a script would, but without callbacks and loggers: nothing is trained."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    if not path.is_file():
+        raise ValueError(explain("there is no such configuration", str(path), "pass a yaml file"))
+    with initialize_config_dir(version_base="1.3", config_dir=str(path.resolve().parent)):
+        config = compose(path.stem, overrides, return_hydra_config=True)
+    known = HydraConfig.instance()
+    before = known.cfg
+    with open_dict(config):
+        config.hydra.runtime.output_dir = config.hydra.runtime.cwd = str(Path.cwd())
+        known.set_config(config)
+        try:
+            plain = OmegaConf.to_container(
+                OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]),
+                resolve=True,
+            )
+        finally:
+            known.cfg = before
+    assert isinstance(plain, dict)
+    return {key: v for key, v in plain.items() if key not in ("hydra", "callbacks", "logger")}
