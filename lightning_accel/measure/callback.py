@@ -25,6 +25,7 @@ from lightning_accel.bridge.objective import is_brought
 from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.errors import Unsupported, explain
+from lightning_accel.measure.dashboard import to_wandb
 from lightning_accel.measure.flops import undisturbed
 from lightning_accel.measure.report import Report
 from lightning_accel.measure.subject import (
@@ -35,7 +36,6 @@ from lightning_accel.measure.subject import (
     num_samples,
     restore,
 )
-from lightning_accel.measure.table import show
 from lightning_accel.surgery import Receipt, Stage
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
@@ -359,7 +359,7 @@ class AccelReport(Paced):
             for logger in trainer.loggers:
                 logger.log_metrics(self.report.flat(), step=trainer.global_step)
                 if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
-                    _log_to_wandb(logger, self.report, trainer.global_step)
+                    to_wandb(logger, self.report, trainer.global_step)
 
     def _save(self, trainer: Trainer, report: Report) -> None:
         known = self._saved_at is not None
@@ -435,19 +435,3 @@ def _refuse_sharded(trainer: Trainer) -> None:
             type(trainer.strategy).__name__,
             "measure an unsharded copy with `lightning_accel.measure.measure_pair`",
         )
-
-
-def _log_to_wandb(logger: Any, report: Report, step: int) -> None:
-    import wandb
-
-    table = report.table()
-    rows = [[show(cell) for cell in row] for row in table.rows]
-    logger.log_table("report/table", columns=["quantity", *table.columns[1:]], data=rows)
-    gains = wandb.Table(
-        columns=["quantity", "gain"], data=[list(g) for g in report.gains().items()]
-    )
-    title = "How many times less or faster than the dense model"
-    chart = wandb.plot.bar(gains, "quantity", "gain", title=title)
-    # Through the logger, which says the step: W&B's own goes up with each call (wandb #5913).
-    logger.log_metrics({"report/gains": chart}, step=step)
-    logger.experiment.summary.update(report.flat())

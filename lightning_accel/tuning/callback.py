@@ -148,7 +148,7 @@ class AutoTune(Callback):
         beside = [report_path(trainer).with_name("tuned.yaml")] if self.beside_logs else []
         for path in (*self.files, *beside):
             if trainer.is_global_zero:
-                answer.save(path)
+                rank_zero_info(f"Wrote {answer.save(path)}")
         return answer
 
     def _asked(self) -> Asked:
