@@ -10,6 +10,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -883,6 +884,35 @@ def test_a_pruned_fit_is_compared_with_what_the_class_builds(fit: Fit, tmp_path:
     loss = float(trainer.callback_metrics["test_loss"])
     assert plain["final"]["metrics"]["test_loss"] == pytest.approx(loss)
     assert "test_loss" in next(tmp_path.rglob("report.md")).read_text()
+
+
+@quiet
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_metric_is_labelled_with_the_epoch_of_its_own_validation(
+    fit: Fit, tmp_path: Path, resumed: bool
+) -> None:
+    path = tmp_path / "r" / "report.json"
+
+    def callbacks() -> list[Callback]:
+        prune = StructuredPruning(ratio=0.5, when=3)
+        return [Validations(), prune, AccelReport(path, budget_s=0.05)]
+
+    given = {"check_val_every_n_epoch": 2, "num_sanity_val_steps": 2}
+    if resumed:
+        saving: Any = {"save_top_k": -1, "filename": "{epoch}", "save_on_train_epoch_end": True}
+        fit(Module(), *callbacks(), ModelCheckpoint(tmp_path, **saving), max_epochs=5, **given)
+    watch, prune, report = callbacks()
+    ckpt = tmp_path / "epoch=2.ckpt" if resumed else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        fit(Module(), watch, prune, report, ckpt=ckpt, max_epochs=5, **given)
+    (row,) = [r for r in path.with_suffix(".md").read_text().splitlines() if "| val_loss" in r]
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    losses = watch.losses[-2:] if not resumed else watch.losses[-1:]  # type: ignore[attr-defined]
+    assert cells[1] == f"{losses[-1]:.4g} after epoch 4"
+    assert cells[0].endswith(" after epoch 2") and cells[2] == "-"
+    if not resumed:
+        assert cells[0] == f"{losses[0]:.4g} after epoch 2"
 
 
 @quiet

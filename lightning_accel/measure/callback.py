@@ -122,8 +122,8 @@ class AccelReport(Paced):
 
     Metrics stand beside figures of the network that they were measured on, or are left out with a note:
     those last logged before the last edit, and those of a test that loaded another structure. Metrics of
-    the dense side are those logged last before the first edit, "after epoch 8", say. That is a shorter
-    training, so no gain is given for them; it is with `dense_metrics`.
+    the dense side are those logged last before the first edit, each with its epoch, "after epoch 8", say. That
+    is a shorter training, so no gain is given for them; it is with `dense_metrics`.
 
     Weights, buffers, gradients, flags and random state are bit-equal before and after. An error while
     measuring becomes a warning: a finished training is never lost.
@@ -168,6 +168,8 @@ class AccelReport(Paced):
         self._edits: list[dict[str, Any]] = []
         self._before: dict[str, Any] = {}
         self._latest: dict[str, float] = {}
+        self._validated: dict[str, int] = {}
+        self._held: dict[str, Any] = {}
         self._module: weakref.ref[LightningModule] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,12 +181,13 @@ class AccelReport(Paced):
             "edits": [dict(edit) for edit in self._edits],
             "before": dict(self._before),
             "latest": dict(self._latest),
+            "validated": dict(self._validated),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._edits, self._before = list(state_dict["edits"]), dict(state_dict["before"])
-        self._latest = dict(state_dict["latest"])
+        self._latest, self._validated = dict(state_dict["latest"]), dict(state_dict["validated"])
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -194,14 +197,21 @@ class AccelReport(Paced):
         if not self._is_of(pl_module):
             self._module = weakref.ref(pl_module)
             self._edits, self._before, self._latest, self.report = [], {}, {}, None
-            self._saved_at = None
+            self._validated, self._saved_at = {}, None
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._held = dict(trainer.callback_metrics)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (
-            trainer.state.fn == "fit" and not trainer.sanity_checking
-        ):  # kept for an edit right after a resume
-            self._latest = _logged(trainer)
+        held, self._held = self._held, {}
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._latest = _logged(trainer)  # kept for an edit right after a resume
+        anew = [n for n, value in trainer.callback_metrics.items() if held.get(n) is not value]
+        self._validated |= dict.fromkeys(anew, int(trainer.current_epoch) + 1)
 
     def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         params = sum(p.numel() for p in pl_module.parameters())
@@ -210,6 +220,7 @@ class AccelReport(Paced):
                 "params": params,
                 "epoch": int(trainer.current_epoch),
                 "metrics": {**self._latest, **_logged(trainer)},
+                "validated": dict(self._validated),
                 "steps_per_s": self.pace.steps_per_s,
             }
 
@@ -280,6 +291,11 @@ class AccelReport(Paced):
         logged = _logged(trainer)
         stale = [name for name in logged if is_stale(trainer, name)]
         report.final.metrics = {k: v for k, v in logged.items() if k not in stale}
+        report.extra["final_validated_after_epoch"] = {
+            name: epoch
+            for name, epoch in self._validated.items()
+            if name in report.final.metrics and epoch < trainer.current_epoch
+        }
         if stale:
             report.note(
                 f"left out: {', '.join(stale)}, last logged before the last edit, by another network"
@@ -290,9 +306,10 @@ class AccelReport(Paced):
             report.dense.metrics = dict(self._before["metrics"])
             done = self._before.get("epoch", self._edits[0]["epoch"])
             report.extra["dense_metrics_after_epoch"] = done
+            report.extra["dense_validated_after_epoch"] = self._before.get("validated", {})
             report.note(
-                f"metrics of the dense network are those after epoch {done}, before it was edited; no gain is "
-                "given between trainings of unequal length: pass `dense_metrics=` of one as long as this"
+                f"metrics of the dense network are the last before it was edited, after epoch {done}; no gain "
+                "is given between trainings of unequal length: pass `dense_metrics=` of one as long as this"
             )
 
     def _measure(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:

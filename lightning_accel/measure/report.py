@@ -70,7 +70,8 @@ class Report:
     """What an edit or a whole fit gave; `extra` holds further keys of the JSON file.
 
     With `dense_metrics_after_epoch` in `extra`, the dense metrics are those of a shorter training: they
-    are labelled so, and no gain is given beside them.
+    are labelled so, and no gain is given beside them. `dense_validated_after_epoch`, and the same of `final`,
+    hold the epochs of metrics that were last logged earlier than that side's training ended.
 
     >>> report = Report(Side(params=100), Side(params=50), Ratios(params=2.0))
     >>> report.to_dict()["ratios"]["params"]
@@ -149,15 +150,19 @@ class Report:
 
     def _metric_rows(self) -> list[list[Cell]]:
         shorter = self.extra.get("dense_metrics_after_epoch")
+        earlier = self.extra.get("dense_validated_after_epoch", {})
+        last = self.extra.get("final_validated_after_epoch", {})
         rows: list[list[Cell]] = []
         for name in {**self.dense.metrics, **self.final.metrics}:
             before, after = self.dense.metrics.get(name), self.final.metrics.get(name)
+            shown = _after(after, last.get(name))
             if before is not None and shorter is not None:
-                rows.append([name, f"{show(before)} after epoch {shorter}", after, None])
+                epoch = min(shorter, earlier.get(name, shorter))
+                rows.append([name, _after(before, epoch), shown, None])
             elif before is None or after is None:
-                rows.append([name, before, after, None])
+                rows.append([name, before, shown, None])
             else:
-                rows.append([name, before, after, f"{after - before:+.4g}"])
+                rows.append([name, before, shown, f"{after - before:+.4g}"])
         return rows
 
     def flat(self, prefix: str = "report") -> dict[str, float]:
@@ -302,6 +307,10 @@ def is_useful(low: float, high: float) -> bool:
 
 def _told(found: Comparison) -> float | None:
     return found.ratio if is_useful(found.low, found.high) else None
+
+
+def _after(value: float | None, epoch: int | None) -> Cell:
+    return value if value is None or epoch is None else f"{show(value)} after epoch {epoch}"
 
 
 def _latency(batch: str) -> str:
