@@ -581,8 +581,8 @@ def test_a_model_that_refuses_a_batch_of_one_is_measured_without() -> None:
     report = Report()
     side = Runnable(net, net, [Call("", (torch.ones(6, 4),), {})])
     measure_subjects(side, side, budget_s=0.1, report=report)
-    assert set(report.ratios.latency) == {"6"}
-    assert report.ratios.steps_per_s is not None
+    assert set(report.final.latency_ms) == {"6"}
+    assert report.final.steps_per_s is not None
     assert "latency at batch 1 is left out: ValueError: pairs only" in report.extra["notes"]
 
 
@@ -591,8 +591,8 @@ def test_a_model_without_a_backward_is_measured_without_training() -> None:
     report = Report()
     side = Runnable(net, net, [Call("", (torch.ones(6, 4),), {})])
     measure_subjects(side, side, budget_s=0.05, report=report)
-    assert report.ratios.steps_per_s is None
-    assert set(report.ratios.latency) == {"1", "6"}
+    assert report.final.steps_per_s is None
+    assert set(report.final.latency_ms) == {"1", "6"}
     assert any("training steps/s is left out" in note for note in report.extra["notes"])
 
 
@@ -993,6 +993,27 @@ def test_a_foreign_file_is_never_overwritten(fit: Fit, tmp_path: Path, foreign: 
     assert not (tmp_path / "report-2.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("others", "given"), [(0.0, True), (0.3, True), (1.1, False), (2.0, False)]
+)
+def test_a_gain_is_withheld_where_other_work_took_most_of_the_processor(
+    ticks: Ticks, monkeypatch: pytest.MonkeyPatch, others: float, given: bool
+) -> None:
+    """However narrow its interval: threads that wait for each other are slowed down unequally."""
+    monkeypatch.setattr(contention, "num_usable_cores", lambda: 2)
+    monkeypatch.setattr(contention.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(contention, "_busy_seconds", lambda: 100 + (1 + others) * ticks.now)
+    net = nn.Linear(2, 2)
+    dense, final = (Subject(net, {1: spin(s)}, spin(s)) for s in (0.002, 0.001))
+    report = measure_pair(dense, final, budget_s=0.1)
+    assert report.final.latency_ms["1"] == pytest.approx(1.0, rel=0.2)
+    assert (report.ratios.latency != {}) == (report.ratios.steps_per_s is not None) == given
+    said = [note for note in report.extra["notes"] if "no gain is given for latency_1" in note]
+    assert bool(said) != given
+    assert given or "other work left" in said[0]
+
+
 def test_a_gain_whose_interval_says_nothing_is_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
     def compared(*_: Any, **__: Any) -> Comparison:
         side = Latency(1.0, 0.1, 1.0, 9)
@@ -1199,7 +1220,7 @@ def test_several_networks_are_measured_together(fit: Fit, tmp_path: Path) -> Non
     plain = saved(tmp_path)
     x = torch.zeros(8, 8)
     assert plain["dense"]["macs"] * 8 == count_macs(Net(), (x,)).macs + 8 * 4
-    assert plain["ratios"]["steps_per_s"] is not None
+    assert plain["final"]["steps_per_s"] is not None
 
 
 @quiet
@@ -1374,11 +1395,11 @@ def test_two_processes_report_once_and_count_all_samples(tmp_path: Path, root: P
     assert not any("left out" in note or "failed" in note for note in plain.get("notes", []))
 
 
+@timed
 def test_what_became_slower_is_said() -> None:
-    small, large = nn.Linear(8, 8), nn.Linear(2048, 2048)
-    few, many = torch.ones(1, 8), torch.ones(1, 2048)
-    subjects = [Subject(small, {1: lambda: small(few)}), Subject(large, {1: lambda: large(many)})]
-    slower = measure_pair(subjects[0], subjects[1], budget_s=0.2)
+    net = nn.Linear(8, 8)
+    quick, long = (Subject(net, {1: spin(seconds)}) for seconds in (0.001, 0.002))
+    slower = measure_pair(quick, long, budget_s=0.2)
     assert any("slower here: latency_1" in note for note in slower.extra["notes"])
-    faster = measure_pair(subjects[1], subjects[0], budget_s=0.2)
+    faster = measure_pair(long, quick, budget_s=0.2)
     assert not any("slower" in note for note in faster.extra.get("notes", []))

@@ -37,6 +37,18 @@ class Load(NamedTuple):
         return min(1.0, self.own_cores / self.threads)
 
     @property
+    def left(self) -> float:
+        """The share of its threads' time that other work left to this process, 0..1; 1 where that is unknown.
+
+        >>> Load(1.0, 0.4, 1.5, threads=2, cores=2).left, Load(1.0, 0.4, 0.0, threads=2, cores=2).left
+        (0.25, 1.0)
+        """
+        if self.others_cores is None:
+            return 1.0
+        spare = max(0, self.cores - self.threads)
+        return min(1.0, max(0.0, 1 - (self.others_cores - spare) / self.threads))
+
+    @property
     def contended(self) -> bool:
         """Whether the numbers deserve doubt.
 

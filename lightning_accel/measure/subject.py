@@ -42,7 +42,7 @@ def measure_subjects(
 
     >>> net = nn.Linear(4, 2)
     >>> side = Runnable(net, net, [Call("", (torch.ones(8, 4),), {})])
-    >>> sorted(measure_subjects(side, side, budget_s=0.1, report=Report()).ratios.latency)
+    >>> sorted(measure_subjects(side, side, budget_s=0.1, report=Report()).final.latency_ms)
     ['1', '8']
     """
     sides = dense, final

@@ -29,7 +29,8 @@ class Comparison(NamedTuple):
 
     `ratio` is a gain, baseline by candidate: 2.0 means that the candidate needs half the time. `low`
     and `high` bound it with 95 % confidence. `busy` is the share of the wall time during which the
-    process really had its threads running (always 1.0 off the CPU).
+    process really had its threads running, `left` the share of their time that other work left to them, as
+    far as that is known (both always 1.0 off the CPU).
     """
 
     baseline: Latency
@@ -38,11 +39,12 @@ class Comparison(NamedTuple):
     low: float
     high: float
     busy: float
+    left: float = 1.0
 
     @property
     def contended(self) -> bool:
         """Whether other work took so much of the processor that the numbers deserve doubt."""
-        return self.busy < 0.85
+        return min(self.busy, self.left) < 0.85
 
 
 def time_call(
@@ -92,8 +94,8 @@ def compare(
     device = torch.device(device)
     first, second = (Lane(fn, device, warmup=warmup) for fn in (baseline, candidate))
     load = run({"baseline": first, "candidate": second}, budget_s=budget_s)
-    busy = load.busy if device.type == "cpu" else 1.0
-    return Comparison(_latency(first), _latency(second), *gain(first, second), busy)
+    shares = (load.busy, load.left) if device.type == "cpu" else (1.0, 1.0)
+    return Comparison(_latency(first), _latency(second), *gain(first, second), *shares)
 
 
 class Pace:
