@@ -8,11 +8,13 @@ makes the next job wait for ranks that nobody starts. And W&B merges all jobs in
 
 from __future__ import annotations
 
+import math
 import netrc
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +24,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_accel
-from lightning_accel.errors import explain
+from lightning_accel.errors import AccelError, explain
 from lightning_accel.redact import names_secret, redacted
 
 _LEFT_BY_LIGHTNING = (
@@ -70,6 +72,27 @@ def job(cfg: Mapping[str, Any]) -> Iterator[None]:
         if cfg.get("seed") is not None:
             seed_everything(int(cfg["seed"]), workers=True, verbose=False)
         yield
+
+
+def refuse_nan(objective: float | Sequence[float] | None) -> None:
+    """Raise where a NaN would end a whole sweep with an error of another language.
+
+    hydra-optuna-sweeper before 1.4 does (hydra #2237), and its own way to go on is for jobs that fail.
+
+    Raises:
+        AccelError: The sweeper of this job cannot take what the job returns.
+    """
+    values = objective if isinstance(objective, (list, tuple)) else [objective]
+    hydra = _hydra_config()
+    swept = hydra is not None and hydra.mode is not None and hydra.mode.name == "MULTIRUN"
+    if not swept or not any(isinstance(v, float) and math.isnan(v) for v in values):
+        return
+    if "optuna" in str(hydra.sweeper.get("_target_")) and _version("hydra-optuna-sweeper") < (1, 4):
+        raise AccelError(
+            "the objective of this job is NaN, which ends a sweep of hydra-optuna-sweeper",
+            f"{objective}",
+            "say hydra.sweeper.max_failure_rate=1, and the sweep goes on without this job",
+        )
 
 
 @contextmanager
@@ -155,6 +178,13 @@ def _hydra_config() -> Any:
     from hydra.core.hydra_config import HydraConfig
 
     return HydraConfig.get() if HydraConfig.initialized() else None
+
+
+def _version(package: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in metadata.version(package).split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return (1, 4)  # another sweeper of that name
 
 
 def _refuse_secrets(overrides: list[str]) -> None:

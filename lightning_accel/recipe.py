@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_leaves
 import lightning_accel
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.errors import AccelError, Unsupported, explain
+from lightning_accel.job import refuse_nan
 from lightning_accel.redact import redacted
 from lightning_accel.surgery.preserve import preserve_rng
 
@@ -68,10 +69,16 @@ class Run(NamedTuple):
     config: dict[str, Any]
 
     def objective(self) -> float | list[float] | None:
-        """Return what the `Objective` among the callbacks asks for, after the fit; without one `None`."""
+        """Return what the `Objective` among the callbacks asks for, after the fit; without one `None`.
+
+        Raises:
+            AccelError: Nothing logged it, or it is NaN and the sweeper cannot take that.
+        """
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         asked = next((c for c in callbacks if isinstance(c, Objective)), None)
-        return asked.value(self.trainer) if asked is not None else None
+        found = asked.value(self.trainer) if asked is not None else None
+        refuse_nan(found)
+        return found
 
 
 def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:

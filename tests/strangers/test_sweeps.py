@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import AccelReport, Objective, StructuredPruning
 from lightning_accel.errors import AccelError
-from lightning_accel.job import _name_run
+from lightning_accel.job import _name_run, refuse_nan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -110,12 +110,30 @@ def test_metrics_of_an_earlier_run_are_not_those_of_this_fit(
 
 
 def test_a_diverged_run_is_nan_and_no_error(fit: Fit) -> None:
-    """hydra#2237: one job that returned NaN ended the whole sweep; ours ends no sweep that takes NaN."""
+    """hydra#2237: one job that returned NaN ended the whole sweep."""
     one, two = Objective("validation/loss"), Objective(["validation/loss", "training/loss"])
     trainer = fit(Reported(scale=math.nan), one, two)
     assert math.isnan(one.value(trainer))  # type: ignore[arg-type]
     loss, other = two.value(trainer)  # type: ignore[misc]
     assert math.isnan(loss) and other == float(trainer.callback_metrics["training/loss"])
+
+
+@pytest.mark.parametrize("version", ["1.3.0", "1.4.0rc3"])
+@pytest.mark.parametrize("sweeper", ["hydra_plugins.hydra_optuna_sweeper.X", "hydra._internal.Y"])
+@pytest.mark.parametrize("value", [math.nan, [1.0, math.nan], 1.0, None])
+def test_a_nan_that_would_end_a_sweep_fails_its_job_instead(
+    monkeypatch: pytest.MonkeyPatch, version: str, sweeper: str, value: Any
+) -> None:
+    """hydra#2237: "Values cannot be specified when state is FAIL" was all that was said."""
+    config = hydra("lr=0.1")
+    config.sweeper = {"_target_": sweeper}
+    monkeypatch.setattr("lightning_accel.job._hydra_config", lambda: config)
+    monkeypatch.setattr("lightning_accel.job.metadata.version", lambda name: version)
+    if version == "1.3.0" and "optuna" in sweeper and value not in (1.0, None):
+        with pytest.raises(AccelError, match="max_failure_rate=1"):
+            refuse_nan(value)
+    else:
+        refuse_nan(value)
 
 
 def hydra(*words: str, swept: bool = True, preset: str | None = None) -> Any:
