@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
@@ -62,11 +63,11 @@ class Objective(Callback):
 
     @override
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        logged = set(trainer.callback_metrics)
+        there = set(trainer.callback_metrics)
         for name in self._missing(trainer):
-            if _group(name) and _group(name) in {_group(other) for other in logged}:
+            if _group(name) and _group(name) in {_group(other) for other in there}:
                 rank_zero_info(  # no warning: a module may well keep its best score out of a sanity check
-                    f"The sanity check logged {_listed(logged)} and no `{name}`, which is the objective: "
+                    f"The sanity check logged {_listed(there)} and no `{name}`, which is the objective: "
                     "the fit ends if the first epoch does not log it either."
                 )
 
@@ -103,8 +104,8 @@ class Objective(Callback):
         return found[0] if isinstance(self.metric, str) else found
 
     def _missing(self, trainer: Trainer) -> list[str]:
-        logged = trainer.callback_metrics
-        return [n for n in self.names if n not in logged and not is_brought(trainer, n)]
+        there = trainer.callback_metrics
+        return [n for n in self.names if n not in there and not is_brought(trainer, n)]
 
 
 def names_brought(trainer: Trainer) -> list[str]:
@@ -117,16 +118,28 @@ def is_brought(trainer: Trainer, name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in names_brought(trainer))
 
 
+def bring(trainer: Trainer, numbers: Mapping[str, float]) -> None:
+    """End a fit with these numbers too: nothing of Lightning reads them any more, and its next run drops them."""
+    found = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+    trainer.callback_metrics.update(found)
+
+
+def logged(trainer: Trainer) -> dict[str, float]:
+    """Return what the user's own code logged, without numbers that callbacks of ours bring."""
+    metrics = {str(name): float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: value for name, value in metrics.items() if not is_brought(trainer, name)}
+
+
 def _value(trainer: Trainer, name: str) -> float:
-    logged = trainer.callback_metrics
-    if name in logged:
-        return float(logged[name])
+    there = trainer.callback_metrics
+    if name in there:
+        return float(there[name])
     if not is_brought(trainer, name):
-        raise _refusal(name, logged)
+        raise _refusal(name, there)
     rank_zero_warn(
         explain(
             f"the objective `{name}` is NaN: it was not measured, or its gain is withheld",
-            _listed({other for other in logged if _group(other) == _group(name)}),
+            _listed({other for other in there if _group(other) == _group(name)}),
             "see the notes of the report, and measure on a quiet machine",
         )
     )

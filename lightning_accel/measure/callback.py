@@ -21,7 +21,7 @@ from lightning_accel import hardware
 from lightning_accel.bridge.bests import is_stale
 from lightning_accel.bridge.example import find_example
 from lightning_accel.bridge.inert import inert_copy
-from lightning_accel.bridge.objective import is_brought
+from lightning_accel.bridge.objective import bring, logged
 from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.errors import Unsupported, explain
@@ -89,7 +89,7 @@ class StepMeter(Paced):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.last:  # a fit shorter than one interval
             self._log(trainer)
-        _bring(trainer, self.last)
+        bring(trainer, self.last)
 
     @override
     def _samples(self, batch: Any) -> int:
@@ -159,7 +159,8 @@ class AccelReport(Paced):
                 explain("`budget_s` is a time", repr(budget_s), "pass seconds above 0")
             )
         self.path = None if path is None else Path(path)
-        self.dense_metrics = None if dense_metrics is None else _plain(dense_metrics)
+        given = dense_metrics
+        self.dense_metrics = None if given is None else {k: float(v) for k, v in given.items()}
         self.budget_s = budget_s
         self.example = example
         self.report: Report | None = None
@@ -209,7 +210,7 @@ class AccelReport(Paced):
         held, self._held = self._held, {}
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self._latest = _logged(trainer)  # kept for an edit right after a resume
+        self._latest = logged(trainer)  # kept for an edit right after a resume
         anew = [n for n, value in trainer.callback_metrics.items() if held.get(n) is not value]
         self._validated |= dict.fromkeys(anew, int(trainer.current_epoch) + 1)
 
@@ -219,7 +220,7 @@ class AccelReport(Paced):
             self._before = {
                 "params": params,
                 "epoch": int(trainer.current_epoch),
-                "metrics": {**self._latest, **_logged(trainer)},
+                "metrics": {**self._latest, **logged(trainer)},
                 "validated": dict(self._validated),
                 "steps_per_s": self.pace.steps_per_s,
             }
@@ -249,7 +250,7 @@ class AccelReport(Paced):
         with undisturbed(pl_module), preserve_rng(), self._told_not_raised(failed):
             self._measure(report, trainer, pl_module)
         # Only the first process has measured; a sweep asks all of them.
-        _bring(trainer, trainer.strategy.broadcast(report.flat()))
+        bring(trainer, trainer.strategy.broadcast(report.flat()))
         self._publish(trainer)
         with self._told_not_raised("the report could not be shown"):
             rank_zero_info("\n" + report.table().to_text())
@@ -258,7 +259,7 @@ class AccelReport(Paced):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.report is None or not self._is_of(pl_module):
             return
-        tested = _logged(trainer)
+        tested = logged(trainer)
         names = ", ".join(tested)
         if _shapes(pl_module) == self._shapes:
             self.report.final.metrics.update(tested)
@@ -288,9 +289,9 @@ class AccelReport(Paced):
         }
 
     def _describe_metrics(self, report: Report, trainer: Trainer) -> None:
-        logged = _logged(trainer)
-        stale = [name for name in logged if is_stale(trainer, name)]
-        report.final.metrics = {k: v for k, v in logged.items() if k not in stale}
+        found = logged(trainer)
+        stale = [name for name in found if is_stale(trainer, name)]
+        report.final.metrics = {k: v for k, v in found.items() if k not in stale}
         report.extra["final_validated_after_epoch"] = {
             name: epoch
             for name, epoch in self._validated.items()
@@ -402,22 +403,6 @@ class AccelReport(Paced):
                     "report this if the model runs",
                 )
             )
-
-
-def _bring(trainer: Trainer, numbers: Mapping[str, float]) -> None:
-    """End the fit with these numbers too: nothing of Lightning reads them any more, and its next run drops them."""
-    found = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-    trainer.callback_metrics.update(found)
-
-
-def _logged(trainer: Trainer) -> dict[str, float]:
-    """Return what the user's own code logged, without our numbers."""
-    metrics = _plain(trainer.callback_metrics)
-    return {name: value for name, value in metrics.items() if not is_brought(trainer, name)}
-
-
-def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in metrics.items()}
 
 
 def _shapes(module: LightningModule) -> dict[str, tuple[int, ...]]:
