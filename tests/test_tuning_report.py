@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
 from lightning_accel import AutoTune
+from lightning_accel.loading.choose import Choice, Way
+from lightning_accel.measure.race import Ratio
 from lightning_accel.precision import UsePrecision
 from lightning_accel.recipe import build
-from lightning_accel.tuning import Settings, TuneReport, store
+from lightning_accel.tuning import Settings, TuneReport, data, store
 from lightning_accel.tuning.numerics import (
     Difference,
     Gradients,
@@ -224,6 +227,38 @@ def test_every_form_is_written(tmp_path: Path, report: TuneReport) -> None:
     for name in ("r.pdf", "r", ".yaml"):
         with pytest.raises(ValueError, match=r"Found: .*Do: "):
             report.save(tmp_path / name)
+
+
+def test_every_gain_stands_beside_its_interval_and_the_race_it_is_from() -> None:
+    table = full().table()
+    column = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
+    assert column["gain"] == ["2.00x", "1.10x", None]
+    assert column["95 % interval"] == ["1.90 to 2.10", "1.00 to 1.20", None]
+    assert "race" in table.notes[0] and not TuneReport().table().notes
+
+
+def test_ways_of_loading_are_told_with_their_gains_and_reasons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ways = (
+        Way("as is", (10.0,)),
+        Way("resident", (5.6,), gain=Ratio(1.79, 1.7, 1.8)),
+        Way("workers=1", (7.8,), gain=Ratio(1.29, 1.2, 1.3), reason="another way is faster still"),
+        Way("workers=2", (140.0,), gain=Ratio(0.07, 0.06, 0.08), reason="slower: 0.07x"),
+        Way("pinned", skipped="no CUDA"),
+    )
+    choice = Choice("resident", 1.79, "", ways)
+    monkeypatch.setattr(data, "choose", lambda *_, **__: choice)
+    monkeypatch.setattr(data, "_only_loader", lambda trainer: object())
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    value, gain, trials = data.choose_loading(trainer, 1.0, 1.0)  # type: ignore[arg-type]
+    assert (value, gain) == ("resident", 1.79)
+    assert trials == [
+        Trial("loading", "resident", "taken", "", 1.79, 1.7, 1.8),
+        Trial("loading", "workers=1", "not taken", "another way is faster still", 1.29, 1.2, 1.3),
+        Trial("loading", "workers=2", "not taken", "slower: 0.07x", 0.07, 0.06, 0.08),
+        Trial("loading", "pinned", "skipped", "no CUDA"),
+    ]
 
 
 @pytest.mark.parametrize("chosen", [Settings(precision="bf16", matmul="medium", optimizer="fused")])

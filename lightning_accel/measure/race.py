@@ -12,7 +12,7 @@ import gc
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -34,6 +34,23 @@ class Ratio(NamedTuple):
     ratio: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        """Say it with its interval.
+
+        >>> print(Ratio(1.05, 1.02, 1.08))
+        1.05x (1.02 to 1.08)
+        """
+        return f"{self.ratio:.2f}x ({self.low:.2f} to {self.high:.2f})"
+
+    @property
+    def edge(self) -> float:
+        """Of two equal lanes: what a gain has to lie beyond, whichever of the two came first.
+
+        >>> Ratio(0.9, 0.8, 0.95).edge, Ratio(1.04, 1.02, 1.08).edge
+        (1.25, 1.08)
+        """
+        return max(self.high, 1 / max(self.low, sys.float_info.min), 1.0)
 
 
 class Lane:
@@ -152,22 +169,53 @@ def gain(baseline: Lane, candidate: Lane, *, clock: str = "wall") -> Ratio:
         clock: "wall", or "cpu" for the processor time of this process.
     """
     first, second = (getattr(lane, f"{clock}_s") for lane in (baseline, candidate))
-    rounds = min(len(first), len(second))
-    pairs = torch.tensor([first[:rounds], second[:rounds]], dtype=torch.float64)
+    return compare(first, second)
+
+
+def compare(baseline: Sequence[float], candidate: Sequence[float]) -> Ratio:
+    """Return how many times as long the baseline took, of one time per round and lane."""
+    rounds = min(len(baseline), len(candidate))
+    pairs = torch.tensor([baseline[:rounds], candidate[:rounds]], dtype=torch.float64)
     pairs = pairs.clamp_min(sys.float_info.min)
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(rounds, (_RESAMPLES, rounds), generator=generator)
-    p10 = pairs[:, picks].quantile(0.1, dim=2)  # (2, resamples)
+    drawn = pairs[:, picks].quantile(0.1, dim=2)  # (2, resamples)
     bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = (p10[0] / p10[1]).quantile(bounds).tolist()
+    low, high = (drawn[0] / drawn[1]).quantile(bounds).tolist()
     whole = pairs.quantile(0.1, dim=1)
     return Ratio(float(whole[0] / whole[1]), low, high)
 
 
+def no_gain(found: Ratio, still: Ratio, *, least: float) -> str:
+    """Return why a ratio is no gain to take, or nothing where it is one.
+
+    Args:
+        found: The gain in question.
+        still: The same thing against itself, from the same race.
+        least: A gain below this is not worth a change, however sure it is.
+
+    >>> no_gain(Ratio(1.05, 1.03, 1.07), Ratio(1.04, 1.02, 1.08), least=1.02)
+    'no measurable difference: plain against plain is 1.04x (1.02 to 1.08)'
+    >>> no_gain(Ratio(0.67, 0.66, 0.68), Ratio(1.04, 1.02, 1.08), least=1.02)
+    'slower: 0.67x (0.66 to 0.68)'
+    >>> no_gain(Ratio(1.29, 1.25, 1.31), Ratio(1.04, 1.02, 1.08), least=1.02)
+    ''
+    """
+    if found.high < 1 / still.edge:
+        return f"slower: {found}"
+    if found.low <= still.edge:
+        return f"no measurable difference: plain against plain is {still}"
+    return "" if found.ratio >= least else f"faster by less than {100 * (least - 1):.0f} %"
+
+
 def tenth(lane: Lane, *, clock: str = "wall") -> float:
     """Return the tenth percentile of a lane's blocks, in seconds per call."""
-    times = torch.tensor(getattr(lane, f"{clock}_s"), dtype=torch.float64)
-    return float(times.quantile(0.1))
+    return typical(getattr(lane, f"{clock}_s"))
+
+
+def typical(times: Sequence[float]) -> float:
+    """Return the tenth percentile, which other work disturbs least."""
+    return float(torch.tensor(times, dtype=torch.float64).quantile(0.1))
 
 
 def synchronise(device: torch.device) -> None:

@@ -44,16 +44,18 @@ class Arena:
         self.step_s = 0.0
         self._clock = "wall"
         self._made: dict[Settings, tuple[Lane, Replica]] = {}
+        self._second: tuple[Settings, Lane] | None = None
         self._threads = torch.get_num_threads()
 
     def close(self) -> None:
         """Let go of all copies, and give the process its threads back."""
-        self._made.clear()
+        self.clear()
         torch.set_num_threads(self._threads)
 
     def clear(self) -> None:
         """Let go of all copies."""
         self._made.clear()
+        self._second = None
         gc.collect()
 
     def drop(self, settings: Settings) -> None:
@@ -75,8 +77,9 @@ class Arena:
             return self.build(settings)
         except torch.OutOfMemoryError as error:
             spare = [made for made in self._made if made not in keep]
-            if not spare:
+            if not spare and self._second is None:
                 raise
+            self._second = None
             for made in spare:
                 del self._made[made]
             forget(error)
@@ -99,11 +102,16 @@ class Arena:
         self._made[settings] = lane, replica
         return lane
 
-    def other(self, settings: Settings) -> Lane:
-        """Return one more lane of these settings, which is not kept."""
-        replica = self.build(settings)
-        replica.first_step()
-        return self._lane_of(replica)
+    def second(self, settings: Settings) -> Lane:
+        """Return a second lane of these settings, over another copy: the same for as long as it is kept."""
+        if self._second is None or self._second[0] != settings:
+            self._second = None
+            replica = self.build(settings)
+            replica.first_step()
+            self._second = settings, self._lane_of(replica)
+        lane = self._second[1]
+        lane.wall_s, lane.cpu_s = [], []
+        return lane
 
     def _lane_of(self, replica: Replica) -> Lane:
         return Lane(replica.step, self.device, around=replica.around, warmup=0, block_s=_BLOCK_S)

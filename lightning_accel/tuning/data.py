@@ -32,14 +32,12 @@ def choose_loading(
         return PLAIN, 1.0, [Trial("loading", "any", "skipped", loader)]
     device = trainer.strategy.root_device
     choice = choose(loader, step_ms=step_ms, device=device, budget_s=min(budget_s, _LONGEST_S))
-    plain_ms = choice.ways[0].median_ms if choice.ways else None
     trials = []
     for way in choice.ways[1:]:
-        ratio = plain_ms / way.median_ms if plain_ms and way.median_ms else None
         taken = way.name == choice.taken
         verdict = "taken" if taken else "skipped" if way.skipped else "not taken"
-        why = way.skipped or ("" if taken else "no measurable difference, or another is faster")
-        trials.append(Trial("loading", way.name, verdict, why, ratio))
+        gain = way.gain or (None, None, None)
+        trials.append(Trial("loading", way.name, verdict, way.skipped or way.reason, *gain))
     if not trials:
         trials = [Trial("loading", "any", "skipped", choice.reason)]
     taken_as = PLAIN if choice.taken == "as is" else choice.taken

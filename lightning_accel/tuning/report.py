@@ -25,6 +25,12 @@ FORMAT = 1
 """The version of `to_dict`'s form; files of another version are not read."""
 
 
+_RACES = (
+    "gain: what was taken, over the step before it in the race of all side by side; all else in a race with "
+    "the best so far; loading with batch and step together"
+)
+
+
 class Trial(NamedTuple):
     """One value of one technique against the best so far.
 
@@ -133,15 +139,17 @@ class TuneReport:
                 t.value.replace("_", " "),
                 t.verdict,
                 _times(t.ratio),
+                None if t.low is None or t.high is None else f"{t.low:.2f} to {t.high:.2f}",
                 t.compile_s and round(t.compile_s, 1),
                 t.pays_after_steps,
                 t.reason,
             ]
             for t in self.trials
         ]
-        columns = ["technique", "value", "verdict", "gain", "compile s", "pays after", "why"]
+        columns = ["technique", "value", "verdict", "gain", "95 % interval"]
+        columns += ["compile s", "pays after", "why"]
         title = f"Considered, numerics={self.numerics!r}, {self.seconds:.0f} s"
-        return Table(columns, rows, title)
+        return Table(columns, rows, title, [_RACES] if self.trials else [])
 
     def to_text(self) -> str:
         """Render for a terminal or a log."""

@@ -1,15 +1,14 @@
 """Coordinate search over techniques: each value is measured against the best so far, and has to earn its place.
 
-In each contest the incumbent and all values of one technique run side by side, see `measure.race`. A value
-is taken when
+In each contest the incumbent, a second copy of it and all values of one technique run side by side, see
+`measure.race`. A value is taken when
 
 1. it computes the same training (`numerics`),
-2. the whole 95 % interval of its gain lies above 1, and the gain above the resolution of this machine, which
-   is what plain against plain shows,
+2. the whole 95 % interval of its gain lies beyond that of the incumbent against itself,
 3. what it saves over the rest of the run is more than compiling it costs.
 
 Ties go to the incumbent, and so to plain. At the end plain, plain again and every step of the way run side
-by side once more (the waterfall); if that does not confirm the whole, plain is the answer.
+by side once more (`waterfall`); what that does not confirm is not used.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from lightning_accel.errors import AccelError
-from lightning_accel.measure.race import Lane, Ratio
+from lightning_accel.measure.race import Lane, Ratio, no_gain
 from lightning_accel.tuning.arena import Arena, Build, forget, said
 from lightning_accel.tuning.candidates import Contest, Skipped
 from lightning_accel.tuning.numerics import (
@@ -32,14 +31,14 @@ from lightning_accel.tuning.numerics import (
 )
 from lightning_accel.tuning.replica import Replica
 from lightning_accel.tuning.report import Bar, Trial
-from lightning_accel.tuning.settings import PLAIN, TECHNIQUES, Settings, words
+from lightning_accel.tuning.settings import PLAIN, TECHNIQUES, Settings
+from lightning_accel.tuning.waterfall import run_waterfall
 
 _LEAST_GAIN = 1.02
 """A gain below this is not worth a setting, however sure it is."""
+_AGAIN = "the incumbent again"
 _CALLBACK_S = 25e-6
 """What a callback costs the Trainer per step, which a copy does not see (`benchmarks/overhead.py`)."""
-_RESTLESS = 0.1
-"""A difference between plain and plain that is worth a word."""
 _COMPILE_S = 5.0
 """What compiling costs at least on a CPU; a run that cannot win this back is not compiled to find out."""
 _AUTOTUNING = 12
@@ -102,6 +101,7 @@ class Search:
         self._end = self._start_s + budget_s
         self._budget_s, self._budget_share, self._longest_s = budget_s, budget_share, longest_s
         self.trials: list[Trial] = []
+        self._still = Ratio(1.0, 1.0, 1.0)
         self._noise_of: dict[Settings, float] = {}
         self._products: dict[Settings, bool] = {}
 
@@ -121,9 +121,14 @@ class Search:
             # The last share is for the waterfall, which confirms the whole.
             share_s = self._left_s() / (len(contests) - index + 1)
             best = self._contest(best, contest, share_s)
-        bars, resolution, best = self._waterfall(best)
-        order = sorted(self.trials, key=lambda trial: TECHNIQUES.index(trial.technique))
-        return Found(best, order, bars, resolution, self._arena.notes)
+        way = [self._base]
+        for technique, value in self._in_order(best):
+            way.append(way[-1].having(technique, value))
+        share_s = self._left_s() if len(way) > 1 else min(self._left_s(), 1.0)
+        fall = run_waterfall(self._arena, way, share_s)
+        trials = sorted(self.trials, key=lambda trial: TECHNIQUES.index(trial.technique))
+        trials = [fall.judged(trial) for trial in trials]
+        return Found(fall.settings, trials, fall.bars, fall.still, self._arena.notes)
 
     def _know_plain(self) -> Settings:
         """Find out what plain computes and how far apart two plain steps are; return what runs at all."""
@@ -200,10 +205,13 @@ class Search:
         lanes = self._lanes(best, contest.technique, values)
         if len(lanes) < 2:
             return best
-        failed = self._arena.race(lanes, share_s)
-        for name, why in failed.items():
+        again = self._second(best)
+        failed = self._arena.race(lanes if again is None else {**lanes, _AGAIN: again}, share_s)
+        if again is not None and _AGAIN not in failed:
+            self._still = self._arena.gain(lanes[PLAIN], again)
+        for name in lanes.keys() & failed.keys():
             del lanes[name]
-            self.trials.append(Trial(contest.technique, name, "failed", why))
+            self.trials.append(Trial(contest.technique, name, "failed", failed[name]))
         self._best_s = min(self._arena.seconds(lane) for lane in lanes.values())
         ranked = sorted(lanes, key=lambda name: self._arena.seconds(lanes[name]))
         winner = best
@@ -263,6 +271,16 @@ class Search:
                 forget(error)
         return lanes
 
+    def _second(self, best: Settings) -> Lane | None:
+        """Return the incumbent once more, unless that needs memory or a compilation that nobody has."""
+        if best.compilation != PLAIN:
+            return None
+        try:
+            return self._arena.second(best)
+        except torch.OutOfMemoryError as error:
+            forget(error)
+            return None
+
     def _wrong(self, replica: Replica) -> str | None:
         start = time.perf_counter()
         found = Gradients(*replica.gradients(_SEED))
@@ -291,11 +309,9 @@ class Search:
             off = curve_verdict(gap, self._curve_noise(best))
         if off:
             return trial._replace(verdict="rejected", reason=off)
-        if ratio.low <= 1.0 or ratio.ratio < _LEAST_GAIN:
-            slower = ratio.high < 1.0
-            return trial._replace(
-                verdict="not taken", reason="slower" if slower else "no measurable difference"
-            )
+        none = no_gain(ratio, self._still, least=_LEAST_GAIN)
+        if none:
+            return trial._replace(verdict="not taken", reason=none)
         if technique != "precision" and saved_s < _CALLBACK_S:
             return trial._replace(
                 verdict="not taken",
@@ -329,48 +345,6 @@ class Search:
                 moved.step()
         return curve_gap(curve, moved.losses)
 
-    def _waterfall(self, best: Settings) -> tuple[list[Bar], Ratio, Settings]:
-        """Measure plain, plain again and every step of the way side by side; keep what is confirmed."""
-        way = [self._base]
-        for technique, value in self._in_order(best):
-            way.append(way[-1].having(technique, value))
-        try:
-            again, lanes = self._sides(way)
-        except torch.OutOfMemoryError as error:
-            self._arena.clear()
-            forget(error)
-            self._arena.notes.append(
-                "too little memory to measure every step of the way side by side"
-            )
-            way = list(dict.fromkeys((way[0], best)))
-            again, lanes = self._sides(way)
-        named = {str(index): lane for index, lane in enumerate(lanes)}
-        share_s = self._left_s() if len(way) > 1 else min(self._left_s(), 1.0)
-        self._arena.race({PLAIN: named.pop("0"), "again": again, **named}, share_s)
-        resolution = self._arena.gain(lanes[0], again)
-        if abs(resolution.ratio - 1) > _RESTLESS:
-            self._arena.notes.append(
-                "the machine is restless: only gains beyond that of plain count"
-            )
-        ratios = [Ratio(1.0, 1.0, 1.0), *(self._arena.gain(lanes[0], lane) for lane in lanes[1:])]
-        end = _confirmed(ratios, resolution)
-        if end < len(way) - 1:
-            self._arena.notes.append(
-                f"`{best.label}` was not confirmed ({ratios[-1].ratio:.2f}x of plain, plain again is "
-                f"{resolution.ratio:.2f}x): `{way[end].label}` is the answer"
-            )
-        bars = []
-        for index in range(end + 1):
-            before = lanes[max(0, index - 1)]
-            label = " + ".join(words(*item) for item in _added(way, index)) or PLAIN
-            ms = 1000 * self._arena.seconds(lanes[index])
-            step = self._arena.gain(before, lanes[index]).ratio if index else 1.0
-            bars.append(Bar(f"+ {label}" if index else label, ms, *ratios[index], step))
-        return bars, resolution, way[end]
-
-    def _sides(self, way: list[Settings]) -> tuple[Lane, list[Lane]]:
-        return self._arena.other(self._base), [self._arena.lane(settings) for settings in way]
-
     def _left_s(self) -> float:
         return max(0.0, self._end - time.perf_counter())
 
@@ -380,22 +354,3 @@ class Search:
         before = dict(self._base.chosen())
         added = [item for item in best.chosen() if item[0] not in before]
         return sorted(added, key=lambda item: taken.index(item[0]))
-
-
-def _confirmed(ratios: list[Ratio], resolution: Ratio) -> int:
-    """Return how far along the way the gain is real: the fastest step, or an earlier one as fast.
-
-    >>> _confirmed([Ratio(1, 1, 1), Ratio(2, 1.9, 2.1), Ratio(2.01, 1.9, 2.1)], Ratio(1.01, 1, 1))
-    1
-    >>> _confirmed([Ratio(1, 1, 1), Ratio(1.01, 0.98, 1.03)], Ratio(1.02, 1, 1))
-    0
-    """
-    tie = max(1 + abs(resolution.ratio - 1), 1.01)
-    sure = {index: r.ratio for index, r in enumerate(ratios) if not index or r.low > 1}
-    fastest = max(sure.values())
-    return next(index for index, ratio in sure.items() if ratio * tie >= fastest)
-
-
-def _added(way: list[Settings], index: int) -> list[tuple[str, str]]:
-    before = dict(way[index - 1].chosen()) if index else {}
-    return [item for item in way[index].chosen() if item[0] not in before]
