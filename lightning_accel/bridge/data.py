@@ -66,6 +66,11 @@ def batches(trainer: Trainer, count: int) -> list[Any]:
     return [tree_map(lambda v, i=i: v[i], drawn, is_leaf=_is_drawn) for i in range(columns)]
 
 
+def is_stream(trainer: Trainer) -> bool:
+    """Tell whether the training data have no indices to ask for, and so perhaps an end."""
+    return not all(map(_reads_by_index, tree_leaves(trainer.train_dataloader)))
+
+
 class _Drawn(list[Any]):
     """Batches of one loader, a leaf to tree functions."""
 
@@ -208,6 +213,5 @@ def _read_once(loader: Any, why: object) -> ReadOnce:
     return ReadOnce(
         "the training data can be read only once, so nothing but the fit may read it",
         f"{type(loader).__name__}: {why}",
-        "pass `example=` where it is an argument, let `__iter__` begin anew each time, or act later than "
-        "the first batch",
+        "pass `example=` where it is an argument, or let `__iter__` begin anew each time",
     )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
-from lightning_accel.bridge.data import ReadOnce, batches
+from lightning_accel.bridge.data import batches
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery.call import Call, as_call
@@ -72,10 +72,10 @@ def batches_of(trainer: Trainer, pl_module: LightningModule, count: int) -> list
 
 
 def batches_or(trainer: Trainer, count: int, at_hand: AtHand | None) -> list[Any]:
-    """Return batches of the fit; the one at hand for data that can be read only once."""
+    """Return batches of the fit; the one at hand for data that can be read only once, or have been."""
     try:
         return batches(trainer, count)
-    except ReadOnce:
+    except AccelError:
         if at_hand is None:
             raise
         return [at_hand]

@@ -7,11 +7,13 @@ import platform
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -19,7 +21,9 @@ from typing_extensions import override
 
 from lightning_accel import hardware
 from lightning_accel.bridge.bests import is_stale
-from lightning_accel.bridge.example import find_example
+from lightning_accel.bridge.data import is_stream
+from lightning_accel.bridge.example import AtHand, find_example
+from lightning_accel.bridge.hand import reads_once
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.objective import bring, logged
 from lightning_accel.bridge.paced import Paced, report_path
@@ -172,6 +176,8 @@ class AccelReport(Paced):
         self._validated: dict[str, int] = {}
         self._held: dict[str, Any] = {}
         self._module: weakref.ref[LightningModule] | None = None
+        self._keeps = False
+        self._at_hand: AtHand | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_module": None}  # for launchers that pickle the Trainer
@@ -204,6 +210,24 @@ class AccelReport(Paced):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
         self._held = dict(trainer.callback_metrics)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._at_hand = None
+        self._keeps = self.example is None and (is_stream(trainer) or reads_once(trainer))
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._keeps or batch_idx:
+            return
+        self._keeps, self._at_hand = False, None
+        with self._told_not_raised("no batch of the stream could be kept for the report"):
+            # A copy, because a step may write into its batch; not on the device, whose memory is measured.
+            self._at_hand = AtHand(move_data_to_device(deepcopy(batch), torch.device("cpu")))
+            self._keeps = True
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -316,7 +340,10 @@ class AccelReport(Paced):
     def _measure(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:
         _refuse_sharded(trainer)
         # On all ranks, because a training step may communicate; what follows does not.
-        calls = find_example(trainer, pl_module, self.example)
+        at_hand, self._at_hand = self._at_hand, None
+        if at_hand is not None:
+            at_hand = AtHand(trainer.strategy.batch_to_device(at_hand.batch))
+        calls = find_example(trainer, pl_module, self.example, at_hand)
         if not trainer.is_global_zero:
             return
         device = trainer.strategy.root_device

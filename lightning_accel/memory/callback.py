@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_accel.bridge.data import batches
-from lightning_accel.bridge.example import StepFailed, run_step
+from lightning_accel.bridge.example import AtHand, StepFailed, batches_or, run_step
 from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
+from lightning_accel.bridge.hand import Hand
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.model_edit import ModelEdit
 from lightning_accel.bridge.step import Around
@@ -106,6 +107,7 @@ class ActivationBudget(Callback):
         self.limit_bytes = limit_bytes
         self.savings: Savings | None = None
         self._active = ExitStack()
+        self._hand = Hand()
         self._step: _FirstStep | None = None
         self._plain_bytes: int | None = None
         self._limit = math.inf
@@ -132,7 +134,16 @@ class ActivationBudget(Callback):
         names = compiled_names(pl_module)
         if self.budget == "auto" and not names:
             raise _nothing_compiled()
-        trial = _Trial(trainer, pl_module, names)
+        self._hand.do(partial(self._begin, trainer, pl_module, names))
+
+    def _begin(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        names: list[str],
+        at_hand: AtHand | None,
+    ) -> None:
+        trial = _Trial(trainer, pl_module, names, at_hand)
         plain = trial(1.0)
         # Other techniques' terms of the loss are in the step that will be counted, and not in the trial.
         alone = "training_step" not in vars(pl_module)
@@ -151,6 +162,12 @@ class ActivationBudget(Callback):
                 f"ActivationBudget: all activations fit, {plain:,.0f} bytes in a step; the budget is 1."
             )
 
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._hand.take(batch)
+
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
@@ -161,6 +178,7 @@ class ActivationBudget(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._hand.drop()
         if self._step is None or self.savings is None:
             return
         step, self._step = self._step, None
@@ -220,6 +238,7 @@ class ActivationBudget(Callback):
             logger.log_metrics(values, trainer.global_step)
 
     def _release(self) -> None:
+        self._hand.clear()
         self._active.close()
         if self._step is not None:
             self._step.finish()
@@ -340,9 +359,15 @@ class _FirstStep:
 class _Trial:
     """Runs the user's step on copies under a budget; all processes take part, and the fullest one counts."""
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule, names: list[str]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        names: list[str],
+        at_hand: AtHand | None,
+    ) -> None:
         self._trainer, self._module, self._names = trainer, pl_module, names
-        self._batch = batches(trainer, 1)[0]
+        self._batch = batches_or(trainer, 1, at_hand)[0]
 
     def __call__(self, budget: float) -> float:
         """Return the bytes kept for backward; infinite where they do not fit."""

@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from lightning_accel.bridge import bests, guards
 from lightning_accel.bridge.copies import TrainingData, renew_buffers
-from lightning_accel.bridge.data import ReadOnce, batches
+from lightning_accel.bridge.data import ReadOnce
 from lightning_accel.bridge.example import AtHand, batches_or, calls_of, find_example
+from lightning_accel.bridge.hand import reads_once
 from lightning_accel.bridge.model_edit import ModelEdit, commit
 from lightning_accel.bridge.parts import note_parts
 from lightning_accel.bridge.restore import pristine
@@ -244,7 +245,7 @@ class StructuredPruning(ModelEdit):
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trial = _is_trial(trainer)  # of everything in one epoch
         due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
-        if due <= self._done() or (self._at_hand is None and _reads_once(trainer)):
+        if due <= self._done() or (self._at_hand is None and reads_once(trainer)):
             return  # of a stream, the fit's own first batch will do
         if self.guard is None or trial:
             self._prune(trainer, pl_module, due)
@@ -402,15 +403,6 @@ def _unfrozen(pl_module: LightningModule) -> LightningModule:
     for parameter in copy.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return copy
-
-
-def _reads_once(trainer: Trainer) -> bool:
-    """Tell whether the training data can be read only once, and so by the fit alone."""
-    try:
-        batches(trainer, 1)
-    except ReadOnce:
-        return True
-    return False
 
 
 def _is_trial(trainer: Trainer) -> bool:

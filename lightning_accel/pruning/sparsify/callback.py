@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.bridge import guards
-from lightning_accel.bridge.example import find_example
+from lightning_accel.bridge.example import AtHand, find_example
+from lightning_accel.bridge.hand import Hand
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.pruning import sparsity
 from lightning_accel.pruning.graph import Graph, Group
@@ -89,6 +91,7 @@ class SparsityTraining(Callback):
         self.groups: list[Group] = []
         self.picked: dict[str, Tensor] = {}
         self._began = -1
+        self._hand = Hand()
         self._steps: Steps | None = None
         self._stepped = self._added = False
 
@@ -116,7 +119,11 @@ class SparsityTraining(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         guards.require_optimizer(trainer, type(self).__name__)
-        self.groups = self._find(trainer, pl_module)
+        self._release()
+        self._hand.do(partial(self._begin, trainer, pl_module))
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, at_hand: AtHand | None) -> None:
+        self.groups = self._find(trainer, pl_module, at_hand)
         if self._began < 0:
             self._began = trainer.global_step
             if self.penalty == "growing":
@@ -125,8 +132,13 @@ class SparsityTraining(Callback):
         rank_zero_info(
             f"SparsityTraining: {self.penalty} on {len(self.groups)} groups of channels."
         )
-        self._release()
         self._steps = Steps(pl_module.parameters, self._note_step)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._hand.take(batch)
 
     @override
     def on_before_optimizer_step(
@@ -145,6 +157,7 @@ class SparsityTraining(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        self._hand.drop()
         missed, self._stepped, self._added = self._stepped and not self._added, False, False
         if missed:
             raise Unsupported(
@@ -167,9 +180,17 @@ class SparsityTraining(Callback):
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
         """Find the groups of the smaller network; units that stay keep their part."""
-        if not self.groups:
-            return
-        before, self.groups = self.groups, self._find(trainer, pl_module)
+        if self.groups:
+            self._hand.do(partial(self._follow, trainer, pl_module, receipt))
+
+    def _follow(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        receipt: Receipt,
+        at_hand: AtHand | None,
+    ) -> None:
+        before, self.groups = self.groups, self._find(trainer, pl_module, at_hand)
         if self.penalty != "growing":
             return
         self.picked, lost = sparsity.follow_picked(self.picked, before, self.groups, receipt)
@@ -186,6 +207,7 @@ class SparsityTraining(Callback):
         self._stepped = True
 
     def _release(self) -> None:
+        self._hand.clear()
         if self._steps is not None:
             self._steps.stop()
             self._steps = None
@@ -201,9 +223,11 @@ class SparsityTraining(Callback):
         strengths = {name: factor * units.double() for name, units in self.picked.items()}
         return sparsity.growing(pl_module, self.groups, strengths=strengths)
 
-    def _find(self, trainer: Trainer, pl_module: LightningModule) -> list[Group]:
+    def _find(
+        self, trainer: Trainer, pl_module: LightningModule, at_hand: AtHand | None
+    ) -> list[Group]:
         frozen = frozenset(n for n, p in pl_module.named_parameters() if not p.requires_grad)
-        calls = first(find_example(trainer, pl_module, self.example), _SAMPLES)
+        calls = first(find_example(trainer, pl_module, self.example, at_hand), _SAMPLES)
         with preserve_rng(), torch.enable_grad():
             graph = Graph(twin(pl_module), calls, select=self.select, frozen=frozen)
         return list(graph.groups)
