@@ -909,7 +909,7 @@ def test_two_processes_compile_and_prune(tmp_path: Path, root: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

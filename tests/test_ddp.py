@@ -20,7 +20,7 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(root / "tests" / "scripts" / name), *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -505,7 +505,7 @@ def run_child(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
         text=True,
         env=environment,
         check=False,
-        timeout=120,
+        timeout=900,
         **options,
     )
 
@@ -907,7 +907,7 @@ def test_processes_on_one_cache_at_once_get_the_bits_of_the_teacher(
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    counts = [int(process.communicate(timeout=120)[0]) for process in running]
+    counts = [int(process.communicate(timeout=900)[0]) for process in running]
     assert all(process.returncode == 0 for process in running)
     assert bytes_in(tmp_path) <= limit
     if limit == MIB:

@@ -33,7 +33,7 @@ def run(*arguments: str, cwd: Path, script: str = "examples/train.py") -> str:
         text=True,
         cwd=cwd,
         env=env,
-        timeout=280,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
@@ -199,7 +199,7 @@ def test_a_missing_preset_ends_the_run(tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode != 0
     assert "amp_compile_prune" in done.stderr, "the message lists what there is"
@@ -212,7 +212,7 @@ def test_a_secret_on_the_command_line_ends_the_run_and_is_not_kept(tmp_path: Pat
         text=True,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode != 0
     assert "does not belong on the command line" in done.stderr

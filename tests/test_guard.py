@@ -446,7 +446,7 @@ def test_two_processes_follow_the_first_ones_verdict(root: Path, tmp_path: Path)
         [sys.executable, str(root / "tests" / "scripts" / "ddp_guard.py"), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",

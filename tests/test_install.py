@@ -66,7 +66,7 @@ trainer:
 
 def call(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=900)
 
 
 def checked(command: list[str], cwd: Path) -> str:

@@ -26,7 +26,7 @@ def run(folder: Path, who: int, when: int, every: int) -> list[dict[str, Any]]:
         [sys.executable, str(script), str(folder), str(who), str(when), str(every)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         check=False,
     )

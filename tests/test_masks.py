@@ -486,7 +486,7 @@ def test_two_processes_mask_alike_and_resume_alike(tmp_path: Path, root: Path) -
         [sys.executable, str(script), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -31,7 +31,7 @@ def test_two_processes_train_what_they_train_without(tmp_path: Path) -> None:
         [sys.executable, __file__, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         env={
             **os.environ,
             "PYTHONPATH": str(Path(__file__).resolve().parents[1]),

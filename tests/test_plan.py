@@ -419,7 +419,7 @@ def test_a_hydra_configuration_is_planned_with_its_own_data_and_loss(
                 [str(root), str(root / "examples"), os.environ.get("PYTHONPATH", "")]
             ),
         },
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

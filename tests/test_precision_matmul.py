@@ -345,7 +345,7 @@ def test_ranks_agree_and_none_computes_shorter(
         [sys.executable, str(script), str(tmp_path), case],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -790,7 +790,7 @@ def test_two_processes_agree_and_resume_bit_equal(tmp_path: Path, root: Path, ki
         [sys.executable, str(script), str(tmp_path), kind],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         check=False,
     )

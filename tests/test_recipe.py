@@ -438,7 +438,7 @@ def test_a_target_outside_the_list_is_not_even_imported(tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
         env=env,
-        timeout=120,
+        timeout=900,
     )
     assert "REFUSED" in done.stdout, done.stderr
     assert not (tmp_path / "imported").exists()
@@ -617,7 +617,7 @@ def test_a_killed_training_leaves_nothing_that_is_taken_for_a_teacher(tmp_path: 
             text=True,
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
-            timeout=120,
+            timeout=900,
         )
 
     assert start("killed").returncode == -signal.SIGKILL

@@ -30,7 +30,7 @@ def call(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         command, stdout=-1, stderr=-1, text=True, cwd=cwd, env=env, start_new_session=True
     ) as process:
         try:
-            printed, errors = process.communicate(timeout=200)
+            printed, errors = process.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # ranks outlive the one that started them
             raise

@@ -190,7 +190,7 @@ def app(root: Path, tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> An
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(root)])},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=900,
         )
 
     return run

@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from lightning_accel import AccelReport, AutoTune, BlockCompile, StructuredPruni
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.measure import contention
 from lightning_accel.measure.race import Ratio
-from lightning_accel.tuning import Settings, within
+from lightning_accel.tuning import Settings, search, within
 from lightning_accel.tuning.candidates import TECHNIQUES, Contest, Skipped
 from lightning_accel.tuning.replica import Replica
 from lightning_accel.tuning.report import Bar, Trial
@@ -94,8 +95,9 @@ def picks(monkeypatch: pytest.MonkeyPatch) -> type[Picks]:
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real searches here are about mechanics: other work on this machine is no news."""
+    """Real searches here are about mechanics: other work is no news, and no budget is spent by it."""
     monkeypatch.setattr(contention.Load, "contended", property(lambda self: False))
+    monkeypatch.setattr(search, "time", SimpleNamespace(perf_counter=lambda: 0.0))
 
 
 class Net(LightningModule):

@@ -21,7 +21,7 @@ def run(folder: Path, case: str) -> list[dict[str, Any]]:
         [sys.executable, str(root / "tests" / "scripts" / "ddp_tune.py"), str(folder), case],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -135,8 +135,8 @@ def test_the_oracle_proves_nothing_with_a_constant_network(prune_zoo: Any) -> No
 
 
 def test_a_hang_is_a_result(prune_zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(prune_zoo.WAYS, "ours", lambda *_: time.sleep(60))
-    limits = {"make": 60.0, "prune": 0.3, "check": 60.0}
+    monkeypatch.setitem(prune_zoo.WAYS, "ours", lambda *_: time.sleep(3600))
+    limits = {"make": 900.0, "prune": 0.3, "check": 900.0}
     ((name, _, found),) = prune_zoo.run(["torch/gru"], ["ours"], 1, limits)
     assert (name, found["fails"]) == ("torch/gru", "prune: not back after 0 s")
     assert prune_zoo.verdict(found).startswith("no (prune: not back")

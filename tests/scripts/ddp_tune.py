@@ -88,7 +88,7 @@ def run(folder: Path, case: str, epochs: int, path: Path | None = None) -> dict[
     trainer = Trainer(
         accelerator="cpu", devices=2, max_epochs=epochs, logger=False, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, callbacks=[tuning, looks],
-        strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)),
+        strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=900)),
     )  # fmt: skip
     model = Net(case)
     if case == "fails" and trainer.global_rank == 0:
