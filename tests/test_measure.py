@@ -807,6 +807,7 @@ def test_step_meter_does_nothing_on_the_device(fit: Fit) -> None:
     assert meter.last
 
 
+@timed
 @quiet
 def test_step_meter_leaves_out_the_steps_after_an_edit(fit: Fit) -> None:
     class Compiles(Module):
@@ -1384,7 +1385,7 @@ def test_two_processes_report_once_and_count_all_samples(tmp_path: Path, root: P
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
