@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_accel import StructuredPruning
 
@@ -68,11 +70,17 @@ BETTER_BEFORE = (0.90, 0.95, 0.50, 0.60)
 
 @pytest.fixture
 def fit(trainer_kwargs: dict[str, Any]) -> Fit:
-    def run(model: LightningModule, *callbacks: Callback, ckpt: Any = None, **kw: Any) -> Trainer:
+    def run(
+        model: LightningModule,
+        *callbacks: Callback,
+        ckpt: Any = None,
+        data: Any = loader,
+        **kw: Any,
+    ) -> Trainer:
         saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
         given = {"max_epochs": 4, "enable_checkpointing": saves, **kw}
         trainer = Trainer(**{**trainer_kwargs, **given, "callbacks": list(callbacks)})
-        trainer.fit(model, loader(), loader(), ckpt_path=ckpt)
+        trainer.fit(model, data(), loader(), ckpt_path=ckpt)
         return trainer
 
     return run
@@ -262,3 +270,145 @@ def test_another_structure_at_a_load_is_told(fit: Fit, tmp_path: Path) -> None:
     trainer.test(model, loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)
     with pytest.warns(UserWarning, match="another structure"):
         trainer.test(model, loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+
+
+class Crash(RuntimeError):
+    """What ends a fit before its time."""
+
+
+class Noted(Told):
+    """Notes its hooks, and fails in the second batch of an epoch if asked."""
+
+    def __init__(self, scores: Sequence[float], fails: int | None = None) -> None:
+        super().__init__(scores)
+        self.fails, self.calls = fails, []
+
+    def on_train_epoch_start(self) -> None:
+        self.calls.append(f"epoch {self.current_epoch}")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        self.calls.append(f"batch {batch_idx}: {float(loss.detach())}")
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (self.current_epoch, batch_idx) == (self.fails, 1):
+            raise Crash
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.calls.append(f"validation {batch_idx}")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_fit_that_fails_in_its_first_pruned_epoch_leaves_a_pruned_file(
+    fit: Fit, tmp_path: Path, name: str
+) -> None:
+    given = {"monitor": "val_acc", "mode": "max", **SETTINGS[name]}
+    keep = ModelCheckpoint(tmp_path / "ckpt", **given)
+    model = Noted(BETTER_BEFORE, fails=2)
+    with pytest.raises(Crash):
+        fit(model, keep, pruning())
+    if name in (
+        "rare",
+        "none",
+    ):  # nothing was saved before the cut, nothing stands for the pruned network
+        assert not list((tmp_path / "ckpt").glob("*"))
+        return
+    assert all(width(path) == PRUNED for path in keep.best_k_models)
+    if keep.save_top_k:
+        assert width(keep.best_model_path) == PRUNED
+    if keep.save_last:
+        assert width(tmp_path / "ckpt" / "last.ckpt") == PRUNED
+    assert sum(p.stem.endswith("-cut") for p in (tmp_path / "ckpt").iterdir()) <= 1
+
+
+def stream() -> DataLoader[Any]:
+    class Stream(IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.items = (item for _ in range(9) for item in list(loader().dataset))  # type: ignore[call-overload]
+
+        def __iter__(self) -> Any:
+            return islice(self.items, 16)
+
+    return DataLoader(Stream(), 4)
+
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"accumulate_grad_batches": 3},
+    "validated every second": {"check_val_every_n_epoch": 2},
+    "validated within": {"val_check_interval": 2},
+    "validated across epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None},
+    "limited": {"limit_train_batches": 3},
+    "steps": {"max_steps": 14, "max_epochs": -1},
+    "read once": {"data": stream},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_fit_that_resumes_from_the_cut_goes_on_as_if_it_had_not_failed(
+    fit: Fit, tmp_path: Path, loop: str
+) -> None:
+    def run(fails: int | None, ckpt: Any = None, folder: str = "kept") -> tuple[Noted, list[Any]]:
+        rows: list[Any] = []
+
+        class Rows(DummyLogger):
+            def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+                rows.append((step, metrics))
+
+        keep = ModelCheckpoint(tmp_path / folder, save_last=True, save_on_train_epoch_end=True)
+        torch.manual_seed(0)
+        model = Noted(BETTER_BEFORE, fails)
+        given = {"logger": Rows(), "log_every_n_steps": 1, **LOOPS[loop]}
+        try:
+            fit(model, keep, pruning(), ckpt=ckpt, **given)
+        except Crash:
+            assert fails is not None
+        return model, rows
+
+    whole, every = run(None, folder="whole")
+    run(fails=2)
+    resumed, rows = run(None, ckpt=tmp_path / "kept" / "last.ckpt", folder="resumed")
+    assert resumed.calls[0] == "epoch 2"
+    assert resumed.calls == whole.calls[-len(resumed.calls) :]
+    assert rows == every[-len(rows) :]
+    again, _ = run(None, ckpt=tmp_path / "resumed" / "last.ckpt", folder="again")
+    assert not again.calls  # the counters of a resumed fit are right in turn
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_file_of_the_cut_gives_way_to_a_better_one(fit: Fit, tmp_path: Path) -> None:
+    one, three, best = (
+        ModelCheckpoint(tmp_path / "one", monitor="val_acc", mode="max", filename="{epoch}"),
+        ModelCheckpoint(tmp_path / "three", monitor="val_acc", save_top_k=3),
+        ModelCheckpoint(tmp_path / "best", filename="best"),
+    )
+    with pytest.raises(Crash):
+        fit(Noted(BETTER_BEFORE, fails=2), one, three, best, pruning())
+    names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("one", "three", "best")]
+    assert names == [
+        ["epoch=1.ckpt", "epoch=2-cut.ckpt"],
+        ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt", "epoch=2-step=8-cut.ckpt"],
+        ["best-cut.ckpt"],
+    ]
+    assert float(three.best_model_score) == float("inf")
+    ends = [
+        ModelCheckpoint(tmp_path / "a", monitor="val_acc", mode="max", filename="{epoch}"),
+        ModelCheckpoint(tmp_path / "b", save_top_k=-1, filename="{epoch}"),
+    ]
+    fit(Noted(BETTER_BEFORE), *ends, pruning(when=[1, 2]))
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "epoch=0.ckpt", "epoch=1.ckpt", "epoch=3.ckpt",
+    ]  # fmt: skip
+    assert len(list((tmp_path / "b").iterdir())) == 4 + 2
+
+
+def test_a_fit_without_a_dense_file_keeps_none_of_the_cut(fit: Fit, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max", save_top_k=-1)
+    with pytest.raises(Crash), pytest.warns(UserWarning, match="untrained"):
+        fit(Noted(BETTER_BEFORE, fails=0), keep, pruning(when=0))
+    assert not list(tmp_path.glob("*.ckpt"))

@@ -6,6 +6,10 @@ would run out, and `ckpt_path="best"` would bring the larger network back. So at
 the counters of patience and the list of the best k start anew. Files of the larger network stay on disk,
 out of reach of the list. When a prune is taken back, so are the scores; those of the smaller network go.
 
+The new list begins with the network right after the cut, at the worst score, wherever a larger one was
+kept: a fit that is interrupted before its next save then ends with a pruned file, and resumes from it
+as if it had gone on. Its name ends in `-cut`, and the first better file takes its place.
+
 A metric that was logged before the edit stays in `trainer.callback_metrics` until it is logged again,
 and may be read as the score of the new network meanwhile: what was kept with it is forgotten as soon as
 the next validation begins. A fit that ends with nothing saved since its last edit is saved at its end.
@@ -16,6 +20,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +166,38 @@ def start_anew(trainer: Trainer) -> None:
         )
 
 
+def keepers_of_files(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Return the checkpoint callbacks that have kept a file of the network so far."""
+    return [c for c in _checkpoints(trainer) if c.best_model_path or c.last_model_path]
+
+
+def keep_cut(trainer: Trainer, kept: list[ModelCheckpoint]) -> None:
+    """Save the network right after the cut wherever one of before was kept, as the worst of its list."""
+    for checkpoint in kept:
+        name, step = checkpoint.filename, checkpoint._last_global_step_saved
+        checkpoint.filename = f"{name or '{epoch}-{step}'}-cut"
+        with _as_the_epoch_starts(trainer):
+            try:
+                _save(trainer, checkpoint, unscored=True)
+            finally:
+                checkpoint.filename = name
+        path = checkpoint.last_model_path if checkpoint.save_last else checkpoint.best_model_path
+        rank_zero_info(f"The network right after the cut is kept in {path}.")
+        # No save of the user's is left out for this one, nor that of the end.
+        checkpoint._last_global_step_saved, checkpoint._last_checkpoint_saved = step, ""
+
+
+def begin_epoch(trainer: Trainer) -> None:
+    """Let a fit that resumes from the start of an epoch run that epoch.
+
+    Lightning (2.6) finds the counters of the epoch before in the file, and takes the new one for done.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_start:
+        loop.epoch_loop.restarting = False
+        loop.epoch_progress.current.ready = trainer.current_epoch + 1
+
+
 def taken_back(trainer: Trainer) -> None:
     """Note that the network and its scores are those of an earlier time."""
     _note(trainer)
@@ -202,12 +239,9 @@ def save_at_end(trainer: Trainer, pl_module: LightningModule) -> None:
         current = checkpoint._last_checkpoint_saved or _is_back(trainer, checkpoint)
         if checkpoint.save_top_k == 0 or not periodic or current:
             continue  # `save_last` alone is Lightning's own doing
-        metrics = checkpoint._monitor_candidates(trainer)
         monitor = checkpoint.monitor
-        if monitor is not None and (monitor not in metrics or is_stale(trainer, monitor)):
-            metrics[monitor] = torch.tensor(math.nan)  # which is the worst score
-        checkpoint._save_topk_checkpoint(trainer, metrics)
-        checkpoint._save_last_checkpoint(trainer, metrics)
+        known = monitor in trainer.callback_metrics and not is_stale(trainer, str(monitor))
+        _save(trainer, checkpoint, unscored=not known)
 
 
 def keepers(trainer: Trainer) -> dict[str, Keeper]:
@@ -232,9 +266,39 @@ def _note(trainer: Trainer) -> None:
         checkpoint._last_checkpoint_saved = ""
 
 
+def _save(trainer: Trainer, checkpoint: ModelCheckpoint, unscored: bool) -> None:
+    """Save as `checkpoint` does; without a score among its k files, in the place of the worst."""
+    metrics, monitor = checkpoint._monitor_candidates(trainer), checkpoint.monitor
+    if monitor is None or not unscored:
+        checkpoint._save_topk_checkpoint(trainer, metrics)
+    elif checkpoint.save_top_k:
+        nothing = torch.tensor(math.nan)  # which Lightning makes the worst score
+        checkpoint._update_best_and_save(nothing, trainer, {**metrics, monitor: nothing})
+    checkpoint._save_last_checkpoint(trainer, metrics)
+
+
+@contextmanager
+def _as_the_epoch_starts(trainer: Trainer) -> Iterator[None]:
+    """Count the epoch, and the first batch that is at hand, as not begun."""
+    loop = trainer.fit_loop
+    epoch: Any = loop.epoch_progress
+    batch = loop.epoch_loop.batch_progress
+    at_hand = int(epoch.current.started == epoch.current.ready)
+    counted = [(epoch.total, "started"), (epoch.current, "started")]
+    counted += [(batch.total, "ready"), (batch.current, "ready")]
+    for progress, name in counted:
+        setattr(progress, name, getattr(progress, name) - at_hand)
+    try:
+        yield
+    finally:
+        for progress, name in counted:
+            setattr(progress, name, getattr(progress, name) + at_hand)
+
+
 def _is_back(trainer: Trainer, checkpoint: ModelCheckpoint) -> bool:
     """Whether the best file is that of the network which a rewind brought back."""
-    return checkpoint.monitor is not None and bool(checkpoint.best_model_path)
+    has_score = math.isfinite(_number(checkpoint.best_model_score))
+    return checkpoint.monitor is not None and bool(checkpoint.best_model_path) and has_score
 
 
 def _checkpoints(trainer: Trainer) -> Iterator[ModelCheckpoint]:

@@ -227,6 +227,7 @@ class StructuredPruning(ModelEdit):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        bests.begin_epoch(trainer)
         self._act(trainer, pl_module)
 
     @override
@@ -247,14 +248,22 @@ class StructuredPruning(ModelEdit):
         due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
         if due <= self._done() or (self._at_hand is None and reads_once(trainer)):
             return  # of a stream, the fit's own first batch will do
-        if self.guard is None or trial:
-            self._prune(trainer, pl_module, due)
-        elif self._may_go_on(trainer, pl_module):
-            self.guard.require_value()
-            snapshot = remember_fit(trainer, pl_module)
-            steps = range(self._done() + 1, due + 1)  # one at a time; rounding can put some off
-            if any(self._prune(trainer, pl_module, step) for step in steps):
-                self.guard.begin(epoch=trainer.current_epoch, snapshot=snapshot)
+        kept = bests.keepers_of_files(trainer)
+        if self._prune_as_guarded(trainer, pl_module, due) and not trial:
+            bests.keep_cut(trainer, kept)
+
+    def _prune_as_guarded(self, trainer: Trainer, pl_module: LightningModule, due: int) -> bool:
+        if self.guard is None or _is_trial(trainer):
+            return self._prune(trainer, pl_module, due)
+        if not self._may_go_on(trainer, pl_module):
+            return False
+        self.guard.require_value()
+        snapshot = remember_fit(trainer, pl_module)
+        steps = range(self._done() + 1, due + 1)  # one at a time; rounding can put some off
+        pruned = any(self._prune(trainer, pl_module, step) for step in steps)
+        if pruned:
+            self.guard.begin(epoch=trainer.current_epoch, snapshot=snapshot)
+        return pruned
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
