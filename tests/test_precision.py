@@ -30,6 +30,7 @@ from lightning_accel.errors import AccelError, NoEffect, Unsupported
 from lightning_accel.precision import MemoryFormat, Policy, channels_last, plugin, policy, resolve
 from lightning_accel.precision.autocast import takes_effect
 from lightning_accel.precision.gate import Gate
+from lightning_accel.precision.true.plugin import Bf16Precision, XlaPrecision
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -773,3 +774,52 @@ def _no_leak_of_autocast() -> Iterator[None]:
     yield
     assert not torch.is_autocast_enabled("cpu")
     assert warnings.filters  # a context of `takes_effect` was left
+
+
+@pytest.mark.parametrize(
+    "plugin", [AutocastPrecision("bf16"), Bf16Precision(), XlaPrecision()], ids=repr
+)
+def test_a_plugin_among_the_callbacks_is_told_where_to_go(plugin: Any) -> None:
+    with pytest.raises(AccelError, match=r"is no callback(?s:.*)`Trainer\(plugins=\["):
+        Trainer(callbacks=[plugin], accelerator="cpu", logger=False)
+
+
+class Short(LightningModule):
+    """A module that makes its own weights short."""
+
+    def __init__(self, kind: str, when: str) -> None:
+        super().__init__()
+        self.net, self.kind = tiny.MLP(), kind
+        if when == "in init":
+            getattr(self, kind)()
+        else:
+            setattr(self, when, lambda *_: getattr(self, kind)())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0].to(self.net.head.weight.dtype) if self.kind == "half" else batch[0]
+        return self.net(x).float().square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("when", ["in init", "on_fit_start", "on_train_batch_start"])
+@pytest.mark.parametrize(("format", "kind"), [("fp32", "bfloat16"), ("fp16", "half")])
+def test_a_module_with_its_own_short_weights_is_told_of_them(
+    trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, when: str, format: str, kind: str
+) -> None:
+    if format == "fp16":  # as on a GPU; torch's scaler works on a CPU as well
+        policy = Policy(torch.float16, True, "asked for")
+        monkeypatch.setattr("lightning_accel.precision.plugin.resolve", lambda *_: policy)
+    data = DataLoader(TensorDataset(torch.randn(8, 8)), 4)
+    plain = {**trainer_kwargs, "precision": {"fp32": "32-true", "fp16": "16-mixed"}[format]}
+    words = "same dtype|FP16 gradients"
+    if format == "fp32":
+        with pytest.raises((RuntimeError, ValueError), match=words):
+            Trainer(**plain).fit(Short(kind, when), data)
+    ours = Trainer(**trainer_kwargs, plugins=[AutocastPrecision(format)])
+    with pytest.raises(Unsupported, match=rf"net.body.0.weight.*({words}).*Bf16Precision"):
+        ours.fit(Short(kind, when), data)
+    fine = Trainer(**trainer_kwargs, plugins=[AutocastPrecision("bf16")])
+    monkeypatch.undo()
+    fine.fit(Short("bfloat16", when), data)  # as with Lightning's "bf16-mixed"

@@ -25,8 +25,16 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_accel import Select, StructuredPruning, load_from_checkpoint
+from lightning_accel.distillation import Teacher
 from lightning_accel.errors import AccelError, NoEffect, StructureMismatch, Unsupported
-from lightning_accel.pruning import Macs, mask_equivalence, plan, prune, recalibrate
+from lightning_accel.pruning import (
+    Macs,
+    mask_equivalence,
+    plan,
+    prune,
+    prune_before_sharding,
+    recalibrate,
+)
 from lightning_accel.pruning.selection import least
 from lightning_accel.surgery.call import Call
 
@@ -604,6 +612,37 @@ def test_a_pruned_network_of_another_width_is_refused(fit: Fit, tmp_path: Path, 
     assert same(model, load_from_checkpoint(Images, path))
 
 
+@pytest.mark.parametrize("way", ["fit", "test", "before sharding", "teacher"])
+@pytest.mark.parametrize("width", [6, 12])
+def test_no_way_to_a_pruned_checkpoint_takes_that_of_another_width(
+    fit: Fit, tmp_path: Path, trainer_kwargs: dict[str, Any], width: int, way: str
+) -> None:
+    fit(seeded(), StructuredPruning(ratio=0.5, when=1), every_epoch(tmp_path / "a"), epochs=2)
+    path, other = tmp_path / "a" / "epoch=1.ckpt", Images(width)
+    held = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    refused = pytest.raises(StructureMismatch, match=r"was 8.* before the first prune, and is")
+    if way == "fit":
+        with refused:
+            fit(other, StructuredPruning(ratio=0.5, when=1), ckpt=path, epochs=3)
+    elif way == "test":
+        callbacks = [StructuredPruning(ratio=0.5, when=1)]
+        trainer = Trainer(**{**trainer_kwargs, "callbacks": callbacks})
+        with refused:
+            trainer.test(other, loader(), ckpt_path=path, weights_only=True)
+    elif way == "before sharding":
+        with refused:
+            prune_before_sharding(other, example=torch.randn(2, 3, 8, 8), ckpt_path=path)
+        fresh = Images()
+        assert prune_before_sharding(fresh, example=torch.randn(2, 3, 8, 8), ckpt_path=path)
+        fresh.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    else:
+        with pytest.raises(AccelError, match=r"pass what `lightning_accel.load_from_checkpoint`"):
+            Teacher(other, checkpoint=path).load_weights()
+        return  # torch has loaded what fits
+    assert other.state_dict().keys() == held.keys()
+    assert all(torch.equal(held[n], tensor) for n, tensor in other.state_dict().items())
+
+
 def test_unpruned_checkpoints_load_as_ever(fit: Fit, tmp_path: Path) -> None:
     model = seeded()
     fit(model, every_epoch(tmp_path / "a"), epochs=1)
@@ -630,6 +669,20 @@ def test_a_tampered_checkpoint_is_refused_and_the_module_untouched(
     torch.save(checkpoint, path)
     with pytest.raises(StructureMismatch):
         load_from_checkpoint(Images, path)
+
+
+def test_two_prunings_of_the_same_layers_are_refused_and_of_others_work(fit: Fit) -> None:
+    twice = [StructuredPruning(ratio=0.5, when=1), StructuredPruning(ratio=0.2, when=2)]
+    with pytest.raises(AccelError, match=r"(?s)same layers.*ratio=0.5, when=\(1,\).*when=\[1, 2\]"):
+        fit(seeded(), *twice)
+    model = seeded()
+    parts = [
+        StructuredPruning(ratio=0.5, when=1, select=["net.stem.0", "net.conv.0"]),
+        StructuredPruning(ratio=0.25, when=1, select="net.down.0"),
+    ]
+    assert len({part.state_key for part in parts}) == 2
+    fit(model, *parts, epochs=2)
+    assert (model.net.stem[0].out_channels, model.net.down[0].out_channels) == (4, 12)
 
 
 def test_the_optimizer_goes_on_with_what_it_had(fit: Fit) -> None:

@@ -9,7 +9,7 @@ shape just before its weights load. Weight averages that callbacks keep take the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -109,16 +109,8 @@ def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
 
 
 def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]) -> None:
-    stored = checkpoint.get(KEY)
-    structure = Structure()
-    if stored is not None:
-        if not isinstance(stored, dict):
-            stored = {}
-        structure = Structure.from_dict(stored.get("structure"))
-        structure.check(pl_module, limit=pristine(pl_module))
+    structure = stored_structure(pl_module, checkpoint)
     before = structure.now(pl_module).updated(pristine(pl_module))
-    if stored and "dense" in stored:  # files of 0.1.0 have none
-        _check_origin(pl_module, structure, Structure.from_dict(stored["dense"]), before)
     target = before.updated(structure)
     _check_tensors(pl_module, target, checkpoint.get("state_dict") or {})
     _tell_another_size(pl_module, target)
@@ -128,6 +120,23 @@ def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
     for average in averages(trainer.callbacks if trainer is not None else [], pl_module):
         target.apply(average)
     users_own(checkpoint)
+
+
+def stored_structure(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> Structure:
+    """Return the structure that a checkpoint carries, empty for a network that was never pruned.
+
+    Raises:
+        StructureMismatch: It is damaged, or is that of another network or another width.
+    """
+    if checkpoint.get(KEY) is None:
+        return Structure()
+    stored = checkpoint[KEY] if isinstance(checkpoint[KEY], dict) else {}
+    structure = Structure.from_dict(stored.get("structure"))
+    structure.check(pl_module, limit=pristine(pl_module))
+    if "dense" in stored:  # files of 0.1.0 have none
+        built = structure.now(pl_module).updated(pristine(pl_module))
+        _check_origin(pl_module, structure, Structure.from_dict(stored["dense"]), built)
+    return structure
 
 
 def _check_origin(

@@ -151,6 +151,7 @@ class Teacher:
         assert isinstance(self.source, nn.Module) and self.checkpoint is not None
         with weights_alone(self.checkpoint):
             stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        pruned = "lightning_accel" in stored  # what `bridge.restore` writes
         stored = stored.get("state_dict", stored)
         try:
             self.source.load_state_dict(stored)
@@ -158,7 +159,10 @@ class Teacher:
             raise AccelError(
                 f"the checkpoint does not fit the teacher {type(self.source).__name__}",
                 f"{self.checkpoint}: {str(error).splitlines()[0]}",
-                "pass the module that the checkpoint was saved from",
+                "it holds a pruned network: pass what `lightning_accel.load_from_checkpoint` makes of it, "
+                "without `checkpoint=`"
+                if pruned
+                else "pass the module that the checkpoint was saved from",
             ) from error
 
     def check_buffers(self) -> None:

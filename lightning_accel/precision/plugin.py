@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from typing_extensions import override
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.precision.autocast import autocast
 from lightning_accel.precision.gate import Gate
+from lightning_accel.precision.mistakes import misplaced, told_of_short_weights
 from lightning_accel.precision.policy import Policy, check, resolve
 
 _LIGHTNING_NAMES = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
@@ -61,6 +63,7 @@ class AutocastPrecision(MixedPrecision):
         self.precision = "32-true"
         self.scaler: torch.amp.GradScaler | None = None
         self._gate: Gate | None = None
+        self._module: Callable[[], nn.Module | None] = lambda: None
 
     @property
     def last_step_skipped(self) -> bool:
@@ -86,6 +89,7 @@ class AutocastPrecision(MixedPrecision):
             self._choose(next(p.device for p in model.parameters() if p.device.type in kinds))
         self._release()
         module = model if isinstance(model, LightningModule) else getattr(model, "module", None)
+        self._module = weakref.ref(model)
         if self.scaler is not None and isinstance(module, LightningModule):
             self._gate = Gate(module, optimizers, [config.scheduler for config in lr_schedulers])
         return model, optimizers, lr_schedulers
@@ -97,7 +101,7 @@ class AutocastPrecision(MixedPrecision):
         """Step, and note whether the scaler let it happen."""
         if self._gate is None:
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        with self._gate.attempt(optimizer):
+        with self._gate.attempt(optimizer), told_of_short_weights(self, lambda: model):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
 
     @override
@@ -126,7 +130,8 @@ class AutocastPrecision(MixedPrecision):
         """Compute in the chosen format; in fp32, leave a surrounding autocast alone."""
         policy = self._chosen()
         if policy.dtype is None:
-            yield
+            with told_of_short_weights(self, self._module):
+                yield
         else:
             with autocast(self.device, policy.dtype):
                 yield
@@ -151,6 +156,11 @@ class AutocastPrecision(MixedPrecision):
     def teardown(self) -> None:
         self._release()
         super().teardown()
+
+    @property
+    def state_key(self) -> str:
+        """What Lightning asks of callbacks, and so raise."""
+        raise misplaced(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.format!r})"

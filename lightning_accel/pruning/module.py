@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch.distributed.tensor import DTensor
 
-from lightning_accel.bridge.restore import KEY, register, remember
+from lightning_accel.bridge.restore import register, remember, stored_structure
 from lightning_accel.errors import StructureMismatch, Unsupported, weights_alone
 from lightning_accel.pruning.prune import plan
 from lightning_accel.surgery import Cut, Receipt, Structure
@@ -65,8 +65,7 @@ def prune_before_sharding(
         remember(pl_module, cut.before)
         receipt = cut.apply(pl_module)
     else:
-        structure = _stored(Path(ckpt_path))
-        structure.check(pl_module)
+        structure = stored_structure(pl_module, _read(Path(ckpt_path)))
         remember(pl_module, structure.now(pl_module))
         receipt = structure.apply(pl_module)
     vars(pl_module)[_DONE] = True
@@ -106,14 +105,15 @@ def _decided(pl_module: LightningModule, call: Call, asked: dict[str, Any]) -> C
     return cut
 
 
-def _stored(path: Path) -> Structure:
-    """Read the structure that a checkpoint carries; without one, the network was not pruned."""
+def _read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, or of a sharded one what Lightning stores beside the shards."""
     file = path / _META if path.is_dir() else path
     if not file.exists():
         raise StructureMismatch(
             "there is no checkpoint to take the structure from", str(path), "check `ckpt_path`"
         )
     with weights_alone(file):
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
-    stored = checkpoint.get(KEY)
-    return Structure() if stored is None else Structure.from_dict(stored.get("structure"))
+        read: dict[str, Any] = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=not path.is_dir()
+        )
+    return read

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.errors import StructureMismatch, Unsupported, explain
+from lightning_accel.precision.mistakes import misplaced
 from lightning_accel.precision.weights import SHORT, ShortWeights
 from lightning_accel.surgery.optimizers import bare, within
 
@@ -150,6 +151,11 @@ class Bf16Precision(HalfPrecision):
         self.weights.to(torch.device("cpu"))
         super().teardown()
 
+    @property
+    def state_key(self) -> str:
+        """What Lightning asks of callbacks, and so raise."""
+        raise misplaced(self)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.weights.kind!r})"
 
@@ -230,6 +236,11 @@ class XlaPrecision(XLAPrecision):
     def teardown(self) -> None:
         """Leave the process alone: Lightning's would remove variables that it did not set."""
         Precision.teardown(self)
+
+    @property
+    def state_key(self) -> str:
+        """What Lightning asks of callbacks, and so raise."""
+        raise misplaced(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.precision!r})"
