@@ -806,7 +806,11 @@ class Short(LightningModule):
 @pytest.mark.parametrize("when", ["in init", "on_fit_start", "on_train_batch_start"])
 @pytest.mark.parametrize(("format", "kind"), [("fp32", "bfloat16"), ("fp16", "half")])
 def test_a_module_with_its_own_short_weights_is_told_of_them(
-    trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, when: str, format: str, kind: str
+    trainer_kwargs: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+    format: str,
+    kind: str,
 ) -> None:
     if format == "fp16":  # as on a GPU; torch's scaler works on a CPU as well
         policy = Policy(torch.float16, True, "asked for")

@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_accel import Select, StructuredPruning, load_from_checkpoint
+from lightning_accel import (
+    AccelReport,
+    AutocastPrecision,
+    FrozenPredict,
+    Select,
+    StructuredPruning,
+    UsePrecision,
+    load_from_checkpoint,
+)
 from lightning_accel.distillation import Teacher
 from lightning_accel.errors import AccelError, NoEffect, StructureMismatch, Unsupported
 from lightning_accel.pruning import (
@@ -643,6 +651,25 @@ def test_no_way_to_a_pruned_checkpoint_takes_that_of_another_width(
     assert all(torch.equal(held[n], tensor) for n, tensor in other.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "ours",
+    [UsePrecision(AutocastPrecision("fp32")), FrozenPredict(backend="eager"), AccelReport()],
+    ids=type,
+)
+def test_a_pruned_checkpoint_loads_beside_any_callback_of_ours(
+    fit: Fit, tmp_path: Path, trainer_kwargs: dict[str, Any], ours: Callback
+) -> None:
+    model = seeded()
+    trained = fit(model, StructuredPruning(ratio=0.5, when=1), epochs=2)
+    trained.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    plain, fresh = Trainer(**{**trainer_kwargs, "callbacks": []}), Images()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        plain.validate(Images(), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    trainer = Trainer(**{**trainer_kwargs, "callbacks": [ours]})
+    trainer.validate(fresh, loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    assert same(model, fresh)
+
+
 def test_unpruned_checkpoints_load_as_ever(fit: Fit, tmp_path: Path) -> None:
     model = seeded()
     fit(model, every_epoch(tmp_path / "a"), epochs=1)
@@ -669,6 +696,38 @@ def test_a_tampered_checkpoint_is_refused_and_the_module_untouched(
     torch.save(checkpoint, path)
     with pytest.raises(StructureMismatch):
         load_from_checkpoint(Images, path)
+
+
+@pytest.mark.parametrize("asked", ["ratio", "target"])
+@pytest.mark.parametrize("way", ["the same module", "a checkpoint"])
+def test_shares_count_from_the_start_of_a_fit_and_go_on_in_a_resumed_one(
+    fit: Fit, tmp_path: Path, asked: str, way: str
+) -> None:
+    def half(when: Any = (1, 2)) -> StructuredPruning:
+        share: dict[str, Any] = {"ratio": 0.5} if asked == "ratio" else {"target": Macs(0.5)}
+        return StructuredPruning(**share, when=list(when), select="net.[scd]*")
+
+    def size(model: Images) -> float:
+        if asked == "ratio":
+            return model.net.stem[0].out_channels
+        return macs(model.net, torch.randn(1, 3, 8, 8))
+
+    model = Images(width=16)
+    dense = size(model)
+    first = fit(model, half(), epochs=3)
+    assert size(model) == pytest.approx(dense / 2, rel=0.1)
+    if way == "a checkpoint":
+        first.save_checkpoint(tmp_path / "first.ckpt")
+        model = load_from_checkpoint(Images, tmp_path / "first.ckpt")
+    once = size(model)
+    fit(model, half(), every_epoch(tmp_path / "second"), epochs=3)  # a new fit, of what is left
+    assert size(model) == pytest.approx(once / 2, rel=0.15)  # whole channels
+    for name in ("epoch=0", "epoch=1-cut", "epoch=1", "epoch=2-cut", "epoch=2"):
+        again = Images(width=16)
+        if way == "a checkpoint":
+            again = load_from_checkpoint(Images, tmp_path / "first.ckpt")
+        fit(again, half(), ckpt=tmp_path / "second" / f"{name}.ckpt", epochs=3)
+        assert size(again) == size(model), name
 
 
 def test_two_prunings_of_the_same_layers_are_refused_and_of_others_work(fit: Fit) -> None:

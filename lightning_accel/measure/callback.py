@@ -27,7 +27,7 @@ from lightning_accel.bridge.hand import reads_once
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.objective import bring, logged
 from lightning_accel.bridge.paced import Paced, report_path
-from lightning_accel.bridge.restore import pristine
+from lightning_accel.bridge.restore import pristine, register
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.measure.dashboard import to_wandb
 from lightning_accel.measure.flops import undisturbed
@@ -198,9 +198,9 @@ class AccelReport(Paced):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        register(pl_module)
         if stage != "fit":
             return
-        pristine(pl_module)
         if not self._is_of(pl_module):
             self._module = weakref.ref(pl_module)
             self._edits, self._before, self._latest, self.report = [], {}, {}, None

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.bridge.model_edit import ModelEdit
+from lightning_accel.bridge.restore import register
 from lightning_accel.errors import AccelError, NoEffect, explain
 from lightning_accel.precision import float8, matmul
 from lightning_accel.precision.layout import channels_last, convert_inputs
@@ -194,6 +195,7 @@ class UsePrecision(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the plugin in the place of plain float32, before the module is converted."""
+        register(pl_module)  # a pruned checkpoint loads here too
         strategy = trainer.strategy
         if strategy.precision_plugin is self.plugin:
             return

@@ -29,7 +29,7 @@ from lightning_accel.pruning.recalibrate import recalibrate
 from lightning_accel.pruning.request import READ_THE_LOSS, Request
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trained import looks_untrained
-from lightning_accel.surgery import Cut, Receipt, Select, Stage, twin
+from lightning_accel.surgery import Cut, Receipt, Select, Stage, Structure, twin
 from lightning_accel.surgery.preserve import preserve_rng
 
 _FEW = 0.01  # of the parameters; a ratio of 0.9 leaves about this
@@ -63,7 +63,9 @@ class StructuredPruning(ModelEdit):
     smaller network. Checkpoints of the larger one stay on disk and are named in `history[i]["bests"]`.
 
     Args:
-        ratio: Share of the channels of every layer to remove, above 0 and below 1.
+        ratio: Share of the channels of every layer to remove, above 0 and below 1; of the network at the
+            start of the fit, as all shares here. A fit that resumes from a checkpoint is one with that which
+            wrote it; a new fit of a network that was pruned before starts from what is left.
         when: Epoch before which to prune, counted from 0; or the share of the fit (0.4 of 20 epochs is
             epoch 8); or a list of either. With 0 the network should be one that is trained already: it is
             warned of one that looks untrained (`warnings.filterwarnings("ignore", "StructuredPruning")`).
@@ -151,6 +153,9 @@ class StructuredPruning(ModelEdit):
         self.example = example
         self.receipt = Receipt()
         self.history: list[dict[str, Any]] = []
+        self._start: Structure | None = (
+            None  # what earlier fits left of the layers that they pruned
+        )
         self._at_hand: AtHand | None = None
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._module: Callable[[], LightningModule | None] = lambda: None
@@ -169,11 +174,15 @@ class StructuredPruning(ModelEdit):
     @override
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"history": [dict(step) for step in self.history]}
+        if self._start is not None and self._start.tensors:
+            state["start"] = self._start.to_dict()
         return state if self.guard is None else {**state, "guard": self.guard.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
+        start = state_dict.get("start")
+        self._start = Structure() if start is None else Structure.from_dict(start)
         if self.guard is not None and "guard" in state_dict:
             self.guard.load_state_dict(state_dict["guard"])
 
@@ -202,7 +211,7 @@ class StructuredPruning(ModelEdit):
         if (trainer, pl_module) != (self._trainer(), self._module()):
             # Another fit; a second `trainer.fit` of the same model goes on where the first ended.
             self._trainer, self._module = weakref.ref(trainer), weakref.ref(pl_module)
-            self.receipt, self.history = Receipt(), []
+            self.receipt, self.history, self._start = Receipt(), [], None
             if self.guard is not None:
                 self.guard.reset()
 
@@ -215,6 +224,8 @@ class StructuredPruning(ModelEdit):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rehearse, so that what cannot work is told now and not in the middle of the fit."""
         super().on_train_start(trainer, pl_module)
+        if self._start is None:
+            self._start = pristine(pl_module).now(pl_module)
         if self._done() < len(self.when):
             with preserve_rng():
                 try:
@@ -226,7 +237,7 @@ class StructuredPruning(ModelEdit):
                     _unfrozen(pl_module) if later else pl_module,
                     calls,
                     left=self._left(),
-                    dense=pristine(pl_module),
+                    dense=self._dense(pl_module),
                 )
 
     @override
@@ -360,7 +371,7 @@ class StructuredPruning(ModelEdit):
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> _Decision:
         """Decide on all processes, because networks may talk to each other, and take rank 0's word."""
         data = TrainingData(trainer, pl_module, _BATCHES, self._at_hand)
-        left, dense = self._left(), pristine(pl_module)
+        left, dense = self._left(), self._dense(pl_module)
         with preserve_rng():
             calls = find_example(trainer, pl_module, self.example, self._at_hand)
             try:
@@ -374,6 +385,10 @@ class StructuredPruning(ModelEdit):
             except NoEffect as error:
                 found = _Decision(Cut(), None, str(error))
         return trainer.strategy.broadcast(found)
+
+    def _dense(self, pl_module: LightningModule) -> Structure:
+        """Return the sizes at the start of the fit of what has been pruned by now."""
+        return pristine(pl_module).updated(self._start or Structure())
 
     def _left(self) -> float:
         """Return the share of the target's unit that is left since the start of the fit."""

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from lightning_accel.bridge.restore import register, remember, stored_structure
 from lightning_accel.errors import StructureMismatch, Unsupported, weights_alone
 from lightning_accel.pruning.prune import plan
-from lightning_accel.surgery import Cut, Receipt, Structure
+from lightning_accel.surgery import Cut, Receipt
 from lightning_accel.surgery.call import Call, as_call
 
 _DONE = "_accel_pruned_before_sharding"

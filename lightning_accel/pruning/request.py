@@ -88,7 +88,7 @@ class Request:
             calls: Example calls.
             due: Step, from 1.
             left: Share of the target's unit that earlier steps left.
-            dense: Sizes before the first step of what has been pruned by now.
+            dense: Sizes before the first step of what has been pruned by now; `ratio` is a share of them.
             source: Training data.
 
         Raises:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_accel.bridge.restore import register
 from lightning_accel.compilation.frozen.freeze import Frozen, check_arguments, frozen
 from lightning_accel.compilation.region import Backend, check
 from lightning_accel.errors import NoEffect, Unsupported, explain
@@ -62,6 +63,7 @@ class FrozenPredict(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        register(pl_module)  # a pruned checkpoint loads here too
         if stage == "fit":
             raise Unsupported(
                 "frozen networks cannot learn",
