@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
@@ -49,6 +51,20 @@ def refuse_compiled(pl_module: LightningModule) -> None:
             "the LightningModule itself is compiled, which breaks its hooks and logging",
             f"torch.compile on {type(pl_module).__name__}",
             "pass the plain module and add `BlockCompile()`, which compiles the networks inside it",
+        )
+
+
+def refuse_twin(trainer: Trainer, callback: Any, asked: str) -> None:
+    """Raise when another callback of this type prunes the same layers; each would take the other's share."""
+    kind = type(callback)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any(
+        type(c) is kind and c is not callback and c.select == callback.select for c in callbacks
+    ):
+        raise AccelError(
+            f"two `{kind.__name__}` prune the same layers in one Trainer",
+            f"{callback.select} in both, of one {asked}",
+            "pass one with `when=[1, 2]` and a `schedule`, or give each layers of its own by `select`",
         )
 
 

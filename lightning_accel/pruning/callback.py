@@ -21,7 +21,7 @@ from lightning_accel.bridge.model_edit import ModelEdit, commit
 from lightning_accel.bridge.parts import note_parts
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.bridge.rewind import remember_fit, rewind
-from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
+from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.pruning import guard as guarding
 from lightning_accel.pruning import schedule as scheduling
 from lightning_accel.pruning.importance import Importance
@@ -189,7 +189,7 @@ class StructuredPruning(ModelEdit):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        _refuse_second(trainer, self)
+        guards.refuse_twin(trainer, self, f"ratio={self.request.ratio}, when={self._when}")
         self._is_set_up = True
         if stage != "fit":
             return
@@ -415,18 +415,6 @@ class StructuredPruning(ModelEdit):
         rank_zero_info(text)
         for logger in trainer.loggers:
             logger.log_metrics(values, trainer.global_step)
-
-
-def _refuse_second(trainer: Trainer, pruning: StructuredPruning) -> None:
-    """Raise when another callback prunes the same layers; each would take its share for the whole."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    same = [c for c in callbacks if isinstance(c, StructuredPruning) and c.select == pruning.select]
-    if len(same) > 1:
-        raise AccelError(
-            "two `StructuredPruning` prune the same layers in one Trainer",
-            "; ".join(f"ratio={c.request.ratio}, when={c._when}" for c in same),
-            "pass one with `when=[1, 2]` and a `schedule`, or give each layers of its own by `select`",
-        )
 
 
 def _dense_params(pl_module: LightningModule) -> int:
