@@ -93,6 +93,38 @@ def test_what_is_frozen_at_the_start_can_be_pruned_once_it_is_not(
     assert module.net[0].out_features == 8 and module.net[0].weight.requires_grad  # type: ignore[union-attr]
 
 
+class Thawing(Callback):
+    """Unfreezes at the start of an epoch, as `BackboneFinetuning` does."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            pl_module.requires_grad_(True)
+
+
+class ThawsAtOnce(Thaws):
+    def on_train_start(self) -> None:
+        self.net[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("who", ["module", "module at once", "callback after", "callback before"])
+@pytest.mark.filterwarnings("ignore:StructuredPruning")  # of an untrained network
+def test_what_is_unfrozen_in_the_epoch_of_the_prune_goes_too(
+    trainer_kwargs: dict[str, Any], epoch: int, who: str
+) -> None:
+    module = ThawsAtOnce(epoch) if who == "module at once" else Thaws(epoch)
+    callbacks: list[Callback] = [StructuredPruning(ratio=0.5, when=epoch)]
+    if who.startswith("callback"):
+        module.thaw = 99
+        callbacks.insert(len(callbacks) * (who == "callback after"), Thawing(epoch))
+    data = DataLoader(TensorDataset(torch.randn(16, 8), torch.arange(16) % 3), 8)
+    Trainer(**{**trainer_kwargs, "max_epochs": 4, "callbacks": callbacks}).fit(module, data)
+    assert module.net[0].out_features == 8 == module.net[2].in_features  # type: ignore[union-attr]
+
+
 def test_what_is_frozen_when_a_prune_is_due_stays_whole(trainer_kwargs: dict[str, Any]) -> None:
     module = Thaws(thaw=3)
     with pytest.raises(NoEffect, match="frozen"):

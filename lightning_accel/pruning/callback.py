@@ -232,9 +232,8 @@ class StructuredPruning(ModelEdit):
                     calls = find_example(trainer, pl_module, self.example)
                 except ReadOnce:  # nothing can be tried before the first batch of the fit
                     return
-                later = min(self.when[self._done() :]) > trainer.current_epoch
                 self.request.rehearse(
-                    _unfrozen(pl_module) if later else pl_module,
+                    _unfrozen(pl_module),
                     calls,
                     left=self._left(),
                     dense=self._dense(pl_module),
@@ -243,7 +242,8 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         bests.begin_epoch(trainer)
-        self._act(trainer, pl_module)
+        if _is_free(pl_module):  # else hooks that come after this one may yet unfreeze: at the first batch
+            self._act(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -423,9 +423,13 @@ def _dense_params(pl_module: LightningModule) -> int:
     return sum(math.prod(dense[n]) if n in dense else p.numel() for n, p in named)
 
 
+def _is_free(pl_module: LightningModule) -> bool:
+    return all(p.requires_grad for p in pl_module.parameters())
+
+
 def _unfrozen(pl_module: LightningModule) -> LightningModule:
     """Return a copy that may be pruned anywhere: what is frozen now need not be when a prune is due."""
-    if all(p.requires_grad for p in pl_module.parameters()):
+    if _is_free(pl_module):
         return pl_module
     copy = twin(pl_module)
     for parameter in copy.parameters():
