@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
+from torch.nn.parameter import is_lazy
+
 from lightning_accel.errors import AccelError, Unsupported
 
 
@@ -65,6 +67,25 @@ def refuse_twin(trainer: Trainer, callback: Any, asked: str) -> None:
             f"two `{kind.__name__}` prune the same layers in one Trainer",
             f"{callback.select} in both, of one {asked}",
             "pass one with `when=[1, 2]` and a `schedule`, or give each layers of its own by `select`",
+        )
+
+
+def is_built(pl_module: LightningModule) -> bool:
+    """Whether all weights are there: none waits for `configure_model`, or for a first forward."""
+    parameters = list(pl_module.parameters())
+    return bool(parameters) and not any(is_lazy(p) for p in parameters)
+
+
+def refuse_lazy(pl_module: LightningModule, what: str) -> None:
+    """Raise when layers of torch's lazy kind have not seen their first input."""
+    tensors = (*pl_module.named_parameters(), *pl_module.named_buffers())
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        raise Unsupported(
+            f"{what} needs weights, and lazy layers have none before their first input",
+            f"`{lazy[0]}` and {len(lazy) - 1} more are uninitialised",
+            "run the network once on an example at the end of `__init__`, `setup` or `configure_model`: "
+            "`self.net(example)` under `torch.no_grad()`",
         )
 
 

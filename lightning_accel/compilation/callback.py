@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_accel.bridge.guards import is_built, refuse_lazy
 from lightning_accel.bridge.model_edit import ModelEdit
 from lightning_accel.compilation.blocks import compile_blocks
 from lightning_accel.compilation.explain import Capture, captures, table
@@ -150,7 +151,7 @@ class BlockCompile(ModelEdit):
         self.receipt, self.captures, self._final = Receipt(), [], None
         self._sizes = {True: frozenset(), False: frozenset()}
         self._batches, self._told = 0, set()
-        if any(True for _ in pl_module.parameters()):
+        if is_built(pl_module):
             self._compile(trainer, pl_module)
 
     @override
@@ -273,6 +274,7 @@ class BlockCompile(ModelEdit):
 
     def _compile(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compile what is not, anew what was reshaped by a checkpoint; otherwise do nothing."""
+        refuse_lazy(pl_module, type(self).__name__)
         self._renew(pl_module)
         self.receipt = self.receipt + compile_blocks(
             pl_module,

@@ -159,6 +159,7 @@ class Distillation(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back what a checkpoint holds, before the optimizers' state comes back."""
+        guards.refuse_lazy(pl_module, type(self).__name__)
         course = self._of_this_fit()
         state, self._loaded = self._loaded, {}
         course.student = state.get("student", self.student)

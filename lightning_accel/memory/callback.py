@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_accel.bridge.example import AtHand, StepFailed, batches_or, run_step
-from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
+from lightning_accel.bridge.guards import refuse_compiled, refuse_lazy, refuse_mirror
 from lightning_accel.bridge.hand import Hand
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.model_edit import ModelEdit
@@ -131,6 +131,7 @@ class ActivationBudget(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_lazy(pl_module, type(self).__name__)
         names = compiled_names(pl_module)
         if self.budget == "auto" and not names:
             raise _nothing_compiled()

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_accel.bridge.guards import is_built, refuse_lazy
 from lightning_accel.bridge.model_edit import ModelEdit
 from lightning_accel.bridge.restore import register
 from lightning_accel.errors import AccelError, NoEffect, explain
@@ -46,7 +47,7 @@ class MemoryFormat(ModelEdit):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self.receipt = Receipt()
-        if any(True for _ in pl_module.parameters()):
+        if is_built(pl_module):
             self._edit(pl_module)
 
     @override
@@ -88,6 +89,7 @@ class MemoryFormat(ModelEdit):
         self._release()
 
     def _edit(self, pl_module: LightningModule) -> None:
+        refuse_lazy(pl_module, type(self).__name__)
         self.receipt = self.receipt + channels_last(pl_module, select=self.select)
         if not self._handles:
             self._handles = convert_inputs(pl_module, select=self.select)
@@ -257,7 +259,7 @@ class Float8Linear(ModelEdit):
             float8.require_hardware(trainer.strategy.root_device)
         float8.require_torchao()
         self.receipt, self._settled = Receipt(), False
-        if any(True for _ in pl_module.parameters()):
+        if is_built(pl_module):
             self._edit(pl_module)
 
     @override
@@ -317,6 +319,7 @@ class Float8Linear(ModelEdit):
     def _edit(self, pl_module: LightningModule) -> None:
         if self._settled:
             return
+        refuse_lazy(pl_module, type(self).__name__)
         self.receipt = float8.float8_linear(
             pl_module,
             select=self.select,

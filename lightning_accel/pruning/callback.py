@@ -223,6 +223,8 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rehearse, so that what cannot work is told now and not in the middle of the fit."""
+        if not guards.is_built(pl_module):
+            return  # lazy layers: nothing can be tried before the first batch of the fit
         super().on_train_start(trainer, pl_module)
         if self._start is None:
             self._start = pristine(pl_module).now(pl_module)
@@ -242,7 +244,9 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         bests.begin_epoch(trainer)
-        if _is_free(pl_module):  # else hooks that come after this one may yet unfreeze: at the first batch
+        if _is_free(
+            pl_module
+        ):  # else hooks that come after this one may yet unfreeze: at the first batch
             self._act(trainer, pl_module)
 
     @override
@@ -251,7 +255,8 @@ class StructuredPruning(ModelEdit):
     ) -> None:
         # Lightning leaves out the epoch's start after a resume from the last step of an epoch.
         if batch_idx == 0:
-            note_parts(trainer, pl_module)  # those that other callbacks made since
+            if guards.is_built(pl_module):
+                note_parts(trainer, pl_module)  # those that other callbacks made since
             self._at_hand = AtHand(batch)
             try:
                 self._act(trainer, pl_module)
@@ -263,6 +268,7 @@ class StructuredPruning(ModelEdit):
         due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
         if due <= self._done() or (self._at_hand is None and reads_once(trainer)):
             return  # of a stream, the fit's own first batch will do
+        guards.refuse_lazy(pl_module, type(self).__name__)
         kept = bests.keepers_of_files(trainer)
         if self._prune_as_guarded(trainer, pl_module, due) and not trial:
             bests.keep_cut(trainer, kept)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_accel.bridge.guards import refuse_lazy
 from lightning_accel.errors import StructureMismatch, Unsupported, explain
 from lightning_accel.precision.mistakes import misplaced
 from lightning_accel.precision.weights import SHORT, ShortWeights
@@ -70,6 +71,7 @@ class Bf16Precision(HalfPrecision):
         """Shorten the module, having taken its weights as the masters."""
         assert isinstance(module, LightningModule)
         _refuse(module.trainer.strategy, "Bf16Precision", _SHARDED)
+        refuse_lazy(module, type(self).__name__)
         _refuse_complex(module)
         if module.trainer.state.fn == "fit":
             self.weights.remember(module.parameters())

@@ -176,6 +176,7 @@ class WeightMasks(Callback):
             self._decide(trainer, pl_module)
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        guards.refuse_lazy(pl_module, type(self).__name__)
         if self.pattern is not None:
             found = masking.pattern_masks(pl_module, pattern=self.pattern, select=self.select)
         else:

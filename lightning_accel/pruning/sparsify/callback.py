@@ -119,6 +119,7 @@ class SparsityTraining(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         guards.require_optimizer(trainer, type(self).__name__)
+        guards.refuse_lazy(pl_module, type(self).__name__)
         self._release()
         self._hand.do(partial(self._begin, trainer, pl_module))
 
