@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-
 from torch.nn.parameter import is_lazy
 
 from lightning_accel.errors import AccelError, Unsupported
