@@ -20,8 +20,9 @@ from lightning_accel.surgery import Select
 class FrozenPredict(Callback):
     """Predict, test or validate with copies of the networks that inductor froze: weights baked in.
 
-    The first batch runs both and is compared: a network whose copy is off goes on as it is, with a warning
-    and the figures. The module is bit-equal afterwards. Compiling takes its time at every call of the
+    The first batch and some later ones run both and are compared: a network whose copy is off goes on as it is,
+    with a warning and the figures; so does one that writes anything or draws random numbers in its forward. The
+    copy follows weights, attributes, modes and hooks. The module is bit-equal afterwards. Compiling takes its time at every call of the
     Trainer, so this is for long evaluations; measure short ones.
 
     Args:
@@ -30,6 +31,8 @@ class FrozenPredict(Callback):
         channels_last: Whether copies of convolutional networks are channels last.
         tolerance: How far outputs may be off: norm of the difference by norm. By default 1e-4, with
             bfloat16 weights 3e-2.
+        check_every: At how many calls both run and are compared, besides the first, second, fourth, eighth ...,
+            and the first of each dataloader.
         backend: As in `torch.compile`; only inductor freezes.
 
     Raises:
@@ -47,18 +50,21 @@ class FrozenPredict(Callback):
         weights: str | None = None,
         channels_last: bool = False,
         tolerance: float | None = None,
+        check_every: int = 64,
         backend: Backend = "inductor",
     ) -> None:
-        check_arguments(weights, channels_last, tolerance)
+        check_arguments(weights, channels_last, tolerance, check_every)
         if not isinstance(backend, str) and not callable(backend):
             raise TypeError(explain("`backend` is a name", repr(backend), "pass 'inductor'"))
         self.select = Select.of(select)
         self.weights = weights
         self.channels_last = channels_last
         self.tolerance = tolerance
+        self.check_every = check_every
         self.backend = backend
         self.networks: list[Frozen] = []
         self._told: set[str] = set()
+        self._loader = 0
         self._active = ExitStack()
 
     @override
@@ -86,21 +92,36 @@ class FrozenPredict(Callback):
 
     @override
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        self._renew()
+        self._renew(dataloader_idx)
 
     @override
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        self._renew()
+        self._renew(dataloader_idx)
 
     @override
     def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        self._renew()
+        self._renew(dataloader_idx)
 
     @override
     def on_validation_batch_end(
@@ -140,7 +161,7 @@ class FrozenPredict(Callback):
 
     def _freeze(self, pl_module: LightningModule) -> None:
         self._active.close()
-        self._told = set()
+        self._told, self._loader = set(), 0
         self.networks = self._active.enter_context(
             frozen(
                 pl_module,
@@ -148,14 +169,18 @@ class FrozenPredict(Callback):
                 weights=self.weights,
                 channels_last=self.channels_last,
                 tolerance=self.tolerance,
+                check_every=self.check_every,
                 itself=False,
                 backend=self.backend,
             )
         )
 
-    def _renew(self) -> None:
+    def _renew(self, dataloader_idx: int) -> None:
         for network in self.networks:
             network.renew()
+            if dataloader_idx != self._loader:
+                network.check()
+        self._loader = dataloader_idx
 
     def _prove(self) -> None:
         if not any(network.num_calls for network in self.networks):

@@ -5,9 +5,10 @@ constant ahead: its *freezing*. That needs no gradients, and a graph that is thr
 So a copy is frozen and stands in for the network's call for a while; the network itself, with its weights,
 hooks and names, is not touched. The copy may hold bfloat16 weights or be channels last as well.
 
-The first call runs both, returns what the network itself gave, and compares. Where the copy is off, writes
-to its buffers, cannot be compiled, or the network has hooks that a copy would not call, the network goes on
-as it is, with the reason and the figures kept.
+The first call runs both, returns what the network itself gave, and compares; so do some later calls. Where
+the copy is off or cannot be compiled, where the network has hooks that a copy would not call, writes anything or
+draws random numbers, it goes on as it is, with the reason and the figures kept. Before each call everything that
+the network reads is compared with what the copy was taken from: weights, attributes, modes, hooks (`Footprint`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from lightning_accel.compilation.guard import Code
 from lightning_accel.compilation.region import Backend, check
 from lightning_accel.errors import explain
 from lightning_accel.surgery import Select
+from lightning_accel.surgery.footprint import Footprint, observe
+from lightning_accel.surgery.preserve import preserve_rng
 
 TOLERANCES = {None: 1e-4, "bf16": 3e-2}
 """How far the copy may be off by default, per kind of weights: norm of the difference by norm."""
 _WINDOW = 64
+_OFTEN = 3
+"""Copies of one network, after which it is taken to change all the time."""
 _SERIAL = iter(range(2**62))
 
 
@@ -41,6 +46,7 @@ class Frozen:
         reason: Why the network runs as it is, or "" where the frozen copy does.
         num_calls: Calls in evaluation without gradients.
         num_missed: Those that ran on the copy without a graph, being of another size.
+        num_checked: Those that ran both and were compared.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Frozen:
         weights: str | None,
         channels_last: bool,
         tolerance: float,
+        check_every: int,
         backend: Backend,
     ) -> None:
         self.module = module
@@ -58,16 +65,18 @@ class Frozen:
         self.weights = weights
         self.channels_last = channels_last
         self.tolerance = tolerance
+        self.check_every = check_every
         self.backend = backend
         self.before: Callable[..., Any] | None = module._compiled_call_impl
         self.eager: Callable[..., Any] = self.before or module._call_impl
         self.capture = getattr(self.before, "capture", None)  # compiled by us: stays visible
         self.error: float | None = None
-        self.reason = "it has hooks, which a copy would not call" if _has_hooks(module) else ""
-        self.num_calls = self.num_missed = 0
+        self.reason = ""
+        self.num_calls = self.num_missed = self.num_checked = 0
         self._unchecked = True
+        self._on_host = all(p.device.type == "cpu" for p in module.parameters())
         self._dtypes: list[Any] = []
-        self._stamp: tuple[Any, ...] = ()
+        self._copies = 0
         self._copy, self._code = module, Code(name, self._missed, backend=backend)
         self._start()
 
@@ -75,31 +84,59 @@ class Frozen:
         if self.module.training or torch.is_grad_enabled():
             return self.eager(*args, **kwargs)
         self.num_calls += 1
+        if not self.reason:
+            self.renew(content=self._on_host)
         if self.reason:
             return self.eager(*args, **kwargs)
-        if self._unchecked:
+        if self._unchecked or self._is_due():
             return self._compare(args, kwargs)
         if self._code.calls >= _WINDOW:  # what has no graph for most calls of a window gets another
             self._code.settle()
             self._unchecked = not self._code.settled
         return self._run(args, kwargs)
 
-    def renew(self) -> None:
-        """Take a new copy if the weights have changed since the last one was taken."""
-        if not self.reason and self._stamp != _stamp(self.module):
+    def renew(self, *, content: bool = True) -> None:
+        """Take a new copy if anything that the network reads has changed since the last one was taken.
+
+        Args:
+            content: Whether to look at numbers of each tensor, too; on a GPU that waits for the device.
+        """
+        if not self.reason and not self._footprint.holds(content=content):
+            if self._copies > _OFTEN:
+                names = ", ".join(f"`{name}`" for name in self._footprint.changed()[:4])
+                self.reason = f"{names} changes again and again"
+                return
             self._start()
 
+    def check(self) -> None:
+        """Compare the next call, as the first one was."""
+        self._unchecked = True
+
     def _start(self) -> None:
-        if self.reason:
+        self._footprint = Footprint(self.module)
+        if _has_hooks(self.module):
+            self.reason = "it has hooks, which a copy would not call"
             return
-        self._stamp, self._unchecked, self._dtypes = _stamp(self.module), True, []
-        self._copy = copy.deepcopy(self.module).requires_grad_(False)
+        self._copies += 1
+        self._unchecked, self._dtypes = True, []
+        try:
+            self._copy = copy.deepcopy(self.module).requires_grad_(False)
+        except Exception as error:  # whatever modules hold that cannot be copied
+            self.reason = f"it cannot be copied: {' '.join(str(error).split())[:200]}"
+            return
         if self.weights == "bf16":
             self._copy.to(torch.bfloat16)
         if self.channels_last:
             self._copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         label = f"{self.name} frozen #{next(_SERIAL)}"
         self._code = Code(label, self._missed, backend=self.backend)
+
+    def _is_due(self) -> bool:
+        """Tell whether this call is one to compare: the second, fourth, eighth, and then now and then."""
+        number = self.num_calls
+        return number % self.check_every == 0 or (
+            number < self.check_every and number & (number - 1) == 0
+        )
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         converts = self.weights is not None or self.channels_last
@@ -115,30 +152,37 @@ class Frozen:
 
     def _compare(self, args: Any, kwargs: Any) -> Any:
         """Run the copy on copies of the inputs, then the network itself, and judge the copy."""
-        devices = {p.device for p in self.module.parameters() if p.device.type == "cuda"}
-        state = [buffer.clone() for buffer in self._copy.buffers()]
-        found: Any = None
+        self.num_checked += 1
+        inputs = tree_map(_clone, (args, kwargs))
+        wanted, wrote, drew = observe(self.module, lambda: self.eager(*args, **kwargs))
+        if drew:
+            self.reason = (
+                f"its forward draws random numbers ({', '.join(drew)}), and a copy draws others"
+            )
+        elif wrote and self._copies >= _OFTEN:
+            names = ", ".join(f"`{name}`" for name in wrote[:4])
+            self.reason = f"its forward writes {names}, which a copy would write elsewhere"
+        if self.reason or wrote:  # a cache that is filled once: the next call takes a new copy
+            return wanted
         try:
-            with torch.random.fork_rng([d.index for d in devices]):
-                found = self._run(*tree_map(_clone, (args, kwargs)))
+            with preserve_rng():
+                found = self._run(*inputs)
         except Exception as error:
             self.reason = f"compiling it failed: {' '.join(str(error).split())[:200]}"
-        wanted = self.eager(*args, **kwargs)
-        if self.reason:
             return wanted
-        self._unchecked = False
-        self._dtypes = [v.dtype if isinstance(v, Tensor) else None for v in tree_leaves(wanted)]
-        self._code.settle()
-        if not all(map(torch.equal, state, self._copy.buffers())):
-            self.reason = "its forward writes to its buffers"
-            return wanted
-        self.error = difference(found, wanted)
-        if not self.error <= self.tolerance:
+        first, self._unchecked = self._unchecked, False
+        if first:
+            self._dtypes = [v.dtype if isinstance(v, Tensor) else None for v in tree_leaves(wanted)]
+            self._code.settle()
+        off = difference(found, wanted)
+        self.error = off if self.error is None else max(self.error, off)
+        if not off <= self.tolerance:
             self.reason = (
-                f"the frozen copy is off by {self.error:.2g} of the norm of its output, "
+                f"the frozen copy is off by {off:.2g} of the norm of its output at call {self.num_calls}, "
                 f"where {self.tolerance:.2g} is tolerated"
             )
-        return wanted
+            return wanted
+        return wanted if first else found
 
     def _missed(self, *_: Any) -> None:
         self.num_missed += 1
@@ -161,6 +205,7 @@ def frozen(
     weights: str | None = None,
     channels_last: bool = False,
     tolerance: float | None = None,
+    check_every: int = 64,
     itself: bool = True,
     backend: Backend = "inductor",
 ) -> Iterator[list[Frozen]]:
@@ -175,6 +220,7 @@ def frozen(
         weights: "bf16" for copies in bfloat16; outputs keep their dtypes.
         channels_last: Whether copies and their inputs of four dimensions are channels last.
         tolerance: Of `Frozen.error`; by default 1e-4, with bfloat16 weights 3e-2.
+        check_every: At how many calls both run and are compared, besides the first, second, fourth, eighth ...
         itself: Whether `model` may be frozen as a whole, or only parts of it.
         backend: A name known to `torch.compile`, or a backend function; only inductor freezes.
 
@@ -187,7 +233,7 @@ def frozen(
     >>> networks[0].error
     0.0
     """
-    check_arguments(weights, channels_last, tolerance)
+    check_arguments(weights, channels_last, tolerance, check_every)
     check(backend, None)
     limit = TOLERANCES[weights] if tolerance is None else tolerance
     targets = find_blocks(model, select=select, blocks=False, itself=itself)
@@ -198,6 +244,7 @@ def frozen(
             weights=weights,
             channels_last=channels_last,
             tolerance=limit,
+            check_every=check_every,
             backend=backend,
         )
         for name, module in targets.items()
@@ -225,12 +272,16 @@ def difference(found: Any, wanted: Any) -> float:
     return max((_difference(a, b) for a, b in zip(some, others, strict=True)), default=0.0)
 
 
-def check_arguments(weights: Any, channels_last: Any, tolerance: Any) -> None:
+def check_arguments(weights: Any, channels_last: Any, tolerance: Any, check_every: Any) -> None:
     """Raise unless these can be arguments of `frozen`."""
     if not isinstance(weights, (str, type(None))) or weights not in TOLERANCES:
         raise ValueError(explain("unknown `weights`", repr(weights), "pass None or 'bf16'"))
     if not isinstance(channels_last, bool):
         raise TypeError(explain("`channels_last` is a bool", repr(channels_last), "pass True"))
+    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
+        raise ValueError(
+            explain("`check_every` is a whole number from 1 on", repr(check_every), "pass 64")
+        )
     if tolerance is None:
         return
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
@@ -256,11 +307,6 @@ def _difference(found: Any, wanted: Any) -> float:
     if not bool(torch.isfinite(gap)):
         return float("inf")
     return float(gap / norm) if bool(norm > 0) else float(gap)
-
-
-def _stamp(module: nn.Module) -> tuple[Any, ...]:
-    tensors = (*module.parameters(), *module.buffers())
-    return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
 
 
 def _has_hooks(module: nn.Module) -> bool:

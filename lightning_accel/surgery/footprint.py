@@ -1,0 +1,314 @@
+"""What the forward of a network reads besides its arguments, and whether that is still as it was.
+
+A copy, a captured graph or a recomputation is right only while everything that the forward reads is as it
+was, and only if nothing that the forward writes is lost: weights and buffers (also where they are written
+through `.data`, which no version counter tells), attributes of any module inside, what those hold (a config, a
+list, a dict), training flags, hooks, the modules themselves, and random states.
+
+`Footprint` notes all of it and tells in tens of microseconds whether it still holds; `observe` runs a call and
+tells what it wrote and which random states it moved. Module-level names and closures are out of reach: whoever
+relies on a footprint also compares results now and then.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.surgery.preserve import generator_state, generators
+from lightning_accel.surgery.snapshot import random_state
+
+_DEPTH = 4
+_MOST = 4096
+"""Objects behind attributes that are looked into, and entries of a container that are."""
+_SAMPLES = 16
+"""Numbers of each tensor that show whether it was written behind its version counter."""
+_SMALL = 64
+"""So small a tensor is looked at as a whole."""
+_CONTAINERS = (dict, list, set, deque)
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_EVERYWHERE = (
+    ("hooks of all modules", nn.modules.module._global_forward_hooks),
+    ("hooks of all modules", nn.modules.module._global_forward_pre_hooks),
+)
+_OURS = ("_compiled_call_impl", "_trainer", "_fabric", "_accel_own")
+_IDLE = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""Parts of a module that its forward does not read."""
+
+
+class Observation(NamedTuple):
+    """What a call did besides returning something.
+
+    Attributes:
+        result: What it returned.
+        wrote: Where it wrote: names of attributes and buffers.
+        drew: Whose random state it moved: "torch", "python", "numpy", or "a generator of its own".
+    """
+
+    result: Any
+    wrote: tuple[str, ...]
+    drew: tuple[str, ...]
+
+
+class Footprint:
+    """All that the forward of a module can read, noted at one moment.
+
+    Args:
+        module: The network.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
+    >>> footprint = Footprint(net)
+    >>> footprint.holds()
+    True
+    >>> net[1].p = 0.2
+    >>> footprint.holds(), footprint.changed()
+    (False, ('1.p',))
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._held = list(_held(module))
+        self._live = [live for _, live, _ in self._held]
+        self._copies = [copied for _, _, copied in self._held]
+        self._tensors = list(_tensors(self._live))
+        self._arrays = [(name, a, a.copy()) for name, a in _arrays(self._held)]
+        self._stamps = self._stamp()
+        kinds = _views(self._tensors)
+        self._owners = [[tensor for tensor, _ in kind] for kind in kinds]
+        self._views = [[view for _, view in kind] for kind in kinds]
+        self._content = self._read()
+
+    def holds(self, *, content: bool = True) -> bool:
+        """Tell whether everything is as it was.
+
+        Args:
+            content: Whether to look at some numbers of each tensor as well, and so to see what is written
+                through `.data`. On a GPU this waits for the device.
+        """
+        # Loops in C, in which what is the same object costs nothing.
+        if not _equal(self._live, self._copies) or self._stamps != self._stamp():
+            return False
+        return not self._changed_arrays() and (not content or self._same_content())
+
+    def changed(self) -> tuple[str, ...]:
+        """Name what is no longer as it was."""
+        found = [
+            f"{name}.{key}".strip(".")
+            for name, live, copied in self._held
+            for key in _differing(live, copied)
+        ]
+        found += self._changed_arrays()
+        now, written = self._stamp(), self._written()
+        found += [
+            name
+            for index, name in enumerate(self._names())
+            if self._stamps[index] != now[index] or id(self._tensors[index]) in written
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def _names(self) -> list[str]:
+        known = {
+            id(t): n for n, t in (*self.module.named_parameters(), *self.module.named_buffers())
+        }
+        return [known.get(id(tensor), "a tensor among the attributes") for tensor in self._tensors]
+
+    def _changed_arrays(self) -> list[str]:
+        return [name for name, now, before in self._arrays if not np.array_equal(now, before)]
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        return [
+            (
+                t.data_ptr() if t.layout == torch.strided else 0,
+                -1 if t.is_inference() else t._version,
+            )
+            for t in self._tensors
+        ]
+
+    def _read(self) -> list[Tensor]:
+        with torch.no_grad():
+            return [torch.cat(views) for views in self._views]
+
+    def _same_content(self) -> bool:
+        return all(map(_same_bits, self._content, self._read()))
+
+    def _written(self) -> set[int]:
+        """Return which tensors differ where they are looked at."""
+        found = set()
+        for owners, views, before in zip(self._owners, self._views, self._content, strict=True):
+            parts = before.split([view.numel() for view in views])
+            for tensor, view, part in zip(owners, views, parts, strict=True):
+                if not _same_bits(view.contiguous(), part):
+                    found.add(id(tensor))
+        return found
+
+
+def observe(module: nn.Module, call: Callable[[], Any]) -> Observation:
+    """Run a call of a module and tell what it did besides returning something.
+
+    >>> net = nn.BatchNorm1d(2)
+    >>> found = observe(net, lambda: net(torch.ones(3, 2)))
+    >>> found.wrote, found.drew
+    (('running_mean', 'running_var', 'num_batches_tracked'), ())
+    """
+    own = generators(*(vars(m) for m in module.modules()))
+    footprint, before = Footprint(module), _randomness(own)
+    result = call()
+    drew = tuple(k for k, v in _randomness(own).items() if not _same(before[k], v))
+    return Observation(result, footprint.changed(), drew)
+
+
+def _differing(live: Any, copied: Any) -> list[Any]:
+    """Return the keys whose values differ, of containers without keys nothing but that they do."""
+    if not hasattr(live, "items"):
+        return [] if _equal(live, copied) else [""]
+    now = dict(live.items())
+    return [
+        key
+        for key in dict.fromkeys([*copied, *now])
+        if key not in now
+        or key not in copied
+        or not (now[key] is copied[key] or _equal(now[key], copied[key]))
+    ]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError, TypeError):  # a tensor or an array was replaced
+        return False
+
+
+def _randomness(own: list[Any]) -> dict[str, Any]:
+    return {**random_state(), "a generator of its own": [generator_state(g) for g in own]}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
+
+
+class _Public:
+    """The attributes of a LightningModule without those that a Trainer sets from hook to hook."""
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        self.held = held
+
+    def items(self) -> Any:
+        return [(k, v) for k, v in self.held.items() if not k.startswith("_")]
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def update(self, values: Any) -> None:
+        self.held.update(values)
+
+    def __eq__(self, other: object) -> bool:
+        return self.copy() == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, what can change, and a copy of it one level deep: attributes, containers, hooks."""
+    seen: set[int] = set()
+    level: list[tuple[str, Any]] = [*module.named_modules(), *_EVERYWHERE]
+    for _ in range(_DEPTH):
+        following: list[tuple[str, Any]] = []
+        for name, value in level:
+            if id(value) in seen or len(seen) > _MOST:
+                continue
+            seen.add(id(value))
+            for where, live in _changeable(name, value):
+                yield where, live, live.copy()
+                inside = live.items() if hasattr(live, "items") else enumerate(live)
+                following += [
+                    (f"{where}.{key}".strip("."), v)
+                    for key, v in inside
+                    if _leads_on(v) and key not in _IDLE and key not in _OURS
+                ]
+        level = following
+
+
+def _changeable(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, _CONTAINERS):
+        return [(name, value)]
+    if isinstance(value, tuple):
+        return []  # what it holds was there when it was made
+    held = vars(value)
+    return [(name, _Public(held) if "_trainer" in held and "_hparams_name" in held else held)]
+
+
+def _leads_on(value: Any) -> bool:
+    """Tell whether something behind a value can change that a forward reads."""
+    if isinstance(value, _CONTAINERS):
+        return len(value) <= _MOST
+    if isinstance(value, (*_GENERATORS, Tensor, type, ModuleType)) or callable(value):
+        return isinstance(value, nn.Module)
+    return hasattr(value, "__dict__") and type(value).__name__ != "Trainer"
+
+
+def _tensors(live: list[Any]) -> Iterator[Tensor]:
+    """Yield each plain tensor once."""
+    seen: set[int] = set()
+    for held in live:
+        for value in list(held.values() if isinstance(held, dict) else held):
+            if isinstance(value, Tensor) and type(value) in _PLAIN and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+
+def _arrays(held: list[tuple[str, Any, Any]]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Yield small arrays by name."""
+    for name, _, copied in held:
+        for key, value in copied.items() if isinstance(copied, dict) else enumerate(copied):
+            if isinstance(value, np.ndarray) and value.size <= _MOST and value.dtype != object:
+                yield f"{name}.{key}".strip("."), value
+
+
+def _views(tensors: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return each tensor with a view of some of its numbers, those of one kind together."""
+    found: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
+            continue
+        if not tensor.numel() or not _is_dense(tensor):
+            continue
+        count = tensor.numel() if tensor.numel() <= _SMALL else _SAMPLES
+        step = tensor.numel() // count
+        view = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
+        found.setdefault((tensor.dtype, tensor.device), []).append((tensor, view))
+    return list(found.values())
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    # As bytes, where NaN equals itself and -0.0 differs from 0.0.
+    return torch.equal(one.detach().view(torch.uint8), other.view(torch.uint8))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor fills its part of the storage without gaps, in one of the usual orders."""
+    by_channel = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.is_contiguous() or by_channel or (tensor.dim() == 2 and tensor.T.is_contiguous())

@@ -1,0 +1,168 @@
+"""What a forward reads is noticed when it changes, whatever it is, and what a call writes or draws as well."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_accel.surgery.footprint import Footprint, observe
+
+
+class Net(nn.Module):
+    """Holds one of each kind of thing that a forward can read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.BatchNorm1d(4)])
+        self.big = nn.Parameter(torch.ones(1000))
+        self.rate, self.head, self.on = 0.1, "first", True
+        self.config = SimpleNamespace(scale=1.0, inner=SimpleNamespace(deep=[1, 2]))
+        self.seen: list[Any] = []
+        self.table = {"a": {"b": 1}}
+        self.last = deque([1.0], maxlen=2)
+        self.plain = torch.zeros(3)
+        self.array = np.zeros(3)
+        self.aside = [nn.Linear(2, 2)]  # not registered
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x) * self.rate
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**2
+
+
+@torch.no_grad()
+def _in_place(net: Net) -> None:
+    net.layers[0].weight.add_(1)
+
+
+CHANGES: dict[str, tuple[Callable[[Net], Any], str]] = {
+    "float": (lambda n: setattr(n, "rate", 0.2), "rate"),
+    "string": (lambda n: setattr(n, "head", "second"), "head"),
+    "new attribute": (lambda n: setattr(n, "extra", 1), "extra"),
+    "attribute gone": (lambda n: delattr(n, "on"), "on"),
+    "mode of all": (lambda n: n.eval(), "training"),
+    "mode of one": (lambda n: n.layers[1].eval(), "layers.1.training"),
+    "config": (lambda n: setattr(n.config, "scale", 2.0), "config.scale"),
+    "deep in a config": (lambda n: n.config.inner.deep.append(3), "config.inner.deep"),
+    "list": (lambda n: n.seen.append(1), "seen"),
+    "dict in a dict": (lambda n: n.table["a"].update(b=2), "table.a.b"),
+    "deque": (lambda n: n.last.append(2.0), "last"),
+    "hook": (lambda n: n.layers[0].register_forward_hook(lambda *_: None), "layers.0._forward_hooks"),
+    "pre-hook": (
+        lambda n: n.layers[0].register_forward_pre_hook(lambda *_: None),
+        "layers.0._forward_pre_hooks",
+    ),
+    "module": (lambda n: n.layers.append(nn.ReLU()), "layers._modules"),
+    "module replaced": (lambda n: n.layers.__setitem__(0, nn.Linear(4, 4)), "layers._modules.0"),
+    "parametrization": (
+        lambda n: parametrize.register_parametrization(n.layers[0], "weight", Square()),
+        "layers.0",
+    ),
+    "weight in place": (_in_place, "layers.0.weight"),
+    "weight through data": (lambda n: n.layers[0].weight.data.mul_(0.9), "layers.0.weight"),
+    "data replaced": (lambda n: setattr(n.big, "data", torch.ones(1000)), "big"),
+    "large weight through data": (lambda n: n.big.data.lerp_(torch.zeros(1000), 0.1), "big"),
+    "one number of a small one": (lambda n: n.layers[0].bias.data[2:3].add_(1), "layers.0.bias"),
+    "buffer": (lambda n: n.layers[1].running_mean.add_(1), "layers.1.running_mean"),
+    "plain tensor": (lambda n: n.plain.add_(1), "a tensor among the attributes"),
+    "tensor replaced": (lambda n: setattr(n, "plain", torch.ones(3)), "plain"),
+    "array replaced": (lambda n: setattr(n, "array", np.ones(3)), "array"),
+    "array in place": (lambda n: n.array.__setitem__(0, 1.0), "array"),
+    "module held aside": (lambda n: setattr(n.aside[0], "in_features", 3), "aside.0.in_features"),
+    "weight held aside": (lambda n: n.aside[0].weight.data.add_(1), "a tensor among the attributes"),
+    "frozen": (lambda n: n.layers[0].requires_grad_(False), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_whatever_a_forward_reads_is_noticed(change: str) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    footprint = Footprint(net)
+    assert footprint.holds() and footprint.changed() == ()
+    act, name = CHANGES[change]
+    act(net)
+    if name:
+        assert not footprint.holds()
+        assert any(found.startswith(name) for found in footprint.changed()), footprint.changed()
+    else:  # nothing that a forward reads
+        assert footprint.holds() and footprint.changed() == ()
+
+
+def test_what_comes_back_holds_again() -> None:
+    net = Net()
+    footprint = Footprint(net)
+    net.rate = 0.3
+    handle = net.layers[0].register_forward_hook(lambda *_: None)
+    assert not footprint.holds()
+    net.rate = 0.1
+    handle.remove()
+    assert footprint.holds()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.int8, torch.bool]
+)
+def test_any_dtype_is_looked_at_and_nan_is_no_change(dtype: torch.dtype) -> None:
+    net = nn.Module()
+    net.register_buffer("x", torch.ones(100).to(dtype))
+    net.register_buffer("nan", torch.full((3,), float("nan")))
+    net.register_buffer("none", torch.zeros(0))
+    footprint = Footprint(net)
+    assert footprint.holds()
+    net.x.data.zero_()
+    assert footprint.changed() == ("x",)
+
+
+def test_layouts_without_a_flat_view_are_watched_by_version() -> None:
+    net = nn.Module()
+    net.register_buffer("gaps", torch.ones(4, 4)[:, ::2])
+    net.register_buffer("expanded", torch.ones(1).expand(5))
+    net.register_buffer("sparse", torch.eye(3).to_sparse())
+    footprint = Footprint(net)
+    assert footprint.holds()
+    net.gaps.add_(1)
+    assert footprint.changed() == ("gaps",)
+
+
+DRAWS: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
+    "torch": (lambda _: torch.rand(1), ("torch",)),
+    "python": (lambda _: random.random(), ("python",)),
+    "numpy": (lambda _: np.random.rand(), ("numpy",)),
+    "torch generator": (lambda n: torch.rand(1, generator=n.own), ("a generator of its own",)),
+    "numpy generator": (lambda n: n.rng.random(), ("a generator of its own",)),
+    "nothing": (lambda _: None, ()),
+}
+
+
+@pytest.mark.parametrize("kind", list(DRAWS))
+def test_draws_are_seen(kind: str) -> None:
+    net = nn.Sequential(nn.Linear(1, 1))
+    net[0].own, net[0].rng = torch.Generator(), np.random.default_rng(0)
+    draw, whose = DRAWS[kind]
+    found = observe(net, lambda: draw(net[0]))
+    assert (found.drew, found.wrote) == (whose, ())
+
+
+def test_writes_are_seen() -> None:
+    class Keeps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.features = x
+            return x
+
+    net = nn.Sequential(Keeps(), nn.BatchNorm1d(2))
+    found = observe(net, lambda: net(torch.ones(3, 2)))
+    assert found.wrote == ("0.features", "1.running_mean", "1.running_var", "1.num_batches_tracked")
+    assert found.drew == () and found.result.shape == (3, 2)
