@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,9 +17,17 @@ from torch.nn.utils import parametrize
 
 from lightning_accel.surgery.footprint import Footprint, observe
 
+SCALE = 1.0
+
+
+class World:
+    factor = 1.0
+
 
 class Net(nn.Module):
     """Holds one of each kind of thing that a forward can read."""
+
+    temperature = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +43,7 @@ class Net(nn.Module):
         self.aside = [nn.Linear(2, 2)]  # not registered
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers[0](x) * self.rate
+        return self.layers[0](x) * self.rate * SCALE * World.factor
 
 
 class Square(nn.Module):
@@ -47,8 +56,15 @@ def _in_place(net: Net) -> None:
     net.layers[0].weight.add_(1)
 
 
+monkey = pytest.MonkeyPatch()
+
+
 CHANGES: dict[str, tuple[Callable[[Net], Any], str]] = {
     "float": (lambda n: setattr(n, "rate", 0.2), "rate"),
+    "attribute of the class": (lambda n: monkey.setattr(Net, "temperature", 2.0), "Net.temperature"),
+    "method of the class": (lambda n: monkey.setattr(Net, "forward", lambda *_: None), "Net.forward"),
+    "name of the file": (lambda n: monkey.setitem(globals(), "SCALE", 2.0), "Net.SCALE"),
+    "attribute of another class": (lambda n: monkey.setattr(World, "factor", 2.0), "Net.World.factor"),
     "string": (lambda n: setattr(n, "head", "second"), "head"),
     "new attribute": (lambda n: setattr(n, "extra", 1), "extra"),
     "attribute gone": (lambda n: delattr(n, "on"), "on"),
@@ -93,12 +109,16 @@ def test_whatever_a_forward_reads_is_noticed(change: str) -> None:
     footprint = Footprint(net)
     assert footprint.holds() and footprint.changed() == ()
     act, name = CHANGES[change]
-    act(net)
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(sys.modules[__name__], "monkey", monkey)
+        act(net)
+        found = footprint.changed()
+        holds = footprint.holds()
     if name:
-        assert not footprint.holds()
-        assert any(found.startswith(name) for found in footprint.changed()), footprint.changed()
+        assert not holds
+        assert any(one.startswith(name) for one in found), found
     else:  # nothing that a forward reads
-        assert footprint.holds() and footprint.changed() == ()
+        assert holds and found == ()
 
 
 def test_what_comes_back_holds_again() -> None:

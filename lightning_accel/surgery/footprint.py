@@ -6,8 +6,9 @@ through `.data`, which no version counter tells), attributes of any module insid
 list, a dict), training flags, hooks, the modules themselves, and random states.
 
 `Footprint` notes all of it and tells in tens of microseconds whether it still holds; `observe` runs a call and
-tells what it wrote and which random states it moved. Module-level names and closures are out of reach: whoever
-relies on a footprint also compares results now and then.
+tells what it wrote and which random states it moved. Class attributes and module-level names are noted where the
+`forward` itself names them; what it calls may read others, and closures, so whoever relies on a footprint also
+compares results now and then.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _SMALL = 64
 _CONTAINERS = (dict, list, set, deque)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_LIBRARIES = ("torch.", "torchmetrics.", "lightning.", "builtins", "typing", "collections")
 _EVERYWHERE = (
     ("hooks of all modules", nn.modules.module._global_forward_hooks),
     ("hooks of all modules", nn.modules.module._global_forward_pre_hooks),
@@ -210,6 +212,29 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+class _Named:
+    """The module-level names that the forward of a class reads, and the attributes of that class."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        forward = getattr(kind, "forward", None)
+        code = getattr(forward, "__code__", None)
+        self.names = code.co_names if code is not None else ()
+        self.globals: dict[str, Any] = getattr(forward, "__globals__", {})
+
+    def items(self) -> Any:
+        world = [(n, self.globals[n]) for n in self.names if n in self.globals]
+        return [*world, *vars(self.kind).items()]
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def __eq__(self, other: object) -> bool:
+        return self.copy() == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class _Public:
     """The attributes of a LightningModule without those that a Trainer sets from hook to hook."""
 
@@ -222,9 +247,6 @@ class _Public:
     def copy(self) -> dict[str, Any]:
         return dict(self.items())
 
-    def update(self, values: Any) -> None:
-        self.held.update(values)
-
     def __eq__(self, other: object) -> bool:
         return self.copy() == other
 
@@ -234,7 +256,9 @@ class _Public:
 def _held(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """Yield name, what can change, and a copy of it one level deep: attributes, containers, hooks."""
     seen: set[int] = set()
-    level: list[tuple[str, Any]] = [*module.named_modules(), *_EVERYWHERE]
+    kinds = dict.fromkeys(kind for one in module.modules() for kind in type(one).__mro__)
+    users = [(k.__name__, k) for k in kinds if not k.__module__.startswith(_LIBRARIES)]
+    level: list[tuple[str, Any]] = [*module.named_modules(), *users, *_EVERYWHERE]
     for _ in range(_DEPTH):
         following: list[tuple[str, Any]] = []
         for name, value in level:
@@ -257,6 +281,8 @@ def _changeable(name: str, value: Any) -> list[tuple[str, Any]]:
         return [(name, value)]
     if isinstance(value, tuple):
         return []  # what it holds was there when it was made
+    if isinstance(value, type):
+        return [(name, _Named(value))]
     held = vars(value)
     return [(name, _Public(held) if "_trainer" in held and "_hparams_name" in held else held)]
 
@@ -265,7 +291,9 @@ def _leads_on(value: Any) -> bool:
     """Tell whether something behind a value can change that a forward reads."""
     if isinstance(value, _CONTAINERS):
         return len(value) <= _MOST
-    if isinstance(value, (*_GENERATORS, Tensor, type, ModuleType)) or callable(value):
+    if isinstance(value, type):
+        return not value.__module__.startswith(_LIBRARIES)
+    if isinstance(value, (*_GENERATORS, Tensor, ModuleType)) or callable(value):
         return isinstance(value, nn.Module)
     return hasattr(value, "__dict__") and type(value).__name__ != "Trainer"
 
@@ -274,7 +302,7 @@ def _tensors(live: list[Any]) -> Iterator[Tensor]:
     """Yield each plain tensor once."""
     seen: set[int] = set()
     for held in live:
-        for value in list(held.values() if isinstance(held, dict) else held):
+        for value in list(dict(held.items()).values() if hasattr(held, "items") else held):
             if isinstance(value, Tensor) and type(value) in _PLAIN and id(value) not in seen:
                 seen.add(id(value))
                 yield value
