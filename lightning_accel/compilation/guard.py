@@ -21,6 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+_EXACT = {
+    # Else a float that changes and is an operator's parameter keeps its second value: PyTorch #194976, #197889.
+    "specialize_float": True,
+    # Else hooks that modules inside get later are never called: PyTorch #117758.
+    "skip_nnmodule_hook_guards": False,
+}
 _MARKS = ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")
 
 
@@ -55,7 +61,8 @@ class Code:
             return self.cached(module, *args, **kwargs)
         marked = mark((*args, *kwargs.values()), self.sizes) if self.sizes else []
         try:
-            return self.compiled(module, *args, **kwargs)
+            with torch._dynamo.config.patch(_EXACT):
+                return self.compiled(module, *args, **kwargs)
         finally:
             unmark(marked)
 
