@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from lightning_accel.distillation.views import SeededViews
     from lightning_accel.loading.callback import FastLoading
     from lightning_accel.loop.callback import FusedOptimizer, LeanLoop
-    from lightning_accel.measure.callback import AccelReport, StepMeter
+    from lightning_accel.measure.callback import AccelReport
+    from lightning_accel.measure.meter.callback import StepMeter
     from lightning_accel.memory.callback import ActivationBudget, ActivationCheckpointing
     from lightning_accel.precision.callback import (
         Float8Linear,
@@ -80,7 +81,7 @@ _HOMES = {
     "SeededViews": "distillation.views",
     "Select": "surgery.select",
     "SparsityTraining": "pruning.sparsify.callback",
-    "StepMeter": "measure.callback",
+    "StepMeter": "measure.meter.callback",
     "StructuredPruning": "pruning.callback",
     "Teacher": "distillation.teacher",
     "TeacherCache": "distillation.cache",

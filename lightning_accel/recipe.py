@@ -129,7 +129,7 @@ def build_callbacks(nodes: Mapping[str, Any], *, allow: Sequence[str] = ()) -> l
     """Build callbacks from nodes by name, checked as `build` checks, in the order of their stages.
 
     >>> build_callbacks({"report": {"_target_": "lightning_accel.StepMeter"}})  # doctest: +ELLIPSIS
-    [<lightning_accel.measure.callback.StepMeter object at ...>]
+    [<lightning_accel.measure.meter.callback.StepMeter object at ...>]
     """
     tree = {"callbacks": dict(nodes)}
     _check_targets(tree, tuple(allow))
