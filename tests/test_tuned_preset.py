@@ -138,7 +138,7 @@ def test_a_file_that_is_no_preset_is_said_to_be_none(root: Path, tmp_path: Path,
 
 def test_a_preset_cannot_name_what_is_not_allowed_to_run(root: Path, tuned: Path) -> None:
     tuned.write_text("# @package _global_\ncallbacks:\n  bad: {_target_: os.system, command: ls}\n")
-    callbacks = composed(root, "+accel=./tuned.yaml")["callbacks"]
+    callbacks = {"bad": composed(root, "+accel=./tuned.yaml")["callbacks"]["bad"]}
     nodes = {"trainer": {"_target_": "lightning.pytorch.Trainer"}, "model": {"_target_": "m.Net"}}
     with pytest.raises(ValueError, match="os.system` is not allowed to run"):
         build({**nodes, "callbacks": callbacks}, allow=("m.",))
