@@ -16,7 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import StructuredPruning
 from lightning_accel.errors import NoEffect, Unsupported
 from lightning_accel.loop import FusedOptimizer, LeanLoop
-from lightning_accel.pruning import SparsityTraining, prune
+from lightning_accel.pruning import SparsityTraining, plan, prune
+from lightning_accel.pruning.importance import score
+from lightning_accel.pruning.reconstruction import gram
+from lightning_accel.pruning.sensitivity import graph_of, sensitivity
+from lightning_accel.surgery.call import Call
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
@@ -57,6 +61,114 @@ def test_a_network_with_complex_weights_equals_its_masked_twin() -> None:
         masked.weight.mul_(keep)
     x = torch.randn(5, 3, 24)
     torch.testing.assert_close(small(x), masked(x), rtol=1e-4, atol=1e-4)
+
+
+class Phases(nn.Module):
+    """Complex linear layers with the real and the imaginary part rectified (Trabelsi et al. 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 12, dtype=torch.cfloat)
+        self.two = nn.Linear(12, 8, dtype=torch.cfloat)
+        self.out = nn.Linear(8, 2, dtype=torch.cfloat)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.one, self.two):
+            x = layer(x)
+            x = torch.complex(x.real.relu(), x.imag.relu())
+        return self.out(x)
+
+
+def phases() -> tuple[Phases, Tensor]:
+    torch.manual_seed(0)
+    net = Phases()
+    with (
+        torch.no_grad()
+    ):  # all of the size is in the imaginary part of some channels, none in the real
+        net.one.weight[:6] = 5j * net.one.weight[:6].imag
+        net.one.weight[6:] = net.one.weight[6:].real + 0j
+    return net, torch.randn(16, 3, dtype=torch.cfloat)
+
+
+def by_hand(net: Phases, importance: str) -> Tensor:
+    """Return the score of each unit of the first layer, in complex128 and from the formulas."""
+    made, read = (p.detach().to(torch.complex128) for p in (net.one.weight, net.two.weight))
+    if importance == "taylor":
+        gate = torch.ones(12, dtype=torch.float64, requires_grad=True)
+        wide = copy.deepcopy(net)._apply(lambda t: t.to(torch.complex128))
+        x = wide.one(phases()[1].to(torch.complex128))
+        x = wide.two(torch.complex(x.real.relu(), x.imag.relu()) * gate)
+        out = wide.out(torch.complex(x.real.relu(), x.imag.relu()))
+        (slope,) = torch.autograd.grad(out.abs().square().sum(), gate)
+        return slope.abs()
+    if importance == "fpgm":
+        return torch.cdist(*[torch.view_as_real(made).flatten(1)] * 2).sum(1)
+    return made.abs().square().sum(1) + read.abs().square().sum(0)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor", "fpgm"])
+def test_complex_channels_are_worth_both_of_their_parts(importance: str) -> None:
+    net, x = phases()
+    net(x).abs().square().sum().backward()
+    (group,) = (g for g in graph_of(net, [Call("", (x,), {})]).groups if g.name == "one")
+    found = score(net, group, importance).double()
+    wanted = by_hand(net, importance)
+    torch.testing.assert_close(found / found.sum(), wanted / wanted.sum(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "importance", ["magnitude", "taylor", "activation", "fpgm", "lamp", "random"]
+)
+def test_complex_linear_layers_equal_their_masked_twin(importance: str) -> None:
+    net, x = phases()
+    net(x).abs().square().sum().backward()
+    cut = plan(net, calls=[Call("", (x,), {})], ratio=0.5, importance=importance)
+    wide = copy.deepcopy(net)._apply(lambda tensor: tensor.to(torch.complex128))
+    masked, small, x = copy.deepcopy(wide), copy.deepcopy(wide), x.to(torch.complex128)
+    cut.apply(small)
+    rows, columns = cut.kept["two.weight"].dims
+    with torch.no_grad():  # by hand
+        for layer, held in ((masked.one, columns), (masked.two, rows)):
+            gone = torch.ones(len(layer.weight), dtype=torch.bool)
+            gone[held] = False
+            layer.weight[gone], layer.bias[gone] = 0, 0
+    assert small.two.weight.shape == (4, 6)
+    torch.testing.assert_close(small(x), masked(x), rtol=1e-12, atol=1e-12)
+    ours = copy.deepcopy(wide)
+    cut.masked(ours)
+    torch.testing.assert_close(small(x), ours(x), rtol=1e-12, atol=1e-12)
+    assert not ours.one.weight[gone_of(columns, 12)].abs().any()
+
+
+def gone_of(held: Any, size: int) -> Tensor:
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[held] = False
+    return gone
+
+
+def test_the_sensitivity_of_a_complex_output_is_that_of_both_parts() -> None:
+    net, x = phases()
+    calls = [Call("", (x,), {})]
+    for row in sensitivity(net, calls, budget_s=0.02):
+        graph = graph_of(net, calls)
+        (group,) = (g for g in graph.groups if g.name == row.name)
+        worst = score(net, group, "magnitude").argsort(stable=True)[: row.removed].tolist()
+        small = copy.deepcopy(net)
+        graph.cut({row.name: worst}).apply(small)
+        with torch.no_grad():
+            change = (small(x) - net(x)).norm() / net(x).norm()
+        assert row.change == pytest.approx(float(change), rel=1e-4)
+
+
+def test_what_solves_real_numbers_leaves_complex_layers_and_says_so() -> None:
+    net, x = phases()
+    calls = [Call("", (x,), {})]
+    (group,) = (g for g in graph_of(net, calls).groups if g.name == "one")
+    with pytest.raises(ValueError, match="its weights are complex"):
+        gram(net, group, [calls])
+    cut = plan(net, calls=calls, ratio=0.5, compensate=True)
+    assert not cut.added
+    assert [n for n in cut.notes if n.startswith("not compensated: `two`: its weights are complex")]
 
 
 class Thaws(LightningModule):

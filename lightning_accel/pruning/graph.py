@@ -17,7 +17,7 @@ from lightning_accel.pruning.scaling import factor, query_rows
 from lightning_accel.pruning.trace import Flow, Ids, traced
 from lightning_accel.pruning.trace.sizes import solve
 from lightning_accel.surgery import Change, Cut, Kept, Select, Structure
-from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.call import Call, in_precision
 from lightning_accel.surgery.structure import named_tensors
 
 __all__ = ["Gone", "Graph", "Group", "Member"]
@@ -164,7 +164,7 @@ class Graph:
         tensors = dict(named_tensors(self.model))
         for direction, magnitude, dim in dict.fromkeys(self._flow.normed):
             if direction in kept:
-                whole = tensors[direction].detach().double()
+                whole = in_precision(tensors[direction].detach(), torch.float64)
                 part = whole.clone()
                 for other, positions in enumerate(kept[direction].dims):
                     if positions is not None and other != dim:

@@ -35,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.pruning import interop
+from lightning_accel.surgery.call import in_precision
 
 if TYPE_CHECKING:
     from lightning_accel.pruning.activations import Statistics
@@ -148,7 +149,7 @@ def gate_gradient(model: nn.Module, group: Group) -> Tensor:
 
 def _gated(member: Member, tensor: Tensor) -> Tensor | None:
     gradient = tensor.grad
-    return None if gradient is None else per_unit(exact(tensor) * exact(gradient), member)
+    return None if gradient is None else per_unit(_slopes(tensor, gradient), member)
 
 
 def squares(model: nn.Module, group: Group) -> Tensor:
@@ -157,7 +158,9 @@ def squares(model: nn.Module, group: Group) -> Tensor:
     Raises:
         ValueError: The group has no weight.
     """
-    parts = [per_unit(exact(tensor).square(), member) for member, tensor in weights(model, group)]
+    parts = [
+        per_unit(exact(tensor).abs().square(), member) for member, tensor in weights(model, group)
+    ]
     if not parts:
         raise ValueError("none of its tensors is a weight")
     return _sum(parts)
@@ -201,12 +204,12 @@ def _is_of_torch(hook: object) -> bool:
 def tensors_of(
     model: nn.Module, group: Group, *roles: str
 ) -> Iterator[tuple[Member, nn.Parameter]]:
-    """Yield the group's floating point parameters of these roles, tied ones under one name only."""
+    """Yield the group's floating point and complex parameters of these roles, tied ones under one name only."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     seen: list[tuple[nn.Parameter, Member]] = []
     for member in group.members:
         tensor = parameters.get(member.tensor)
-        if tensor is None or member.role not in roles or not tensor.is_floating_point():
+        if tensor is None or member.role not in roles or not _is_number(tensor):
             continue
         if not any(tensor is other and _same_place(member, known) for other, known in seen):
             seen.append((tensor, member))
@@ -231,8 +234,19 @@ def per_unit(values: Tensor, member: Member) -> Tensor:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """Return the values in the widest floating point type that the device has."""
-    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    """Return the values in the widest floating point type that the device has, or complex one."""
+    return in_precision(
+        tensor.detach(), torch.float32 if tensor.device.type == "mps" else torch.float64
+    )
+
+
+def _slopes(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """Return the derivative of the loss by a real factor of each weight."""
+    return (exact(tensor).conj() * exact(gradient)).real
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _magnitude(model: nn.Module, group: Group) -> Tensor:
@@ -263,6 +277,7 @@ def _fpgm(model: nn.Module, group: Group) -> Tensor:
     found = False
     for member, tensor in weights(model, group, "out"):
         rows = exact(tensor).movedim(member.dim, 0).flatten(1)
+        rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
         rows = rows[member.positions.to(rows.device)].flatten(1)  # (units, weights of the unit)
         squared += _distances(rows).cpu()
         found = True

@@ -172,7 +172,9 @@ def plan(
     if compensate:
         cut = _compensated(graph, cut, found.gone, data)
     note = _reached(graph, found.gone, ratio, target)
-    return dataclasses.replace(cut, skipped=(*graph.skipped, *found.refused), notes=(note,))
+    return dataclasses.replace(
+        cut, skipped=(*graph.skipped, *found.refused), notes=(note, *cut.notes)
+    )
 
 
 class _Chosen(NamedTuple):
@@ -292,7 +294,8 @@ def _compensated(graph: Graph, cut: Cut, gone: Gone, batches: Sequence[Sequence[
     )
     before = dict(small.named_parameters())
     added = {name: value - before[name].detach() for name, value in found.values.items()}
-    return dataclasses.replace(cut, added=added)
+    notes = tuple(f"not compensated: `{c.name}`: {c.what}" for c in found.left_out)
+    return dataclasses.replace(cut, added=added, notes=notes)
 
 
 def _culprits(

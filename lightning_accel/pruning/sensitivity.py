@@ -24,7 +24,7 @@ from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.target import Latency, Macs, Params, check_share
 from lightning_accel.pruning.verify import in_dtype_of
 from lightning_accel.surgery import Select, Structure, twin
-from lightning_accel.surgery.call import Call, first, run, same_random_state, tensors
+from lightning_accel.surgery.call import Call, first, reals, run, same_random_state
 
 _EVERYTHING, _AS_IT_IS = Select(), Structure()
 _SAMPLES = 2  # enough to trace
@@ -205,8 +205,7 @@ def _bundles(graph: Graph, importance: Importance, share: float) -> list[tuple[l
 def _outputs(model: nn.Module, calls: Sequence[Call]) -> Callable[[nn.Module], float]:
     def values(network: nn.Module) -> torch.Tensor:
         with torch.inference_mode(), eval_mode(network), same_random_state(network):
-            found = [t for t in tensors(run(network, calls)) if t.is_floating_point()]
-            return torch.cat([t.flatten().double() for t in found])
+            return torch.cat([t.flatten().double() for t in reals(run(network, calls))])
 
     dense = values(model)
     return lambda network: float((values(network) - dense).norm() / dense.norm())

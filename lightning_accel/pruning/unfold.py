@@ -35,6 +35,8 @@ def why_unreadable(module: nn.Module, member: Member) -> str:
         return "its weight is computed from others"
     if member.dim != input_dim(module):
         return f"dimension {member.dim} of its weight is not what it reads"
+    if module._parameters["weight"].is_complex():  # type: ignore[union-attr]
+        return "its weights are complex, and its error is solved in real numbers"
     return ""
 
 
@@ -132,9 +134,9 @@ def blocks(module: nn.Module) -> int:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """Return the values in float64, on the CPU where the device has no such type."""
+    """Return the values in float64 or complex128, on the CPU where the device has no such type."""
     device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
-    return tensor.detach().to(device, torch.float64)
+    return tensor.detach().to(device, torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _sides(module: Any, reach: list[int]) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ from lightning_accel.surgery.call import (
     as_call,
     cast,
     converted,
+    reals,
     run,
     same_random_state,
     tensors,
@@ -184,19 +185,13 @@ def _backward(model: nn.Module, calls: Sequence[Call]) -> None:
     with torch.enable_grad(), same_random_state(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _located(model):
-            outputs = [t for t in _tensors(run(model, calls)) if t.requires_grad]
+            outputs = [t for t in reals(run(model, calls)) if t.requires_grad]
         total = sum(t.float().mean() for t in outputs)
         if isinstance(total, Tensor):
             try:
                 total.backward()
             except RuntimeError as error:
                 raise BrokenModel("the cut network has no backward", str(error), _REMEDY) from error
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    found = (t.resolve_conj() for t in tensors(outputs))
-    real = (torch.view_as_real(t) if t.is_complex() else t for t in found)
-    return [t for t in real if t.is_floating_point()]
 
 
 def in_dtype_of(calls: Sequence[Call], model: nn.Module) -> tuple[Call, ...]:

@@ -45,13 +45,25 @@ def converted(model: ModuleT, dtype: torch.dtype) -> ModuleT:
     >>> converted(layer, torch.float64)[0].dtype
     torch.complex128
     """
-    return model._apply(lambda tensor: _in_precision(tensor, dtype))
+    return model._apply(lambda tensor: in_precision(tensor, dtype))
 
 
-def _in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert floating point numbers, and complex ones to those of that precision; leave others."""
     if tensor.is_complex():
         return tensor.to(dtype.to_complex())
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def reals(outputs: Any) -> list[Tensor]:
+    """Return the floating point tensors in outputs, complex ones as pairs of parts.
+
+    >>> [tuple(t.shape) for t in reals((torch.ones(2, dtype=torch.cfloat), torch.ones(3, dtype=int)))]
+    [(2, 2)]
+    """
+    found = (tensor.resolve_conj() for tensor in tensors(outputs))
+    parts = (torch.view_as_real(t) if t.is_complex() else t for t in found)
+    return [t for t in parts if t.is_floating_point()]
 
 
 @contextmanager
@@ -108,6 +120,6 @@ def cast(calls: Sequence[Call], dtype: torch.dtype) -> tuple[Call, ...]:
     """
 
     def convert(value: Any) -> Any:
-        return _in_precision(value.detach(), dtype) if isinstance(value, Tensor) else value
+        return in_precision(value.detach(), dtype) if isinstance(value, Tensor) else value
 
     return tuple(Call(c.name, *tree_map(convert, (c.args, c.kwargs))) for c in calls)

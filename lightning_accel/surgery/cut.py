@@ -109,9 +109,9 @@ class Cut:
         tensors = dict(named_tensors(model))
         for name in self.kept:
             tensor = tensors[name]
-            if id(tensor) not in done and tensor.is_floating_point():
+            if id(tensor) not in done and (tensor.is_floating_point() or tensor.is_complex()):
                 done.add(id(tensor))
-                tensor.mul_(self.mask(name, tensor).clamp_min(nothing))
+                tensor.mul_(self.mask(name, tensor.real).clamp_min(nothing))
         for name, change in self.renormed.items():
             tensors[name].mul_(change.to(tensors[name]))
 
