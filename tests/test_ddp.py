@@ -37,6 +37,7 @@ def test_ranks_agree_through_prune_and_resume(tmp_path: Path, importance: str, u
     assert zero == one
     assert len(zero["whole"]) == 4 + 2  # epochs and prunes
     assert zero["resumed"] == zero["whole"][-len(zero["resumed"]) :]
+    assert zero["from_cut"] == zero["whole"][-2:]  # the two epochs after the last cut
     assert len(set(zero["whole"])) == 6
 
 

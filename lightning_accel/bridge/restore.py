@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_accel.bridge.guards import refuse_lazy
 from lightning_accel.errors import StructureMismatch, explain, weights_alone
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.structure import named_tensors, text
@@ -130,6 +131,7 @@ def stored_structure(pl_module: LightningModule, checkpoint: Mapping[str, Any]) 
     """
     if checkpoint.get(KEY) is None:
         return Structure()
+    refuse_lazy(pl_module, "loading a pruned network")
     stored = checkpoint[KEY] if isinstance(checkpoint[KEY], dict) else {}
     structure = Structure.from_dict(stored.get("structure"))
     structure.check(pl_module, limit=pristine(pl_module))

@@ -87,7 +87,8 @@ if __name__ == "__main__":
     folder, importance, find_unused = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "unused"
     whole = fit(folder / "a", importance, find_unused)
     resumed = fit(folder / "b", importance, find_unused, str(folder / "a" / "epoch=1.ckpt"))
+    from_cut = fit(folder / "c", importance, find_unused, str(folder / "a" / "epoch=2-cut.ckpt"))
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(
-        json.dumps({"whole": whole.seen, "resumed": resumed.seen})
+        json.dumps({"whole": whole.seen, "resumed": resumed.seen, "from_cut": from_cut.seen})
     )
