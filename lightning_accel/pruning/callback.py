@@ -244,9 +244,8 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         bests.begin_epoch(trainer)
-        if _is_free(
-            pl_module
-        ):  # else hooks that come after this one may yet unfreeze: at the first batch
+        # What is frozen may yet be unfrozen by hooks that come after this one: then at the first batch.
+        if _is_free(pl_module):
             self._act(trainer, pl_module)
 
     @override
