@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_accel.bridge import bests
 from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
 from lightning_accel.bridge.optimizers import (
+    hidden_beside,
     optimizers_of,
     refuse_flat,
     shadows_of,
@@ -92,7 +93,8 @@ def commit(
         strategy.model = pl_module
         gc.collect()  # the old wrapper's gradient accumulators know the old shapes
     remember(pl_module, cut.before)
-    shadows = shadows_of(trainer, pl_module)  # while shapes still tell whose they are
+    hidden = hidden_beside(trainer, pl_module)
+    shadows = shadows_of(trainer, pl_module, hidden)  # while shapes still tell whose they are
     refuse_flat(shadows)
     in_parts = [(part.copy, part.cut(cut)) for part in parts if part.at is None]
     receipt = cut.apply(pl_module)
@@ -100,7 +102,7 @@ def commit(
         its_own.apply(copy)
     for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         cut.apply(average)
-    _warn_of_resets(follow(optimizers_of(trainer, pl_module), receipt))
+    _warn_of_resets(follow(optimizers_of(trainer, pl_module, hidden), receipt))
     shadows.follow(cut.kept)
     if finish is not None:
         finish()

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import nn
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_accel.errors import Unsupported
-from lightning_accel.surgery.optimizers import Steps, parameters_of, within
+from lightning_accel.surgery.optimizers import Steps, is_optimizer, parameters_of, within
+from lightning_accel.surgery.owners import attributes, owners
 from lightning_accel.surgery.shadows import Shadows
 
 _WATCHED: weakref.WeakKeyDictionary[nn.Module, Steps] = weakref.WeakKeyDictionary()
-_OF_THE_MODULE = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer")
+_CONTAINERS = (dict, list, tuple, set, str, bytes)
+_ELSEWHERE = {
+    *("_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer", "_strategy"),
+    *("state", "param_groups", "_dtype"),  # state follows by `follow`
+}
 
 
 def watch(pl_module: LightningModule) -> None:
@@ -31,31 +40,52 @@ def unwatch(pl_module: LightningModule) -> None:
         steps.stop()
 
 
-def optimizers_of(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
-    """Return those of the Trainer, those inside them or held by the module, and those seen at work."""
+def hidden_beside(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
+    """Return who holds the optimizers that are known, and parameters that none of them holds.
+
+    Takes a look at all objects of the process, so ask once for each edit.
+    """
+    known = optimizers_of(trainer, pl_module)
+    held = {id(p) for o in known for p in parameters_of(o)}
+    left = [p for p in pl_module.parameters() if p.requires_grad and id(p) not in held]
+    return owners([*known, *left])
+
+
+def optimizers_of(
+    trainer: Trainer, pl_module: LightningModule, hidden: Sequence[Any] = ()
+) -> list[Any]:
+    """Return those of the Trainer, those inside them or held by the module, and those seen at work.
+
+    Args:
+        trainer: Of the fit.
+        pl_module: Of the fit.
+        hidden: Further places to look in, from `hidden_beside`.
+    """
     steps = _WATCHED.get(pl_module)
-    found = within(trainer.optimizers, pl_module, steps.seen() if steps is not None else ())
+    seen = steps.seen() if steps is not None else ()
+    found = within(trainer.optimizers, pl_module, seen, [h for h in hidden if is_optimizer(h)])
     mine = {id(p) for p in pl_module.parameters()}
     # Those of the Trainer may hold parameters that came from elsewhere, such as projectors.
     given = within(trainer.optimizers)
     return [o for o in found if o in given or any(id(p) in mine for p in parameters_of(o))]
 
 
-def shadows_of(trainer: Trainer, pl_module: LightningModule) -> Shadows:
-    """Return the tensors that callbacks, the module and optimizers keep beside its parameters."""
-    optimizers = optimizers_of(trainer, pl_module)
+def shadows_of(trainer: Trainer, pl_module: LightningModule, hidden: Sequence[Any] = ()) -> Shadows:
+    """Return the tensors that callbacks, the module, optimizers and the hidden keep beside parameters."""
+    optimizers = optimizers_of(trainer, pl_module, hidden)
     holders: dict[str, dict[str, Any]] = {}
     for number, optimizer in enumerate(optimizers):
-        # `state` follows by `follow`.
-        own = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
-        holders[f"optimizer{number}"] = own
+        holders |= _held_by(optimizer, f"optimizer{number}")
+    known = {id(o) for o in optimizers}
+    for one in hidden:
+        if id(one) not in known:
+            holders |= _held_by(one, _free(holders, getattr(one, "__name__", type(one).__name__)))
     for number, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
         if not isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             ours = type(callback).__module__.startswith("lightning_accel.")
             holders |= {} if ours else _held_by(callback, f"{type(callback).__name__}{number}")
     for name, module in pl_module.named_modules():
-        kept = {k: v for k, v in vars(module).items() if k not in _OF_THE_MODULE}
-        holders[name or type(pl_module).__name__] = kept
+        holders |= _held_by(module, name or type(pl_module).__name__)
     groups = [group["params"] for o in optimizers for group in o.param_groups]
     flat = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
     return Shadows(pl_module, holders, [*groups, *flat])
@@ -72,11 +102,22 @@ def refuse_flat(shadows: Shadows) -> None:
 
 
 def _held_by(one: Any, where: str) -> dict[str, dict[str, Any]]:
-    """Return what an object holds, and what objects that it holds do (an `Ema` of a callback)."""
-    found = {where: dict(vars(one))}
-    for key, value in vars(one).items():
-        if hasattr(value, "__dict__") and not isinstance(
-            value, (type, nn.Module, Trainer, LightningModule)
-        ):
-            found[f"{where}.{key}"] = dict(vars(value))
+    """Return what an object holds, and what objects and closures that it holds do (an `Ema`)."""
+    own = {k: v for k, v in attributes(one).items() if k not in _ELSEWHERE}
+    found = {where: own}
+    for key, value in own.items():
+        if _looks_inside(value):
+            found[f"{where}.{key}"] = {
+                k: v for k, v in attributes(value).items() if k not in _ELSEWHERE
+            }
     return found
+
+
+def _looks_inside(value: Any) -> bool:
+    if isinstance(value, (type, nn.Module, Tensor, Trainer, Strategy, *_CONTAINERS)):
+        return False
+    return not isinstance(value, Optimizer) and bool(attributes(value))
+
+
+def _free(taken: Mapping[str, Any], name: str) -> str:
+    return next(n for k in itertools.count() if (n := f"{name}{k}") not in taken)

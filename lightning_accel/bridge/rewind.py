@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_accel.bridge import bests
 from lightning_accel.bridge.model_edit import tell
-from lightning_accel.bridge.optimizers import optimizers_of, shadows_of
+from lightning_accel.bridge.optimizers import hidden_beside, optimizers_of, shadows_of
 from lightning_accel.bridge.parts import PartState, parts_of
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.surgery import Receipt
@@ -56,9 +56,10 @@ def rewind(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> 
 
 
 def _holders(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    optimizers = optimizers_of(trainer, pl_module)
+    hidden = hidden_beside(trainer, pl_module)
+    optimizers = optimizers_of(trainer, pl_module, hidden)
     found: dict[str, Any] = {f"optimizer{i}": o for i, o in enumerate(optimizers)}
-    found["shadows"] = shadows_of(trainer, pl_module)
+    found["shadows"] = shadows_of(trainer, pl_module, hidden)
     for part in parts_of(trainer, pl_module):
         if part.at is None:
             found[part.where] = PartState(pl_module, part)

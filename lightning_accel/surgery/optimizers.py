@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from lightning_accel.surgery.owners import attributes, contents
+
 _DEPTH = 8  # wrappers of wrappers, each in a list of a dict
 _PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, Tensor, nn.Module)
 _OWN = ("param_groups", "state", "defaults", "_strategy", "_trainer", "_fabric")
@@ -150,15 +152,12 @@ def _parts(one: Any) -> list[Any]:
     if isinstance(one, functools.partial):
         return [one.func, *one.args, *one.keywords.values()]
     if isinstance(one, types.FunctionType):
-        return [v for cell in one.__closure__ or () for v in _content(cell)]
+        return [v for cell in one.__closure__ or () for v in contents(cell) if _in_closure(v)]
     if isinstance(one, weakref.ReferenceType):
         return []
-    held = vars(one) if hasattr(one, "__dict__") else {}
-    slots = [s for base in type(one).__mro__ for s in getattr(base, "__slots__", ())]
-    values = [getattr(one, s, None) for s in slots if isinstance(s, str)]
     # Hooks belong to others, us included.
-    values += [v for k, v in held.items() if k not in _OWN and not k.endswith("_hooks")]
-    return [v for v in values if _leads_on(v)]
+    held = {k: v for k, v in attributes(one).items() if k not in _OWN}
+    return [v for k, v in held.items() if not k.endswith("_hooks") and _leads_on(v)]
 
 
 def _worth(value: Any) -> bool:
@@ -176,10 +175,6 @@ def _leads_on(value: Any) -> bool:
     return not names & {"Trainer", "Callback", "Strategy", "DataLoader"}
 
 
-def _content(cell: Any) -> list[Any]:
-    try:
-        held = cell.cell_contents
-    except ValueError:  # not filled yet
-        return []
+def _in_closure(held: Any) -> bool:
     containers = (Mapping, list, tuple, functools.partial, types.FunctionType)
-    return [held] if isinstance(held, containers) or _worth(held) else []
+    return isinstance(held, containers) or _worth(held)

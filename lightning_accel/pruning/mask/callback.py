@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.bridge import guards
-from lightning_accel.bridge.optimizers import optimizers_of, shadows_of
+from lightning_accel.bridge.optimizers import hidden_beside, optimizers_of, shadows_of
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import explain
 from lightning_accel.pruning import masks as masking
@@ -198,9 +198,10 @@ class WeightMasks(Callback):
         self._unhook()
         # From the backward on, since SAM and the like read gradients before any step.
         self._handles = masking.mask_gradients(pl_module, self.masks)
-        for optimizer in optimizers_of(trainer, pl_module):
+        hidden = hidden_beside(trainer, pl_module)
+        for optimizer in optimizers_of(trainer, pl_module, hidden):
             masking.hold(pl_module, self.masks, optimizer)
-        for shadow in shadows_of(trainer, pl_module):
+        for shadow in shadows_of(trainer, pl_module, hidden):
             if shadow.name in self.masks:
                 gone = ~self.masks[shadow.name].to(shadow.tensor.device)
                 shadow.tensor.data.masked_fill_(gone, 0.0)
