@@ -61,6 +61,7 @@ def owners(held: Iterable[Any]) -> list[Any]:
             if isinstance(one, (*_CONTAINERS, types.FunctionType))
             or callable(getattr(one, "step", None))
         ]
+        del fresh  # or it is found to hold what it holds
         if not level:
             break
     return found
