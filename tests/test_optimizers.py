@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import FusedOptimizer, StructuredPruning, WeightMasks
-from lightning_accel.errors import Unsupported
+from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.precision import Bf16Precision
 from lightning_accel.surgery.optimizers import within
 
@@ -310,6 +310,24 @@ def test_lookahead_in_closures_follows_a_prune_and_masks() -> None:
     true = by_hand(WRAPPERS["lookahead"], 3, masks.masks, start=1)
     for key, p in module.named_parameters():
         torch.testing.assert_close(p, true.get_parameter(key))
+
+
+def test_weights_of_before_a_prune_that_come_back_end_the_fit() -> None:
+    class Revives(Module):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 0:
+                OLD[:] = [p.detach().clone() for p in self.net.parameters()]
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.trainer.is_last_batch and self.current_epoch == 1:
+                for p, old in zip(self.net.parameters(), OLD, strict=True):
+                    p.data = old
+
+    with pytest.raises(AccelError, match="were put back into the pruned network"):
+        fit(Revives(), StructuredPruning(ratio=0.5, when=1))
+
+
+OLD: list[Tensor] = []  # a name of a file, where no edit looks
 
 
 @pytest.mark.parametrize("kind", [Module, ByHand, Hidden])

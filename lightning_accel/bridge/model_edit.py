@@ -9,6 +9,7 @@ has the hooks `on_model_edit_start(trainer, pl_module)` or
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar
@@ -29,9 +30,13 @@ from lightning_accel.bridge.optimizers import (
     watch,
 )
 from lightning_accel.bridge.parts import following, forget_parts, note_parts, widened
-from lightning_accel.bridge.restore import averages, register, remember
+from lightning_accel.bridge.restore import averages, pristine, register, remember
 from lightning_accel.errors import AccelError
-from lightning_accel.surgery import Cut, Receipt, Stage, follow
+from lightning_accel.surgery import Cut, Receipt, Stage, Structure, follow
+
+
+_LEFT: weakref.WeakKeyDictionary[LightningModule, Structure] = weakref.WeakKeyDictionary()
+"""The sizes that the last cut of a fit left."""
 
 
 class ModelEdit(Callback):
@@ -63,9 +68,20 @@ class ModelEdit(Callback):
         note_parts(trainer, pl_module)
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that what was cut stays so: weights kept elsewhere may have been put back."""
+        refuse_grown(pl_module)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         unwatch(pl_module)
         forget_parts(pl_module)
+        _LEFT.pop(pl_module, None)
+
+
+def forget_sizes(pl_module: LightningModule) -> None:
+    """Expect no sizes any more, after a cut was taken back."""
+    _LEFT.pop(pl_module, None)
 
 
 def commit(
@@ -108,9 +124,24 @@ def commit(
         finish()
     if wrapped:
         strategy.configure_ddp()  # type: ignore[attr-defined]
+    _LEFT[pl_module] = pristine(pl_module).now(pl_module)
     bests.start_anew(trainer)
     tell(trainer, "on_model_edit_end", pl_module, receipt)
     return receipt
+
+
+def refuse_grown(pl_module: LightningModule) -> None:
+    """Raise when weights have their shape of before a cut again, while the layers around them do not."""
+    left = _LEFT.get(pl_module)
+    if left is None or (found := left.now(pl_module)) == left:
+        return
+    names = [name for name, shape in left.tensors.items() if found.tensors[name] != shape]
+    raise AccelError(
+        "weights of before a prune were put back into the pruned network, by somebody who keeps "
+        "copies where no edit could find them",
+        ", ".join(names[:4]) or "other sizes of layers",
+        "keep slow weights, averages and the like as attributes of the module, a callback or the optimizer",
+    )
 
 
 def tell(trainer: Trainer, hook: str, *args: Any) -> None:

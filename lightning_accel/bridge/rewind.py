@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_accel.bridge import bests
-from lightning_accel.bridge.model_edit import tell
+from lightning_accel.bridge.model_edit import forget_sizes, tell
 from lightning_accel.bridge.optimizers import hidden_beside, optimizers_of, shadows_of
 from lightning_accel.bridge.parts import PartState, parts_of
 from lightning_accel.bridge.restore import averages, pristine
@@ -49,6 +49,7 @@ def rewind(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> 
     )
     if wrapped:
         strategy.configure_ddp()  # type: ignore[attr-defined]
+    forget_sizes(pl_module)
     bests.taken_back(trainer)
     tell(trainer, "on_model_edit_end", pl_module, receipt)
     snapshot.restore_random(trainer.global_rank)  # last: what went before may have drawn numbers

@@ -297,6 +297,7 @@ class StructuredPruning(ModelEdit):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         # Before the last checkpoint is written, so that it holds the network that passed.
         if trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs:
             self._may_go_on(trainer, pl_module, final=True)
