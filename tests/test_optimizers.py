@@ -367,9 +367,152 @@ class Slots:
         return loss
 
 
-def test_a_step_that_nobody_sees_is_refused_by_masters_and_held_by_masks() -> None:
-    with pytest.raises(Unsupported, match="cannot see this optimizer step"):
-        fit(Module(Slots), plugins=[Bf16Precision("master")])
+class Keyed(Lookahead):
+    """Keeps its slow weights by parameter, and the parameters once more in a list of its own."""
+
+    def __init__(self, params: Any, base: Any) -> None:
+        super().__init__(params, base)
+        self.mine = [p for g in self.param_groups for p in g["params"]]
+        self.by_parameter = {p: p.detach().clone() for p in self.mine}
+
+    def step(self, closure: Any = None) -> Any:
+        result = self.optimizer.step(closure)
+        self.count += 1
+        for p in self.mine if self.count % 2 == 0 else ():
+            slow = self.by_parameter[p]
+            slow.add_(p.detach() - slow, alpha=0.5)
+            p.data.copy_(slow)
+        return result
+
+
+class Late(torch.optim.Optimizer):
+    """Of torch's class; makes its slow weights in its state, when first needed."""
+
+    def __init__(self, params: Any, base: Any) -> None:
+        self.fast = base(params)
+        super().__init__(self.fast.param_groups, {})
+        self.param_groups = self.fast.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("slow", p.detach().clone())
+        result = self.fast.step(closure)
+        self.state[self.param_groups[0]["params"][0]].setdefault("count", [0])[0] += 1
+        count = self.state[self.param_groups[0]["params"][0]]["count"][0]
+        for p in self.param_groups[0]["params"] if count % 2 == 0 else ():
+            slow = self.state[p]["slow"]
+            slow.add_(p.detach() - slow, alpha=0.5)
+            p.data.copy_(slow)
+        return result
+
+
+def slowly(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=1e-3, momentum=0.9)
+
+
+LOOKING_AHEAD: dict[str, Callable[[Any], Any]] = {
+    "lists": lambda p: Lookahead(p, slowly),
+    "dict": lambda p: Keyed(p, slowly),
+    "state": lambda p: Late(p, slowly),
+    "sam": lambda p: Sam(p, slowly),
+    "of nobody's class": Slots,
+}
+
+
+def masters_by_hand(make: Callable[[Any], Any], epochs: int = 3) -> dict[str, Tensor]:
+    """Step an optimizer on float32 weights, with gradients of a network of their roundings."""
+    full = Module(make)
+    short = copy.deepcopy(full).bfloat16()
+    optimizer = full.configure_optimizers()
+    for i in list(range(4)) * epochs:
+
+        def closure(i: int = i) -> Tensor:
+            short.load_state_dict(full.state_dict())
+            short.zero_grad()
+            loss = short.training_step((X[8 * i : 8 * i + 8].bfloat16(), Y[8 * i : 8 * i + 8]), i)
+            loss.backward()
+            for p, q in zip(full.parameters(), short.parameters(), strict=True):
+                p.grad = q.grad.float()  # type: ignore[union-attr]
+            return loss
+
+        optimizer.step(closure)
+    return {name: p.detach() for name, p in full.named_parameters()}
+
+
+@pytest.mark.parametrize("name", LOOKING_AHEAD)
+def test_masters_learn_what_float32_weights_do(name: str) -> None:
+    plugin, module = Bf16Precision("master"), Module(LOOKING_AHEAD[name])
+    before = {k: v.detach().clone() for k, v in module.named_parameters()}
+    fit(module, plugins=[plugin])
+    true, found = masters_by_hand(LOOKING_AHEAD[name]), plugin.masters()
+    assert found.keys() == true.keys()
+    for key, value in true.items():
+        assert torch.equal(found[key], value), key
+        assert (value - before[key]).abs().max() > 1e-5
+
+
+class PastLightning(ByHand):
+    """Steps Lookahead itself, whose synchronisation is seen by nobody."""
+
+
+class SgdByHand(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for p in self.parameters():
+            p.data -= 0.1 * p.grad  # type: ignore[operator]
+
+
+class Loop(Module):
+    """Automatic optimization, with a second rule by hand beside it."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.net[0].weight.data.mul_(0.9)
+
+
+@pytest.mark.parametrize("kind", ["master", "stochastic"])
+@pytest.mark.parametrize(
+    "make", [lambda: PastLightning(WRAPPERS["lookahead"]), SgdByHand, Loop], ids="psl"
+)
+def test_weights_that_are_computed_in_eight_bits_are_refused(
+    make: Callable[[], Module], kind: str
+) -> None:
+    with pytest.raises(Unsupported, match="outside of an optimizer step, with the eight bits"):
+        fit(make(), plugins=[Bf16Precision(kind)])
+
+
+def test_weights_that_are_set_again_and_again_are_not() -> None:
+    class Clips(Module):
+        def on_train_batch_end(self, *_: Any) -> None:
+            for p in self.parameters():
+                p.data.clamp_(-0.1, 0.1)
+
+    for kind in ("master", "stochastic"):
+        fit(Clips(), WeightMasks(amount=0.5), plugins=[Bf16Precision(kind)])
+
+
+def test_an_optimizer_that_holds_weights_where_nobody_finds_them_is_refused() -> None:
+    class Around(Slots):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params)
+            held = self.param_groups[0]["params"][:]
+            self.held = lambda: held
+
+        def step(self, closure: Any = None) -> Any:
+            loss = closure()
+            for p in self.held():
+                p.data.sub_(p.grad, alpha=0.1)
+            return loss
+
+    with pytest.raises(Unsupported, match="outside of its `param_groups`"):
+        fit(Module(Around), plugins=[Bf16Precision("master")])
+
+
+def test_a_step_that_nobody_sees_is_held_by_masks() -> None:
     masks, module = WeightMasks(amount=0.5), Module(Slots)
     fit(module, masks)
     assert all(not module.get_parameter(k)[~m].any() for k, m in masks.masks.items())
@@ -507,3 +650,88 @@ def test_an_average_beside_a_true_precision_and_a_prune(options: dict[str, Any])
     fit(module, StructuredPruning(ratio=0.5, when=1), EMAWeightAveraging(decay=0.9), **options)
     assert module.net[0].weight.shape == (8, 8)
     assert torch.isfinite(module.net[1].running_mean).all()
+
+
+class Anew(Module):
+    """Makes its optimizers anew before epoch 1, as when another part is trained from then on."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+class Unfreezes(Module):
+    """Gives its first layer to the running optimizer before epoch 1 (BackboneFinetuning)."""
+
+    def __init__(self, make: Callable[[Any], Any] = sgd) -> None:
+        super().__init__(make)
+        self.net[0].requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return self.make(p for p in self.parameters() if p.requires_grad)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.join(self.optimizers().optimizer)  # type: ignore[union-attr]
+
+    def join(self, optimizer: Any) -> None:
+        self.net[0].requires_grad_(True)
+        optimizer.add_param_group({"params": list(self.net[0].parameters())})
+
+
+def in_mid_training(kind: type[Module], short: bool, kept: Tensor | None = None) -> nn.Module:
+    """Do by hand what the two do, with masks from epoch 2 on; `short` computes on roundings."""
+    full = kind()
+    optimizer, masks = full.configure_optimizers(), {} if kept is None else masks_of(kept)
+    named = dict(full.named_parameters())
+    for step in range(16):
+        if step == 4 and kind is Anew:
+            optimizer = full.configure_optimizers()
+        elif step == 4:
+            full.join(optimizer)
+            if short:  # frozen weights are the roundings that the network computed with
+                full.net[0].to(torch.bfloat16).to(torch.float32)
+        if step == 8:
+            for name, keep in masks.items():
+                named[name].data *= keep
+                _mask_memories(optimizer, named[name], 0, keep)
+        i = 8 * (step % 4)
+        net = copy.deepcopy(full).to(torch.bfloat16 if short else torch.float32)
+        x = X[i : i + 8].to(net.net[2].weight.dtype)
+        net.training_step((x, Y[i : i + 8]), 0).backward()
+        for (name, p), q in zip(named.items(), net.parameters(), strict=True):
+            keep = masks.get(name, torch.ones(())) if step >= 8 else torch.ones(())
+            p.grad = None if q.grad is None else q.grad.float() * keep
+        optimizer.step()
+    return full
+
+
+@pytest.mark.parametrize("kind", [Anew, Unfreezes])
+def test_optimizers_that_come_or_grow_in_mid_training(kind: type[Module]) -> None:
+    module, cuts = kind(), Cuts()
+    fit(module, StructuredPruning(ratio=0.5, when=2), cuts, epochs=4)
+    true = in_mid_training(kind, short=False, kept=cuts.kept)
+    torch.testing.assert_close(module.net[0].weight, true.net[0].weight[cuts.kept])
+    torch.testing.assert_close(module.net[2].weight, true.net[2].weight[:, cuts.kept])
+    module, masks = kind(), WeightMasks(amount=0.5, when=2)
+    fit(module, masks, epochs=4)
+    assert all(not module.get_parameter(k)[~m].any() for k, m in masks.masks.items())
+    plugin = Bf16Precision("master")
+    fit(kind(), plugins=[plugin], epochs=4)
+    true = in_mid_training(kind, short=True)
+    for name, found in plugin.masters().items():
+        assert torch.equal(found, true.get_parameter(name)), name
+
+
+def test_a_state_loaded_into_a_new_optimizer_is_stepped_in_float32() -> None:
+    class Carries(Anew):
+        def on_train_epoch_start(self) -> None:
+            old = self.trainer.optimizers[0].state_dict()
+            super().on_train_epoch_start()
+            if self.current_epoch == 1:
+                self.trainer.optimizers[0].load_state_dict(old)
+
+    plugin, module = Bf16Precision("master"), Carries(lambda p: torch.optim.Adam(p, lr=1e-3))
+    fit(module, plugins=[plugin])
+    state = module.trainer.optimizers[0].state[module.net[0].weight]
+    assert state["exp_avg"].dtype == torch.float32

@@ -34,7 +34,6 @@ from lightning_accel.bridge.restore import averages, pristine, register, remembe
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery import Cut, Receipt, Stage, Structure, follow
 
-
 _LEFT: weakref.WeakKeyDictionary[LightningModule, Structure] = weakref.WeakKeyDictionary()
 """The sizes that the last cut of a fit left."""
 

@@ -73,9 +73,7 @@ def optimizers_of(
 def shadows_of(trainer: Trainer, pl_module: LightningModule, hidden: Sequence[Any] = ()) -> Shadows:
     """Return the tensors that callbacks, the module, optimizers and the hidden keep beside parameters."""
     optimizers = optimizers_of(trainer, pl_module, hidden)
-    holders: dict[str, dict[str, Any]] = {}
-    for number, optimizer in enumerate(optimizers):
-        holders |= _held_by(optimizer, f"optimizer{number}")
+    holders = _held_by_optimizers(optimizers)
     known = {id(o) for o in optimizers}
     for one in hidden:
         if id(one) not in known:
@@ -86,9 +84,12 @@ def shadows_of(trainer: Trainer, pl_module: LightningModule, hidden: Sequence[An
             holders |= {} if ours else _held_by(callback, f"{type(callback).__name__}{number}")
     for name, module in pl_module.named_modules():
         holders |= _held_by(module, name or type(pl_module).__name__)
-    groups = [group["params"] for o in optimizers for group in o.param_groups]
-    flat = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
-    return Shadows(pl_module, holders, [*groups, *flat])
+    return Shadows(pl_module, holders, _orders(optimizers))
+
+
+def kept_beside(optimizers: Sequence[Any], model: nn.Module) -> Shadows:
+    """Return the tensors that optimizers keep beside parameters, as Lookahead its slow weights."""
+    return Shadows(model, _held_by_optimizers(optimizers), _orders(optimizers))
 
 
 def refuse_flat(shadows: Shadows) -> None:
@@ -99,6 +100,19 @@ def refuse_flat(shadows: Shadows) -> None:
             shadows.flat[0],
             "keep a dict by name instead, `{name: p.detach().clone() for name, p in ...}`",
         )
+
+
+def _held_by_optimizers(optimizers: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    holders: dict[str, dict[str, Any]] = {}
+    for number, optimizer in enumerate(optimizers):
+        holders |= _held_by(optimizer, f"optimizer{number}")
+    return holders
+
+
+def _orders(optimizers: Sequence[Any]) -> list[list[nn.Parameter]]:
+    """Return the orders in which optimizers have parameters: of each group, and of all together."""
+    flat = [list(parameters_of(o)) for o in optimizers]
+    return [*(group["params"] for o in optimizers for group in o.param_groups), *flat]
 
 
 def _held_by(one: Any, where: str) -> dict[str, dict[str, Any]]:

@@ -32,8 +32,9 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from lightning_accel.errors import explain
+from lightning_accel.errors import Unsupported, explain
 from lightning_accel.surgery.optimizers import parameters_of, within
+from lightning_accel.surgery.owners import attributes
 
 KINDS = ("master", "stochastic")
 SHORT = torch.bfloat16
@@ -45,6 +46,9 @@ class _Open(NamedTuple):
     parameter: nn.Parameter
     full: nn.Parameter
     version: int  # of the stand-in's gradient; -1 without one
+    short: (
+        Tensor | None
+    )  # what the weight was, where the optimizer may write into it past its groups
 
 
 class _Opened(NamedTuple):
@@ -87,7 +91,10 @@ class ShortWeights:
         self._open: dict[int, _Opened] = {}
         self._mine: Callable[[], Iterable[nn.Parameter]] = tuple
         self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.steps = 0  # that were seen
+        self.rounded: dict[nn.Parameter, Tensor] | None = None
+        """What steps left, without masters and while somebody wants to compare."""
         self._depth: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -152,10 +159,49 @@ class ShortWeights:
             if not was_open:
                 self.close(optimizer)
 
+    def lengthen(self, kept: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """Make what optimizers keep beside parameters float32: slow weights, copies of the start."""
+        for p, tensor in kept:
+            if tensor.dtype == SHORT:
+                full = self.masters.get(p)
+                same = full is not None and torch.equal(tensor, p) and full.shape == p.shape
+                source = full if same and full is not None else tensor
+                tensor.data = source.detach().to(tensor.device, torch.float32, copy=True)
+
+    def step(self, optimizer: Any, closure: Callable[[], Any]) -> Any:
+        """Let an optimizer step that is none of torch's class, and so calls none of torch's hooks."""
+        wrapped = self._before_step(optimizer, (optimizer,), {"closure": closure})
+        result = optimizer.step(closure=closure if wrapped is None else wrapped[1]["closure"])
+        self._after_step(optimizer)
+        return result
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether an optimizer is at work."""
+        return bool(self._open or self._depth)
+
+    @torch.no_grad()
+    def take_over(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Make what others wrote since the last step the weights, and return where it was many values."""
+        found: list[nn.Parameter] = []
+        for p in parameters:
+            full = self._full.get(p)
+            short = self.rounded.get(p) if self.rounded is not None else None
+            before = full.detach().to(SHORT) if short is None and full is not None else short
+            if before is not None and before.shape == p.shape and before.device == p.device:
+                differs, in_many = changed(p.detach(), before)
+                found += [p] if in_many else []
+                if differs and short is None:
+                    self._current(p)
+            if self.rounded is not None and p.dtype == SHORT and p.requires_grad:
+                self.rounded[p] = p.detach().clone()
+        return found
+
     def open(self, optimizer: Optimizer) -> None:
         """Let an optimizer hold float32 stand-ins; twice is once."""
         if id(optimizer) in self._open:
             return
+        doubtful = _may_reach_around(optimizer) and (self.steps <= 128 or self.steps % 16 == 0)
         held = {e.parameter: e.full for opened in self._open.values() for e in opened.entries}
         owners = {full: p for p, full in held.items()}
         entries, lists, keys = [], {}, {}
@@ -168,7 +214,9 @@ class ShortWeights:
                 full = self._stand_in(p)
                 full.data = self._current(p)
                 full.grad = None if p.grad is None else p.grad.to(torch.float32)
-                entries.append(_Open(p, full, -1 if full.grad is None else full.grad._version))
+                version = -1 if full.grad is None else full.grad._version
+                short = p.detach().clone() if doubtful else None
+                entries.append(_Open(p, full, version, short))
                 keys[p] = lists[p] = full
         if any(opened.optimizer.state is optimizer.state for opened in self._open.values()):
             keys = {}
@@ -184,12 +232,16 @@ class ShortWeights:
         by_chance = final and self.kind == "stochastic" and bool(entries)
         generators = self._generators(entries) if by_chance else {}
         _give_back(opened)
-        for p, full, version in entries:
+        for p, full, version, short in entries:
             values = full.detach()
+            if short is not None and not torch.equal(p, short):
+                raise _reached_around(optimizer)
             with torch.no_grad():
                 p.copy_(round_stochastically(values, generators[p.device]) if by_chance else values)
                 _hand_back(full.grad, p, version)
             full.grad = None
+            if self.rounded is not None and final:
+                self.rounded[p] = p.detach().clone()
             if by_chance:
                 full.data = values.new_empty(0)
         self.count += by_chance
@@ -198,7 +250,7 @@ class ShortWeights:
         """Give the parameters back after a failed step, with the weights they had before it."""
         for opened in reversed(self._open.values()):
             _give_back(opened)
-            for _, full, _ in opened.entries:
+            for _, full, *_ in opened.entries:
                 full.grad = None
         self._open = {}
 
@@ -227,6 +279,9 @@ class ShortWeights:
         key = id(optimizer)
         if not self._is_mine(optimizer):
             return None
+        if optimizer not in self._met:
+            self._met.add(optimizer)
+            _lengthen(optimizer)  # made in mid-training, and loaded perhaps
         self.steps += 1
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         # A step within a step is a subclass that calls its parent's.
@@ -363,6 +418,42 @@ def _closure_comes_first(optimizer: Optimizer) -> bool:
     return str(getattr(type(optimizer).step, "__module__", "")).startswith("torch.optim.")
 
 
+def _may_reach_around(optimizer: Any) -> bool:
+    """Tell whether it may hold parameters elsewhere than in its groups and its state."""
+    return not type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _reached_around(optimizer: Any) -> Unsupported:
+    return Unsupported(
+        "this optimizer writes into weights that it holds outside of its `param_groups`, where no float32 "
+        "master can be put in their place",
+        type(optimizer).__name__,
+        "let it read and write the members of `param_groups`, or use `AutocastPrecision('bf16')`",
+    )
+
+
+def changed(now: Tensor, before: Tensor) -> tuple[bool, bool]:
+    """Tell whether a weight differs, and whether in more values than a mask or a clamp writes.
+
+    >>> changed(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 2.0]))
+    (True, False)
+    """
+    if torch.equal(now, before):
+        return False, False
+    differs = (now != before) & ~(now.isnan() & before.isnan())
+    return True, now[differs].unique().numel() > 2
+
+
+def _places(optimizer: Any) -> Iterator[Any]:
+    """Yield the lists and dicts with parameters that an optimizer of a user's keeps beside its groups."""
+    groups = {id(group["params"]) for group in optimizer.param_groups}
+    level = [v for k, v in attributes(optimizer).items() if k not in ("param_groups", "state")]
+    for _ in range(2):
+        level = [v for v in level if isinstance(v, (list, dict)) and id(v) not in groups]
+        yield from level
+        level = [v for held in level for v in (held.values() if isinstance(held, dict) else held)]
+
+
 def _exchange(
     optimizer: Optimizer,
     lists: dict[nn.Parameter, nn.Parameter],
@@ -374,6 +465,15 @@ def _exchange(
     state = optimizer.state
     for p in [p for p in keys if p in state]:
         state[keys[p]] = state.pop(p)
+    for held in _places(optimizer) if _may_reach_around(optimizer) else ():
+        if isinstance(held, list):
+            if any(isinstance(p, nn.Parameter) for p in held):
+                held[:] = [keys.get(p, p) if isinstance(p, nn.Parameter) else p for p in held]
+            continue
+        for p in keys:
+            for old, new in ((p, keys[p]), (id(p), id(keys[p]))):
+                if old in held:
+                    held[new] = held.pop(old)
 
 
 def _give_back(opened: _Opened) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +19,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_lazy
+from lightning_accel.bridge.optimizers import kept_beside
 from lightning_accel.errors import StructureMismatch, Unsupported, explain
 from lightning_accel.precision.mistakes import misplaced
 from lightning_accel.precision.weights import SHORT, ShortWeights
+from lightning_accel.precision.written import Written
 from lightning_accel.surgery.optimizers import bare, within
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
@@ -46,6 +49,8 @@ class Bf16Precision(HalfPrecision):
 
     Raises:
         ValueError: `weights` is unknown, or the seed is negative.
+        Unsupported: In the fit: weights are computed step after step by what is no optimizer step, such as
+            `p.data -= lr * g`, and so in bfloat16.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(plugins=[Bf16Precision("master")], accelerator="cpu", logger=False)
@@ -59,6 +64,7 @@ class Bf16Precision(HalfPrecision):
     def __init__(self, weights: str = "master", *, seed: int = 0) -> None:
         self.weights = ShortWeights(weights, seed)
         super().__init__("bf16-true")
+        self._written = Written(self.weights)
         self._model: nn.Module | None = None
 
     def masters(self) -> dict[str, Tensor]:
@@ -92,6 +98,11 @@ class Bf16Precision(HalfPrecision):
                     "use the plain optimizer, or `AutocastPrecision('bf16')`",
                 )
         self.weights.watch([*optimizers, self._model], self._model.parameters)
+        found = within([*optimizers, self._model])
+        shadows = kept_beside(found, self._model)
+        named = dict(self._model.named_parameters())
+        self.weights.lengthen((named[s.name], s.tensor) for s in shadows if s.name in named)
+        self._written.reset()
         return model, optimizers, lr_schedulers
 
     @override
@@ -99,7 +110,12 @@ class Bf16Precision(HalfPrecision):
         self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         """Step, and leave nothing half done when the step fails."""
+        self._written.check(self._model)
         try:
+            inner = bare(optimizer)
+            if not getattr(type(inner).step, "hooked", False):
+                run = partial(self._wrap_closure, model, optimizer, closure)
+                return self.weights.step(inner, run)
             if self.weights.steps:
                 return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
             before = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
@@ -126,6 +142,14 @@ class Bf16Precision(HalfPrecision):
     def forward_context(self) -> Iterator[None]:
         self.weights.abandon()  # after a failed step of an optimizer that the Trainer does not know
         with super().forward_context():
+            yield
+
+    @contextmanager
+    @override
+    def train_step_context(self) -> Iterator[None]:
+        """Compute in bfloat16, having looked whether others wrote into weights since the last step."""
+        self._written.check(self._model)
+        with super().train_step_context():
             yield
 
     @override
