@@ -32,13 +32,18 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from lightning_accel.errors import Unsupported, explain
+from lightning_accel.errors import explain
+from lightning_accel.precision.exchange import (
+    SHORT,
+    closure_comes_first,
+    exchange,
+    lengthen_state,
+    may_reach_around,
+    reached_around,
+)
 from lightning_accel.surgery.optimizers import parameters_of, within
-from lightning_accel.surgery.owners import attributes
 
 KINDS = ("master", "stochastic")
-SHORT = torch.bfloat16
-
 _EXPONENT = 0x7F800000  # all ones in infinities and NaN
 
 
@@ -134,7 +139,7 @@ class ShortWeights:
             register_optimizer_step_post_hook(self._after_step),
         ]
         for optimizer in found:
-            _lengthen(optimizer)
+            lengthen_state(optimizer)
             self._handles += [
                 # Loading casts the state to the dtype of its parameter, which must not be the short one.
                 optimizer.register_load_state_dict_pre_hook(lambda o, _: self.open(o)),
@@ -201,7 +206,7 @@ class ShortWeights:
         """Let an optimizer hold float32 stand-ins; twice is once."""
         if id(optimizer) in self._open:
             return
-        doubtful = _may_reach_around(optimizer) and (self.steps <= 128 or self.steps % 16 == 0)
+        doubtful = may_reach_around(optimizer) and (self.steps <= 128 or self.steps % 16 == 0)
         held = {e.parameter: e.full for opened in self._open.values() for e in opened.entries}
         owners = {full: p for p, full in held.items()}
         entries, lists, keys = [], {}, {}
@@ -221,7 +226,7 @@ class ShortWeights:
         if any(opened.optimizer.state is optimizer.state for opened in self._open.values()):
             keys = {}
         self._open[id(optimizer)] = _Opened(optimizer, entries, lists, keys)
-        _exchange(optimizer, lists, keys)
+        exchange(optimizer, lists, keys)
 
     def close(self, optimizer: Optimizer, *, final: bool = False) -> None:
         """Give the parameters back, with the new weights; `final` rounds for good, at the end of a step."""
@@ -235,7 +240,7 @@ class ShortWeights:
         for p, full, version, short in entries:
             values = full.detach()
             if short is not None and not torch.equal(p, short):
-                raise _reached_around(optimizer)
+                raise reached_around(optimizer)
             with torch.no_grad():
                 p.copy_(round_stochastically(values, generators[p.device]) if by_chance else values)
                 _hand_back(full.grad, p, version)
@@ -281,12 +286,12 @@ class ShortWeights:
             return None
         if optimizer not in self._met:
             self._met.add(optimizer)
-            _lengthen(optimizer)  # made in mid-training, and loaded perhaps
+            lengthen_state(optimizer)  # made in mid-training, and loaded perhaps
         self.steps += 1
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         # A step within a step is a subclass that calls its parent's.
         self._depth[key] = self._depth.get(key, 0) + 1 if key in self._open else 1
-        if closure is None or not _closure_comes_first(optimizer):
+        if closure is None or not closure_comes_first(optimizer):
             self.open(optimizer)
         if closure is None:
             return None
@@ -405,31 +410,20 @@ def check_seed(seed: Any) -> int:
     return seed
 
 
-def _lengthen(optimizer: Optimizer) -> None:
-    """Make states float32 that were made before the first step, as Adagrad's are."""
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dtype == SHORT:
-                state[key] = value.to(torch.float32)
+def _give_back(opened: _Opened) -> None:
+    lists = {full: p for p, full in opened.lists.items()}
+    exchange(opened.optimizer, lists, {full: p for p, full in opened.keys.items()})
 
 
-def _closure_comes_first(optimizer: Optimizer) -> bool:
-    """Tell whether nothing is read before the closure has run, as in torch's own optimizers."""
-    return str(getattr(type(optimizer).step, "__module__", "")).startswith("torch.optim.")
-
-
-def _may_reach_around(optimizer: Any) -> bool:
-    """Tell whether it may hold parameters elsewhere than in its groups and its state."""
-    return not type(optimizer).__module__.startswith("torch.optim.")
-
-
-def _reached_around(optimizer: Any) -> Unsupported:
-    return Unsupported(
-        "this optimizer writes into weights that it holds outside of its `param_groups`, where no float32 "
-        "master can be put in their place",
-        type(optimizer).__name__,
-        "let it read and write the members of `param_groups`, or use `AutocastPrecision('bf16')`",
-    )
+def _hand_back(grad: Tensor | None, p: nn.Parameter, version: int) -> None:
+    """Let a parameter's gradient follow what the step did to that of its stand-in, if anything."""
+    if grad is None or p.grad is None:
+        p.grad = None if grad is None else grad.to(SHORT)
+    elif grad._version != version:
+        if grad.is_sparse:
+            p.grad = grad.to(SHORT)
+        else:
+            p.grad.copy_(grad)  # the same tensor, which may be part of a bucket of DDP
 
 
 def changed(now: Tensor, before: Tensor) -> tuple[bool, bool]:
@@ -442,51 +436,3 @@ def changed(now: Tensor, before: Tensor) -> tuple[bool, bool]:
         return False, False
     differs = (now != before) & ~(now.isnan() & before.isnan())
     return True, now[differs].unique().numel() > 2
-
-
-def _places(optimizer: Any) -> Iterator[Any]:
-    """Yield the lists and dicts with parameters that an optimizer of a user's keeps beside its groups."""
-    groups = {id(group["params"]) for group in optimizer.param_groups}
-    level = [v for k, v in attributes(optimizer).items() if k not in ("param_groups", "state")]
-    for _ in range(2):
-        level = [v for v in level if isinstance(v, (list, dict)) and id(v) not in groups]
-        yield from level
-        level = [v for held in level for v in (held.values() if isinstance(held, dict) else held)]
-
-
-def _exchange(
-    optimizer: Optimizer,
-    lists: dict[nn.Parameter, nn.Parameter],
-    keys: dict[nn.Parameter, nn.Parameter],
-) -> None:
-    """Put others in the place of parameters, in the lists and dicts that an optimizer has and may share."""
-    for group in optimizer.param_groups:
-        group["params"][:] = [lists.get(p, p) for p in group["params"]]
-    state = optimizer.state
-    for p in [p for p in keys if p in state]:
-        state[keys[p]] = state.pop(p)
-    for held in _places(optimizer) if _may_reach_around(optimizer) else ():
-        if isinstance(held, list):
-            if any(isinstance(p, nn.Parameter) for p in held):
-                held[:] = [keys.get(p, p) if isinstance(p, nn.Parameter) else p for p in held]
-            continue
-        for p in keys:
-            for old, new in ((p, keys[p]), (id(p), id(keys[p]))):
-                if old in held:
-                    held[new] = held.pop(old)
-
-
-def _give_back(opened: _Opened) -> None:
-    lists = {full: p for p, full in opened.lists.items()}
-    _exchange(opened.optimizer, lists, {full: p for p, full in opened.keys.items()})
-
-
-def _hand_back(grad: Tensor | None, p: nn.Parameter, version: int) -> None:
-    """Let a parameter's gradient follow what the step did to that of its stand-in, if anything."""
-    if grad is None or p.grad is None:
-        p.grad = None if grad is None else grad.to(SHORT)
-    elif grad._version != version:
-        if grad.is_sparse:
-            p.grad = grad.to(SHORT)
-        else:
-            p.grad.copy_(grad)  # the same tensor, which may be part of a bucket of DDP
