@@ -369,15 +369,6 @@ class TestFollow:
         assert len(receipt.moved) == 1
         assert optimizer.state[net.b.weight]["exp_avg"].shape == (2, 4)
 
-    def test_factored_state_is_reset_and_said_so(self, net: nn.Sequential) -> None:
-        optimizer = torch.optim.Adafactor(net.parameters())
-        net(torch.randn(2, 4)).sum().backward()
-        optimizer.step()
-        followed = follow(optimizer, halved(net).apply(net))
-        assert {c.name for c in followed.skipped} == {"0.weight", "2.weight"}
-        net(torch.randn(2, 4)).sum().backward()
-        optimizer.step()
-
     def test_lbfgs_starts_its_history_anew(self, net: nn.Sequential) -> None:
         optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
         x = torch.randn(8, 4)

@@ -195,6 +195,6 @@ def _warn_of_resets(followed: Receipt) -> None:
         names = ", ".join(change.name for change in followed.skipped[:4])
         rank_zero_warn(
             f"{len(followed.skipped)} optimizer states could not follow the edit and start anew: "
-            f"{names}. Found: state that is not shaped like its parameter "
+            f"{names}. Found: state that is no number per element "
             f"({followed.skipped[0].before}). Do: nothing, or use an optimizer with elementwise state."
         )

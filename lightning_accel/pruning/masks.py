@@ -12,6 +12,7 @@ keeps the promise in training: gradients before a step, weights and moments afte
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,12 +23,14 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_accel.errors import NoEffect, explain
 from lightning_accel.surgery import Change, Receipt, Select
+from lightning_accel.surgery.memories import mixing
 
 PATTERNS = ("2:4",)
 SCOPES = ("local", "global")
 
 _EVERYTHING = Select()
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MIXING: weakref.WeakKeyDictionary[Any, dict[str, bool]] = weakref.WeakKeyDictionary()
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -170,15 +173,17 @@ def mask_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Remova
 def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Any) -> None:
     """Set masked weights, and the optimizer's memories of them, to zero again after a step.
 
-    State that is not shaped like its parameter cannot be masked; the weights are in any case.
+    State that is not one number per element (factors, preconditioners, codes) cannot be masked; the
+    weights are in any case.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, keep in masks.items():
         parameter = parameters[name]
         gone = ~keep.to(parameter.device)
         parameter.masked_fill_(gone, 0.0)
-        for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            fits = isinstance(value, Tensor) and value.shape == parameter.shape
+            if fits and value.is_floating_point() and not _mixes(optimizer, parameter, key):
                 value.masked_fill_(gone.to(value.device), 0)
 
 
@@ -260,6 +265,20 @@ def check_pattern(pattern: Any) -> str:
             explain("unknown pattern", repr(pattern), f"choose one of {', '.join(PATTERNS)}")
         )
     return str(pattern)
+
+
+def _mixes(optimizer: Any, parameter: Tensor, key: str) -> bool:
+    """Tell whether a state of a square weight is a matrix over its rows or columns; looked up once."""
+    if parameter.dim() != 2 or parameter.shape[0] != parameter.shape[1]:
+        return False
+    known = _MIXING.setdefault(optimizer, {})
+    if key not in known:
+        keys = {
+            k for state in optimizer.state.values() if isinstance(state, Mapping) for k in state
+        }
+        mixed = mixing(optimizer)
+        known.update({k: k in mixed for k in keys})
+    return known[key]
 
 
 def _masked(gone: Tensor, gradient: Tensor) -> Tensor:
