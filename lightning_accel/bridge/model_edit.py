@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_accel.bridge import bests
+from lightning_accel.bridge import beside, bests
 from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
 from lightning_accel.bridge.optimizers import (
     hidden_beside,
@@ -56,7 +56,7 @@ class ModelEdit(Callback):
         """Let checkpoints carry the structure."""
         refuse_mirror(trainer)
         refuse_compiled(pl_module)
-        register(pl_module)
+        register(pl_module, (beside.saved, beside.collected))
         if stage == "fit":
             watch(pl_module)
 
@@ -113,6 +113,7 @@ def commit(
     refuse_flat(shadows)
     in_parts = [(part.copy, part.cut(cut)) for part in parts if part.at is None]
     receipt = cut.apply(pl_module)
+    beside.Cuts(pl_module).add(cut)
     for copy, its_own in in_parts:
         its_own.apply(copy)
     for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]

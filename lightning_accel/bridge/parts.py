@@ -6,8 +6,9 @@ part or is a fixed teacher shows in its values: one that changed since the fit b
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -84,6 +85,21 @@ def note_parts(trainer: Trainer, pl_module: LightningModule) -> None:
 def forget_parts(pl_module: LightningModule) -> None:
     """Forget it, at the end of a fit."""
     _AT_START.pop(pl_module, None)
+
+
+def moving(trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    """Return where copies are that are known to be averages, for a checkpoint."""
+    at_start = _AT_START.get(pl_module, {})
+    if not at_start:
+        return []
+    return [part.where for part in parts_of(trainer, pl_module) if _is_average(part, at_start)]
+
+
+def mark_moving(pl_module: LightningModule, places: Iterable[str]) -> None:
+    """Take up what `moving` gave: these have moved before the fit was resumed."""
+    if places:
+        known = _AT_START.get(pl_module, {})
+        _AT_START[pl_module] = known | dict.fromkeys(places, math.nan)
 
 
 def following(trainer: Trainer, pl_module: LightningModule, cut: Cut) -> list[Part]:

@@ -34,13 +34,20 @@ _README = (
     "`structure` holds the present shapes, `dense` those before the first prune."
 )
 _RECORD = "_accel_pristine"
+_BESIDE = "_accel_beside"
 
 
-def register(pl_module: LightningModule) -> None:
+def register(pl_module: LightningModule, beside: tuple[Any, Any] | None = None) -> None:
     """Let checkpoints of this instance carry its structure, and take it back; idempotent.
 
     The instance keeps this for life, so that `trainer.save_checkpoint` after a fit is covered too.
+
+    Args:
+        pl_module: The instance.
+        beside: What does the same for what others keep beside it: `beside.saved` and `beside.collected`.
     """
+    if beside is not None:
+        vars(pl_module)[_BESIDE] = beside
     if _RECORD not in vars(pl_module):
         vars(pl_module)[_RECORD] = Structure()
         pl_module.on_save_checkpoint = partial(_save, pl_module, pl_module.on_save_checkpoint)  # type: ignore[method-assign]
@@ -107,6 +114,8 @@ def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
             "structure": before.now(pl_module).to_dict(),
             "dense": before.to_dict(),
         }
+    if _BESIDE in vars(pl_module):
+        vars(pl_module)[_BESIDE][0](pl_module, checkpoint, checkpoint.get(KEY) or {})
 
 
 def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]) -> None:
@@ -116,7 +125,11 @@ def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
     _check_tensors(pl_module, target, checkpoint.get("state_dict") or {})
     _tell_another_size(pl_module, target)
     remember(pl_module, before)
+    beside = vars(pl_module).get(_BESIDE)
+    cut_beside = beside[1](pl_module, checkpoint) if beside is not None else None
     target.apply(pl_module)
+    if cut_beside is not None and stored and "dense" in stored:
+        cut_beside(structure, Structure.from_dict(stored["dense"]))
     trainer = getattr(pl_module, "_trainer", None)
     for average in averages(trainer.callbacks if trainer is not None else [], pl_module):
         target.apply(average)

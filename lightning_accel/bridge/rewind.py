@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_accel.bridge import bests
+from lightning_accel.bridge.beside import Cuts
 from lightning_accel.bridge.model_edit import forget_sizes, tell
 from lightning_accel.bridge.optimizers import hidden_beside, optimizers_of, shadows_of
 from lightning_accel.bridge.parts import PartState, parts_of
@@ -60,6 +61,7 @@ def _holders(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     hidden = hidden_beside(trainer, pl_module)
     optimizers = optimizers_of(trainer, pl_module, hidden)
     found: dict[str, Any] = {f"optimizer{i}": o for i, o in enumerate(optimizers)}
+    found["cuts"] = Cuts(pl_module)
     found["shadows"] = shadows_of(trainer, pl_module, hidden)
     for part in parts_of(trainer, pl_module):
         if part.at is None:
