@@ -11,7 +11,9 @@ training alone. Copies recompute as well; pickles hold the user's own forward. W
 `checkpoint` leaves to its user is done here:
 
 - running statistics of batch and instance norms change once per step, not again in the recomputation;
-- a block that changes other buffers of its own (spectral norm) is refused, for it would recompute something else;
+- what a block keeps on itself (the loss of a router, a cache, a counter) is in the recomputation what it was in
+  forward, and after it as if there had been none;
+- a block that changes a tensor of its own in place (spectral norm) is refused, for it would recompute something else;
 - attention that draws its dropout within is recomputed also by the selective policy: kept, it would leave
   the random state behind, and each later dropout of the block would get another mask than in forward.
 """
@@ -51,6 +53,7 @@ _PRODUCTS = {
     "flex_attention",
 }  # fmt: skip
 _OWN = "_accel_own"
+_OF_EVERY_MODULE = {*vars(nn.Module()), "forward"}
 _called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -232,7 +235,7 @@ def _recomputing(module: nn.Module, policy: str) -> Callable[..., Any]:
             if policy == "full":
                 return checkpoint(call, *values, use_reentrant=False)
             return _selecting(call, *values, context_fn=_selective)
-        make = functools.partial(_contexts, self, policy)
+        make = functools.partial(_contexts, self, policy, _Kept(self))
         if self in _called:
             return _selecting(call, *values, context_fn=make)
         _called.add(self)
@@ -254,10 +257,10 @@ def _ignoring_self(function: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def _contexts(module: nn.Module, policy: str) -> tuple[Any, Any]:
+def _contexts(module: nn.Module, policy: str, kept: _Kept) -> tuple[Any, Any]:
     """Return what stands around the forward of a block and around its recomputation."""
     first, again = (nullcontext(), None) if policy == "full" else _selective()
-    return first, _Recomputation(module, again)
+    return first, _Recomputation(module, again, kept)
 
 
 def _choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -274,15 +277,47 @@ def _choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 _selective = functools.partial(create_selective_checkpoint_contexts, _choose)
 
 
-class _Recomputation:
-    """Stands around a recomputation: norms leave their running statistics alone."""
+class _Kept:
+    """What the modules of a block keep as attributes at one moment, lists and dicts with their contents."""
 
-    def __init__(self, module: nn.Module, inner: Any) -> None:
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._attributes = [
+            (module, {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE})
+            for module in block.modules()
+        ]
+        self._contents = [
+            (held, held.copy())
+            for _, attributes in self._attributes
+            for held in attributes.values()
+            if type(held) in (list, dict, set)
+        ]
+
+    def bring_back(self) -> _Kept:
+        """Let the block be as it was then, and return what it is now."""
+        now = _Kept(self._block)
+        for module, attributes in self._attributes:
+            own = vars(module)
+            for name in [n for n in own if n not in attributes and n not in _OF_EVERY_MODULE]:
+                del own[name]
+            own.update(attributes)
+        for held, content in self._contents:
+            held.clear()
+            held.extend(content) if isinstance(held, list) else held.update(content)
+        return now
+
+
+class _Recomputation:
+    """Stands around a recomputation: running statistics, and what a block keeps, stay as they are."""
+
+    def __init__(self, module: nn.Module, inner: Any, kept: _Kept) -> None:
         self.module = module
         self.inner = inner
+        self.kept = kept
         self.held: list[tuple[nn.Module, str, Any]] = []
 
     def __enter__(self) -> None:
+        self.now = self.kept.bring_back()
         for module in self.module.modules():
             # Statistics are passed all the same, for as many tensors have to be saved as before.
             if isinstance(module, (_BatchNorm, _InstanceNorm)) and module.track_running_stats:
@@ -295,6 +330,7 @@ class _Recomputation:
         while self.held:
             module, name, value = self.held.pop()
             setattr(module, name, value)
+        self.now.bring_back()
         if self.inner is not None:
             self.inner.__exit__(*error)
 
@@ -304,21 +340,38 @@ class _Recomputation:
 
 
 def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the buffers that a forward may not change: all but those of norms, which are seen to."""
+    """Return what a forward may not change in place: all tensors but those of norms, which are seen to."""
     found = {}
     for name, inner in module.named_modules():
         if not isinstance(inner, (_BatchNorm, _InstanceNorm)):
             for own, buffer in inner.named_buffers(name, recurse=False):
                 if not buffer.is_inference():
                     found[own] = (id(buffer), buffer._version)
+        found |= _versions_kept(name, inner)
     return found
 
 
+def _versions_kept(name: str, module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return those of tensors that are plain attributes; another in its place is seen to."""
+    held = {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
+    return {
+        f"{name}.{key}@{id(value)}".lstrip("."): (id(value), value._version)
+        for key, value in held.items()
+        if not value.is_inference()
+    }
+
+
 def _refuse_changed(module: nn.Module, before: dict[str, tuple[int, int]]) -> None:
-    changed = [name for name, version in _versions(module).items() if before.get(name) != version]
+    now = _versions(module)
+    # A buffer may not be another one either; an attribute may.
+    changed = [
+        name.split("@")[0]
+        for name, version in now.items()
+        if before.get(name, version if "@" in name else None) != version
+    ]
     if changed:
         raise Unsupported(
-            f"a checkpointed {type(module).__name__} changes its buffers in forward, and so recomputes "
+            f"a checkpointed {type(module).__name__} changes tensors of its own in forward, and so recomputes "
             "something else than it computed",
             ", ".join(changed[:4]),
             "leave the block out by `select=Select(exclude=...)`",
