@@ -62,6 +62,10 @@ class StructuredPruning(ModelEdit):
     The best scores of `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` start anew with the
     smaller network. Checkpoints of the larger one stay on disk and are named in `history[i]["bests"]`.
 
+    Cut along is what the module, callbacks and optimizers keep beside the weights in their names or their
+    order: averages, slow weights, anchors. A record of old weights looks the same and is cut too; to keep
+    one whole, keep it in a list of dicts, or as numpy arrays.
+
     Args:
         ratio: Share of the channels of every layer to remove, above 0 and below 1; of the network at the
             start of the fit, as all shares here. A fit that resumes from a checkpoint is one with that which
