@@ -73,6 +73,16 @@ class ModelEdit(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(pl_module)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._leave(pl_module)
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        """Take back what belongs to the run: called at its end, which an error may be."""
         unwatch(pl_module)
         forget_parts(pl_module)
         _LEFT.pop(pl_module, None)

@@ -263,13 +263,8 @@ class BlockCompile(ModelEdit):
             logger.log_metrics(values, trainer.global_step)
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        unsettle(pl_module)
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def _leave(self, pl_module: LightningModule) -> None:
+        super()._leave(pl_module)
         unsettle(pl_module)
 
     def _compile(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -317,24 +317,16 @@ class ActivationCheckpointing(ModelEdit):
             )
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._undo(pl_module)
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._undo(pl_module)
+    def _leave(self, pl_module: LightningModule) -> None:
+        """Undo what this callback did, and leave what the user had checkpointed before."""
+        super()._leave(pl_module)
+        for change in self.receipt.changes:
+            keep_activations(pl_module.get_submodule(change.name))
 
     def _edit(self, pl_module: LightningModule) -> None:
         receipt = checkpoint_activations(pl_module, select=self.select, policy=self.policy)
         self.receipt = self.receipt + receipt
         self._unproved = self._unproved or bool(receipt)
-
-    def _undo(self, pl_module: LightningModule) -> None:
-        """Undo what this callback did, and leave what the user had checkpointed before."""
-        for change in self.receipt.changes:
-            keep_activations(pl_module.get_submodule(change.name))
 
 
 class _FirstStep:

@@ -78,23 +78,15 @@ class MemoryFormat(ModelEdit):
         """Put weights that another edit reshaped back into the format."""
         self._edit(pl_module)
 
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release()
-
     def _edit(self, pl_module: LightningModule) -> None:
         refuse_lazy(pl_module, type(self).__name__)
         self.receipt = self.receipt + channels_last(pl_module, select=self.select)
         if not self._handles:
             self._handles = convert_inputs(pl_module, select=self.select)
 
-    def _release(self) -> None:
+    @override
+    def _leave(self, pl_module: LightningModule) -> None:
+        super()._leave(pl_module)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -307,13 +299,8 @@ class Float8Linear(ModelEdit):
             self._settled = True
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        float8.restore(pl_module)
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def _leave(self, pl_module: LightningModule) -> None:
+        super()._leave(pl_module)
         float8.restore(pl_module)
 
     def _edit(self, pl_module: LightningModule) -> None:
