@@ -62,7 +62,8 @@ class Plain(LightningModule):
         x, y = pair(batch)
         if self.global_step == self.fails_at:
             raise ArithmeticError("the user's own")
-        loss = F.cross_entropy(self.net(x), y)
+        with self.trainer.profiler.profile("mine"):
+            loss = F.cross_entropy(self.net(x), y)
         self.calls.append(("step", batch_idx, x.sum().item(), y.tolist(), loss.item()))
         self.log("loss", loss)
         return loss
@@ -94,7 +95,7 @@ _HOOKS += ["transfer_batch_to_device", "lr_scheduler_step", "log"]
 
 def _noted(name: str) -> Any:
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append(name)
+        self.calls.append(f"log {args[0]}" if name == "log" else name)
         return getattr(LightningModule, name)(self, *args, **kwargs)
 
     return hook
@@ -218,7 +219,10 @@ class Duel(Manual):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         maker, critic = self.optimizers()  # type: ignore[misc]
         self.toggle_optimizer(maker)
-        loss = Plain.training_step(self, batch, batch_idx) - self.judge(self.net(pair(batch)[0])).mean()
+        loss = (
+            Plain.training_step(self, batch, batch_idx)
+            - self.judge(self.net(pair(batch)[0])).mean()
+        )
         maker.zero_grad()
         self.manual_backward(loss)
         maker.step()
@@ -332,6 +336,16 @@ class BuiltLate(Plain):
             self.net = net()
 
 
+class OneCycle(Plain):
+    """Schedules by steps, whose momentum changes too, and asks how long the fit is."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.01, momentum=0.9, nesterov=True)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps + 20)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
 class Closure(Plain):
     """An optimizer that runs the step more than once."""
 
@@ -361,6 +375,7 @@ MODULES: dict[str, type[Plain]] = {
         Saves,
         Frozen,
         BuiltLate,
+        OneCycle,
         Closure,
     )
 }

@@ -7,7 +7,9 @@ belongs to the process.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import math
 import random
 import signal
 import sys
@@ -56,8 +58,18 @@ from lightning_accel import (
 
 LATER = 5
 """An epoch that is planned, and that the last step comes before."""
-OURS = ("compilation/", "distillation/", "distill/", "measure/", "memory/", "pruning/", "report/", "tuning/")
+OURS = (
+    "compilation/",
+    "distillation/",
+    "distill/",
+    "measure/",
+    "memory/",
+    "pruning/",
+    "report/",
+    "tuning/",
+)
 """Beginnings of the names under which techniques may log."""
+LOGS_OURS = tuple(f"log {name}" for name in OURS)
 OUR_FILES = ("report.json", "report.md", "compiled.zip")
 
 
@@ -91,8 +103,8 @@ TECHNIQUES: dict[str, Technique] = {
     "masks": alone(lambda: WeightMasks(amount=0.5, when=LATER), acts_in=TRIAL),
     "sparsity": alone(lambda: SparsityTraining(strength=1e-300)),  # far below the last bit
     "distill": alone(lambda: Distillation(teacher(), {"kd": 0.0}, student="net")),
-    "loading": alone(FastLoading),
-    "rows": alone(lambda: FastLoading(workers=False, pin=False)),
+    "loading": alone(lambda: FastLoading(budget_s=0.01)),
+    "vouched for": alone(lambda: FastLoading(True, limit_bytes=10**6, unchanging=True)),
     "measure": alone(StepMeter, lambda: AccelReport(budget_s=0.001)),
     "lean": alone(LeanLoop),
     "optimizer": alone(lambda: FusedOptimizer("for-loop")),
@@ -146,7 +158,9 @@ class Witness(Callback):
 
     def note(self, hook: str, trainer: Trainer, module: LightningModule) -> None:
         flags = torch.is_grad_enabled(), module.training, trainer.global_step, trainer.current_epoch
-        weights = [float(p.detach().sum()) for p in module.parameters()] if "_batch_" in hook else []
+        weights = (
+            [float(p.detach().sum()) for p in module.parameters()] if "_batch_" in hook else []
+        )
         self.seen.append((hook, flags, chance(), weights))
 
 
@@ -291,7 +305,9 @@ class Case(NamedTuple):
 class Run:
     """One user's program: what its situation does with Trainers, and all that it leaves behind."""
 
-    def __init__(self, case: Case, technique: str | None, beside: dict[str, Any], kwargs: Any) -> None:
+    def __init__(
+        self, case: Case, technique: str | None, beside: dict[str, Any], kwargs: Any
+    ) -> None:
         self.case, self.technique = case, technique
         self.kwargs, self.beside = {**kwargs, **beside}, beside
         self.record: dict[str, Any] = {}
@@ -302,13 +318,17 @@ class Run:
 
     def renew(self) -> None:
         """Begin as a new process does."""
-        for seed in (torch.manual_seed, random.seed, np.random.seed):
-            seed(0)
+        self.seed()
         self.module = odd.MODULES[self.case.module]()
         if self.case.module != "BuiltLate":
             self.module.spare = nn.Conv2d(2, 2, 1)  # which nothing calls
         self.loader = odd.LOADERS[self.case.loader]()
         self.given = {}
+
+    def seed(self) -> None:
+        """Begin the random numbers of the process."""
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(0)
 
     def trainer(self, technique: bool = True, **more: Any) -> Trainer:
         """Return a Trainer, with the technique or without."""
@@ -322,9 +342,7 @@ class Run:
         given |= {"enable_checkpointing": True, "limit_train_batches": 5, **more}
         if not self.module.automatic_optimization or self.case.module == "Closure":
             given = {k: v for k, v in given.items() if k not in MANUAL_HAS_NO}
-        saver = ModelCheckpoint(
-            self.folder / "saved", every_n_epochs=1, save_top_k=-1, save_last=True
-        )
+        saver = ModelCheckpoint(self.folder / "saved", every_n_epochs=1, save_last="link")
         savers = [saver] if given["enable_checkpointing"] else []
         given["callbacks"] = [*given.get("callbacks", []), self.witness, *savers]
         return Trainer(**given)
@@ -357,7 +375,7 @@ class Run:
         names = {n: m for n, m in module.named_modules()}
         lists = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
         return {
-            "calls": list(module.calls),
+            "calls": [c for c in module.calls if not str(c).startswith(LOGS_OURS)],
             "seen": list(self.witness.seen),
             "rows": list(self.rows.rows),
             "experiment": list(self.rows.experiment),
@@ -366,9 +384,7 @@ class Run:
             "learns": {n: p.requires_grad for n, p in module.named_parameters()},
             "flags": {n: (type(m).__name__, m.training) for n, m in names.items()},
             "hooks": {n: [len(getattr(m, k)) for k in lists] for n, m in names.items()},
-            "own": [
-                k for m in names.values() for k in vars(m) if not k.startswith(("_", "on_"))
-            ],
+            "own": [k for m in names.values() for k in vars(m) if not k.startswith(("_", "on_"))],
             "optimizers": [o.state_dict() for o in trainer.optimizers],
             "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
             "metrics": [
@@ -384,8 +400,7 @@ class Run:
                 trainer.global_step,
                 trainer.current_epoch,
                 trainer.should_stop,
-                trainer.precision if self.technique is None else None,
-            ][:4],
+            ],
             "chance": chance(),
             "data": remembered(self.loader),
             "files": sorted(
@@ -394,6 +409,11 @@ class Run:
                 if p.is_file() and p.name not in OUR_FILES
             ),
             "saved": self._saved(),
+            "profiled": [
+                len(seconds)
+                for name, seconds in getattr(trainer.profiler, "recorded_durations", {}).items()
+                if name == "mine"
+            ],
             "process": process(),
         }
 
@@ -434,14 +454,14 @@ def another_evaluates(run: Run) -> None:
 
 
 def _evaluate(run: Run, trainer: Trainer) -> None:
-    for verb in ("validate", "test", "predict"):
-        data = looks() if verb != "predict" else odd.tensors()
-        run.end(trainer, lambda v=verb, d=data: getattr(trainer, v)(run.module, d))
+    for verb in (trainer.validate, trainer.test):
+        run.end(trainer, lambda v=verb: v(run.module, looks(), verbose=False))
+    run.end(trainer, lambda: trainer.predict(run.module, odd.tensors()))
 
 
 def again(run: Run) -> None:
-    trainer = run.fit(max_steps=-1, max_epochs=2)
-    trainer.fit_loop.max_epochs = 4
+    trainer = run.fit(max_steps=5)
+    trainer.fit_loop.epoch_loop.max_steps = 10
     run.go(trainer)
 
 
@@ -500,14 +520,17 @@ SITUATIONS: dict[str, Callable[[Run], None]] = {
     "validated": fitting(num_sanity_val_steps=2, val_check_interval=2),
     "accumulated": fitting(accumulate_grad_batches=2, limit_val_batches=2),
     "clipped": fitting(gradient_clip_val=0.1),
-    "clipped by value": fitting(
-        gradient_clip_val=0.1, gradient_clip_algorithm="value", limit_val_batches=0
-    ),
-    "limited": fitting(limit_train_batches=3, check_val_every_n_epoch=2),
-    "overfitted": fitting(overfit_batches=2, limit_val_batches=0),
+    "limited": fitting(limit_train_batches=3, max_steps=4, check_val_every_n_epoch=2),
+    "overfitted": fitting(overfit_batches=2, max_steps=4, limit_val_batches=0),
     "fast_dev_run": fitting(fast_dev_run=3, limit_val_batches=0),
     "barebones": fitting(**BARE),
-    "watched for NaN": fitting(detect_anomaly=True, limit_val_batches=0),
+    "profiled": fitting(profiler="simple", limit_val_batches=0),
+    "watched for NaN": fitting(
+        detect_anomaly=True,
+        gradient_clip_val=0.1,
+        gradient_clip_algorithm="value",
+        limit_val_batches=0,
+    ),
     "datamodule": from_datamodule(num_sanity_val_steps=1),
     "reloaded": from_datamodule(reload_dataloaders_every_n_epochs=1),
     "evaluated": evaluated,
@@ -524,25 +547,44 @@ SITUATIONS: dict[str, Callable[[Run], None]] = {
 }
 
 
-def follow(case: Case, technique: str | None, beside: dict[str, Any], kwargs: Any) -> dict[str, Any]:
+IMPOSSIBLE = {("bulk sampler", "overfitted")}
+"""There Lightning puts a sampler of single items in the place of the user's."""
+
+
+def follow(
+    case: Case, technique: str | None, beside: dict[str, Any], kwargs: Any
+) -> dict[str, Any]:
     """Return all that a situation leaves behind."""
     run = Run(case, technique, beside, kwargs)
-    SITUATIONS[case.situation](run)
+    with contextlib.chdir(run.folder):
+        SITUATIONS[case.situation](run)
     return run.record
 
 
 def applies(technique: str, case: Case) -> bool:
     """Tell whether a technique has not acted in this situation."""
+    if case[1:] in IMPOSSIBLE:
+        return False
     acts = TECHNIQUES[technique].acts_in
     return case.situation in acts if "*" in acts else case.situation not in acts
 
 
-def cases() -> Iterator[tuple[Case, str]]:
-    """Yield each technique with each module, each loader and each situation, in as few plain runs as may be."""
+DEAR = ("budget", "tune, no gain")
+"""Techniques that compile or search at length."""
+
+
+def cases() -> Iterator[tuple[Case, str, bool]]:
+    """Yield each technique with each module, each loader and each situation, and whether that is slow.
+
+    The lists have no common divisor with the number of ways, so that each meets all; no pair comes twice.
+    """
     lists = list(odd.MODULES), list(odd.LOADERS), list(SITUATIONS)
-    ways = 4
+    ways = 5
+    assert all(math.gcd(len(names), ways) == 1 for names in lists)
     for k in range(ways * max(map(len, lists))):
         case = Case(*(names[k % len(names)] for names in lists))
+        half = k // ways % 2 == 1
         for t, technique in enumerate(TECHNIQUES):
-            if t % ways == k % ways and applies(technique, case):
-                yield case, technique
+            dear = technique in DEAR
+            if t % ways == k % ways and applies(technique, case) and not (half and dear):
+                yield case, technique, half or dear

@@ -34,6 +34,7 @@ from lightning_accel.surgery.preserve import (
     preserve_rng,
     preserve_state,
     reachable,
+    runs,
 )
 
 _SEED = 0
@@ -154,7 +155,7 @@ def _copied(source: Any, *shared: Any) -> Iterator[Any]:
         raise _read_once(source, reason)
     memo: dict[int, Any] = {id(value): value for value in shared}
     for value in reachable(source):
-        if isinstance(value, nn.Module) or _is_large(value):
+        if isinstance(value, nn.Module) or _is_large(value) or runs(value):
             memo[id(value)] = value
     try:
         made = copy.deepcopy(source, memo)

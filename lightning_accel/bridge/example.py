@@ -158,6 +158,7 @@ def _hook(trainer: Trainer, copy: LightningModule, name: str) -> Any:
     if datamodule is None or not is_overridden(name, datamodule):
         return getattr(copy, name)
     stand_in = shallow_copy(datamodule)
+    stand_in.trainer = vars(copy)["_trainer"]  # which looks on, as the copy does
 
     def hook(*args: Any) -> Any:
         with preserve_state(stand_in):

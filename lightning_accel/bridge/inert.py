@@ -12,6 +12,7 @@ from copy import copy as shallow_copy
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_accel.surgery import twin
 
@@ -75,6 +76,10 @@ class Inert:
         rates = getattr(self._real, "_last_lr", None)
         return list(rates) if rates is not None else [group["lr"] for group in self.param_groups]
 
+    def toggle_model(self, *_: Any, **__: Any) -> Inert:
+        """Return what can be entered and left, as an optimizer does."""
+        return self
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -109,6 +114,7 @@ class Onlooker:
             "loggers": [inert for _ in real.loggers],
             "optimizers": [Inert(optimizer) for optimizer in real.optimizers],
             "save_checkpoint": inert,
+            "profiler": PassThroughProfiler(),
             "datamodule": shallow_copy(real.datamodule),
         }
         vars(self).update(own)

@@ -25,6 +25,8 @@ _SMALL = 100_000
 """Entries of a container that are cheap to keep a copy of."""
 _FEW = 4096
 """The same for numbers of an array."""
+_RUNS = {"Trainer", "Strategy", "Callback", "Logger"}
+"""Lightning's classes whose objects run a fit: who reads the data may know them, but they are no part of it."""
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _PLAIN = (Tensor, np.ndarray, str, bytes, int, float, complex, type, ModuleType, nn.Module)
 
@@ -67,6 +69,8 @@ def preserve_state(*holders: Any) -> Iterator[None]:
         contents: list[tuple[Any, Any]] = []
         try:
             for value in reachable(*holders):
+                if runs(value):
+                    continue
                 own = getattr(value, "__dict__", None)
                 if isinstance(own, dict) and not isinstance(value, (type, FunctionType)):
                     kept.append((own, dict(own)))
@@ -85,7 +89,10 @@ def preserve_state(*holders: Any) -> Iterator[None]:
 
 
 def reachable(*holders: Any) -> Iterator[Any]:
-    """Yield the objects that are found in the attributes and entries of some, a few levels deep."""
+    """Yield the objects that are found in the attributes and entries of some, a few levels deep.
+
+    What is inside of that which runs the fit is left out: the iterators that the fit reads, above all.
+    """
     seen: set[int] = set()
     level = list(holders)
     for _ in range(_DEPTH):
@@ -106,6 +113,12 @@ def generators(*holders: Any) -> list[Any]:
     1
     """
     return [value for value in reachable(*holders) if isinstance(value, _GENERATORS)]
+
+
+def runs(value: Any) -> bool:
+    """Tell whether an object runs a fit, as a Trainer, or what stands for one, does."""
+    lineage = getattr(value.__class__, "__mro__", ())
+    return any(b.__name__ in _RUNS and "lightning" in b.__module__.split(".")[0] for b in lineage)
 
 
 def is_iterator(value: Any) -> bool:
@@ -140,7 +153,7 @@ def _copy_of(name: str, iterator: Any) -> Any:
 
 
 def _inside(value: Any) -> list[Any]:
-    if isinstance(value, (*_PLAIN, *_GENERATORS)):
+    if isinstance(value, (*_PLAIN, *_GENERATORS)) or runs(value):
         return []
     if isinstance(value, dict):
         return list(value.values())[:_MOST]
