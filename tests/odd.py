@@ -56,6 +56,7 @@ class Plain(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = net()
+        self.spare = nn.Conv2d(2, 2, 1)  # which nothing calls
         self.calls: list[Any] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -326,14 +327,14 @@ class BuiltLate(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        del self.net
+        del self.net, self.spare
 
     def setup(self, stage: str) -> None:
         self.calls.append(stage)
 
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
-            self.net = net()
+            self.net, self.spare = net(), nn.Conv2d(2, 2, 1)
 
 
 class OneCycle(Plain):

@@ -78,7 +78,8 @@ class Technique(NamedTuple):
 
     make: Callable[[], dict[str, Any]]
     beside: dict[str, Any] = {}
-    acts_in: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    """Parts of a case in which it acts, or refuses."""
 
 
 def teacher() -> nn.Module:
@@ -87,8 +88,8 @@ def teacher() -> nn.Module:
         return odd.net()
 
 
-def alone(*make: Callable[[], Callback], acts_in: tuple[str, ...] = ()) -> Technique:
-    return Technique(lambda: {"callbacks": [one() for one in make]}, acts_in=acts_in)
+def alone(*make: Callable[[], Callback], apart: tuple[str, ...] = ()) -> Technique:
+    return Technique(lambda: {"callbacks": [one() for one in make]}, apart=apart)
 
 
 def searching() -> AutoTune:
@@ -99,15 +100,15 @@ def searching() -> AutoTune:
 BF16 = {"precision": "bf16-mixed"}
 TRIAL = ("fast_dev_run",)  # in which planned edits act at once, so that they are tried
 TECHNIQUES: dict[str, Technique] = {
-    "prune": alone(lambda: StructuredPruning(ratio=0.5, when=LATER), acts_in=TRIAL),
-    "masks": alone(lambda: WeightMasks(amount=0.5, when=LATER), acts_in=TRIAL),
+    "prune": alone(lambda: StructuredPruning(ratio=0.5, when=LATER), apart=TRIAL),
+    "masks": alone(lambda: WeightMasks(amount=0.5, when=LATER), apart=TRIAL),
     "sparsity": alone(lambda: SparsityTraining(strength=1e-300)),  # far below the last bit
     "distill": alone(lambda: Distillation(teacher(), {"kd": 0.0}, student="net")),
     "loading": alone(lambda: FastLoading(budget_s=0.01)),
-    "vouched for": alone(lambda: FastLoading(True, limit_bytes=10**6, unchanging=True)),
+    "rows": alone(lambda: FastLoading(workers=False, pin=False, budget_s=0.01)),
     "measure": alone(StepMeter, lambda: AccelReport(budget_s=0.001)),
     "lean": alone(LeanLoop),
-    "optimizer": alone(lambda: FusedOptimizer("for-loop")),
+    "optimizer": alone(lambda: FusedOptimizer("for-loop"), apart=("Closure",)),
     "checkpointing": alone(lambda: ActivationCheckpointing(select="net.1")),
     "compile": alone(lambda: BlockCompile(backend="eager", on_graph_break="ignore")),
     "budget": alone(
@@ -131,11 +132,7 @@ TECHNIQUES: dict[str, Technique] = {
         FastLoading,
         StepMeter,
         lambda: AutoTune(budget_share=1e-12, cache=False),
-        acts_in=TRIAL,
-    ),
-    "frozen": Technique(
-        lambda: {"callbacks": [FrozenPredict(backend="eager")]},
-        acts_in=("*", "another evaluates"),
+        apart=TRIAL,
     ),
 }
 
@@ -320,8 +317,6 @@ class Run:
         """Begin as a new process does."""
         self.seed()
         self.module = odd.MODULES[self.case.module]()
-        if self.case.module != "BuiltLate":
-            self.module.spare = nn.Conv2d(2, 2, 1)  # which nothing calls
         self.loader = odd.LOADERS[self.case.loader]()
         self.given = {}
 
@@ -372,7 +367,7 @@ class Run:
 
     def _left(self, trainer: Trainer) -> dict[str, Any]:
         module = self.module
-        names = {n: m for n, m in module.named_modules()}
+        names = dict(module.named_modules())
         lists = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
         return {
             "calls": [c for c in module.calls if not str(c).startswith(LOGS_OURS)],
@@ -547,6 +542,10 @@ SITUATIONS: dict[str, Callable[[Run], None]] = {
 }
 
 
+TECHNIQUES["frozen"] = Technique(
+    lambda: {"callbacks": [FrozenPredict(backend="eager")]},
+    apart=tuple(name for name in SITUATIONS if name != "another evaluates"),
+)
 IMPOSSIBLE = {("bulk sampler", "overfitted")}
 """There Lightning puts a sampler of single items in the place of the user's."""
 
@@ -562,11 +561,9 @@ def follow(
 
 
 def applies(technique: str, case: Case) -> bool:
-    """Tell whether a technique has not acted in this situation."""
-    if case[1:] in IMPOSSIBLE:
-        return False
-    acts = TECHNIQUES[technique].acts_in
-    return case.situation in acts if "*" in acts else case.situation not in acts
+    """Tell whether a case is possible, and the technique does not act in it."""
+    apart = TECHNIQUES[technique].apart
+    return case[1:] not in IMPOSSIBLE and not any(part in apart for part in case)
 
 
 DEAR = ("budget", "tune, no gain")
@@ -588,3 +585,5 @@ def cases() -> Iterator[tuple[Case, str, bool]]:
             dear = technique in DEAR
             if t % ways == k % ways and applies(technique, case) and not (half and dear):
                 yield case, technique, half or dear
+    for kind, loader in zip(odd.MODULES, odd.LOADERS, strict=False):
+        yield Case(kind, loader, "another evaluates"), "frozen", kind > "M"

@@ -99,3 +99,11 @@ def test_a_network_is_pruned_before_it_is_sharded(tmp_path: Path, kind: str) -> 
     assert zero["whole"]["local"] == 8  # and really sharded
     assert zero["resumed"]["weights"] == zero["whole"]["weights"]
     assert zero["resumed"]["receipts"] == [True]
+
+
+def test_two_processes_do_not_tell_a_technique_that_has_not_acted(tmp_path: Path) -> None:
+    done = run_script("ddp_plain.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert not found["failed"] and found["fits"] == 14

@@ -86,11 +86,12 @@ def test_nothing_tells_a_technique_that_has_not_acted(
 def test_each_technique_meets_every_module_loader_and_situation() -> None:
     met = [(name, part) for case, name, _ in plain.cases() for part in case]
     for name, technique in plain.TECHNIQUES.items():
-        if "*" in technique.acts_in or name in plain.DEAR:
-            continue
         for kind in (odd.MODULES, odd.LOADERS, plain.SITUATIONS):
-            missing = [part for part in kind if (name, part) not in met]
-            assert len(missing) <= 2, (name, missing)  # those of a case in which it acts
+            missing = [p for p in kind if (name, p) not in met and p not in technique.apart]
+            # Of a case in which it acts, two parts are missing; of what takes long, half of the cases.
+            assert len(missing) <= (len(kind) // 2 if name in (*plain.DEAR, "frozen") else 2), (
+                missing
+            )
 
 
 ALWAYS_ACT = {
