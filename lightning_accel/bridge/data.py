@@ -72,6 +72,20 @@ def is_stream(trainer: Trainer) -> bool:
     return not all(map(_reads_by_index, tree_leaves(trainer.train_dataloader)))
 
 
+@contextmanager
+def unread(*sources: Any) -> Iterator[None]:
+    """Leave loaders, samplers and datasets as they were, whatever reads them meanwhile.
+
+    Raises:
+        ReadOnce: Reading would use them up.
+    """
+    try:
+        with preserve_state(*sources):
+            yield
+    except CannotPreserve as error:
+        raise _read_once(sources[0], error) from error
+
+
 class _Drawn(list[Any]):
     """Batches of one loader, a leaf to tree functions."""
 

@@ -128,7 +128,8 @@ def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
     beside = vars(pl_module).get(_BESIDE)
     cut_beside = beside[1](pl_module, checkpoint) if beside is not None else None
     target.apply(pl_module)
-    if cut_beside is not None and stored and "dense" in stored:
+    stored = checkpoint.get(KEY)
+    if cut_beside is not None and isinstance(stored, dict) and "dense" in stored:
         cut_beside(structure, Structure.from_dict(stored["dense"]))
     trainer = getattr(pl_module, "_trainer", None)
     for average in averages(trainer.callbacks if trainer is not None else [], pl_module):

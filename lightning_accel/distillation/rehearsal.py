@@ -213,7 +213,8 @@ def load_teacher(teacher: Teacher, pl_module: LightningModule) -> nn.Module:
         return teacher.source
     path = teacher.source
     try:
-        return load_from_checkpoint(type(pl_module), path, map_location="cpu")
+        with preserve_rng():  # its first weights are drawn, and then replaced
+            return load_from_checkpoint(type(pl_module), path, map_location="cpu")
     except FileNotFoundError as error:
         raise AccelError(
             "there is no such checkpoint of the teacher", str(path), "train it first"

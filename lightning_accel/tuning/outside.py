@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from typing_extensions import override
 
+from lightning_accel.bridge.data import unread
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.preserve import preserve_rng
@@ -98,7 +99,7 @@ def tune_in(trainer: Trainer, module: LightningModule, data: Any, tuning: AutoTu
     trainer.callbacks = [*edits, tuning, _NoTraining()]  # type: ignore[attr-defined]
     trainer.num_sanity_val_steps = 0
     tuning.only_report = True
-    with preserve_rng(module, data):
+    with preserve_rng(module), unread(data):  # a Trainer reads ahead before its first hook
         trainer.fit(twin(module), data)
     if tuning.report is None:
         raise AccelError(
