@@ -153,9 +153,8 @@ class AccelReport(Paced):
     ) -> None:
         if not self._keeps or batch_idx:
             return
-        self._keeps, self._at_hand = False, None
+        self._keeps, self._at_hand = False, None  # a copy, because a step may write into its batch
         with self._told_not_raised("no batch of the stream could be kept for the report"):
-            # A copy, because a step may write into its batch; not on the device, whose memory is measured.
             self._at_hand = AtHand(move_data_to_device(deepcopy(batch), torch.device("cpu")))
             self._keeps = True
 
@@ -270,9 +269,8 @@ class AccelReport(Paced):
     def _measure(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:
         _refuse_sharded(trainer)
         # On all ranks, because a training step may communicate; what follows does not.
-        at_hand, self._at_hand = self._at_hand, None
-        if at_hand is not None:
-            at_hand = AtHand(trainer.strategy.batch_to_device(at_hand.batch))
+        kept, self._at_hand = self._at_hand, None
+        at_hand = kept and AtHand(trainer.strategy.batch_to_device(kept.batch))
         calls = find_example(trainer, pl_module, self.example, at_hand)
         if not trainer.is_global_zero:
             return
