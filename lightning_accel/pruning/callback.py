@@ -28,19 +28,9 @@ from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.recalibrate import recalibrate
 from lightning_accel.pruning.request import READ_THE_LOSS, Request
 from lightning_accel.pruning.target import Target
-from lightning_accel.pruning.trained import looks_untrained
+from lightning_accel.pruning.trained import UNTRAINED, little_left, looks_untrained
 from lightning_accel.surgery import Cut, Receipt, Select, Stage, Structure, twin
 from lightning_accel.surgery.preserve import preserve_rng
-
-_FEW = 0.01  # of the parameters; a ratio of 0.9 leaves about this
-
-_UNTRAINED = explain(
-    "StructuredPruning cuts before the first step, and the network looks untrained: its weights are as "
-    "initialised, so that what its channels are worth is chance",
-    "`when` is 0, and this fit resumed from nothing",
-    "pass a later `when`, such as 8 or 0.4; or load the weights first, or ignore this warning for weights "
-    "that are trained all the same",
-)
 
 _BATCHES = 10  # of training data, for an importance that measures
 
@@ -350,7 +340,7 @@ class StructuredPruning(ModelEdit):
             return False
         earlier = bests.bests(trainer)
         if not trainer.global_step and not _is_trial(trainer) and looks_untrained(pl_module):
-            rank_zero_warn(_UNTRAINED)
+            rank_zero_warn(UNTRAINED)
         receipt = commit(trainer, pl_module, found.cut, lambda: self._renew(trainer, pl_module))
         after = sum(p.numel() for p in pl_module.parameters())
         self.receipt = self.receipt + receipt
@@ -366,16 +356,9 @@ class StructuredPruning(ModelEdit):
             }
         )
         self._report(trainer, receipt, found.text)
-        dense = _dense_params(pl_module)
-        if after < _FEW * dense:
-            rank_zero_warn(
-                explain(
-                    "StructuredPruning leaves almost nothing of the network",
-                    f"{after:,} of {dense:,} parameters, {after / dense:.2%}",
-                    "check `ratio`: it is the share of channels to remove, and parameters fall with its "
-                    "square; or ask for `target=Params(0.5)`",
-                )
-            )
+        warning = little_left(after, _dense_params(pl_module))
+        if warning:
+            rank_zero_warn(warning)
         return True
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> _Decision:

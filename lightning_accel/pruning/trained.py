@@ -1,4 +1,6 @@
-"""Whether a network looks trained, so that what its channels are worth can be read from its weights.
+"""Doubts about a prune: of a network that looks untrained, or of which almost nothing is left.
+
+What channels are worth is read from weights, so these must have been trained.
 
 Norms are initialised with one value for all channels, and a single step of training makes them differ.
 Where there is none, torch's own initialisation of layers keeps every weight within 1 / sqrt(fan in).
@@ -13,6 +15,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+
+from lightning_accel.errors import explain
+
+UNTRAINED = explain(
+    "StructuredPruning cuts before the first step, and the network looks untrained: its weights are as "
+    "initialised, so that what its channels are worth is chance",
+    "`when` is 0, and this fit resumed from nothing",
+    "pass a later `when`, such as 8 or 0.4; or load the weights first, or ignore this warning for weights "
+    "that are trained all the same",
+)
+_FEW = 0.01  # of the parameters; a ratio of 0.9 leaves about this
+
+
+def little_left(after: int, dense: int) -> str:
+    """Return what to say when a prune leaves so few of the parameters, or nothing.
+
+    >>> little_left(50, 100)
+    ''
+    """
+    if after >= _FEW * dense:
+        return ""
+    return explain(
+        "StructuredPruning leaves almost nothing of the network",
+        f"{after:,} of {dense:,} parameters, {after / dense:.2%}",
+        "check `ratio`: it is the share of channels to remove, and parameters fall with its square; or ask "
+        "for `target=Params(0.5)`",
+    )
 
 
 @torch.no_grad()
