@@ -98,6 +98,8 @@ ALWAYS_ACT = {
     "Float8Linear": "computes in float8 from the first step on, or refuses",
     "Bf16Precision": "has short weights from the start",
     "XlaPrecision": "is of another device",
+    "Asked": "is added by Lightning itself, and only where a configuration asks for it",
+    "Objective": "is compared with a plain fit in test_objective.py: here, nothing logs its metric",
 }
 
 
