@@ -369,6 +369,37 @@ class TestFollow:
         assert len(receipt.moved) == 1
         assert optimizer.state[net.b.weight]["exp_avg"].shape == (2, 4)
 
+    @pytest.mark.parametrize("beside", [True, False], ids=["beside another shape", "alone"])
+    def test_preconditioners_of_a_square_weight_are_no_memory_of_elements(
+        self, beside: bool
+    ) -> None:
+        layers = [nn.Linear(6, 8, bias=False)] if beside else []
+        net = nn.Sequential(*layers, nn.Linear(8, 8, bias=False)).double()
+        square = net[-1]
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        torch.manual_seed(0)
+        for layer in net:
+            gradient = torch.randn_like(layer.weight)
+            optimizer.state[layer.weight]["rows"] = gradient @ gradient.T
+            if beside:  # eigenvectors, which are not symmetric
+                optimizer.state[layer.weight]["basis"] = torch.linalg.eigh(gradient @ gradient.T)[1]
+                del optimizer.state[layer.weight]["rows"]
+        name = f"{len(net) - 1}.weight"
+        kept = Kept((torch.tensor([0, 3, 5]), torch.tensor([1, 2, 7])))
+        receipt = Cut({name: kept}, Structure({name: (8, 8)})).apply(net)
+        followed = follow(optimizer, receipt)
+        assert square.weight not in optimizer.state
+        assert [change.name for change in followed.skipped] == [name]
+
+    def test_a_memory_that_is_still_zero_is_sliced(self) -> None:
+        net = nn.Sequential(nn.Linear(8, 8, bias=False))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        optimizer.state[net[0].weight]["exp_avg"] = torch.zeros(8, 8)
+        kept = Kept((torch.tensor([0, 3]), None))
+        receipt = Cut({"0.weight": kept}, Structure({"0.weight": (8, 8)})).apply(net)
+        assert follow(optimizer, receipt).changes
+        assert optimizer.state[net[0].weight]["exp_avg"].shape == (2, 8)
+
     def test_lbfgs_starts_its_history_anew(self, net: nn.Sequential) -> None:
         optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
         x = torch.randn(8, 4)
