@@ -199,6 +199,15 @@ def test_moments_of_masked_weights_are_forgotten_and_others_kept() -> None:
     assert not state["exp_avg_sq"][~keep].any() and state["step"] == 1
 
 
+def test_the_preconditioner_of_a_square_weight_is_left_whole() -> None:
+    net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+    for layer in net:
+        optimizer.state[layer.weight]["rows"] = torch.ones(4, 4)
+    hold(net, magnitude_masks(net, amount=0.5).keep, optimizer)
+    assert all(optimizer.state[layer.weight]["rows"].all() for layer in net)
+
+
 def test_masks_without_a_change_of_their_tensor_follow_as_they_are() -> None:
     net = tiny.MLP()
     masks = magnitude_masks(net, amount=0.5).keep
@@ -310,6 +319,32 @@ def test_masked_weights_are_zero_after_every_step(fit: Fit, name: str) -> None:
     assert all(
         not o._optimizer_step_post_hooks for o in trainer.optimizers
     )  # nothing is left behind
+
+
+class OfManyCalls(Module):
+    """Its optimizer calls the network several times in each step, and remembers whole vectors."""
+
+    masks: dict[str, Tensor]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for name, keep in self.masks.items():
+            assert not self.get_parameter(name)[~keep.to(self.device)].any()
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+def test_masked_weights_are_zero_also_within_a_step_of_several_calls(fit: Fit) -> None:
+    masks, learner = WeightMasks(amount=0.5, when=1), module(OfManyCalls)
+    learner.masks = {}
+
+    class Give(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            learner.masks = masks.masks
+
+    fit(learner, masks, Give())
+    assert learner.masks
 
 
 def test_clipping_sees_the_gradients_of_live_weights_only(fit: Fit) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -186,6 +186,9 @@ class WeightMasks(Callback):
             )
         if trainer.world_size > 1:
             found = trainer.strategy.broadcast(found)
+        for optimizer in optimizers_of(trainer, pl_module):
+            if isinstance(optimizer, LBFGS):  # one flat history, that of the dense network
+                optimizer.state.clear()
         receipt = self._apply(trainer, pl_module, found.keep)
         self.receipt = Receipt(receipt.changes, skipped=found.skipped)
         self._report(trainer)
