@@ -8,10 +8,12 @@ import inspect
 import io
 import math
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -721,6 +723,87 @@ def test_a_fit_learns_bit_for_bit_the_same_and_leaves_no_trace(
     fit(model, ActivationCheckpointing(policy=policy))
     assert equal(list(plain.parameters()), list(model.parameters()))
     assert not keep_activations(model)
+
+
+class Keeper(nn.Module):
+    """A block of which each forward does something besides: `act`."""
+
+    act: Callable[[Any, Tensor], Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.own, self.numpy = torch.Generator().manual_seed(3), np.random.default_rng(3)
+        self.calls, self.load, self.kept = {"n": 0}, torch.zeros(8), []  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.act(x))))
+
+
+def counts(block: Any, x: Tensor) -> Tensor:
+    block.calls["n"] += 1
+    block.load = block.load + torch.bincount(x.argmax(-1).flatten(), minlength=8)
+    block.aux = block.up(x).softmax(-1).mean((0, 1)).square().sum()
+    block.kept.append(block.aux)
+    return x
+
+
+ACTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "python": lambda block, x: x * (1 + random.random()),
+    "numpy": lambda block, x: x * float(np.random.rand()),
+    "a generator of torch": lambda block, x: x + torch.randn(x.shape, generator=block.own),
+    "a generator of numpy": lambda block, x: x * block.numpy.random(),
+    "a path by chance": lambda block, x: x if random.random() < 0.5 else torch.relu(block.down(x)),
+    "counts and losses": counts,
+}
+
+
+def keepers(act: Callable[[Any, Tensor], Tensor]) -> nn.Sequential:
+    kind = type("Keeper", (Keeper,), {"act": act})
+    return nn.Sequential(*[kind() for _ in range(3)])
+
+
+class Balanced(Module):
+    """Adds what its blocks kept to the loss, and balances them by what they counted."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.net(batch[0]).mean(1), batch[1])
+        for block in self.net.children():
+            loss = loss + sum(block.kept) + getattr(block, "aux", 0.0)
+            block.kept.clear()
+        return loss + random.random()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[0])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for block in self.net.children():
+            block.up.bias.data -= 0.01 * (block.load - block.load.mean()).sign() * block.calls["n"]
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+@pytest.mark.parametrize("name", ACTS)
+def test_what_a_block_draws_counts_and_keeps_is_that_of_one_forward(
+    fit: Fit, name: str, policy: str
+) -> None:
+    learned, left = [], []
+    for extra in ([], [ActivationCheckpointing(policy=policy)]):
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+        model = module(keepers(ACTS[name]), Balanced)
+        fit(model, *extra)
+        learned.append(list(model.parameters()))
+        left.append((random.random(), np.random.rand(), [b.calls for b in model.net]))
+    assert equal(*learned)
+    assert left[0] == left[1]
+
+
+def test_a_block_whose_result_hangs_on_how_often_it_was_called_is_refused(fit: Fit) -> None:
+    calls = iter(range(1000))
+    model = module(keepers(lambda block, x: x * (1 + next(calls) % 5)), Balanced)
+    with pytest.raises(Unsupported, match="recomputes something else than it computed"):
+        fit(model, ActivationCheckpointing())
 
 
 @pytest.mark.slow

@@ -260,6 +260,7 @@ class ActivationCheckpointing(ModelEdit):
     Raises:
         ValueError: Unknown policy.
         NoEffect: Nothing matches, or what was chosen is not called in the first training step.
+        Unsupported: In the first step, a block changes its buffers, or recomputes another result.
 
     >>> ActivationCheckpointing(select="net.layers.*", policy="selective").policy
     'selective'

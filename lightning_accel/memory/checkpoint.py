@@ -12,8 +12,10 @@ training alone. Copies recompute as well; pickles hold the user's own forward. W
 
 - running statistics of batch and instance norms change once per step, not again in the recomputation;
 - what a block keeps on itself (the loss of a router, a cache, a counter) is in the recomputation what it was in
-  forward, and after it as if there had been none;
+  forward, and after it as if there had been none; so are the random states of Python, NumPy and of generators
+  that it holds;
 - a block that changes a tensor of its own in place (spectral norm) is refused, for it would recompute something else;
+- the first recomputation of each block runs to its end, and is refused when it gives another result;
 - attention that draws its dropout within is recomputed also by the selective policy: kept, it would leave
   the random state behind, and each later dropout of the block would get another mask than in forward.
 """
@@ -36,10 +38,12 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
 )
 
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.memory.draws import draws
+from lightning_accel.memory.recompute import Before, Recomputation, compared
 from lightning_accel.memory.saved import note_kept
 from lightning_accel.surgery import Change, Receipt, Select
 
@@ -53,7 +57,6 @@ _PRODUCTS = {
     "flex_attention",
 }  # fmt: skip
 _OWN = "_accel_own"
-_OF_EVERY_MODULE = {*vars(nn.Module()), "forward"}
 _called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -235,12 +238,13 @@ def _recomputing(module: nn.Module, policy: str) -> Callable[..., Any]:
             if policy == "full":
                 return checkpoint(call, *values, use_reentrant=False)
             return _selecting(call, *values, context_fn=_selective)
-        make = functools.partial(_contexts, self, policy, _Kept(self))
+        make = functools.partial(_contexts, self, policy, Before(self))
         if self in _called:
             return _selecting(call, *values, context_fn=make)
         _called.add(self)
         before = _versions(self)
-        out = _selecting(call, *values, context_fn=make)
+        with set_checkpoint_early_stop(False):
+            out = _selecting(compared(type(self), call), *values, context_fn=make)
         _refuse_changed(self, before)
         return out
 
@@ -257,10 +261,10 @@ def _ignoring_self(function: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def _contexts(module: nn.Module, policy: str, kept: _Kept) -> tuple[Any, Any]:
+def _contexts(module: nn.Module, policy: str, before: Before) -> tuple[Any, Any]:
     """Return what stands around the forward of a block and around its recomputation."""
     first, again = (nullcontext(), None) if policy == "full" else _selective()
-    return first, _Recomputation(module, again, kept)
+    return first, Recomputation(module, again, before)
 
 
 def _choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -275,68 +279,6 @@ def _choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 _selective = functools.partial(create_selective_checkpoint_contexts, _choose)
-
-
-class _Kept:
-    """What the modules of a block keep as attributes at one moment, lists and dicts with their contents."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._block = block
-        self._attributes = [
-            (module, {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE})
-            for module in block.modules()
-        ]
-        self._contents = [
-            (held, held.copy())
-            for _, attributes in self._attributes
-            for held in attributes.values()
-            if type(held) in (list, dict, set)
-        ]
-
-    def bring_back(self) -> _Kept:
-        """Let the block be as it was then, and return what it is now."""
-        now = _Kept(self._block)
-        for module, attributes in self._attributes:
-            own = vars(module)
-            for name in [n for n in own if n not in attributes and n not in _OF_EVERY_MODULE]:
-                del own[name]
-            own.update(attributes)
-        for held, content in self._contents:
-            held.clear()
-            held.extend(content) if isinstance(held, list) else held.update(content)
-        return now
-
-
-class _Recomputation:
-    """Stands around a recomputation: running statistics, and what a block keeps, stay as they are."""
-
-    def __init__(self, module: nn.Module, inner: Any, kept: _Kept) -> None:
-        self.module = module
-        self.inner = inner
-        self.kept = kept
-        self.held: list[tuple[nn.Module, str, Any]] = []
-
-    def __enter__(self) -> None:
-        self.now = self.kept.bring_back()
-        for module in self.module.modules():
-            # Statistics are passed all the same, for as many tensors have to be saved as before.
-            if isinstance(module, (_BatchNorm, _InstanceNorm)) and module.track_running_stats:
-                self._set(module, "momentum", 0.0)
-                self._set(module, "num_batches_tracked", None)
-        if self.inner is not None:
-            self.inner.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        while self.held:
-            module, name, value = self.held.pop()
-            setattr(module, name, value)
-        self.now.bring_back()
-        if self.inner is not None:
-            self.inner.__exit__(*error)
-
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        self.held.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
 
 
 def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
