@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import FusedOptimizer, StructuredPruning, WeightMasks
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.precision import Bf16Precision
+from lightning_accel.pruning import Params
 from lightning_accel.surgery.optimizers import within
 
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
@@ -620,6 +621,30 @@ def test_a_target_inside_the_module_is_cut_where_its_network_is() -> None:
     assert module.target[0].weight.shape == (8, 8)
     for held, p in zip(module.target.parameters(), module.net.parameters(), strict=True):
         assert (held - p).abs().max() < 0.05  # channels of one kept, others of the other, would not
+
+
+class Taught(Module):
+    """A larger teacher, inside of the module, which nobody prunes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(8, 300).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            aim = self.teacher(batch[0])[:, :3]
+        return (self.net(batch[0]) - aim).square().mean()
+
+
+@pytest.mark.parametrize("kind", [Byol, Taught])
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_a_share_of_the_parameters_leaves_averages_and_teachers_out(
+    kind: type[Module], share: float
+) -> None:
+    bare, module = Module(), kind()
+    for one in (bare, module):
+        fit(one, StructuredPruning(target=Params(share), when=1), epochs=2)
+    assert module.net[0].weight.shape == bare.net[0].weight.shape
 
 
 @pytest.mark.filterwarnings("ignore:StructuredPruning cuts before the first step")

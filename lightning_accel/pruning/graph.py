@@ -17,7 +17,7 @@ from lightning_accel.pruning.scaling import factor, query_rows
 from lightning_accel.pruning.trace import Flow, Ids, traced
 from lightning_accel.pruning.trace.sizes import solve
 from lightning_accel.surgery import Change, Cut, Kept, Select, Structure
-from lightning_accel.surgery.call import Call, in_precision
+from lightning_accel.surgery.call import Call, in_precision, parameters_of
 from lightning_accel.surgery.structure import named_tensors
 
 __all__ = ["Gone", "Graph", "Group", "Member"]
@@ -113,11 +113,10 @@ class Graph:
         )
 
     def params(self, gone: Gone) -> int:
-        """Return the number of parameters with these units gone."""
-        left, total, seen = self._left(gone), 0, set()
+        """Return the number of parameters of the networks that are called with these units gone."""
+        left, total, called = self._left(gone), 0, parameters_of(self.model, self.calls)
         for name, parameter in self.model.named_parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
+            if called.pop(id(parameter), None) is not None:
                 total += math.prod(left.count(x.atoms) for x in self._flow.own[name].axes)
         return total
 

@@ -27,7 +27,7 @@ from lightning_accel.measure.timing import Comparison, compare
 from lightning_accel.pruning.graph import Gone
 from lightning_accel.pruning.search import MOST, Pick, bisect, closest, measured
 from lightning_accel.surgery import Cut, twin
-from lightning_accel.surgery.call import Call, batch_size, run
+from lightning_accel.surgery.call import Call, batch_size, parameters_of, run
 
 _REPEATS = 3
 
@@ -136,12 +136,16 @@ class Macs(Target):
 
 @dataclass(frozen=True)
 class Params(Target):
-    """Keep this share of the parameters."""
+    """Keep this share of the parameters of the networks that are called, and so not of averages or teachers."""
 
     unit: ClassVar[str] = "parameters"
 
     def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
-        return model_size(after).params / model_size(before).params
+        counts = [
+            sum(p.numel() for p in parameters_of(model, calls).values())
+            for model in (after, before)
+        ]
+        return counts[0] / counts[1]
 
     def kept(self, graph: Prunable, gone: Gone) -> float:
         return graph.params(gone) / graph.params({})

@@ -38,6 +38,17 @@ def run(model: nn.Module, calls: Sequence[Call]) -> list[Any]:
     return [model.get_submodule(call.name)(*call.args, **call.kwargs) for call in calls]
 
 
+def parameters_of(model: nn.Module, calls: Sequence[Call]) -> dict[int, nn.Parameter]:
+    """Return by identity the parameters of the modules that are called; those of the model without calls.
+
+    >>> net = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    >>> len(parameters_of(net, [Call("0", (), {})])), len(parameters_of(net, []))
+    (2, 4)
+    """
+    names = dict.fromkeys(call.name for call in calls) or {"": None}
+    return {id(p): p for name in names for p in model.get_submodule(name).parameters()}
+
+
 def converted(model: ModuleT, dtype: torch.dtype) -> ModuleT:
     """Convert a network in place: `Module.to` would drop the imaginary part of complex weights.
 
