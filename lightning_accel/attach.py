@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_mirror
-from lightning_accel.errors import AccelError
+from lightning_accel.errors import AccelError, explain
 
 _OURS = "lightning_accel."
 
@@ -48,6 +48,7 @@ class Asked(Callback):
         config: The whole configuration, with `callbacks` by name.
 
     Raises:
+        ValueError: At the start of a fit, when `accel.attach` is neither true nor false.
         AccelError: At the start of a fit, when callbacks are missing and no Trainer has had them.
     """
 
@@ -62,10 +63,10 @@ class Asked(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         held = {base.__name__ for callback in callbacks for base in type(callback).__mro__}
         missing = {n: t for n, t in _asked(self.config).items() if t.rpartition(".")[2] not in held}
+        attach = _attach(self.config)
         if not missing:
             _served.append(weakref.ref(self.config))
             return
-        attach = _attach(self.config)
         if attach is False or any(known() is self.config for known in _served):
             return
         if attach is None:
@@ -122,7 +123,15 @@ def _asked(config: Any) -> dict[str, str]:
 def _attach(config: Any) -> bool | None:
     marks = config.get("accel")
     found = marks.get("attach") if isinstance(marks, Mapping) else None
-    return found if isinstance(found, bool) else None
+    if found is not None and not isinstance(found, bool):
+        raise ValueError(
+            explain(
+                "`accel.attach` is true or false",
+                repr(found),
+                "say `+accel.attach=true`, or leave it out",
+            )
+        )
+    return found
 
 
 def _built(config: Any, names: Mapping[str, str]) -> list[Callback]:

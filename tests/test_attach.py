@@ -103,6 +103,15 @@ def test_attach_gives_the_trainer_what_was_asked_for(folder: Path) -> None:
     assert fit(hydra.utils.instantiate(cfg.trainer)) == [4, 2]
 
 
+@pytest.mark.parametrize("word", ["maybe", "1"])
+def test_attach_is_true_or_false(folder: Path, word: str) -> None:
+    trainer = hydra.utils.instantiate(
+        compose("train", ["+accel=prune", f"+accel.attach={word}"]).trainer
+    )
+    with pytest.raises(ValueError, match=r"`accel\.attach` is true or false\. Found: .*Do: "):
+        fit(trainer)
+
+
 def test_attach_keeps_to_the_order_of_stages_and_to_the_list_of_users(folder: Path) -> None:
     eager = "+callbacks.compilation.backend=eager"
     cfg = compose("train", ["+accel=[compile,prune]", "+accel.attach=true", eager, *BARE])

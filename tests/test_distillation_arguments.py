@@ -75,6 +75,13 @@ def test_a_cache_is_not_made_of_nonsense(name: str, tmp_path: Path) -> None:
             TeacherCache(tmp_path, **{name: value})
 
 
+def test_weights_of_nothing_but_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"would learn nothing\. Found: .*Do: "):
+        Distillation(net(), {"kd": {"weight": 0}}, task_weight=0)
+    Distillation(net(), {"kd": {"weight": {"start": 0, "end": 1}}}, task_weight=0)  # it grows
+    Distillation(net(), {"kd": {"weight": 0}})  # a baseline
+
+
 @pytest.mark.parametrize("nothing", [None, [None]])
 def test_no_teacher_says_where_one_comes_from(nothing: Any) -> None:
     with pytest.raises(ValueError, match=r"no teacher.*callbacks\.distillation\.teacher="):

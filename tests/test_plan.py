@@ -196,6 +196,12 @@ def number():
 
 def three():
     return 1, 2, 3
+
+def needs(width):
+    return network()
+
+def fails():
+    raise ValueError("the user's own\\nin two lines")
 """
 
 LIT = """
@@ -261,6 +267,7 @@ def alone():
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine_nets.py").write_text(MODULE)
     (tmp_path / "mine_fit.py").write_text(LIT)
+    (tmp_path / "mine_broken.py").write_text("import torch\n\n1 / 0\n")
     monkeypatch.delitem(sys.modules, "mine_fit", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "mine_nets", raising=False)
@@ -331,7 +338,11 @@ WRONG: list[tuple[Sequence[str], str]] = [
     ([], "say which network"),
     (["mine_nets"], "MODULE:FUNCTION"),
     (["mine_nets:nothing", "--example", "4,6"], "MODULE:FUNCTION"),
-    (["no_such_module:f", "--example", "4,6"], "no_such_module"),
+    (["no_such_module:f", "--example", "4,6"], "`no_such_module` cannot be imported. Found: Mod"),
+    (["mine_nets:needs"], "`mine_nets:needs` fails when it is called. Found: TypeError: needs()"),
+    (["mine_nets:fails"], "ValueError: the user's own ("),
+    (["mine_broken:f"], "mine_broken.py, line 3). Do: make it run in Python first"),
+    (["mine_nets:both", "--device", "nonsense"], "no such device here. Found: nonsense"),
     (["mine_nets:number", "--example", "4,6"], "makes no network"),
     (["mine_nets:network"], "--example"),
     (["mine_nets:three"], "Found: (int, int, int)"),

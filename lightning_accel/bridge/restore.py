@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from math import prod
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,8 +92,28 @@ def load_from_checkpoint(
 
     Raises:
         StructureMismatch: The stored structure does not fit the class or the stored tensors.
+        TypeError: `cls` is no class of a LightningModule, or `path` no path.
+        FileNotFoundError: There is no such file.
         UnsafeFile: The file holds objects, such as hyper-parameters, and `weights_only` is `True`.
     """
+
+    if not (isinstance(cls, type) and hasattr(cls, "load_from_checkpoint")):
+        found = cls.__name__ if isinstance(cls, type) else f"{type(cls).__name__}, no class"
+        raise TypeError(
+            explain(
+                "`cls` is a LightningModule class", found, "pass the class: MyModule, 'last.ckpt'"
+            )
+        )
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(
+            explain("`path` is a checkpoint's path", repr(path), "pass 'last.ckpt', say")
+        )
+    if "://" not in str(path) and not Path(path).exists():
+        raise FileNotFoundError(
+            explain(
+                "there is no such checkpoint", str(path), "check the path and the present folder"
+            )
+        )
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.__class__ = cls

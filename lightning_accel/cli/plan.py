@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; 2 when it cannot be made."""
     try:
         _check_picture(args.picture)
+        _check_device(args.device)
         named = _named(args)
         rows = sensitivity(
             named.model,
@@ -118,6 +119,16 @@ def run(args: argparse.Namespace) -> int:
 def _check_picture(path: Path | None) -> None:
     if path is not None and path.suffix != ".svg":
         raise ValueError(explain("a picture is drawn as SVG", str(path), "end the name in .svg"))
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # which of them depends on how torch was built
+        found = f"{name}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(
+            explain("there is no such device here", found, "see `lightning-accel env`")
+        ) from error
 
 
 def picture(rows: Sequence[Row], *, share: float, measured: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,7 +65,8 @@ def subject_of(args: argparse.Namespace) -> Subject:
                 "pass MODULE:FUNCTION, or --config FILE and overrides",
             )
         )
-    return _of_made(args.subject, found_in_code(args.subject)())
+    make = found_in_code(args.subject)
+    return _of_made(args.subject, users_own(f"`{args.subject}` fails when it is called", make))
 
 
 def found_in_code(name: str) -> Callable[..., Any]:
@@ -72,7 +74,10 @@ def found_in_code(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if "" not in sys.path and "." not in sys.path:
         sys.path.insert(0, "")  # as `python -m` does
-    found = getattr(importlib.import_module(module), attribute, None) if attribute else None
+    found = None
+    if module and attribute:
+        what = f"`{module}` cannot be imported"
+        found = getattr(users_own(what, lambda: importlib.import_module(module)), attribute, None)
     if not callable(found):
         raise ValueError(
             explain(
@@ -82,6 +87,28 @@ def found_in_code(name: str) -> Callable[..., Any]:
             )
         )
     return found
+
+
+def users_own(what: str, run: Callable[[], Any]) -> Any:
+    """Run code of the user; what goes wrong in it is told in one line, with its place.
+
+    Raises:
+        ValueError: The code raised something.
+    """
+    try:
+        return run()
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this function
+        ours = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
+        place = f" ({ours[-1].filename}, line {ours[-1].lineno})" if ours else ""
+        raise ValueError(
+            explain(
+                what,
+                f"{type(error).__name__}: {said}{place}",
+                "make it run in Python first, without arguments and from this folder",
+            )
+        ) from error
 
 
 def brings_data(model: nn.Module, data: Any) -> bool:

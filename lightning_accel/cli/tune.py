@@ -84,6 +84,8 @@ def _report(args: argparse.Namespace) -> TuneReport:
 
 
 def _tuned(args: argparse.Namespace, arguments: dict[str, Any]) -> TuneReport:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from lightning_accel.tuning import AutoTune, tune
     from lightning_accel.tuning.outside import tune_in
 
@@ -100,7 +102,16 @@ def _tuned(args: argparse.Namespace, arguments: dict[str, Any]) -> TuneReport:
     module: Any = model
     if trainer is None:
         where = {} if args.accelerator is None else {"accelerator": args.accelerator}
-        return tune(module, data, steps=args.steps, **arguments, **where)
+        try:
+            return tune(module, data, steps=args.steps, **arguments, **where)
+        except MisconfigurationException as error:
+            raise ValueError(
+                explain(
+                    "Lightning refuses this training",
+                    str(error),
+                    "pass another --accelerator, or correct the module and its data",
+                )
+            ) from error
     tuning = AutoTune(**arguments, budget_share=float("inf"))
     tuning.steps = args.steps
     return tune_in(trainer, module, data, tuning)

@@ -25,7 +25,7 @@ from lightning_accel.distillation.course import Course, seeded_views
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.locate import Where, check_where
-from lightning_accel.distillation.schedule import now, read
+from lightning_accel.distillation.schedule import now, read, require_some
 from lightning_accel.distillation.steps import depends_on
 from lightning_accel.distillation.teacher import (
     EMA,
@@ -110,6 +110,7 @@ class Distillation(Callback):
             mask=check_where(mask, "mask"),
             cache=cache,
         )
+        require_some(self.engine.task_weight, *(t.weight for t in self.engine.terms.values()))
         self.journal = Journal()
         self.average: AveragedModel | None = None  # an attribute, so that prunes reach it
         self._loaded: dict[str, Any] = {}

@@ -110,3 +110,15 @@ def now(value: Number, moment: Moment) -> float:
 def is_constant(value: Number) -> bool:
     """Tell whether a number stays what it is."""
     return not isinstance(value, Ramp) and not callable(value)
+
+
+def require_some(*weights: Number) -> None:
+    """Raise unless some weight of a loss is above zero at some time."""
+    if all(is_constant(weight) and weight == 0 for weight in weights):
+        raise ValueError(
+            explain(
+                "every weight is 0, so the student would learn nothing",
+                "task_weight=0 and a weight of 0 for each loss",
+                "pass a weight above 0, such as 0.9",
+            )
+        )

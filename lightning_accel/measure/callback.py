@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,6 +73,7 @@ class AccelReport(Paced):
 
     Raises:
         ValueError: `budget_s` is not above 0.
+        TypeError: `path` is no path, or `dense_metrics` are no numbers by name.
 
     >>> AccelReport("outputs/report.json", budget_s=5).path
     PosixPath('outputs/report.json')
@@ -92,9 +94,12 @@ class AccelReport(Paced):
             raise ValueError(
                 explain("`budget_s` is a time", repr(budget_s), "pass seconds above 0")
             )
+        if path is not None and not isinstance(path, (str, PathLike)):
+            raise TypeError(
+                explain("`path` is where the JSON goes", repr(path), "pass 'report.json', say")
+            )
         self.path = None if path is None else Path(path)
-        given = dense_metrics
-        self.dense_metrics = None if given is None else {k: float(v) for k, v in given.items()}
+        self.dense_metrics = None if dense_metrics is None else _numbers(dense_metrics)
         self.budget_s = budget_s
         self.example = example
         self.report: Report | None = None
@@ -386,3 +391,15 @@ def _refuse_sharded(trainer: Trainer) -> None:
             type(trainer.strategy).__name__,
             "measure an unsharded copy with `lightning_accel.measure.measure_pair`",
         )
+
+
+def _numbers(given: Any) -> dict[str, float]:
+    """Read metrics by name; tensors of one element are numbers too."""
+    try:
+        return {str(name): float(value) for name, value in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(
+            explain(
+                "`dense_metrics` are numbers by name", repr(given), "pass {'val/acc': 0.98}, say"
+            )
+        ) from None

@@ -68,6 +68,11 @@ def check(importance: Any) -> Importance:
     from lightning_accel.pruning.reconstruction import Reconstruction
 
     known = isinstance(importance, (str, Reconstruction)) or callable(importance)
+    if isinstance(importance, type):
+        name = importance.__name__
+        raise TypeError(
+            explain("`importance` is a class, not an object", name, f"pass `{name}(...)`")
+        )
     if not known or (isinstance(importance, str) and importance not in KNOWN):
         raise ValueError(
             explain(

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule
 from torch.distributed.tensor import DTensor
 
 from lightning_accel.bridge.restore import register, remember, stored_structure
-from lightning_accel.errors import StructureMismatch, Unsupported, weights_alone
+from lightning_accel.errors import StructureMismatch, Unsupported, explain, weights_alone
 from lightning_accel.pruning.prune import plan
 from lightning_accel.surgery import Cut, Receipt
 from lightning_accel.surgery.call import Call, as_call
@@ -51,11 +51,12 @@ def prune_before_sharding(
         What was cut, or resized; falsy on a second call.
 
     Raises:
+        TypeError: `pl_module` is no LightningModule.
         Unsupported: The module is sharded already, or has no weights yet (on the meta device).
         StructureMismatch: The checkpoint's structure does not fit.
         NoEffect: Nothing could be pruned.
     """
-    if vars(pl_module).get(_DONE):
+    if getattr(pl_module, _DONE, False):
         return Receipt()
     _refuse(pl_module)
     register(pl_module)
@@ -73,6 +74,14 @@ def prune_before_sharding(
 
 
 def _refuse(pl_module: LightningModule) -> None:
+    if not hasattr(pl_module, "on_load_checkpoint"):
+        raise TypeError(
+            explain(
+                "`prune_before_sharding` is for a LightningModule, in its `configure_model`",
+                type(pl_module).__name__,
+                "pass self there; `lightning_accel.prune` takes any network",
+            )
+        )
     for name, parameter in pl_module.named_parameters():
         if isinstance(parameter, DTensor):
             raise Unsupported(

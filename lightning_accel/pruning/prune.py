@@ -72,6 +72,7 @@ def prune(
 
     Raises:
         ValueError: An argument is out of range.
+        TypeError: It is of another type.
         NoEffect: Nothing could be pruned, or the target is out of reach.
         AccelError: The network fails on the example.
         BrokenModel: Every candidate broke the network, which is as it was.
@@ -126,6 +127,10 @@ def plan(
     `compensate` solves the layers that read what is gone anew, on these batches. After `seconds` no
     more groups are tried one by one; those not tried by then are left alone, and listed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            explain("`model` is a network", type(model).__name__, "pass a torch.nn.Module")
+        )
     check_asked(ratio, target)
     rounding.check_round_to(round_to)
     target = None if target is None else target.of(calls)

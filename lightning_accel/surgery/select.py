@@ -99,7 +99,8 @@ class Select:
 
 
 def _as_tuple(field: str, value: Any) -> tuple[Any, ...]:
-    items = (value,) if isinstance(value, (str, type)) else tuple(value)
+    is_one = isinstance(value, (str, type)) or not isinstance(value, Iterable)
+    items = (value,) if is_one else tuple(value)
     for item in items:
         named = isinstance(item, str) and item != ""
         if not named and not (field == "types" and isinstance(item, type)):

@@ -20,6 +20,7 @@ from lightning_accel.bridge.hand import Hand
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.pruning import sparsity
 from lightning_accel.pruning.graph import Graph, Group
+from lightning_accel.pruning.prune import check_ratio
 from lightning_accel.surgery import Receipt, Select, twin
 from lightning_accel.surgery.call import first
 from lightning_accel.surgery.optimizers import Steps
@@ -47,6 +48,7 @@ class SparsityTraining(Callback):
 
     Raises:
         ValueError: An argument is out of range.
+        TypeError: It is no number.
 
     >>> SparsityTraining("group_lasso", strength=1e-3).penalty
     'group_lasso'
@@ -67,14 +69,12 @@ class SparsityTraining(Callback):
             listed = ", ".join(sparsity.PENALTIES)
             raise ValueError(explain("unknown penalty", repr(penalty), f"choose one of {listed}"))
         for name, value in (("strength", strength), ("ceiling", ceiling)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(
+            number = type(value) in (int, float)
+            if not number or not (math.isfinite(value) and value > 0):
+                raise (ValueError if number else TypeError)(
                     explain(f"`{name}` is a number above 0", repr(value), "pass 1e-4, say")
                 )
-        if not 0 < ratio < 1:
-            raise ValueError(
-                explain("`ratio` is a share above 0 and below 1", repr(ratio), "pass 0.5, say")
-            )
+        check_ratio(ratio)
         if type(every) is not int or every < 1:
             raise ValueError(
                 explain("`every` is a positive number of steps", repr(every), "pass 10, say")
