@@ -596,6 +596,19 @@ def test_a_model_without_a_backward_is_measured_without_training() -> None:
     assert any("training steps/s is left out" in note for note in report.extra["notes"])
 
 
+@pytest.mark.parametrize("name", ["net", ""])
+def test_parameters_that_no_call_runs_are_said(name: str) -> None:
+    """A teacher inside the module is in its parameters, and in no other row."""
+    whole = nn.ModuleDict({"net": nn.Linear(4, 2), "teacher": nn.Linear(4, 20)})
+    whole.forward = whole["net"].forward  # type: ignore[method-assign]
+    report = Report()
+    side = Runnable(whole, whole, [Call(name, (torch.ones(6, 4),), {})])
+    measure_subjects(side, side, budget_s=0.01, report=report)
+    said = [note for note in report.extra.get("notes", []) if "do not run" in note]
+    assert (f"{4 * 20 + 20:,} of them" in "".join(said)) == bool(name)
+    assert report.final.params == 110
+
+
 def test_synchronised_norms_become_local_and_compute_the_same() -> None:
     net = nn.Sequential(nn.Conv1d(2, 3, 1), nn.SyncBatchNorm(3))
     plain = nn.Sequential(copy.deepcopy(net[0]), nn.BatchNorm1d(3))

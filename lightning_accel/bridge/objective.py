@@ -58,7 +58,7 @@ class Objective(Callback):
                 raise AccelError(
                     f"the objective `{name}` is a number of AccelReport",
                     "no AccelReport among the callbacks",
-                    "add one; every preset has it, `+accel=none` too",
+                    "add one; every preset but `auto` has it, `+accel=none` too",
                 )
 
     @override

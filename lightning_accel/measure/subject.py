@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_accel.measure.flops import Macs, count_run, eval_mode
 from lightning_accel.measure.report import Report, Subject, measure_pair
 from lightning_accel.surgery import Structure
-from lightning_accel.surgery.call import Call, batch_size, first, run
+from lightning_accel.surgery.call import Call, batch_size, first, parameters_of, run
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -49,6 +49,7 @@ def measure_subjects(
     macs = [_counted(side, report) for side in sides]
     counted = [Subject(s.model, {}, macs=found) for s, found in zip(sides, macs, strict=True)]
     measure_pair(counted[0], counted[1], report=report)
+    _tell_idle(final, report)
     whole = batch_size(dense.calls)
     # The training batch first: compiled code is made for the first size it meets.
     sizes = [] if whole is None else sorted({1, whole}, reverse=True)
@@ -68,6 +69,17 @@ def measure_subjects(
         pair = [Subject(s.model, {}, step=step[0]) for s, step in zip(sides, steps, strict=True)]
         measure_pair(pair[0], pair[1], device=device, budget_s=share_s, report=report)
     return report
+
+
+def _tell_idle(side: Runnable, report: Report) -> None:
+    """Say which share of the parameters is in networks that are counted and not run: teachers, averages."""
+    whole = sum(p.numel() for p in side.eager.parameters())
+    idle = whole - sum(p.numel() for p in parameters_of(side.eager, side.calls).values())
+    if idle:
+        report.note(
+            f"parameters are those of the whole module, {idle:,} of them in networks that the calls measured "
+            "here do not run, such as a teacher or an average"
+        )
 
 
 def count(side: Runnable) -> Macs:
