@@ -154,7 +154,7 @@ class Search:
             for kind in ("blocks", "whole")
         ]
         for settings in (Settings(), *budgets):
-            if time.perf_counter() > self._end:
+            if settings != Settings() and time.perf_counter() > self._end:
                 break
             try:
                 replica = self._arena.make(settings)
