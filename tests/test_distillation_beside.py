@@ -36,6 +36,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_accel import (
     AccelReport,
@@ -546,3 +547,40 @@ def test_arguments_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(kind, match="Found"):
         Distillation(**{"teacher": nn.Linear(1, 1), **kwargs})
+
+
+# --- reentrant checkpoints of the user's own --------------------------------------------------------
+
+
+class Reentrant(nn.Module):
+    """A block that its user recomputes in the old way, under `no_grad` at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()  # as the old way needs
+        y = checkpoint(lambda z: torch.relu(self.conv(z)), x, use_reentrant=self.reentrant)
+        return self.head(y.mean((2, 3)))
+
+    reentrant = True
+
+
+def test_logits_of_a_reentrant_student_teach_as_those_of_a_plain_one(fit: Fit) -> None:
+    model, other = Module(Reentrant), Module(Reentrant)
+    other.net.reentrant = False
+    for one in (model, other):
+        fit(one, Distillation(teacher(), {"kd": 1.0}))
+    assert apart(model.net, other.net) < 1e-6
+
+
+def test_a_layer_within_a_reentrant_checkpoint_is_refused(fit: Fit) -> None:
+    """Its features carry no gradient when they are tapped: the term would teach nothing, and say nothing."""
+    guide = Distillation(teacher(), {"fitnet": {"layers": "conv", "weight": 1.0}})
+    model = Module(Reentrant)
+    with pytest.raises(AccelError, match=r"no gradient comes back.*`conv`.*use_reentrant=False"):
+        fit(model, guide)
+    model = Module(Reentrant)
+    model.net.reentrant = False
+    fit(model, guide)

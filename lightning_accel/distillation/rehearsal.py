@@ -34,7 +34,7 @@ from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.seen import LOGITS, Answer
 from lightning_accel.distillation.steps import differentiable
-from lightning_accel.distillation.tape import Record, Tape, layer
+from lightning_accel.distillation.tape import INPUT, Record, Tape, layer
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.errors import AccelError, UnsafeFile, explain
 from lightning_accel.surgery.call import Call
@@ -124,7 +124,21 @@ def record_on(
             f"{len(found)} calls of `{name or type(copy).__name__}`",
             "say which count: calls='last', or calls='all' for their mean",
         )
+    _refuse_without_gradient(layer(copy, name), found[-1])
     return Rehearsed(found[-1], loss if isinstance(loss, Tensor) else None, before)
+
+
+def _refuse_without_gradient(student: nn.Module, record: Record) -> None:
+    """Raise when a layer that learns gave a tensor from which no gradient comes back to it."""
+    for name, tapped in record.taps.items():
+        if name.endswith(INPUT) or tapped.requires_grad:
+            continue
+        if any(parameter.requires_grad for parameter in layer(student, name).parameters()):
+            raise AccelError(
+                f"no gradient comes back through the tapped layer `{name}`, so its loss would teach nothing",
+                "it runs under `no_grad`, as within `torch.utils.checkpoint.checkpoint(use_reentrant=True)`",
+                "pass `use_reentrant=False` there, or tap the checkpointed block as a whole, or a layer outside",
+            )
 
 
 def check_classes(
