@@ -295,7 +295,7 @@ TINY += ["trainer=fast", "+callbacks.report.budget_s=0.5"]
 def test_a_teacher_is_trained_by_the_first_run_and_found_by_the_next(
     tmp_path: Path, group: str
 ) -> None:
-    distill = ["+accel=distill", f"distillation={group}", *TINY]
+    distill = ["+accel=distill", f"accel/distillation={group}", *TINY]
     first = run(*distill, "seed=0", cwd=tmp_path)
     (teacher,) = (tmp_path / "outputs" / "teachers").iterdir()
     made = teacher.stat().st_mtime_ns

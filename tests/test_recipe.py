@@ -739,8 +739,8 @@ def test_each_job_closes_its_wandb_run_and_says_whether_it_failed(
         (["+accel=none"], ["none"]),
         (["+accel=amp_prune"], ["amp_prune", "precision", "pruning"]),
         (["+accel=[amp,prune]"], ["amp", "prune", "precision", "pruning"]),
-        (["+pruning=taylor", "+loop=fused"], ["loop", "pruning"]),
-        (["+accel=amp_prune", "pruning=none"], ["amp_prune", "precision"]),
+        (["+accel/pruning=taylor", "+accel/loop=fused"], ["loop", "pruning"]),
+        (["+accel=amp_prune", "accel/pruning=none"], ["amp_prune", "precision"]),
     ],
     ids=str,
 )

@@ -162,6 +162,7 @@ CHEAP = {  # what a part of a preset is given here, so that a test takes a secon
         "+callbacks.tuning.techniques=memory_format",
     ],
     "prune": [],
+    "none": [],
 }
 
 

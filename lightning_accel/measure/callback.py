@@ -275,11 +275,11 @@ class AccelReport(Paced):
         _refuse_sharded(trainer)
         # On all ranks, because a training step may communicate; what follows does not.
         kept, self._at_hand = self._at_hand, None
-        at_hand = kept and AtHand(trainer.strategy.batch_to_device(kept.batch))
+        device = trainer.strategy.root_device
+        at_hand = kept and AtHand(move_data_to_device(kept.batch, device))
         calls = find_example(trainer, pl_module, self.example, at_hand)
         if not trainer.is_global_zero:
             return
-        device = trainer.strategy.root_device
         report.extra["hardware"] = hardware.describe(device).to_dict()
         report.extra["num_threads"] = torch.get_num_threads()
         fast = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
