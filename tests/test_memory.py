@@ -208,6 +208,9 @@ def test_saved_bytes_are_the_same_each_time_and_freed() -> None:
     assert not [o for o in gc.get_objects() if type(o).__name__ == "SavedTensors"]
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.10."), reason="torch 2.10 does not let them be counted"
+)
 def test_selective_results_count_although_autograd_does_not_keep_them() -> None:
     net = Stack()
     plain = saved_bytes(lambda: net(X))
