@@ -22,7 +22,7 @@ def accuracy(model: LightningModule, data: Digits, epochs: int, *callbacks: Call
 
 seed_everything(0)
 teacher = ResNet(widths=(32, 64))
-known = accuracy(teacher, Digits(), 12)
+known = accuracy(teacher, Digits(), 6)
 
 alone: list[float] = []
 taught: list[float] = []
@@ -30,7 +30,7 @@ for seed in range(3):
     for found, callbacks in ((alone, []), (taught, [Distillation(teacher, "kd", task_weight=0.1)])):
         seed_everything(seed)  # both start from the same weights and see the same images
         few = Digits(batch_size=50, num_train=100, seed=seed)
-        found.append(accuracy(ResNet(widths=(8, 16), depth=1), few, 60, *callbacks))
+        found.append(accuracy(ResNet(widths=(8, 16), depth=1), few, 30, *callbacks))
 
 print(f"test accuracy of the teacher, which saw all images: {known:.3f}")
 for name, found in (("alone", alone), ("and teacher", taught)):

@@ -22,7 +22,7 @@ def bits_per_byte(model: LightningModule, data: Pydoc, epochs: int, *callbacks: 
 
 seed_everything(0)
 teacher = GPT(context=64, dim=64, depth=4)
-known = bits_per_byte(teacher, Pydoc(context=64, num_windows=3200), 6)
+known = bits_per_byte(teacher, Pydoc(context=64, num_windows=1600), 4)
 
 distillation = Distillation(
     teacher,
@@ -39,8 +39,8 @@ found = {}
 for name, callbacks in (("alone", []), ("and teacher", [distillation])):
     seed_everything(1)  # both start from the same weights and see the same text
     few = Pydoc(context=64, num_windows=320, seed=1)
-    found[name] = bits_per_byte(GPT(context=64, dim=64, depth=2), few, 12, *callbacks)
+    found[name] = bits_per_byte(GPT(context=64, dim=64, depth=2), few, 8, *callbacks)
 
-print(f"bits per byte of the teacher, which saw 200 kB of text: {known:.3f}")
+print(f"bits per byte of the teacher, which saw 100 kB of text: {known:.3f}")
 for name, bits in found.items():
     print(f"student {name}, 20 kB: {bits:.3f}")

@@ -124,16 +124,7 @@ TECHNIQUES: dict[str, Technique] = {
     "fp32": Technique(lambda: {"plugins": [AutocastPrecision("fp32")]}),
     "bf16": Technique(lambda: {"plugins": [AutocastPrecision("bf16")]}, BF16),
     "use bf16": Technique(lambda: {"callbacks": [UsePrecision(AutocastPrecision("bf16"))]}, BF16),
-    "together": alone(
-        lambda: StructuredPruning(ratio=0.5, when=LATER),
-        lambda: WeightMasks(amount=0.5, when=LATER),
-        lambda: Distillation("self", {"kd": 1.0}, student="net"),
-        LeanLoop,
-        FastLoading,
-        StepMeter,
-        lambda: AutoTune(budget_share=1e-12, cache=False),
-        apart=TRIAL,
-    ),
+    "distill itself": alone(lambda: Distillation("self", {"kd": 1.0}, student="net"), apart=TRIAL),
 }
 
 
@@ -302,10 +293,8 @@ class Case(NamedTuple):
 class Run:
     """One user's program: what its situation does with Trainers, and all that it leaves behind."""
 
-    def __init__(
-        self, case: Case, technique: str | None, beside: dict[str, Any], kwargs: Any
-    ) -> None:
-        self.case, self.technique = case, technique
+    def __init__(self, case: Case, team: Team | None, beside: dict[str, Any], kwargs: Any) -> None:
+        self.case, self.team = case, team
         self.kwargs, self.beside = {**kwargs, **beside}, beside
         self.record: dict[str, Any] = {}
         self.folder = Path(kwargs["default_root_dir"])
@@ -326,9 +315,9 @@ class Run:
             seed(0)
 
     def trainer(self, technique: bool = True, **more: Any) -> Trainer:
-        """Return a Trainer, with the technique or without."""
-        if technique and self.technique is not None:
-            self.given = self.given or TECHNIQUES[self.technique].make()
+        """Return a Trainer, with the team or without."""
+        if technique and self.team is not None:
+            self.given = self.given or self.team.make()
             given = dict(self.given)
         else:
             given = dict(self.beside)
@@ -550,11 +539,36 @@ IMPOSSIBLE = {("bulk sampler", "overfitted")}
 """There Lightning puts a sampler of single items in the place of the user's."""
 
 
-def follow(
-    case: Case, technique: str | None, beside: dict[str, Any], kwargs: Any
-) -> dict[str, Any]:
+TEAMS = (
+    ("prune", "distill itself", "rows", "compile", "matmul", "use bf16"),
+    ("masks", "measure", "budget", "format"),
+    ("sparsity", "lean", "tune, too short", "warm"),
+    ("distill", "optimizer", "tune, no gain", "fp32"),
+    ("loading", "checkpointing", "attention", "bf16"),
+)
+"""Techniques that are tried together: what changes nothing alone changes nothing in company."""
+
+
+class Team(NamedTuple):
+    """Some techniques in one Trainer."""
+
+    names: tuple[str, ...]
+
+    def make(self) -> dict[str, Any]:
+        """Return arguments of a Trainer with all of them."""
+        parts = [TECHNIQUES[name].make() for name in self.names]
+        lists = ("callbacks", "plugins")
+        return {k: [one for part in parts for one in part.get(k, [])] for k in lists}
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """Arguments of the plain Trainer that it must equal."""
+        return {k: v for name in self.names for k, v in TECHNIQUES[name].beside.items()}
+
+
+def follow(case: Case, team: Team | None, beside: dict[str, Any], kwargs: Any) -> dict[str, Any]:
     """Return all that a situation leaves behind."""
-    run = Run(case, technique, beside, kwargs)
+    run = Run(case, team, beside, kwargs)
     with contextlib.chdir(run.folder):
         SITUATIONS[case.situation](run)
     return run.record
@@ -570,20 +584,18 @@ DEAR = ("budget", "tune, no gain")
 """Techniques that compile or search at length."""
 
 
-def cases() -> Iterator[tuple[Case, str, bool]]:
-    """Yield each technique with each module, each loader and each situation, and whether that is slow.
+def cases() -> Iterator[tuple[Case, Team, bool]]:
+    """Yield each team with each module, each loader and each situation, and whether that is slow.
 
-    The lists have no common divisor with the number of ways, so that each meets all; no pair comes twice.
+    The lists have no common divisor with the number of teams, so that each meets all; no pair comes twice.
     """
     lists = list(odd.MODULES), list(odd.LOADERS), list(SITUATIONS)
-    ways = 5
-    assert all(math.gcd(len(names), ways) == 1 for names in lists)
-    for k in range(ways * max(map(len, lists))):
+    assert all(math.gcd(len(names), len(TEAMS)) == 1 for names in lists)
+    for k in range(len(TEAMS) * max(map(len, lists))):
         case = Case(*(names[k % len(names)] for names in lists))
-        half = k // ways % 2 == 1
-        for t, technique in enumerate(TECHNIQUES):
-            dear = technique in DEAR
-            if t % ways == k % ways and applies(technique, case) and not (half and dear):
-                yield case, technique, half or dear
+        late = k // len(TEAMS) % 2 == 1
+        names = [t for t in TEAMS[k % len(TEAMS)] if applies(t, case) and not (late and t in DEAR)]
+        if names:
+            yield case, Team(tuple(names)), late or any(t in DEAR for t in names)
     for kind, loader in zip(odd.MODULES, odd.LOADERS, strict=False):
-        yield Case(kind, loader, "another evaluates"), "frozen", kind > "M"
+        yield Case(kind, loader, "another evaluates"), Team(("frozen",)), kind > "M"

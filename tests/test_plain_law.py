@@ -16,7 +16,7 @@ import plain
 import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision.precision import Precision
-from plain import Case, Run, assert_same
+from plain import Case, Run, Team, assert_same
 
 import lightning_accel
 from lightning_accel import (
@@ -38,8 +38,6 @@ pytestmark = [
     pytest.mark.usefixtures("clean_dynamo"),
 ]
 
-_EXPECTED: dict[tuple[Case, str], dict[str, Any]] = {}
-
 
 @pytest.fixture(autouse=True)
 def nothing_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
@@ -56,35 +54,47 @@ def nothing_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return judged
 
 
-def hold(case: Case, technique: str, kwargs: dict[str, Any], folder: Path) -> None:
-    """Let a situation happen with a technique and without, and compare all that is left."""
+def hold(case: Case, team: Team, kwargs: dict[str, Any], folder: Path) -> None:
+    """Let a situation happen with a team and without, and compare all that is left."""
 
-    def follow(name: str | None, where: Path) -> dict[str, Any]:
-        where.mkdir()
-        return plain.follow(case, name, beside, {**kwargs, "default_root_dir": str(where)})
+    def follow(team_: Team | None, where: Path) -> dict[str, Any]:
+        where.mkdir(parents=True)
+        return plain.follow(case, team_, team.beside, {**kwargs, "default_root_dir": str(where)})
 
-    beside = plain.TECHNIQUES[technique].beside
-    key = case, str(beside)
-    if key not in _EXPECTED:
-        _EXPECTED[key] = follow(None, folder / "plain")
-    assert_same(follow(technique, folder / "with"), _EXPECTED[key])
+    assert_same(follow(team, folder / "with"), follow(None, folder / "plain"))
 
 
 @pytest.mark.parametrize(
-    ("case", "technique"),
+    ("case", "team"),
     [
-        pytest.param(case, name, id="-".join((name, *case)), marks=[pytest.mark.slow] * slow)
-        for case, name, slow in plain.cases()
+        pytest.param(case, team, id="-".join((*team.names, *case)), marks=[pytest.mark.slow] * slow)
+        for case, team, slow in plain.cases()
     ],
 )
 def test_nothing_tells_a_technique_that_has_not_acted(
-    trainer_kwargs: dict[str, Any], tmp_path: Path, case: Case, technique: str
+    trainer_kwargs: dict[str, Any], tmp_path: Path, case: Case, team: Team
 ) -> None:
-    hold(case, technique, trainer_kwargs, tmp_path)
+    try:
+        hold(case, team, trainer_kwargs, tmp_path)
+    except AssertionError as error:
+        error.add_note(f"alone: {_alone(case, team, trainer_kwargs, tmp_path)}")
+        raise
+
+
+def _alone(case: Case, team: Team, kwargs: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Try each member of a team that failed alone."""
+    found = {}
+    for name in team.names:
+        try:
+            hold(case, Team((name,)), kwargs, folder / name)
+        except (AssertionError, AccelError) as error:
+            found[name] = str(error)[:200]
+    return found
 
 
 def test_each_technique_meets_every_module_loader_and_situation() -> None:
-    met = [(name, part) for case, name, _ in plain.cases() for part in case]
+    assert {name for team in plain.TEAMS for name in team} | {"frozen"} == {*plain.TECHNIQUES}
+    met = [(n, part) for case, team, _ in plain.cases() for n in team.names for part in case]
     for name, technique in plain.TECHNIQUES.items():
         for kind in (odd.MODULES, odd.LOADERS, plain.SITUATIONS):
             missing = [p for p in kind if (name, p) not in met and p not in technique.apart]
@@ -129,7 +139,7 @@ def _below(*kinds: type) -> Iterator[type]:
 def test_the_search_that_takes_nothing_did_search(
     trainer_kwargs: dict[str, Any], nothing_wins: list[str]
 ) -> None:
-    run = Run(Case("Plain", "shuffled", "fit"), "tune, no gain", {}, trainer_kwargs)
+    run = Run(Case("Plain", "shuffled", "fit"), Team(("tune, no gain",)), {}, trainer_kwargs)
     plain.SITUATIONS["fit"](run)
     (tune,) = run.given["callbacks"]
     assert nothing_wins and tune.report.trials and not [*tune.settings.chosen()]
