@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 torch.set_num_threads(1)
@@ -72,17 +73,7 @@ def root() -> Path:
 @pytest.fixture
 def trainer_kwargs(tmp_path: Path) -> dict[str, Any]:
     """Arguments of a Trainer for a tiny, silent fit on one CPU device."""
-    return {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 2,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": str(tmp_path),
-    }
+    return tiny.silent(tmp_path)
 
 
 @pytest.fixture

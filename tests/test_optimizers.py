@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -300,9 +301,22 @@ def test_a_prune_is_followed_by_every_optimizer(name: str, kind: type[Module]) -
     torch.testing.assert_close(module.net[2].weight, true.net[2].weight[:, cuts.kept])
 
 
-def test_lookahead_in_closures_follows_a_prune_and_masks() -> None:
+class Freezes(Callback):
+    """Keeps the collector away from what is there, as is done before workers fork."""
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        gc.freeze()
+
+    def on_fit_end(self, *_: Any) -> None:
+        assert gc.get_freeze_count()
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize("others", [[], [Freezes]], ids=["", "frozen"])
+def test_lookahead_in_closures_follows_a_prune_and_masks(others: list[Any]) -> None:
     module, cuts = Closed(sgd), Cuts()
-    fit(module, StructuredPruning(ratio=0.5, when=1, example=X[:2]), cuts)
+    made = [other() for other in others]
+    fit(module, *made, StructuredPruning(ratio=0.5, when=1, example=X[:2]), cuts)
     true = by_hand(WRAPPERS["lookahead"], 3, masks_of(cuts.kept), start=1)
     torch.testing.assert_close(module.net[0].weight, true.net[0].weight[cuts.kept])
     torch.testing.assert_close(module.net[2].weight, true.net[2].weight[:, cuts.kept])

@@ -1,6 +1,9 @@
-"""Four tiny nets, one per family of models: dense, convolutional, attention, tied weights."""
+"""Four tiny nets, one per family of models: dense, convolutional, attention, tied weights; and a silent Trainer."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,3 +87,18 @@ INPUTS = {
     TiedLM: lambda: torch.randint(0, 12, (4, 6)),
 }
 """A batch for each net, to parametrise over."""
+
+
+def silent(folder: Path) -> dict[str, Any]:
+    """Return arguments of a Trainer for a tiny, silent fit on one CPU device."""
+    return {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": str(folder),
+    }

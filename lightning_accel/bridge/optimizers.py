@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,12 +45,32 @@ def unwatch(pl_module: LightningModule) -> None:
 def hidden_beside(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
     """Return who holds the optimizers that are known, and parameters that none of them holds.
 
-    Takes a look at all objects of the process, so ask once for each edit.
+    Takes a look at all objects of the process where anything is left to find, so ask once for each edit.
     """
     known = optimizers_of(trainer, pl_module)
     held = {id(p) for o in known for p in parameters_of(o)}
     left = [p for p in pl_module.parameters() if p.requires_grad and id(p) not in held]
-    return owners([*known, *left])
+    return owners([*_held_elsewhere(trainer, known), *left])
+
+
+def _held_elsewhere(trainer: Trainer, optimizers: Sequence[Any]) -> list[Any]:
+    """Return those with more references than the Trainer, its schedulers and Lightning's wrappers account for."""
+    probe = (
+        object()
+    )  # held once, as each of those by its sequence; how much a count is off differs by version
+    *counts, once = map(sys.getrefcount, [*optimizers, probe])
+    holders = [*trainer.optimizers, *(w._optimizer for w in trainer.strategy._lightning_optimizers)]
+    holders += [o for c in trainer.lr_scheduler_configs for o in _stepped_by(c.scheduler)]
+    accounted = Counter(map(id, holders))
+    return [
+        o for o, count in zip(optimizers, counts, strict=True) if count - once != accounted[id(o)]
+    ]
+
+
+def _stepped_by(scheduler: Any) -> list[Any]:
+    """Return the optimizer that a scheduler refers to, once for it and for each scheduler within."""
+    inner = [o for one in getattr(scheduler, "_schedulers", ()) for o in _stepped_by(one)]
+    return [scheduler.optimizer, *inner] if hasattr(scheduler, "optimizer") else inner
 
 
 def optimizers_of(

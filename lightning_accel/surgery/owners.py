@@ -48,6 +48,11 @@ def owners(held: Iterable[Any]) -> list[Any]:
     found: list[Any] = []
     level: list[Any] = list(held)
     seen = {id(one): one for one in level}
+    if not level:
+        return found
+    frozen = gc.get_freeze_count()  # as before workers fork: out of sight of `get_referrers`
+    if frozen:
+        gc.unfreeze()
     for _ in range(_HOPS):
         referrers = gc.get_referrers(*level)
         ours = {id(level), id(found), id(seen), id(held)}
@@ -64,6 +69,8 @@ def owners(held: Iterable[Any]) -> list[Any]:
         del fresh  # or it is found to hold what it holds
         if not level:
             break
+    if frozen:
+        gc.freeze()
     return found
 
 
