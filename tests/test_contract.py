@@ -205,8 +205,9 @@ every_row = pytest.mark.parametrize("row", ROWS)
 
 
 class Fitted(NamedTuple):
-    """What a whole fit left."""
+    """What a whole fit left, with checkpoints in `full.ckpt` and `light.ckpt`."""
 
+    folder: Path
     trainer: Trainer
     model: Module
     random: Tensor
@@ -220,17 +221,22 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fitted]:
     def fit_once(row: str | None, max_epochs: int = 4) -> Fitted:
         model = module()
         parts = ROWS[row]() if row else {}
-        given = tiny.silent(tmp_path_factory.mktemp("fitted")) | {"max_epochs": max_epochs}
+        folder = tmp_path_factory.mktemp("fitted")
+        saver = ModelCheckpoint(folder, filename="full")
+        parts["callbacks"] = [*parts.get("callbacks", []), saver]
+        given = tiny.silent(folder) | {"max_epochs": max_epochs, "enable_checkpointing": True}
         trainer = Trainer(**{**given, **parts})
         trainer.fit(model, data(), data())
-        return Fitted(trainer, model, torch.get_rng_state())
+        random = torch.get_rng_state()
+        trainer.save_checkpoint(folder / "light.ckpt", weights_only=True)
+        return Fitted(folder, trainer, model, random)
 
     return fit_once
 
 
 @every_row
 def test_a_fit_finishes_with_finite_weights(fitted: Any, row: str) -> None:
-    trainer, model, _ = fitted(row)
+    _, trainer, model, _ = fitted(row)
     assert trainer.global_step == 12
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -242,7 +248,7 @@ def test_names_in_the_state_dict_are_those_of_the_plain_module(fitted: Any, row:
 
 @every_row
 def test_the_optimizer_holds_the_models_parameters_and_no_others(fitted: Any, row: str) -> None:
-    trainer, model, _ = fitted(row)
+    _, trainer, model, _ = fitted(row)
     held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
     assert {id(p) for p in trainer.optimizers[0].state} <= {id(p) for p in held}
@@ -305,31 +311,29 @@ def test_resume_is_bit_equal_to_the_uninterrupted_run(fit: Fit, tmp_path: Path, 
 
 
 @every_row
-@pytest.mark.parametrize("light", [False, True], ids=["full", "weights_only"])
+@pytest.mark.parametrize("kind", ["full", "light"])
 def test_checkpoints_load_safely_and_without_the_technique(
-    fit: Fit, tmp_path: Path, row: str, light: bool
+    fitted: Any, row: str, kind: str
 ) -> None:
-    model = module()
-    fit(model, row, epochs(tmp_path / "a", save_weights_only=light))
-    path = tmp_path / "a" / "epoch=3.ckpt"
+    path = fitted(row).folder / f"{kind}.ckpt"
     torch.load(path, weights_only=True)
-    assert same(model, load_from_checkpoint(Module, path))
+    assert same(fitted(row).model, load_from_checkpoint(Module, path))
 
 
 @every_row
-@pytest.mark.parametrize("verb", ["validate", "test"])
 def test_a_fresh_trainer_evaluates_the_checkpoint(
-    fit: Fit, tmp_path: Path, trainer_kwargs: dict[str, Any], row: str, verb: str
+    fit: Fit, tmp_path: Path, trainer_kwargs: dict[str, Any], row: str
 ) -> None:
     model = module()
     trained = fit(model, row, epochs(tmp_path / "a"))
-    expected = getattr(trained, verb)(model, data(), verbose=False)
-    torch._dynamo.reset()
-    fresh = Trainer(**{**trainer_kwargs, **ROWS[row]()})
-    found = getattr(fresh, verb)(
-        Module(), data(), ckpt_path=tmp_path / "a" / "epoch=3.ckpt", verbose=False
-    )
-    assert found == expected
+    for verb in ("validate", "test"):
+        expected = getattr(trained, verb)(model, data(), verbose=False)
+        torch._dynamo.reset()
+        fresh = Trainer(**{**trainer_kwargs, **ROWS[row]()})
+        found = getattr(fresh, verb)(
+            Module(), data(), ckpt_path=tmp_path / "a" / "epoch=3.ckpt", verbose=False
+        )
+        assert found == expected, verb
 
 
 @every_row
