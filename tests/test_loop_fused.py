@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import AutocastPrecision, StructuredPruning
 from lightning_accel.errors import NoEffect, Unsupported
 from lightning_accel.loop import FusedOptimizer, use_implementation
-from lightning_accel.loop.fused import Layout, implementation_of, kernel_is_right
+from lightning_accel.loop.fused import implementation_of, kernel_is_right
+from lightning_accel.loop.layout import Layout
 from lightning_accel.precision import MemoryFormat
 
 pytestmark = [
@@ -240,14 +241,14 @@ def strided(fused: bool, align: bool) -> Tensor:
     weight = torch.randn(4, 3, 2, 2, generator=generator).to(memory_format=torch.channels_last)
     parameter = nn.Parameter(weight)
     optimizer, layout = AdamW([parameter], 1e-2, fused=fused), Layout()
+    if align:
+        layout.watch(optimizer)
     for step in range(6):
         parameter.grad = torch.randn(4, 3, 2, 2, generator=generator)
         if step == 3:
             state = optimizer.state[parameter]
             state["exp_avg"] = state["exp_avg"].contiguous()
-            layout = Layout()
-        if align:
-            layout.align(optimizer)
+            layout.renew()
         optimizer.step()
     return parameter.detach()
 
@@ -263,9 +264,9 @@ def test_memory_that_lies_otherwise_is_laid_out_for_the_kernel() -> None:
 def test_a_momentum_that_comes_late_is_taken_as_the_loop_takes_it(fused: bool) -> None:
     a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer, layout = SGD([a, b], 0.1, momentum=0.9, weight_decay=0.5, fused=fused), Layout()
+    layout.watch(optimizer)
     for step in range(4):
         a.grad, b.grad = torch.ones(2), torch.ones(2) if step else None
-        layout.align(optimizer)
         optimizer.step()
     buffer = momentum = 0.0
     expected = 1.0
@@ -458,6 +459,122 @@ def test_sparse_embeddings_are_known_before_they_have_gradients(fit: Fit) -> Non
     net = nn.Sequential(nn.Embedding(4, 8, sparse=True), tiny.MLP())
     with pytest.raises(NoEffect, match="a gradient will be sparse"):
         fit(Module(lambda p: SGD(p, 0.1), net), FusedOptimizer())
+
+
+def transposed(grad: Tensor) -> Tensor:
+    return grad.mT.contiguous().mT if grad.dim() == 2 else grad
+
+
+def expanded(grad: Tensor) -> Tensor:
+    return grad.flatten()[0].expand(grad.shape)
+
+
+def sparse(grad: Tensor) -> Tensor:
+    return (grad * (grad > 0)).to_sparse()
+
+
+@pytest.mark.parametrize(
+    ("make", "rewrite"),
+    [
+        (OPTIMIZERS["adamw"], transposed),
+        (OPTIMIZERS["momentum"], transposed),
+        (OPTIMIZERS["adamw"], expanded),
+        (lambda p: SGD(p, 1e-2, momentum=0.9), sparse),
+        (OPTIMIZERS["adagrad"], expanded),
+    ],
+)
+@pytest.mark.parametrize("where", ["in the module's hook", "in clipping", "by hand"])
+def test_gradients_rewritten_at_the_last_moment_are_stepped_as_the_loop_steps_them(
+    fit: Fit, make: Make, rewrite: Callable[[Tensor], Tensor], where: str
+) -> None:
+    class Rewrites(Module):
+        def rewrite(self) -> None:
+            for parameter in self.parameters():
+                assert parameter.grad is not None
+                parameter.grad = rewrite(parameter.grad)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if where == "in the module's hook":
+                self.rewrite()
+
+        def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+            if where == "in clipping":
+                self.rewrite()
+
+    class ByHand(Rewrites):
+        """Steps its optimizer itself, past Lightning."""
+
+        def __init__(self, make: Make) -> None:
+            super().__init__(make)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()  # type: ignore[union-attr]
+            super().training_step(batch, batch_idx).backward()
+            self.rewrite()
+            optimizer.step()  # type: ignore[union-attr, call-arg]
+
+    kind = ByHand if where == "by hand" else Rewrites
+    loop, fused, kinds = kind(make), kind(make), Kinds()
+    fit(loop)
+    fit(fused, FusedOptimizer(), kinds)
+    assert close(loop, fused) and set(kinds.seen) == {"fused"}
+
+
+def test_gradients_that_a_hook_of_the_optimizer_rewrites_are_laid_out(fit: Fit) -> None:
+    class Hooked(Module):
+        def on_train_start(self) -> None:  # after ours was registered
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            optimizer.register_step_pre_hook(self.wrap)
+
+        def wrap(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+            closure = kwargs["closure"]
+
+            def run() -> Any:
+                loss = closure()
+                for parameter in self.parameters():
+                    parameter.grad = transposed(parameter.grad)  # type: ignore[arg-type]
+                return loss
+
+            return args, {**kwargs, "closure": run}
+
+    loop, fused = Hooked(), Hooked()
+    fit(loop)
+    fit(fused, FusedOptimizer())
+    assert close(loop, fused)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+def test_parameters_that_learn_later_than_others_start_as_in_the_loop(
+    fit: Fit, dampening: float
+) -> None:
+    class Thaws(Module):
+        def on_train_epoch_start(self) -> None:
+            for parameter in self.net.body[0].parameters():
+                parameter.requires_grad_(self.current_epoch > 0)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None: ...
+
+    make: Make = lambda p: SGD(p, 0.1, momentum=0.9, dampening=dampening, weight_decay=0.1)  # noqa: E731
+    loop, fused, kinds = Thaws(make), Thaws(make), Kinds()
+    fit(loop, max_epochs=3)
+    fit(fused, FusedOptimizer(), kinds, max_epochs=3)
+    assert close(loop, fused) and set(kinds.seen) == {"fused"}
+
+
+def test_parameters_with_gaps_in_memory_keep_their_neighbours() -> None:
+    held = torch.ones(2, 4)
+    late, weight = nn.Parameter(held[:, ::2]), nn.Parameter(torch.ones(2))
+    with pytest.raises(Unsupported, match="lies in memory with gaps"):
+        use_implementation(SGD([late], 0.5), "fused")
+    optimizer, layout = SGD([weight], 0.5), Layout()
+    use_implementation(optimizer, "fused")
+    layout.watch(optimizer)
+    optimizer.add_param_group({"params": [late]})
+    weight.grad, late.grad = torch.ones(2), torch.ones(2, 2)
+    optimizer.step()
+    assert held.tolist() == [[0.5, 1.0, 0.5, 1.0]] * 2 and weight.tolist() == [0.5, 0.5]
 
 
 def test_it_goes_with_a_prune_and_channels_last(fit: Fit) -> None:

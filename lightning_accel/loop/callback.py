@@ -19,16 +19,10 @@ from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.loop import bar, hooks, log
-from lightning_accel.loop.fused import (
-    Layout,
-    Original,
-    check,
-    sparse_weights,
-    use_implementation,
-)
+from lightning_accel.loop.fused import Original, check, sparse_weights, use_implementation
+from lightning_accel.loop.layout import Layout
 from lightning_accel.loop.sigterm import Throttle
 from lightning_accel.surgery import Change, Receipt
-from lightning_accel.surgery.optimizers import within
 
 TESTED = "2.6"
 """The minor release of Lightning whose internals `LeanLoop` knows."""
@@ -58,7 +52,6 @@ class FusedOptimizer(Callback):
         self._held: list[tuple[Optimizer, Original]] = []
         self._handles: list[RemovableHandle] = []
         self._layout = Layout()
-        self._aligns = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,17 +98,14 @@ class FusedOptimizer(Callback):
             self._apply(optimizer)
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        for one in within(optimizer) if self._aligns else ():
-            self._layout.align(one)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._layout.come_last()
 
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
         """Look at the layout of all state again, which followed the edit."""
-        self._layout = Layout()
+        self._layout.renew()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -138,11 +128,12 @@ class FusedOptimizer(Callback):
             optimizer.register_load_state_dict_post_hook(self._apply),
             optimizer.register_state_dict_post_hook(lambda _, state: original.rewrite(state)),
         ]
-        kinds = {p.device.type for group in optimizer.param_groups for p in group["params"]}
-        self._aligns |= self.implementation == "fused" and "cpu" in kinds
+        if self.implementation == "fused":
+            self._layout.watch(optimizer)
 
     def _apply(self, optimizer: Optimizer) -> None:
         use_implementation(optimizer, self.implementation)
+        self._layout.renew()
 
     def _refuse_sparse(self, optimizer: Optimizer, sparse: dict[torch.Tensor, str]) -> None:
         held = {p for group in optimizer.param_groups for p in group["params"]} if sparse else set()
@@ -151,12 +142,12 @@ class FusedOptimizer(Callback):
             raise Unsupported("a gradient will be sparse", names[0], "build it with sparse=False")
 
     def _release(self) -> None:
+        self._layout.release()
         for handle in self._handles:
             handle.remove()
         for optimizer, original in self._held:
             original.put_back(optimizer)
         self._handles, self._held = [], []
-        self._layout, self._aligns = Layout(), False
 
 
 class LeanLoop(Callback):

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _foreach_utils
 
 from lightning_accel.errors import NoEffect, Unsupported, explain
+from lightning_accel.loop.layout import on_device, place_state, unfit
 from lightning_accel.surgery import Change, Receipt
 from lightning_accel.surgery.optimizers import within
 
@@ -132,7 +132,7 @@ def why_not(optimizer: Optimizer, implementation: str) -> str | None:
         if reason:
             return reason
     for parameter in _parameters(optimizer):
-        reason = _unfit(parameter, implementation)
+        reason = unfit(parameter, implementation)
         if reason:
             return reason
     if implementation == "fused":
@@ -197,40 +197,12 @@ class Original:
             _set(group, self._of(index))
             for key in group["params"]:
                 step = state[key].get("step") if key in state else None
-                if isinstance(step, Tensor) and not _on_device(group):
+                if isinstance(step, Tensor) and not on_device(group):
                     state[key] = {**state[key], "step": step.cpu()}
         return {**state_dict, "param_groups": groups, "state": state}
 
     def _of(self, index: int) -> dict[str, Any]:
         return self._groups[index] if index < len(self._groups) else self._defaults
-
-
-class Layout:
-    """Keeps gradients and state laid out like their parameters, before each step.
-
-    Fused kernels on a CPU read memory in order and do not look at strides: a gradient assigned by hand, or
-    state from a checkpoint of another memory format, would silently go to the wrong weights. What
-    autograd accumulates fits already, and is only looked at. SGD's kernel also wants a momentum for every
-    parameter that has a gradient or for none, where the loop takes a late one as it comes.
-    """
-
-    def __init__(self) -> None:
-        self._strides: dict[Tensor, tuple[int, ...]] = {}
-
-    def align(self, optimizer: Optimizer) -> None:
-        """Lay out anew what differs."""
-        for group in optimizer.param_groups:
-            if not group.get("fused"):
-                continue
-            for parameter in group["params"]:
-                grad, stride = parameter.grad, parameter.stride()
-                if grad is not None and grad.stride() != stride and not _alike(grad, parameter):
-                    parameter.grad = _like(parameter, grad)
-                if self._strides.get(parameter) != stride:
-                    _align_state(optimizer, parameter)
-                    self._strides[parameter] = stride
-            if group.get("momentum") and group.get("dampening") == 0:
-                _fill_momentum(optimizer, group["params"])
 
 
 def _inherits_step(kind: type, flag: str) -> bool:
@@ -250,20 +222,6 @@ def _forbids(group: dict[str, Any], implementation: str, capturable: bool) -> st
     tensors = any(isinstance(value, Tensor) for value in scalars)
     if implementation == "foreach" and tensors and not capturable and "betas" in group:
         return "`lr` or `betas` is a tensor, and `capturable` is off"
-    return None
-
-
-def _unfit(parameter: Tensor, implementation: str) -> str | None:
-    device, dtype = parameter.device.type, parameter.dtype
-    if implementation == "fused":
-        if device not in _foreach_utils._get_fused_kernels_supported_devices():
-            return f"there is no fused kernel on {device}"
-        if not dtype.is_floating_point or torch.finfo(dtype).bits < 16:
-            return f"a parameter is {str(dtype).removeprefix('torch.')}"
-    elif device not in (*_foreach_utils._get_foreach_kernels_supported_devices(), "cpu"):
-        return f"there are no foreach kernels on {device}"
-    if parameter.grad is not None and parameter.grad.is_sparse:
-        return "a gradient is sparse"
     return None
 
 
@@ -294,53 +252,8 @@ def _set(group: dict[str, Any], flags: dict[str, Any]) -> None:
     group.update({name: value for name, value in flags.items() if name in group})
 
 
-def _on_device(group: dict[str, Any]) -> bool:
-    return bool(group.get("fused") or group.get("capturable"))
-
-
 def _place_state(optimizer: Optimizer) -> None:
     """Put the step counters where this implementation reads them, and the rest in its layout."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if not state:
-                continue
-            if "step" in state:
-                state["step"] = _placed_step(state["step"], parameter, group)
-            if group.get("fused"):
-                _align_state(optimizer, parameter)
-
-
-def _placed_step(step: Any, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-    step = step if isinstance(step, Tensor) else torch.tensor(float(step))
-    if _on_device(group):
-        return step.to(device=parameter.device, dtype=torch.float32)
-    wide = torch.get_default_dtype() == torch.float64
-    return step.to(device="cpu", dtype=torch.float64 if wide else torch.float32)
-
-
-def _align_state(optimizer: Optimizer, parameter: Tensor) -> None:
-    state = optimizer.state.get(parameter) or {}
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            state[name] = value if _alike(value, parameter) else _like(parameter, value)
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors of one shape lie in memory alike; dimensions of one element do not matter."""
-    pairs = zip(one.shape, one.stride(), other.stride(), strict=True)
-    return all(size < 2 or first == second for size, first, second in pairs)
-
-
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    laid_out = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-    return laid_out.copy_(value.detach())
-
-
-def _fill_momentum(optimizer: Optimizer, parameters: list[Tensor]) -> None:
-    with_grad = [p for p in parameters if p.grad is not None]
-    late = [p for p in with_grad if (optimizer.state.get(p) or {}).get("momentum_buffer") is None]
-    if late and len(late) < len(with_grad):
-        for parameter in late:
-            buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            optimizer.state[parameter]["momentum_buffer"] = buffer.detach()
+            place_state(optimizer, parameter, group)
