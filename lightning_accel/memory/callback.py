@@ -25,7 +25,7 @@ from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
 from lightning_accel.measure.subject import localise_norms
 from lightning_accel.memory.budget import activation_budget, check_budget
 from lightning_accel.memory.checkpoint import (
-    POLICIES,
+    check_arguments,
     checkpoint_activations,
     keep_activations,
     uncalled,
@@ -256,11 +256,13 @@ class ActivationCheckpointing(ModelEdit):
         select: Which blocks: a `Select`, a name pattern or several; by default those that repeat.
         policy: "full" keeps inputs of blocks alone; "selective" results of matrix products,
             convolutions and attention as well, so that recomputing is cheap.
+        check_every: At how many calls of a block its recomputation is compared with its forward, besides
+            the first, second, fourth, eighth ... One that begins to differ keeps its activations, with a warning.
 
     Raises:
-        ValueError: Unknown policy.
+        ValueError: Unknown policy, or `check_every` is below 1.
         NoEffect: Nothing matches, or what was chosen is not called in the first training step.
-        Unsupported: In the first step, a block changes its buffers, or recomputes another result.
+        Unsupported: In the first step, a block recomputes another result.
 
     >>> ActivationCheckpointing(select="net.layers.*", policy="selective").policy
     'selective'
@@ -273,11 +275,12 @@ class ActivationCheckpointing(ModelEdit):
         select: Select | str | Iterable[str] | dict[str, Any] | None = None,
         *,
         policy: str = "full",
+        check_every: int = 64,
     ) -> None:
-        if policy not in POLICIES:
-            raise ValueError(explain("unknown `policy`", repr(policy), f"pass one of {POLICIES}"))
+        check_arguments(policy, check_every)
         self.select = None if select is None else Select.of(select)
         self.policy = policy
+        self.check_every = check_every
         self.receipt = Receipt()
         self._unproved = False
 
@@ -325,7 +328,9 @@ class ActivationCheckpointing(ModelEdit):
             keep_activations(pl_module.get_submodule(change.name))
 
     def _edit(self, pl_module: LightningModule) -> None:
-        receipt = checkpoint_activations(pl_module, select=self.select, policy=self.policy)
+        receipt = checkpoint_activations(
+            pl_module, select=self.select, policy=self.policy, check_every=self.check_every
+        )
         self.receipt = self.receipt + receipt
         self._unproved = self._unproved or bool(receipt)
 

@@ -11,11 +11,12 @@ training alone. Copies recompute as well; pickles hold the user's own forward. W
 `checkpoint` leaves to its user is done here:
 
 - running statistics of batch and instance norms change once per step, not again in the recomputation;
-- what a block keeps on itself (the loss of a router, a cache, a counter) is in the recomputation what it was in
-  forward, and after it as if there had been none; so are the random states of Python, NumPy and of generators
-  that it holds;
-- a block that changes a tensor of its own in place (spectral norm) is refused, for it would recompute something else;
-- the first recomputation of each block runs to its end, and is refused when it gives another result;
+- all that a block reads besides its arguments (attributes, modes, hooks, modules, tensors of its own, the random
+  states of Python, NumPy and of generators that it holds) is in the recomputation what it was in forward, and what
+  it writes (the loss of a router, a cache, a counter, spectral norm's vectors) is written once: see `surgery.moment`;
+- the first recomputations of each block, and some later ones, run to their end and are compared. The first that
+  gives another result is refused; a later one warns, and the block keeps its activations from then on;
+- what an operation fills after it was saved (the slopes of RReLU) is there before backward reads it;
 - attention that draws its dropout within is recomputed also by the selective policy: kept, it would leave
   the random state behind, and each later dropout of the block would get another mask than in forward.
 """
@@ -32,8 +33,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -41,11 +40,12 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
-from lightning_accel.errors import NoEffect, Unsupported, explain
+from lightning_accel.errors import NoEffect, explain
 from lightning_accel.memory.draws import draws
-from lightning_accel.memory.recompute import Before, Recomputation, compared
+from lightning_accel.memory.recompute import Calls, Recomputation
 from lightning_accel.memory.saved import note_kept
 from lightning_accel.surgery import Change, Receipt, Select
+from lightning_accel.surgery.moment import Moment
 
 POLICIES = ("full", "selective")
 
@@ -65,6 +65,7 @@ def checkpoint_activations(
     *,
     select: Select | str | Iterable[str] | dict[str, Any] | None = None,
     policy: str = "full",
+    check_every: int = 64,
 ) -> Receipt:
     """Let blocks recompute their activations in backward instead of keeping them, in place.
 
@@ -77,17 +78,18 @@ def checkpoint_activations(
         policy: "full" keeps the inputs of a block; "selective" results of matrix products, convolutions
             and attention as well, so that recomputing is cheap. There, an operation that changes a
             kept result in place raises in backward.
+        check_every: At how many calls of a block its recomputation is compared with its forward, besides the
+            first, second, fourth, eighth ...
 
     Raises:
-        ValueError: Unknown policy.
+        ValueError: Unknown policy, or `check_every` is below 1.
         NoEffect: Nothing was chosen, or nothing repeats.
 
     >>> net = nn.Sequential(*[nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3)])
     >>> checkpoint_activations(net).changes[0]
     Change(name='0', what='checkpointed', before='kept', after='full recomputation')
     """
-    if policy not in POLICIES:
-        raise ValueError(explain("unknown `policy`", repr(policy), f"pass one of {POLICIES}"))
+    check_arguments(policy, check_every)
     found = find_repeated(model) if select is None else _chosen(model, Select.of(select))
     if not found:
         raise NoEffect(
@@ -100,7 +102,7 @@ def checkpoint_activations(
     changes = []
     for name, module in found.items():
         if _own_forward(module) is None:
-            vars(module)["forward"] = MethodType(_recomputing(module, policy), module)
+            vars(module)["forward"] = MethodType(_recomputing(module, policy, check_every), module)
             changes.append(Change(name, "checkpointed", "kept", f"{policy} recomputation"))
     return Receipt(tuple(changes))
 
@@ -148,6 +150,16 @@ def find_repeated(model: nn.Module) -> dict[str, nn.Module]:
         rows = [(n, m) for n, m in model.named_children() if type(m) is nn.Sequential]
         found = {n: m for n, m in rows if _is_block(m)} if len(rows) >= 2 else {}
     return found
+
+
+def check_arguments(policy: Any, check_every: Any) -> None:
+    """Raise unless these can be arguments of `checkpoint_activations`."""
+    if policy not in POLICIES:
+        raise ValueError(explain("unknown `policy`", repr(policy), f"pass one of {POLICIES}"))
+    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
+        raise ValueError(
+            explain("`check_every` is a whole number from 1 on", repr(check_every), "pass 64")
+        )
 
 
 def uncalled(model: nn.Module) -> list[str]:
@@ -210,10 +222,10 @@ _HOOKS: dict[str, Any] = (
 _selecting: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False, **_HOOKS)
 
 
-def _recomputing(module: nn.Module, policy: str) -> Callable[..., Any]:
+def _recomputing(module: nn.Module, policy: str, check_every: int) -> Callable[..., Any]:
     """Make a function of the module, which holds no instance, so that copies get one of their own.
 
-    As a method that is called "forward" it pickles as the attribute of that name, which is the class's own.
+    (What it knows of the calls is of the instance that called last: copies rarely learn in turns.) As a method that is called "forward" it pickles as the attribute of that name, which is the class's own.
     """
     own = (vars(module)["forward"],) if "forward" in vars(module) else ()
     plain: Callable[..., Any] = type(module).forward
@@ -221,6 +233,7 @@ def _recomputing(module: nn.Module, policy: str) -> Callable[..., Any]:
         plain = own[0].__func__
     elif own:
         plain = _ignoring_self(own[0])
+    known: list[Calls] = []
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -238,14 +251,18 @@ def _recomputing(module: nn.Module, policy: str) -> Callable[..., Any]:
             if policy == "full":
                 return checkpoint(call, *values, use_reentrant=False)
             return _selecting(call, *values, context_fn=_selective)
-        make = functools.partial(_contexts, self, policy, Before(self))
-        if self in _called:
-            return _selecting(call, *values, context_fn=make)
+        if not known or known[0].block() is not self:
+            known[:] = [Calls(self, check_every)]
+        calls = known[0]
+        if calls.reason:
+            return plain(self, *args, **kwargs)
         _called.add(self)
-        before = _versions(self)
-        with set_checkpoint_early_stop(False):
-            out = _selecting(compared(type(self), call), *values, context_fn=make)
-        _refuse_changed(self, before)
+        moment = calls.begin(*values)
+        make = functools.partial(_contexts, policy, moment)
+        run = calls.compared(call) if calls.is_due else call
+        with set_checkpoint_early_stop(calls.stops_early):
+            out = _selecting(run, *values, context_fn=make)
+        calls.end(moment, out)
         return out
 
     forward.__name__ = "forward"
@@ -261,10 +278,10 @@ def _ignoring_self(function: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def _contexts(module: nn.Module, policy: str, before: Before) -> tuple[Any, Any]:
+def _contexts(policy: str, moment: Moment) -> tuple[Any, Any]:
     """Return what stands around the forward of a block and around its recomputation."""
     first, again = (nullcontext(), None) if policy == "full" else _selective()
-    return first, Recomputation(module, again, before)
+    return first, Recomputation(again, moment)
 
 
 def _choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -279,42 +296,3 @@ def _choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 _selective = functools.partial(create_selective_checkpoint_contexts, _choose)
-
-
-def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return what a forward may not change in place: all tensors but those of norms, which are seen to."""
-    found = {}
-    for name, inner in module.named_modules():
-        if not isinstance(inner, (_BatchNorm, _InstanceNorm)):
-            for own, buffer in inner.named_buffers(name, recurse=False):
-                if not buffer.is_inference():
-                    found[own] = (id(buffer), buffer._version)
-        found |= _versions_kept(name, inner)
-    return found
-
-
-def _versions_kept(name: str, module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return those of tensors that are plain attributes; another in its place is seen to."""
-    held = {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
-    return {
-        f"{name}.{key}@{id(value)}".lstrip("."): (id(value), value._version)
-        for key, value in held.items()
-        if not value.is_inference()
-    }
-
-
-def _refuse_changed(module: nn.Module, before: dict[str, tuple[int, int]]) -> None:
-    now = _versions(module)
-    # A buffer may not be another one either; an attribute may.
-    changed = [
-        name.split("@")[0]
-        for name, version in now.items()
-        if before.get(name, version if "@" in name else None) != version
-    ]
-    if changed:
-        raise Unsupported(
-            f"a checkpointed {type(module).__name__} changes tensors of its own in forward, and so recomputes "
-            "something else than it computed",
-            ", ".join(changed[:4]),
-            "leave the block out by `select=Select(exclude=...)`",
-        )

@@ -13,45 +13,22 @@ compares results now and then.
 
 from __future__ import annotations
 
-import random
-from collections import deque
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.surgery.held import MOST, behind, differing, equal, held
 from lightning_accel.surgery.preserve import generator_state, generators
 from lightning_accel.surgery.snapshot import random_state
 
-_DEPTH = 4
-_MOST = 4096
-"""Objects behind attributes that are looked into, and entries of a container that are."""
 _SAMPLES = 16
 """Numbers of each tensor that show whether it was written behind its version counter."""
 _SMALL = 64
 """So small a tensor is looked at as a whole."""
-_CONTAINERS = (dict, list, set, deque)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-_LIBRARIES = ("torch.", "torchmetrics.", "lightning.", "builtins", "typing", "collections")
-_EVERYWHERE = (
-    ("hooks of all modules", nn.modules.module._global_forward_hooks),
-    ("hooks of all modules", nn.modules.module._global_forward_pre_hooks),
-)
-_OURS = ("_compiled_call_impl", "_trainer", "_fabric", "_accel_own")
-_IDLE = (
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-"""Parts of a module that its forward does not read."""
 
 
 class Observation(NamedTuple):
@@ -85,7 +62,7 @@ class Footprint:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._held = list(_held(module))
+        self._held = list(held(module))
         self._live = [live for _, live, _ in self._held]
         self._copies = [copied for _, _, copied in self._held]
         self._tensors = list(_tensors(self._live))
@@ -104,7 +81,7 @@ class Footprint:
                 through `.data`. On a GPU this waits for the device.
         """
         # Loops in C, in which what is the same object costs nothing.
-        if not _equal(self._live, self._copies) or self._stamps != self._stamp():
+        if not equal(self._live, self._copies) or self._stamps != self._stamp():
             return False
         return not self._changed_arrays() and (not content or self._same_content())
 
@@ -113,7 +90,7 @@ class Footprint:
         found = [
             f"{name}.{key}".strip(".")
             for name, live, copied in self._held
-            for key in _differing(live, copied)
+            for key in differing(live, copied)
         ]
         found += self._changed_arrays()
         now, written = self._stamp(), self._written()
@@ -175,27 +152,6 @@ def observe(module: nn.Module, call: Callable[[], Any]) -> Observation:
     return Observation(result, footprint.changed(), drew)
 
 
-def _differing(live: Any, copied: Any) -> list[Any]:
-    """Return the keys whose values differ, of containers without keys nothing but that they do."""
-    if not hasattr(live, "items"):
-        return [] if _equal(live, copied) else [""]
-    now = dict(live.items())
-    return [
-        key
-        for key in dict.fromkeys([*copied, *now])
-        if key not in now
-        or key not in copied
-        or not (now[key] is copied[key] or _equal(now[key], copied[key]))
-    ]
-
-
-def _equal(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other)
-    except (RuntimeError, ValueError, TypeError):  # a tensor or an array was replaced
-        return False
-
-
 def _randomness(own: list[Any]) -> dict[str, Any]:
     return {**random_state(), "a generator of its own": [generator_state(g) for g in own]}
 
@@ -212,97 +168,11 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-class _Named:
-    """The module-level names that the forward of a class reads, and the attributes of that class."""
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-        forward = getattr(kind, "forward", None)
-        code = getattr(forward, "__code__", None)
-        self.names = code.co_names if code is not None else ()
-        self.globals: dict[str, Any] = getattr(forward, "__globals__", {})
-
-    def items(self) -> Any:
-        world = [(n, self.globals[n]) for n in self.names if n in self.globals]
-        return [*world, *vars(self.kind).items()]
-
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
-
-    def __eq__(self, other: object) -> bool:
-        return self.copy() == other
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class _Public:
-    """The attributes of a LightningModule without those that a Trainer sets from hook to hook."""
-
-    def __init__(self, held: dict[str, Any]) -> None:
-        self.held = held
-
-    def items(self) -> Any:
-        return [(k, v) for k, v in self.held.items() if not k.startswith("_")]
-
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
-
-    def __eq__(self, other: object) -> bool:
-        return self.copy() == other
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _held(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, what can change, and a copy of it one level deep: attributes, containers, hooks."""
-    seen: set[int] = set()
-    kinds = dict.fromkeys(kind for one in module.modules() for kind in type(one).__mro__)
-    users = [(k.__name__, k) for k in kinds if not k.__module__.startswith(_LIBRARIES)]
-    level: list[tuple[str, Any]] = [*module.named_modules(), *users, *_EVERYWHERE]
-    for _ in range(_DEPTH):
-        following: list[tuple[str, Any]] = []
-        for name, value in level:
-            if id(value) in seen or len(seen) > _MOST:
-                continue
-            seen.add(id(value))
-            for where, live in _changeable(name, value):
-                yield where, live, live.copy()
-                inside = live.items() if hasattr(live, "items") else enumerate(live)
-                following += [
-                    (f"{where}.{key}".strip("."), v)
-                    for key, v in inside
-                    if _leads_on(v) and key not in _IDLE and key not in _OURS
-                ]
-        level = following
-
-
-def _changeable(name: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, _CONTAINERS):
-        return [(name, value)]
-    if isinstance(value, tuple):
-        return []  # what it holds was there when it was made
-    if isinstance(value, type):
-        return [(name, _Named(value))]
-    held = vars(value)
-    return [(name, _Public(held) if "_trainer" in held and "_hparams_name" in held else held)]
-
-
-def _leads_on(value: Any) -> bool:
-    """Tell whether something behind a value can change that a forward reads."""
-    if isinstance(value, _CONTAINERS):
-        return len(value) <= _MOST
-    if isinstance(value, type):
-        return not value.__module__.startswith(_LIBRARIES)
-    if isinstance(value, (*_GENERATORS, Tensor, ModuleType)) or callable(value):
-        return isinstance(value, nn.Module)
-    return hasattr(value, "__dict__") and type(value).__name__ != "Trainer"
-
-
 def _tensors(live: list[Any]) -> Iterator[Tensor]:
     """Yield each plain tensor once."""
     seen: set[int] = set()
-    for held in live:
-        for value in list(dict(held.items()).values() if hasattr(held, "items") else held):
+    for one in live:
+        for value in behind(one):
             if isinstance(value, Tensor) and type(value) in _PLAIN and id(value) not in seen:
                 seen.add(id(value))
                 yield value
@@ -312,7 +182,7 @@ def _arrays(held: list[tuple[str, Any, Any]]) -> Iterator[tuple[str, np.ndarray[
     """Yield small arrays by name."""
     for name, _, copied in held:
         for key, value in copied.items() if isinstance(copied, dict) else enumerate(copied):
-            if isinstance(value, np.ndarray) and value.size <= _MOST and value.dtype != object:
+            if isinstance(value, np.ndarray) and value.size <= MOST and value.dtype != object:
                 yield f"{name}.{key}".strip("."), value
 
 
