@@ -22,6 +22,7 @@ from lightning_accel.compilation.region import (
     region,
     signature,
 )
+from lightning_accel.compilation.sample import check_every_or_none
 from lightning_accel.errors import NoEffect
 from lightning_accel.surgery import Receipt, Select
 
@@ -38,6 +39,7 @@ def compile_blocks(
     mode: str | None = None,
     dynamic: bool | None = None,
     fullgraph: bool = False,
+    check_every: int | None = 64,
 ) -> Receipt:
     """Compile repeated blocks in place, each kind once; a network without repeats as a whole.
 
@@ -53,9 +55,11 @@ def compile_blocks(
         mode: A mode of the inductor backend, such as "reduce-overhead" or "max-autotune".
         dynamic: As in `torch.compile`: `None` lets sizes become dynamic when they change.
         fullgraph: Raise where a graph would break.
+        check_every: At how many calls a block is compared with itself uncompiled, besides its first, second, fourth
+            ... and those after changes; one that differs runs as it is from then on, with a warning. None for never.
 
     Raises:
-        ValueError: Unknown backend or mode.
+        ValueError: Unknown backend or mode, or `check_every` is below 1.
         NoEffect: There is nothing to compile, or all of it is compiled already by others.
 
     >>> net = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)])
@@ -64,7 +68,8 @@ def compile_blocks(
     """
     check(backend, mode)
     targets = find_blocks(model, select=select, blocks=blocks, itself=itself)
-    return attach(targets, Settings(backend, mode, dynamic, fullgraph))
+    every = check_every_or_none(check_every)
+    return attach(targets, Settings(backend, mode, dynamic, fullgraph, every))
 
 
 def find_blocks(

@@ -17,6 +17,7 @@ from lightning_accel.compilation.explain import Capture, captures, table
 from lightning_accel.compilation.guard import batch_sizes
 from lightning_accel.compilation.region import (
     Backend,
+    ask,
     check,
     expect,
     pause,
@@ -25,6 +26,7 @@ from lightning_accel.compilation.region import (
     unsettle,
     without_effect,
 )
+from lightning_accel.compilation.sample import check_every_or_none
 from lightning_accel.errors import AccelError, NoEffect, explain
 from lightning_accel.measure.table import Table
 from lightning_accel.surgery import Receipt, Select, Stage
@@ -63,9 +65,12 @@ class BlockCompile(ModelEdit):
         warmup_steps: Batches of the warm-up; by default the first epoch with its validation.
         ragged: "auto" marks the batch dimension where sizes differ; "ignore" leaves it to dynamo, which
             captures twice there. Unused where `dynamic` says what to do.
+        check_every: At how many calls a block is compared with itself uncompiled, besides the first, second, fourth
+            ..., the first of each epoch and dataloader, and those after changes of what it reads. One that differs
+            runs as it is from then on, with a warning and a row in `report`. None for never.
 
     Raises:
-        ValueError: A name is unknown; backends and modes are checked at setup.
+        ValueError: A name is unknown, or `check_every` is below 1; backends and modes are checked at setup.
 
     >>> BlockCompile(select="net", on_graph_break="raise").on_graph_break
     'raise'
@@ -86,6 +91,7 @@ class BlockCompile(ModelEdit):
         on_recompile: str = "eager",
         warmup_steps: int | None = None,
         ragged: str = "auto",
+        check_every: int | None = 64,
     ) -> None:
         for name, answer, known in (
             ("on_graph_break", on_graph_break, _ANSWERS),
@@ -119,6 +125,8 @@ class BlockCompile(ModelEdit):
         self.on_recompile = on_recompile
         self.warmup_steps = warmup_steps
         self.ragged = ragged
+        self.check_every = check_every_or_none(check_every)
+        self._loader = 0
         self.receipt = Receipt()
         self.captures: list[Capture] = []
         self._unproved = False
@@ -202,9 +210,15 @@ class BlockCompile(ModelEdit):
 
     @override
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._begin_step()
+        self._ask_at_another(pl_module, dataloader_idx)
 
     @override
     def on_validation_batch_end(
@@ -219,9 +233,15 @@ class BlockCompile(ModelEdit):
 
     @override
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._begin_step()
+        self._ask_at_another(pl_module, dataloader_idx)
 
     @override
     def on_test_batch_end(
@@ -231,9 +251,15 @@ class BlockCompile(ModelEdit):
 
     @override
     def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._begin_step()
+        self._ask_at_another(pl_module, dataloader_idx)
 
     @override
     def on_predict_batch_end(
@@ -246,6 +272,7 @@ class BlockCompile(ModelEdit):
         self._final = None
         pause(pl_module, False)
         self._renew(pl_module)  # someone may have frozen or thawed parameters
+        ask(pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,6 +307,7 @@ class BlockCompile(ModelEdit):
             mode=self.mode,
             dynamic=self.dynamic,
             fullgraph=self.fullgraph,
+            check_every=self.check_every,
         )
         self._collect(pl_module)
 
@@ -310,10 +338,16 @@ class BlockCompile(ModelEdit):
         if self.ragged == "auto":
             self._sizes[training] |= batch_sizes(loaders, limits)
             self._collect(pl_module)
+        ask(pl_module)
 
     def _settle(self, pl_module: LightningModule, training: bool | None = None) -> None:
         if self.on_recompile != "compile":
             settle(pl_module, training=training)
+
+    def _ask_at_another(self, pl_module: LightningModule, dataloader_idx: int) -> None:
+        if dataloader_idx != self._loader:
+            self._loader = dataloader_idx
+            ask(pl_module)
 
     def _begin_step(self) -> None:
         if self.mode is not None:  # CUDA graphs reuse the memory of the step before

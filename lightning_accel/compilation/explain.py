@@ -30,7 +30,8 @@ class Capture:
     `breaks` maps the user's lines at which a graph ended to the reason; `recompilations` are the
     reasons for which a graph had to be captured again; `failures` those for which nothing was captured;
     `limits` those for which dynamo gave up, and code runs eagerly since; `eager` counts, by the reason,
-    calls that ran eagerly rather than be compiled after the warm-up.
+    calls that ran eagerly rather than be compiled after the warm-up; `stopped` says of targets why they run as they
+    are after all, and `uncompared` why one is not compared with itself uncompiled.
 
     >>> Capture(["net"], "MLP").uncalled
     ['net']
@@ -45,6 +46,8 @@ class Capture:
     failures: list[str] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     eager: dict[str, int] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)
+    uncompared: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -146,6 +149,11 @@ def table(captured: Iterable[Capture]) -> Table:
                 [capture.name, event, reasons.count(why), why, ""] for why in dict.fromkeys(reasons)
             ]
         rows += [[capture.name, "eager call", n, why, ""] for why, n in capture.eager.items()]
+        for event, told in (
+            ("runs as it is", capture.stopped),
+            ("not compared", capture.uncompared),
+        ):
+            rows += [[name, event, 1, why, ""] for name, why in told.items()]
         if capture.uncalled:
             rows.append(
                 [", ".join(capture.uncalled), "never called", len(capture.uncalled), "", ""]

@@ -22,6 +22,7 @@ from torch import nn
 
 from lightning_accel.compilation.explain import Capture, note, now, runs_cached_graphs
 from lightning_accel.compilation.guard import Code
+from lightning_accel.compilation.sample import Samples
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import Change, Receipt
 
@@ -35,12 +36,13 @@ _REASONS = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """What is handed to `torch.compile`."""
+    """What is handed to `torch.compile`, and at how many calls a block is compared with itself uncompiled."""
 
     backend: Backend = "inductor"
     mode: str | None = None
     dynamic: bool | None = None
     fullgraph: bool = False
+    check_every: int | None = None
 
 
 class Kind:
@@ -109,6 +111,8 @@ class Region:
         self.capture = kind.capture
         self.hooks = _hooks(module)
         self.inner_hooks = _inner_hooks(module)
+        every, backend = kind.settings.check_every, kind.settings.backend
+        self.samples = None if every is None else Samples(module, backend, every)
 
     def is_current(self) -> bool:
         """Tell whether module and hooks are those that the graphs were captured with."""
@@ -120,13 +124,36 @@ class Region:
         if (hooks := _hooks(module)) != self.hooks:
             self.hooks = hooks
             self.kind = self.kind.again()
-        before = now()
-        run = self.kind.train if module.training else self.kind.eval
+        if self.samples is None or torch.compiler.is_compiling():
+            return self._run(args, kwargs)
+        if self.samples.reason:
+            self.capture.called.add(self.name)
+            return module._call_impl(*args, **kwargs)
+        if not self.samples.is_due() or self._is_paused() or has_hooks(module):
+            return self._run(args, kwargs)
         try:
-            return run(module, args, kwargs)
+            return self.samples.compare(lambda: self._run(args, kwargs), args, kwargs)
+        finally:
+            self._tell(self.samples)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = now()
+        run = self.kind.train if self.module.training else self.kind.eval
+        try:
+            return run(self.module, args, kwargs)
         finally:
             self.capture.called.add(self.name)
             note(self.capture, before)
+
+    def _is_paused(self) -> bool:
+        return (self.kind.train if self.module.training else self.kind.eval).paused
+
+    def _tell(self, samples: Samples) -> None:
+        if samples.reason:
+            self.capture.called.add(self.name)
+            self.capture.stopped[self.name] = samples.reason
+        elif samples.left_out:
+            self.capture.uncompared[self.name] = samples.left_out
 
 
 def region(module: nn.Module) -> Region | None:
@@ -182,11 +209,21 @@ def recompile(model: nn.Module) -> Receipt:
     return receipt
 
 
+def ask(model: nn.Module) -> None:
+    """Let every compiled block be compared with itself uncompiled at its next call."""
+    for module in model.modules():
+        found = region(module)
+        if found is not None and found.samples is not None:
+            found.samples.ask()
+
+
 def without_effect(model: nn.Module) -> list[Capture]:
     """Return the captures of blocks that were called and run eagerly all the same."""
     found: dict[int, Capture] = {}
     regions = [r for m in model.modules() if (r := region(m)) is not None and r.capture.called]
     for one in regions:
+        if one.name in one.capture.stopped:
+            continue
         if not one.capture.graphs and not runs_cached_graphs(one.module):
             found[id(one.capture)] = one.capture
     return list(found.values())
@@ -293,6 +330,11 @@ def _hooks(module: nn.Module) -> tuple[int, ...]:
         module._backward_hooks,
     )
     return tuple(id(hook) for hooks in held if hooks for hook in hooks.values())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a call runs hooks, which may write anywhere."""
+    return any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
 
 
 def _inner_hooks(module: nn.Module) -> tuple[tuple[int, ...], ...]:

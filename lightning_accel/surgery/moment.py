@@ -47,6 +47,8 @@ class Moments:
 
     Args:
         module: What will be called.
+        few: Of how many numbers tensors are copied each time, that are no parameters.
+        norms: Whether the caller sees to the statistics of torch's own norms.
 
     >>> block = nn.Linear(2, 2)
     >>> block.scale, block.seen = 1.0, [1]
@@ -61,8 +63,9 @@ class Moments:
     (2.0, [1, 2])
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, few: int = FEW, norms: bool = True) -> None:
         self.module = weakref.ref(module)
+        self._few, self._norms = few, norms
         self.written: weakref.WeakSet[Tensor] = weakref.WeakSet()
         """Large tensors and parameters that calls write, and that are copied for that."""
         self.draws_numpy = False
@@ -80,6 +83,10 @@ class Moments:
         if not equal(self.live, self.copies):
             self._renew()
         return Moment(self, _objects(arguments), whole)
+
+    def changed(self) -> bool:
+        """Tell whether attributes, modes, hooks or modules are others than at the last moment."""
+        return not equal(self.live, self.copies)
 
     def _walk(self) -> None:
         """Find everything anew."""
@@ -121,7 +128,7 @@ class Moments:
             self._find_tensors(module)
 
     def _find_tensors(self, module: nn.Module) -> None:
-        self.norms = [m for m in module.modules() if _is_seen_to(m)]
+        self.norms = [m for m in module.modules() if self._norms and _is_seen_to(m)]
         exempt = {id(t) for norm in self.norms for t in norm.buffers(recurse=False)}
         self.few: list[Tensor] = []
         self.many: list[Tensor] = list(module.parameters())
@@ -135,7 +142,7 @@ class Moments:
                     continue
                 seen.add(id(value))
                 if value.grad_fn is None and not value.is_inference():
-                    small = value.numel() <= FEW and not isinstance(value, nn.Parameter)
+                    small = value.numel() <= self._few and not isinstance(value, nn.Parameter)
                     (self.few if small else self.many).append(value)
         self.many = [t for t in self.many if type(t) in _PLAIN and not t.is_inference()]
 
@@ -186,6 +193,25 @@ class Moment:
         assert self._random is not None
         self._moments.draws_numpy |= self._random.numpy_moved()
 
+    def drew(self) -> str:
+        """Say from whose global random state somebody drew since: "`random`", "`numpy.random`", or ""."""
+        return self._random.drew() if self._random is not None else ""
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Let everything be as it was, for good: numbers return to the storage that holds them."""
+        if not equal(self._live, self._copies):
+            for live, copied in zip(self._live, self._copies, strict=True):
+                if differing(live, copied):
+                    put_back(live, copied)
+        for tensor, before in self._tensors:
+            if not _same(tensor, before):
+                tensor.detach().copy_(before)
+        for array, before_a in self._arrays:
+            array[...] = before_a
+        if self._random is not None:
+            self._random.bring_back()
+
     def bring_back(self) -> Moment:
         """Let everything be as it was, and return what it is now."""
         now = Moment.__new__(Moment)
@@ -222,6 +248,12 @@ class _Random:
         all_of_it = whole or self._words is None
         self._numpy = np.random.get_state(legacy=False) if all_of_it else None
 
+    def drew(self) -> str:
+        """Say from whose global state somebody drew since."""
+        if self._python != random.getstate():
+            return "`random`"
+        return "`numpy.random`" if self.numpy_moved() else ""
+
     def numpy_moved(self) -> bool:
         """Tell whether somebody drew from numpy's since."""
         if self._numpy is None:
@@ -244,8 +276,8 @@ class _Random:
     def _set_numpy(self) -> None:
         if self._numpy is not None:
             np.random.set_state(self._numpy)
-        elif self._words is not None:
-            ctypes.memmove(_address(), self._words, _TWISTER_BYTES)
+        elif self._words is not None and (address := _address()) is not None:
+            ctypes.memmove(address, self._words, _TWISTER_BYTES)
 
 
 def _is_seen_to(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_accel.compilation.blocks import find_blocks
+from lightning_accel.compilation.difference import difference
 from lightning_accel.compilation.guard import Code
 from lightning_accel.compilation.region import Backend, check
 from lightning_accel.errors import explain
@@ -258,20 +259,6 @@ def frozen(
             one.module._compiled_call_impl = one.before
 
 
-def difference(found: Any, wanted: Any) -> float:
-    """Return the largest relative difference of two nested results: of norms, or the share of integers.
-
-    Infinite where structures, shapes or the places of what is not finite differ.
-
-    >>> difference([torch.tensor([3.0, 4.4])], [torch.tensor([3.0, 4.0])])
-    0.08...
-    """
-    some, others = tree_leaves(found), tree_leaves(wanted)
-    if len(some) != len(others):
-        return float("inf")
-    return max((_difference(a, b) for a, b in zip(some, others, strict=True)), default=0.0)
-
-
 def check_arguments(weights: Any, channels_last: Any, tolerance: Any, check_every: Any) -> None:
     """Raise unless these can be arguments of `frozen`."""
     if not isinstance(weights, (str, type(None))) or weights not in TOLERANCES:
@@ -288,25 +275,6 @@ def check_arguments(weights: Any, channels_last: Any, tolerance: Any, check_ever
         raise TypeError(explain("`tolerance` is a number", repr(tolerance), "pass 1e-4"))
     if not 0 < tolerance < float("inf"):
         raise ValueError(explain("`tolerance` is positive", repr(tolerance), "pass 1e-4"))
-
-
-def _difference(found: Any, wanted: Any) -> float:
-    if not isinstance(wanted, Tensor) or not isinstance(found, Tensor):
-        return 0.0 if type(found) is type(wanted) else float("inf")
-    if found.shape != wanted.shape:
-        return float("inf")
-    if not (wanted.is_floating_point() or wanted.is_complex()):
-        return float((found != wanted).double().mean()) if wanted.numel() else 0.0
-    wide = torch.complex128 if wanted.is_complex() else torch.float64
-    a, b = found.to(wide), wanted.to(wide)
-    same = a == b  # infinities of a mask among them
-    if not bool(torch.isfinite(torch.where(same, 0, b)).all()):
-        return float("inf")
-    gap = torch.where(same, 0, a - b).abs().square().sum().sqrt()
-    norm = torch.where(torch.isfinite(b), b, 0).abs().square().sum().sqrt()
-    if not bool(torch.isfinite(gap)):
-        return float("inf")
-    return float(gap / norm) if bool(norm > 0) else float(gap)
 
 
 def _has_hooks(module: nn.Module) -> bool:

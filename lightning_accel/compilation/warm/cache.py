@@ -35,7 +35,7 @@ import torch
 
 from lightning_accel.errors import AccelError, NoEffect, explain
 
-_FORMAT = 1
+_FORMAT = 2  # of 0.1.0 and before, graphs could hold values of attributes that had changed since
 _MANIFEST, _ARTIFACTS, _FILES = "manifest.json", "artifacts.bin", "files/"
 _LEFT_OUT = (".lock", ".tmp", ".gch", ".pch")  # headers made ready are large and serve a cold start
 _LIMIT_BYTES, _LONGEST_LIST = 2**31, 2**26
