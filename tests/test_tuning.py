@@ -928,20 +928,93 @@ def test_a_precision_that_is_set_stays(picks: type[Picks], trainer_kwargs: dict[
 def test_a_wrong_gradient_is_rejected_with_its_figure(
     quiet: None, trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Replica.gradients
+    right = Replica.course
 
-    def turned(self: Replica, seed: int) -> Any:
-        loss, found = right(self, seed)
+    def turned(self: Replica, seed: int, steps: int = 3) -> Any:
+        course = right(self, seed, steps)
         if self.settings.precision == "bf16":
-            found["net.0.weight"] = -found["net.0.weight"]
-        return loss, found
+            for _, found in course:
+                found["net.0.weight"] = -found["net.0.weight"]
+        return course
 
-    monkeypatch.setattr(Replica, "gradients", turned)
+    monkeypatch.setattr(Replica, "course", turned)
     tuning = tuner(budget_s=1e6, techniques="precision")  # of which a slow step is no part
     train(Net(), data(), [tuning], **trainer_kwargs)
     assert tuning.report is not None and tuning.settings == Settings()
     trial = next(t for t in tuning.report.trials if t.value == "bf16")
     assert trial.verdict == "rejected" and "of net.0.weight" in trial.reason
+
+
+class Moving(Net):
+    """Schedules of its own: by a counter, by the number of the step, and in a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 4)
+        self.drop, self.scale, self._steps = 1.0, 1.0, 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.drop *= 0.9
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self._steps += 1
+        self.scale = 1.0 / (1 + self._steps) + self.global_step
+        return F.cross_entropy(self.net(batch[0] * self.drop * self.factor()), batch[1])
+
+    def factor(self) -> float:
+        return self.scale
+
+
+def test_several_steps_are_compared_over_which_the_modules_own_schedules_move(
+    picks: type[Picks], trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    batches: list[Any] = []
+
+    class Looks(Picks):
+        def run(self, contests: list[Contest], skipped: list[Skipped]) -> Found:
+            replica = self.build(Settings())
+            batches.extend(replica._batches[:3])
+            for _ in range(2):
+                found.append([loss for loss, _ in replica.course(0)])
+                found.append((replica.module.drop, replica.module.scale, replica.module._steps))
+            return super().run(contests, skipped)
+
+    monkeypatch.setattr(within, "Search", Looks)
+    model = Moving()
+    weight, bias = model.net.weight.detach().clone(), model.net.bias.detach().clone()
+    train(model, data(), [tuner()], **trainer_kwargs)
+    wanted = [
+        float(F.cross_entropy(F.linear(x * 0.9**n * (1 / (n + 1) + n - 1), weight, bias), y))
+        for n, (x, y) in enumerate(batches, 1)
+    ]
+    assert found[0] == found[2] == pytest.approx(wanted, rel=1e-5)
+    assert found[1] == found[3] == (1.0, 1.0, 0)
+
+
+def test_a_candidate_that_keeps_an_old_value_is_refused(
+    quiet: None, trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pytorch#194976 and #197889: right for two steps, and from the third on with the value of the second."""
+    apply = Replica._apply
+
+    def stale(self: Replica, settings: Settings) -> None:
+        apply(self, settings)
+        values: list[float] = []
+
+        def factor() -> float:
+            values.append(self.module.scale)
+            return values[min(1, len(values) - 1)]
+
+        if settings.optimizer == "fused":
+            vars(self.module)["factor"] = factor
+
+    monkeypatch.setattr(Replica, "_apply", stale)
+    tuning = tuner(budget_s=1e6, techniques="optimizer", numerics="exact")
+    train(Moving(), data(), [tuning], **trainer_kwargs)
+    assert tuning.report is not None
+    trial = next(t for t in tuning.report.trials if t.value == "fused")
+    assert trial.verdict == "rejected" and "loss off by" in trial.reason
 
 
 def test_products_in_float32_are_seen_until_autocast_takes_them(

@@ -108,6 +108,9 @@ class Fake:
         gradient = torch.stack([turned.cos(), turned.sin()])
         return 2.0 + float(turned) / 100, {"weight": gradient}
 
+    def course(self, seed: int) -> list[tuple[float, dict[str, Tensor]]]:
+        return [self.gradients(seed)]
+
     def has_float32_products(self) -> bool:
         return self.world.products(self.settings)
 

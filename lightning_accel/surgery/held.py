@@ -28,6 +28,16 @@ _EVERYWHERE = (
     ("hooks of all modules", nn.modules.module._global_forward_pre_hooks),
 )
 _OURS = ("_compiled_call_impl", "_trainer", "_fabric", "_accel_own")
+_OF_THE_FIT = {
+    *(
+        "_trainer",
+        "_fabric",
+        "_current_fx_name",
+        "_metric_attributes",
+        "_param_requires_grad_state",
+    ),
+    *("_fabric_optimizers", "_compiler_ctx", "_parameters", "_buffers", "_modules"),
+}
 _IDLE = (
     "_backward_hooks",
     "_backward_pre_hooks",
@@ -153,7 +163,7 @@ class _Public:
         self.held = held
 
     def items(self) -> Any:
-        return [(k, v) for k, v in self.held.items() if not k.startswith("_")]
+        return [(k, v) for k, v in self.held.items() if k not in _OF_THE_FIT]
 
     def copy(self) -> dict[str, Any]:
         return dict(self.items())

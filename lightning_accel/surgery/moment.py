@@ -134,8 +134,9 @@ class Moments:
         self.many: list[Tensor] = list(module.parameters())
         self.arrays: list[np.ndarray[Any, Any]] = []
         seen = {*exempt, *map(id, self.many)}
-        for live in self.live:
-            for value in behind(live):
+        # The buffers of a LightningModule are not among its attributes.
+        for values in (module.buffers(), *map(behind, self.live)):
+            for value in values:
                 if isinstance(value, np.ndarray) and value.size <= MOST and value.dtype != object:
                     self.arrays.append(value)
                 if type(value) not in _PLAIN or id(value) in seen:

@@ -104,6 +104,20 @@ def difference(plain: Gradients, other: Gradients) -> Difference:
     return Difference(loss, whole if whole == whole else -1.0, worst, where)
 
 
+def furthest(plain: Sequence[Gradients], other: Sequence[Gradients]) -> Difference:
+    """Compare step by step, and return the least agreement of each kind.
+
+    >>> one, two = Gradients(2.0, {"w": torch.ones(3)}), Gradients(2.2, {"w": torch.ones(3)})
+    >>> furthest([one, one], [one, two]).loss
+    0.1...
+    """
+    each = [difference(a, b) for a, b in zip(plain, other, strict=True)]
+    least = min(each, key=lambda d: d.worst)
+    return Difference(
+        max(d.loss for d in each), min(d.cosine for d in each), least.worst, least.where
+    )
+
+
 def verdict(found: Difference, noise: Difference, tier: str) -> str | None:
     """Return why a difference is too large for a tier, or `None`.
 

@@ -12,7 +12,7 @@ import copy
 import random
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from lightning_accel.memory import activation_budget
 from lightning_accel.precision import channels_last, matmul_precision
 from lightning_accel.precision.autocast import autocast
 from lightning_accel.precision.layout import convert_inputs
+from lightning_accel.surgery.moment import Moments
 from lightning_accel.tuning.settings import PLAIN, Settings, node
 
 _REMEMBERED = 20
@@ -86,6 +87,7 @@ class Replica:
         self.device = trainer.strategy.root_device
         self._scaler = torch.amp.GradScaler(self.device.type) if settings.format == "fp16" else None
         self._every = max(1, int(trainer.accumulate_grad_batches))
+        self._step = int(trainer.global_step)
         self._apply(settings)
         if not self.module.automatic_optimization:
             self._let_it_optimize()
@@ -129,32 +131,53 @@ class Replica:
         In manual optimization the optimizers do not step meanwhile, and what is left are the gradients of
         the last backward.
         """
+        return self.course(seed, steps=1)[0]
+
+    def course(self, seed: int, steps: int = 3) -> list[tuple[float, dict[str, Tensor]]]:
+        """Return the same of several steps at the same weights, over which the module's own schedules move.
+
+        Attributes that the step or the module's hook before a batch sets, counters and the number of the step
+        go on from one to the next; then all is put back.
+        """
         for optimizer in self.optimizers:
             optimizer.step = lambda closure=None: closure() if closure is not None else None  # type: ignore[method-assign,assignment]
-            optimizer.zero_grad(set_to_none=True)
-        buffers = [b.detach().clone() for b in self.module.buffers()]
+        moment = Moments(self.module, few=2**62, norms=False).take()
         counted, self._count = self._count, 0
         kept, self.losses = self.losses, []
         try:
-            with self.around(seed), _without_dropout(self.module):
-                loss = self._run()
-                scale = _SCALE if self._scaler is not None else 1.0
-                if self.module.automatic_optimization:
-                    (loss * scale).backward()
-            found = {
-                name: _dense(p.grad) / scale
-                for name, p in self.module.named_parameters()
-                if p.grad is not None
-            }
-            return float(loss.detach()), found
+            return [self._gradients(seed + number) for number in range(steps)]
         finally:
             self._count, self.losses = counted, kept
             for optimizer in self.optimizers:
                 del optimizer.step
                 optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, before in zip(self.module.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
+            moment.put_back()
+
+    def _gradients(self, seed: int) -> tuple[float, dict[str, Tensor]]:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
+        with self.around(seed), _without_dropout(self.module):
+            self._let_it_move()
+            loss = self._run()
+            scale = _SCALE if self._scaler is not None else 1.0
+            if self.module.automatic_optimization:
+                (loss * scale).backward()
+        self._count += 1
+        found = {
+            name: _dense(p.grad) / scale
+            for name, p in self.module.named_parameters()
+            if p.grad is not None
+        }
+        return float(loss.detach()), found
+
+    def _let_it_move(self) -> None:
+        """Call the module's own hook before a batch, which may set what the step reads; some cannot run here."""
+        start = self.module.on_train_batch_start
+        if not self.hooks and not start.__module__.startswith("lightning."):
+            with suppress(Exception):
+                index = self._count % len(self._batches)
+                start(_renewed(self._batches[index], self.clones), index)
 
     def has_float32_products(self) -> bool:
         """Tell whether a step multiplies matrices in float32, whose exactness can be chosen."""
@@ -240,6 +263,7 @@ class Replica:
         """Run the user's step on the next batch, and return its loss."""
         index = self._count % len(self._batches)
         batch = _renewed(self._batches[index], self.clones)
+        vars(self.module.trainer)["global_step"] = self._step + self._count // self._every
         if self.hooks:
             self.module.on_train_batch_start(batch, index)
         with torch.enable_grad(), self._context():

@@ -26,7 +26,7 @@ from lightning_accel.tuning.numerics import (
     Gradients,
     curve_gap,
     curve_verdict,
-    difference,
+    furthest,
     verdict,
 )
 from lightning_accel.tuning.replica import Replica
@@ -133,7 +133,7 @@ class Search:
     def _know_plain(self) -> Settings:
         """Find out what plain computes and how far apart two plain steps are; return what runs at all."""
         base, replica = self._first_that_fits()
-        same, reseeded = (difference(self._plain, other) for other in self._others)
+        same, reseeded = (furthest(self._plain, other) for other in self._others)
         self._noise = max(same, reseeded, key=lambda d: (d.loss, -d.cosine, -d.worst))
         if self._noise.loss > 0:
             self._arena.notes.append(
@@ -159,7 +159,7 @@ class Search:
             try:
                 replica = self._arena.make(settings)
                 # Before the first step, which changes the weights.
-                found = [Gradients(*replica.gradients(s)) for s in (_SEED, _SEED, _SEED + 1)]
+                found = [_course(replica, seed) for seed in (_SEED, _SEED, _SEED + 101)]
                 self._plain, self._others = found[0], found[1:]
                 replica.first_step()
                 if settings != Settings():
@@ -283,9 +283,9 @@ class Search:
 
     def _wrong(self, replica: Replica) -> str | None:
         start = time.perf_counter()
-        found = Gradients(*replica.gradients(_SEED))
+        found = _course(replica, _SEED)
         replica.first_step_s = time.perf_counter() - start
-        return verdict(difference(self._plain, found), self._noise, self._tier)
+        return verdict(furthest(self._plain, found), self._noise, self._tier)
 
     def _judge(
         self,
@@ -354,3 +354,7 @@ class Search:
         before = dict(self._base.chosen())
         added = [item for item in best.chosen() if item[0] not in before]
         return sorted(added, key=lambda item: taken.index(item[0]))
+
+
+def _course(replica: Replica, seed: int) -> list[Gradients]:
+    return [Gradients(*each) for each in replica.course(seed)]
