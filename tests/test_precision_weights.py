@@ -752,29 +752,31 @@ _DDP = """
     folder, kind = sys.argv[1:]
 
     class Module(LightningModule):
-        def __init__(self):
+        def __init__(self, seed):
             super().__init__()
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
         def training_step(self, batch, batch_idx):
             return self.net(batch[0]).float().square().mean()
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), 1e-2)
 
-    def fit(ckpt=None, epochs=4, view=True):
-        model, plugin = Module(), Bf16Precision(kind)
+    def fit(ckpt=None, epochs=4, view=True, seed=0):
+        model, plugin = Module(seed), Bf16Precision(kind)
         x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
         trainer = Trainer(accelerator="cpu", devices=2, plugins=[plugin], max_epochs=epochs, logger=False,
             strategy=DDPStrategy(gradient_as_bucket_view=view), gradient_clip_val=0.5,
             accumulate_grad_batches=2, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder, use_distributed_sampler=True)
         trainer.fit(model, DataLoader(TensorDataset(x), 4), ckpt_path=ckpt)
-        return trainer, {n: p.detach().float().sum().item() for n, p in model.named_parameters()}
+        held = {**dict(model.named_parameters()), **{f"master {n}": m for n, m in plugin.masters().items()}}
+        return trainer, {n: p.detach().float().sum().item() for n, p in held.items()}
 
     trainer, half = fit(epochs=2)
     path = os.path.join(folder, kind + ".ckpt")
     trainer.save_checkpoint(path)
     found = {"whole": fit()[1], "plain": fit(view=False)[1], "resumed": fit(path)[1], "half": half}
+    found["unseeded"] = fit(seed=int(os.environ.get("LOCAL_RANK", 0)))[1]
     with open(os.path.join(folder, f"{kind}{trainer.global_rank}.json"), "w") as file:
         json.dump(found, file)
 """
@@ -798,3 +800,4 @@ def test_two_processes_agree_and_resume_bit_equal(tmp_path: Path, root: Path, ki
     zero, one = (json.loads((tmp_path / f"{kind}{rank}.json").read_text()) for rank in (0, 1))
     assert zero == one
     assert zero["whole"] == zero["resumed"] == zero["plain"] != zero["half"]
+    assert zero["unseeded"] == zero["whole"]  # DDP takes the first rank's weights, and so its masters

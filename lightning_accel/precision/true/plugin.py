@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -97,6 +98,8 @@ class Bf16Precision(HalfPrecision):
                     type(optimizer).__name__,
                     "use the plain optimizer, or `AutocastPrecision('bf16')`",
                 )
+        if isinstance(model, DistributedDataParallel):
+            self._share_masters(model)
         self.weights.watch([*optimizers, self._model], self._model.parameters)
         found = within([*optimizers, self._model])
         shadows = kept_beside(found, self._model)
@@ -104,6 +107,14 @@ class Bf16Precision(HalfPrecision):
         self.weights.lengthen((named[s.name], s.tensor) for s in shadows if s.name in named)
         self._written.reset()
         return model, optimizers, lr_schedulers
+
+    def _share_masters(self, model: DistributedDataParallel) -> None:
+        """Let all ranks have the first one's masters, as DDP has let them have its weights, rounded."""
+        group, masters = model.process_group, self.weights.masters
+        first = torch.distributed.get_global_rank(group, 0)
+        for parameter in model.module.parameters():
+            if parameter in masters:
+                torch.distributed.broadcast(masters[parameter], first, group=group)
 
     @override
     def optimizer_step(  # type: ignore[override]
