@@ -800,4 +800,6 @@ def test_two_processes_agree_and_resume_bit_equal(tmp_path: Path, root: Path, ki
     zero, one = (json.loads((tmp_path / f"{kind}{rank}.json").read_text()) for rank in (0, 1))
     assert zero == one
     assert zero["whole"] == zero["resumed"] == zero["plain"] != zero["half"]
-    assert zero["unseeded"] == zero["whole"]  # DDP takes the first rank's weights, and so its masters
+    assert (
+        zero["unseeded"] == zero["whole"]
+    )  # DDP takes the first rank's weights, and so its masters
