@@ -17,11 +17,16 @@ import torch
 from torch import Tensor, nn
 
 _DEPTH = 4
+_CALLS = 3
+"""How deep objects are looked into, and functions that name functions."""
 MOST = 4096
-"""Objects behind attributes that are looked into, and entries of a container that are."""
+"""Objects that are looked into, and entries of a container that are."""
 _CONTAINERS = (dict, list, set, deque)
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-_LIBRARIES = ("torch.", "torchmetrics.", "lightning.", "builtins", "typing", "collections")
+_LIBRARIES = (
+    *("torch.", "torchmetrics.", "lightning.", "lightning_accel.", "numpy", "builtins", "typing"),
+    "collections",
+)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
 _EVERYWHERE = (
     ("hooks of all modules", nn.modules.module._global_forward_hooks),
@@ -100,26 +105,36 @@ def _put_entries(live: dict[Any, Any], copied: dict[Any, Any]) -> None:
 
 
 class _Named:
-    """The module-level names that the forward of a class reads, and the attributes of that class."""
+    """The module-level names that the forward of a class reads, and the attributes of that class.
+
+    Of its other methods, and of functions that these name, only data: a list of what was seen, a count.
+    """
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
         forward = getattr(kind, "forward", None)
-        code = getattr(forward, "__code__", None)
-        self.names = code.co_names if code is not None else ()
-        self.globals: dict[str, Any] = getattr(forward, "__globals__", {})
+        self.places = [(g, n) for g, n in _names(forward) if n in g]
+        functions = [f for f in vars(kind).values() if isinstance(f, FunctionType)]
+        known = {(id(g), n) for g, n in self.places}
+        for _ in range(_CALLS):
+            found = [(g, n) for f in functions for g, n in _names(f) if n in g]
+            found = list({(id(g), n): (g, n) for g, n in found if (id(g), n) not in known}.values())
+            known |= {(id(g), n) for g, n in found}
+            self.places += [(g, n) for g, n in found if _is_data(g[n])]
+            named = [g[n] for g, n in [*found, *self.places]]
+            functions = [f for f in named if isinstance(f, FunctionType) and _is_users(f)]
 
     def items(self) -> Any:
-        world = [(n, self.globals[n]) for n in self.names if n in self.globals]
-        return [*world, *vars(self.kind).items()]
+        return [*((n, g[n]) for g, n in self.places if n in g), *vars(self.kind).items()]
 
     def copy(self) -> dict[str, Any]:
         return dict(self.items())
 
     def put_back(self, copied: dict[str, Any]) -> None:
+        places = {n: g for g, n in self.places}
         for key in differing(self, copied):
-            if key in self.globals and key in self.names:
-                self.globals[key] = copied[key]
+            if key in places:
+                places[key][key] = copied[key]
             elif key in copied:
                 setattr(self.kind, key, copied[key])
             else:
@@ -129,6 +144,20 @@ class _Named:
         return self.copy() == other
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _names(function: Any) -> list[tuple[dict[str, Any], str]]:
+    """Return where the module-level names are that a function reads."""
+    code = getattr(function, "__code__", None)
+    return [(function.__globals__, n) for n in code.co_names] if code is not None else []
+
+
+def _is_users(value: Any) -> bool:
+    return not str(value.__module__).startswith(_LIBRARIES)
+
+
+def _is_data(value: Any) -> bool:
+    return not (isinstance(value, (type, ModuleType, nn.Module)) or callable(value))
 
 
 class _Slots:

@@ -207,7 +207,9 @@ class Moment:
                     put_back(live, copied)
         for tensor, before in self._tensors:
             if not _same(tensor, before):
-                tensor.data.copy_(before)  # without a new version, which an earlier graph would miss
+                tensor.data.copy_(
+                    before
+                )  # without a new version, which an earlier graph would miss
         for array, before_a in self._arrays:
             array[...] = before_a
         if self._random is not None:
