@@ -293,33 +293,3 @@ def test_a_prediction_finds_it_at_the_next_dataloader(
             found.append(run.predict(User(), [data(), data()]))
     for one, other in zip(*[[t for part in f for t in part] for f in found], strict=True):  # type: ignore[union-attr]
         assert torch.equal(one, other)
-
-
-def test_autocast_keeps_no_cast_of_a_comparison(trainer_kwargs: dict[str, Any]) -> None:
-    """pytorch#48049: a cast made without gradients would cut what is computed from it afterwards."""
-
-    class Breaks(User):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(Broken(), nn.Linear(8, 8))
-
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(8, 8)
-
-        @torch._dynamo.disable
-        def inner(self, x: Tensor) -> Tensor:
-            return self.layer(x)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x.relu())
-
-    ends = []
-    for callbacks in ([], [BlockCompile("net.0", backend="aot_eager", on_graph_break="ignore")]):
-        ends.append(Breaks())
-        Trainer(**{**trainer_kwargs, "callbacks": callbacks}, precision="bf16-mixed").fit(
-            ends[-1], data()
-        )
-    for one, other in zip(*[e.parameters() for e in ends], strict=True):
-        assert torch.equal(one, other)

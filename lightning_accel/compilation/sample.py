@@ -200,7 +200,10 @@ def _is_plain_world() -> bool:
 
 @contextmanager
 def _beside() -> Iterator[None]:
-    """Compute without gradients, and without leaving casts of weights that have none in autocast's cache."""
+    """Compute without gradients, and without leaving casts of weights that have none in autocast's cache.
+
+    (Torch 2.13 keeps none; that can go with the last one that does, pytorch #48049.)
+    """
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

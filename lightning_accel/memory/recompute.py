@@ -157,7 +157,7 @@ class Recomputation:
         while self.held:
             module, name, value = self.held.pop()
             setattr(module, name, value)
-        self.now.bring_back()
+        self.now.come_back()
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         self.held.append((module, name, getattr(module, name)))

@@ -58,7 +58,7 @@ class Moments:
     >>> now = moment.bring_back()
     >>> block.scale, block.seen
     (1.0, [1])
-    >>> _ = now.bring_back()
+    >>> now.come_back()
     >>> block.scale, block.seen
     (2.0, [1, 2])
     """
@@ -201,41 +201,45 @@ class Moment:
     @torch.no_grad()
     def put_back(self) -> None:
         """Let everything be as it was, for good: numbers return to the storage that holds them."""
+        self._put_attributes()
+        for tensor, before in self._tensors:
+            if not _same(tensor, before):
+                tensor.data.copy_(before)  # without a new version, which an earlier graph would miss
+        if self._random is not None:
+            self._random.come_back()
+
+    def bring_back(self) -> Moment:
+        """Let everything be as it was, and return what it is now, to `come_back` to it."""
+        now = Moment.__new__(Moment)
+        now._live, now._copies = self._live, self._copies
+        if not equal(self._live, self._copies):
+            now._copies = [live.copy() for live in self._live]
+        now._tensors = [(tensor, tensor.data) for tensor, _ in self._tensors]
+        now._arrays = [(array, array.copy()) for array, _ in self._arrays]
+        now._random = self._random.now() if self._random is not None else None
+        self.come_back(drawn=now._random is not None)
+        return now
+
+    def come_back(self, *, drawn: bool = True) -> None:
+        """Let everything be as it was, until another moment comes back.
+
+        Args:
+            drawn: Whether random states have moved.
+        """
+        self._put_attributes()
+        for tensor, before in self._tensors:
+            # Another storage, not other numbers: neither do versions change nor what others saved.
+            tensor.data = before
+        if drawn and self._random is not None:
+            self._random.come_back()
+
+    def _put_attributes(self) -> None:
         if not equal(self._live, self._copies):
             for live, copied in zip(self._live, self._copies, strict=True):
                 if differing(live, copied):
                     put_back(live, copied)
-        for tensor, before in self._tensors:
-            if not _same(tensor, before):
-                tensor.data.copy_(
-                    before
-                )  # without a new version, which an earlier graph would miss
-        for array, before_a in self._arrays:
-            array[...] = before_a
-        if self._random is not None:
-            self._random.bring_back()
-
-    def bring_back(self) -> Moment:
-        """Let everything be as it was, and return what it is now."""
-        now = Moment.__new__(Moment)
-        now._moments, now.norms = self._moments, self.norms
-        now._live, now._copies = self._live, self._copies
-        if not equal(self._live, self._copies):
-            now._copies = [live.copy() for live in self._live]
-            for live, copied, present in zip(self._live, self._copies, now._copies, strict=True):
-                if differing(present, copied):
-                    put_back(live, copied)
-        now._tensors = []
-        for tensor, before in self._tensors:
-            # Another storage, not other numbers: neither do versions change nor what others saved.
-            now._tensors.append((tensor, tensor.data))
-            tensor.data = before
-        now._arrays = [(array, array.copy()) for array, _ in self._arrays]
-        for array, before_a in self._arrays:
-            array[...] = before_a
-        now._versions = []
-        now._random = self._random.bring_back() if self._random is not None else None
-        return now
+        for array, before in self._arrays:
+            array[...] = before
 
 
 class _Random:
@@ -263,18 +267,19 @@ class _Random:
             return self._words != _numpy_words()
         return not _is_state(self._numpy)
 
-    def bring_back(self) -> _Random | None:
-        """Let the states be what they were, and return what they are, unless nobody drew."""
-        moved = self.numpy_moved()
-        if not moved and not self._own and self._python == random.getstate():
-            return None  # nor did the forward, then
-        now = _Random(self._own, self._whole)
+    def now(self) -> _Random | None:
+        """Return what the states are, unless nobody drew, and so neither did the forward."""
+        if not self.numpy_moved() and not self._own and self._python == random.getstate():
+            return None
+        return _Random(self._own, self._whole)
+
+    def come_back(self) -> None:
+        """Let the states be what they were."""
         random.setstate(self._python)
-        if moved:
+        if self.numpy_moved():
             self._set_numpy()
         for generator, state in zip(self._own, self._states, strict=True):
             set_generator_state(generator, state)
-        return now
 
     def _set_numpy(self) -> None:
         if self._numpy is not None:
