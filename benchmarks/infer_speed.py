@@ -28,7 +28,7 @@ from nets import GPT, MLP, ConvNet
 from torch import Tensor, nn
 
 from lightning_accel.compilation import frozen
-from lightning_accel.compilation.frozen.freeze import difference
+from lightning_accel.compilation.difference import difference
 from lightning_accel.measure.timing import compare
 
 
