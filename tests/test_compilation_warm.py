@@ -200,7 +200,7 @@ def test_names_that_lead_elsewhere_are_refused(folder: Path, name: str) -> None:
         lambda m, _: m.update(files={"a": [-1, ""]}),
         lambda m, _: m.update(files={"not-there": [0, ""]}),
         lambda m, _: m.update(key=None),
-        lambda m, _: m.update(format=2),
+        lambda m, _: m.update(format=1),
         lambda m, _: m.update(artifacts=None),
         lambda m, inside: inside.update({"files/ab/cabc.py": b"x = 2"}),
         lambda m, inside: inside.update({"files/ab/cabc.py": b"x = 1" * 9999}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel.compilation import compile_blocks
+from lightning_accel.compilation import BlockCompile, WarmStart, compile_blocks
 from lightning_accel.loop import FusedOptimizer
 from lightning_accel.memory import checkpoint_activations
 from lightning_accel.precision import Bf16Precision
@@ -269,3 +270,39 @@ def test_masters_learn_in_an_optimizer_that_is_made_anew(trainer_kwargs: dict[st
     for name, parameter in wanted.named_parameters():
         way = (parameter.detach() - start[name]).norm()
         assert 0 < (masters[name] - parameter.detach()).norm() < 0.05 * way
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
+@pytest.mark.filterwarnings("ignore:`net` would have been compiled again")
+def test_a_second_run_carries_no_number_of_the_first(
+    trainer_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    """pytorch#194976, #197889, through a cache that travels: schedules of the second run are others."""
+
+    class Scheduled(LightningModule):
+        def __init__(self, start: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net, self.start = nn.Sequential(Acting(_normed)), start
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.net[0].step = self.start * (1 + self.global_step)  # type: ignore[assignment]
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    for start in (0.1, 0.37):
+        ends = []
+        for callbacks in ([], [WarmStart(tmp_path / "compiled.zip"), BlockCompile("net.0")]):
+            torch._dynamo.reset()
+            ends.append(Scheduled(start))
+            fit(ends[-1], trainer_kwargs, *callbacks, max_epochs=1, limit_train_batches=3)
+        for one, other in zip(*[e.parameters() for e in ends], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def _normed(block: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x * block.step, (8,), eps=block.step + 1e-3)
