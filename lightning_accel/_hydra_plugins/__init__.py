@@ -12,12 +12,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 
 _GROUP = "accel/"
 _SUFFIXES = (".yaml", ".yml")
@@ -126,7 +128,7 @@ class PresetFile(ConfigSource):
         if path is None:
             raise _refusal(f"`{config_path}` is no file of a preset", "another kind of name", "")
         text = _text(path)
-        header = ConfigSource._get_header_dict(text)
+        header = _header(path, text)
         config = _mapping(path, text)
         if header["package"] is None:
             raise _refusal(
@@ -134,6 +136,7 @@ class PresetFile(ConfigSource):
                 f"{text.splitlines()[0][:80]!r} as its first line" if text else "an empty file",
                 "make its first line `# @package _global_`",
             )
+        _check(str(path), config, header["package"])
         return ConfigResult(
             config=config, path=f"file://{path.parent}", provider=self.provider, header=header
         )
@@ -176,14 +179,82 @@ def _look_before_merging() -> None:
         ours = [_travels(default.config_path or "") for default in defaults]
         if any(ours):
             pairs = list(zip(defaults, ours, strict=True))
+            for default in (default for default, own in pairs if own):
+                _check_loaded(default, repo)
             mine = merge(self, [default for default, own in pairs if own], _reading_anew(repo))
             if "callbacks" in mine:
                 theirs = [default for default, own in pairs if not own]
-                _refuse_unnamed(merge(self, theirs, _reading_anew(repo)))
+                app = merge(self, theirs, _reading_anew(repo))
+                _refuse_unnamed(app)
+                _refuse_meddling(mine, app)
         merged: DictConfig = merge(self, defaults, repo)
         return merged
 
     ConfigLoaderImpl._compose_config_from_defaults_list = looked  # type: ignore[method-assign]
+
+
+def _check_loaded(default: Any, repo: Any) -> None:
+    """Check a preset of the app's own folder as a file is checked; ours pass, and are as cheap to check."""
+    found = _reading_anew(repo).load_config(default.config_path)
+    if found is None or not isinstance(found.config, DictConfig):
+        return
+    listed = [_as_written(item) for item in found.defaults_list or () if not item.is_self()]
+    plain = OmegaConf.to_container(found.config, resolve=False)
+    package = default.package or ""
+    lands = package.partition(".")[0]
+    if lands == "accel":
+        return  # a group of that name which is the app's own business lands there by default
+    if lands or _rules().speaks_of_us(plain, listed):
+        _check(f"{found.path}: {default.config_path}", found.config, package, listed)
+
+
+def _as_written(default: Any) -> Any:
+    """Return an item of a list of defaults as it stands in the file."""
+    package = f"@{default.package}" if default.package else ""
+    path = getattr(default, "path", None)
+    if path is not None:
+        return f"{path}{package}"
+    how = "override " if default.override else ""
+    return {f"{how}{default.group}{package}": default.value}
+
+
+def _check(name: str, config: DictConfig, package: str, defaults: Any = None) -> None:
+    """Refuse a preset that says more than a preset may, before anything of it is merged or resolved."""
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    listed = plain.pop("defaults", []) if defaults is None else defaults
+    try:
+        _rules().check_preset(plain, "" if package == "_global_" else package, listed)
+    except ValueError as error:
+        raise ConfigCompositionException(f"`{name}` is no preset of settings: {error}") from None
+
+
+def _rules() -> Any:
+    from lightning_accel import presets
+
+    return presets
+
+
+def _refuse_meddling(presets: DictConfig, app: DictConfig) -> None:
+    """Refuse presets that change arguments of a callback which is the app's own."""
+    theirs = app._get_node("callbacks", validate_access=False)
+    mine = presets._get_node("callbacks", validate_access=False)
+    for name in mine if isinstance(mine, DictConfig) else ():
+        own = _node(theirs, name)
+        node = _node(mine, name)
+        target = own.get("_target_") if isinstance(own, DictConfig) else None
+        changed = not isinstance(node, DictConfig) or "_target_" not in node
+        if changed and target is not None and not str(target).startswith("lightning_accel."):
+            raise _refusal(
+                f"a preset changes `callbacks.{name}`, which is not a callback of lightning_accel",
+                f"`{target}`",
+                "change it on the command line, or in the app's own configuration",
+            )
+
+
+def _node(mapping: Any, name: Any) -> Any:
+    return (
+        mapping._get_node(name, validate_access=False) if isinstance(mapping, DictConfig) else None
+    )
 
 
 def _reading_anew(repo: Any) -> Any:
@@ -233,15 +304,35 @@ def _text(path: Path) -> str:
         ) from error
 
 
+def _header(path: Path, text: str) -> dict[str, str | None]:
+    try:
+        return ConfigSource._get_header_dict(text)
+    except ValueError as error:
+        raise _refusal(
+            f"the first lines of `{path}` are wrong", str(error), "correct them"
+        ) from None
+
+
 def _mapping(path: Path, text: str) -> DictConfig:
     try:
-        config: Any = OmegaConf.create(text)
+        loaded = yaml.load(text, Loader=get_yaml_loader())
+        _rules().count(loaded)  # before OmegaConf writes out each alias of an alias
+        config: Any = OmegaConf.create(loaded if loaded is not None else {})
     except Exception as error:  # of yaml and of OmegaConf, which have no common parent
-        raise _refusal(f"`{path}` is not valid yaml", str(error), "correct the file") from error
+        raise _refusal(f"`{path}` is not valid yaml", _told(error), "correct the file") from None
     if not isinstance(config, DictConfig):
         kind = type(config).__name__
         raise _refusal(f"`{path}` is no preset", f"a {kind}", "write a mapping of settings")
     return config
+
+
+def _told(error: Exception) -> str:
+    """Return what is wrong and where, without the lines of a file that may hold anything."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    problem = str(getattr(error, "problem", None) or type(error).__name__)
+    return f"{problem}, line {mark.line + 1}"
 
 
 def _refusal(what: str, found: str, do: str) -> ConfigCompositionException:

@@ -1,0 +1,217 @@
+"""Files of strangers: each attack would leave a mark, and what refuses it says what was wrong, found, to do."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from lightning_accel._hydra_plugins import PresetFile, register
+
+THREE_PARTS = re.compile(r".+ Found: .+ Do: .+", re.DOTALL)
+
+# --- presets -------------------------------------------------------------------------------------------
+
+EVIL = """
+from hydra.experimental.callback import Callback
+class Evil(Callback):
+    def on_run_start(self, config, **kwargs):
+        open("mark", "w").close()
+"""
+APP = """
+import hydra
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    print("RAN", list(cfg.callbacks))
+
+main()
+"""
+CONFIG = """
+callbacks: {early: {_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: loss}}
+db: {password: hunter2-hunter2, conn: "${oc.env:HOME}"}
+model: {width: 3}
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    """A Hydra app of the user's own, in the present folder."""
+    register()
+    (tmp_path / "conf" / "accel").mkdir(parents=True)
+    (tmp_path / "conf" / "config.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def composed(folder: Path, *overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(folder / "conf"), version_base="1.3"):
+        found = OmegaConf.to_container(compose("config", list(overrides)))
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_preset_that_brings_a_callback_of_hydra_runs_no_code(app: Path, root: Path) -> None:
+    (app / "app.py").write_text(APP)
+    (app / "evil.py").write_text(EVIL)
+    (app / "hydra_plugins").mkdir()  # where an installation has it, and before an older one
+    (app / "hydra_plugins" / "lightning_accel").symlink_to(root / "lightning_accel/_hydra_plugins")
+    node = "hydra: {callbacks: {x: {_target_: evil.Evil}}}\n"
+    (app / "tuned.yaml").write_text(f"# @package _global_\n{node}")
+    (app / "conf" / "config.yaml").write_text(CONFIG + node)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "app.py", *words],
+            cwd=app,
+            env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{app}"},
+            capture_output=True,
+            text=True,
+        )
+
+    assert "RAN" in run().stdout and (app / "mark").exists(), "the trap is a real one"
+    (app / "mark").unlink()
+    (app / "conf" / "config.yaml").write_text(CONFIG)
+    done = run("+accel=./tuned.yaml")
+    assert done.returncode != 0 and "RAN" not in done.stdout and not (app / "mark").exists()
+    assert THREE_PARTS.search(done.stderr) and "Traceback" not in done.stderr
+
+
+PRESETS = {
+    "a callback of hydra": "hydra: {callbacks: {x: {_target_: evil.Evil}}}",
+    "a folder of hydra": "hydra: {run: {dir: /tmp/x}}",
+    "a search path": "hydra: {searchpath: [file:///tmp]}",
+    "an environment": "hydra: {job: {env_set: {LD_PRELOAD: ./x.so}}}",
+    "a default of hydra": "defaults: [{/hydra/launcher: evil}]",
+    "an override of hydra": "defaults: [{override /hydra/launcher: evil}]",
+    "a default elsewhere": "defaults: [{/db: prod}]",
+    "a default in another place": "defaults: [{/accel/pruning@hydra.callbacks.x: magnitude}]",
+    "a default of the environment": "defaults: ['${oc.env:SECRET_TOKEN}']",
+    "a variant of the environment": "defaults: [{/accel/pruning: '${oc.env:SECRET_TOKEN}'}]",
+    "defaults of an interpolation": "defaults: ${db}",
+    "another group": "model: {width: 4}",
+    "a logger": "logger: {w: {_target_: lightning.pytorch.loggers.CSVLogger, save_dir: .}}",
+    "a merged key": "x: &x {hydra: {run: {dir: /tmp}}}\n<<: *x",
+    "a class of another": "callbacks: {x: {_target_: subprocess.Popen, args: [touch, mark]}}",
+    "a class of Lightning": "callbacks: {x: {_target_: lightning.pytorch.callbacks.LambdaCallback}}",
+    "a class in a list": "callbacks: {x: {_target_: lightning_accel.StepMeter, y: [{_target_: os.system}]}}",
+    "a class as a mark": "accel: {x: {_target_: lightning_accel.StepMeter}}",
+    "a class by interpolation": "callbacks: {x: {_target_: '${model.kind}'}}",
+    "a function of ours": "callbacks: {x: {_target_: lightning_accel.tune}}",
+    "a part of ours": "callbacks: {x: {_target_: lightning_accel.measure.report.Report}}",
+    "a store of ours": "callbacks: {x: {_target_: lightning_accel.distillation.store.Store}}",
+    "a method of ours": "callbacks: {x: {_target_: lightning_accel.Teacher.load_weights}}",
+    "an argument by place": "callbacks: {x: {_target_: lightning_accel.AccelReport, _args_: [x.json]}}",
+    "a half call": "callbacks: {x: {_target_: lightning_accel.AccelReport, _partial_: true}}",
+    "a Trainer": "trainer: {_target_: os.system}",
+    "a folder of the Trainer": "trainer: {default_root_dir: x}",
+    "a logger of the Trainer": "trainer: {logger: true}",
+    "a strategy": "trainer: {strategy: {_target_: lightning.pytorch.strategies.DDPStrategy}}",
+    "a place above": "callbacks: {x: {_target_: lightning_accel.AccelReport, path: ../x.json}}",
+    "a place of the machine": "callbacks: {x: {_target_: lightning_accel.WarmStart, path: /tmp/x.zip}}",
+    "a place at home": "callbacks: {x: {_target_: lightning_accel.AccelReport, path: ~/x.json}}",
+    "a place in a list": "callbacks: {x: {_target_: lightning_accel.AutoTune, report: [a.yaml, ../b.yaml]}}",
+    "a place in pieces": "accel: {d: .}\ncallbacks: {x: {_target_: lightning_accel.AccelReport, path: '${accel.d}${accel.d}/x'}}",
+    "a place by default": "callbacks: {x: {_target_: lightning_accel.AccelReport, path: '${oc.select:no,..}/x'}}",
+    "a server": "callbacks: {x: {_target_: lightning_accel.Distillation, teacher: 'http://evil/x.ckpt'}}",
+    "the environment": "callbacks: {x: {_target_: lightning_accel.AccelReport, path: '${oc.env:SECRET_TOKEN}'}}",
+    "the environment in a mark": "accel: {x: '${oc.env:SECRET_TOKEN}'}",
+    "the environment, nested": "accel: {x: '${oc.decode:${oc.env:SECRET_TOKEN}}'}",
+    "something made": "accel: {x: '${oc.create:{a: 1}}'}",
+    "a resolver of the app's": "accel: {x: '${run:ls}'}",
+    "a secret of the app": "accel: {x: '${db.password}'}",
+    "a key made of a key": "accel: {x: '${db.${accel.y}}', y: password}",
+    "what hydra knows": "accel: {x: '${hydra:job.env_set}'}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PRESETS)
+def test_a_preset_says_no_more_than_a_preset_may(
+    app: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "c4n4ry-c4n4ry")
+    (app / "tuned.yaml").write_text(f"# @package _global_\n{PRESETS[what]}\n")
+    with pytest.raises(ConfigCompositionException) as caught:
+        PresetFile("accel files", f"preset://{app}").load_config("accel/./tuned.yaml")
+    assert THREE_PARTS.search(str(caught.value)) and "c4n4ry" not in str(caught.value)
+
+
+def test_a_preset_changes_no_callback_of_the_apps_own(app: Path) -> None:
+    (app / "tuned.yaml").write_text("# @package _global_\ncallbacks: {early: {monitor: other}}\n")
+    with pytest.raises(ConfigCompositionException, match="not a callback of lightning_accel.*Do: "):
+        composed(app, "+accel=./tuned.yaml")
+
+
+@pytest.mark.parametrize("package", ["hydra", "hydra.callbacks", "model", "_global_.hydra", "a b"])
+def test_a_preset_lands_where_presets_land(app: Path, package: str) -> None:
+    (app / "tuned.yaml").write_text(f"# @package {package}\nx: {{_target_: evil.Evil}}\n")
+    with pytest.raises(ConfigCompositionException, match=r"Found: .* Do: "):
+        PresetFile("accel files", f"preset://{app}").load_config("accel/./tuned.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {run: {dir: /tmp}}",
+        "accel: {mine: true}\nmodel: {width: 4}",
+        "defaults: [amp]\nlogger: {}",
+        "callbacks: {x: {_target_: lightning_accel.AccelReport, path: ../x.json}}",
+        "defaults: [{override /hydra/job_logging: none}]",
+    ],
+)
+def test_a_preset_in_the_folder_of_the_app_is_a_preset(app: Path, text: str) -> None:
+    (app / "conf" / "accel" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(ConfigCompositionException, match=r"Found: .* Do: "):
+        composed(app, "+accel=mine")
+    (app / "tuned.yaml").write_text("# @package _global_\ndefaults: [mine]\n")
+    with pytest.raises(ConfigCompositionException, match=r"Found: .* Do: "):
+        composed(app, "+accel=./tuned.yaml")
+
+
+def test_a_group_of_that_name_which_is_the_apps_own_stays_its_own(app: Path) -> None:
+    (app / "conf" / "accel" / "gpu.yaml").write_text("_target_: my.Gpu\nroot: /data\n")
+    (app / "conf" / "accel" / "big.yaml").write_text("# @package _global_\nmodel: {width: 9}\n")
+    assert composed(app, "+accel=gpu")["accel"] == {"_target_": "my.Gpu", "root": "/data"}
+    assert composed(app, "+accel=big")["model"] == {"width": 9}
+
+
+def test_what_a_preset_is_for_stays_possible(app: Path) -> None:
+    (app / "tuned.yaml").write_text("""# @package _global_
+defaults: [amp, {/accel/pruning: taylor}, {override /accel/precision: bf16}]
+accel: {mine: "a word"}
+trainer: {max_epochs: 4, precision: 32-true}
+callbacks:
+  pruning: {ratio: 0.25, target: {_target_: lightning_accel.pruning.target.Macs, share: 0.5}}
+  report: {path: "${hydra:runtime.output_dir}/r.json", dense_metrics: {val/acc: 0.5}}
+  distillation: {_target_: lightning_accel.Distillation, teacher: /data/t.ckpt, task_weight: "${model.width}"}
+""")
+    found = composed(app, "+accel=./tuned.yaml")
+    assert found["accel"] == {"amp": True, "mine": "a word"}
+    assert list(found["callbacks"]) == ["early", "precision", "report", "pruning", "distillation"]
+    assert found["callbacks"]["pruning"]["ratio"] == 0.25
+
+
+def test_a_small_file_that_is_large_when_read_is_refused(app: Path) -> None:
+    bomb = "a0: &a0 [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+        f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] * 10)}]\n" for n in range(9)
+    )
+    for text in (bomb, "accel: &a {x: *a}", "accel: " + "[" * 500 + "]" * 500):
+        (app / "tuned.yaml").write_text(f"# @package _global_\n{text}\n")
+        with pytest.raises(ConfigCompositionException, match=r"Found: .* Do: "):
+            PresetFile("accel files", f"preset://{app}").load_config("accel/./tuned.yaml")
+
+
+def test_the_lines_of_a_file_that_is_no_preset_are_not_shown(app: Path) -> None:
+    """A link in a stranger's archive may lead to anything that the user can read."""
+    (app / "credentials").write_text("# @package _global_\n[default]\ntoken = c4n4ry: : {\n")
+    (app / "tuned.yaml").symlink_to("credentials")
+    with pytest.raises(ConfigCompositionException, match="not valid yaml") as caught:
+        composed(app, "+accel=./tuned.yaml")
+    assert "c4n4ry" not in str(caught.value)
