@@ -246,7 +246,7 @@ def _refuse_meddling(presets: DictConfig, app: DictConfig) -> None:
         if changed and target is not None and not str(target).startswith("lightning_accel."):
             raise _refusal(
                 f"a preset changes `callbacks.{name}`, which is not a callback of lightning_accel",
-                f"`{target}`",
+                str(target),
                 "change it on the command line, or in the app's own configuration",
             )
 

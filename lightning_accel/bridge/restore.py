@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_accel.bridge.guards import refuse_lazy
+from lightning_accel.bridge.hyper import as_values
 from lightning_accel.errors import StructureMismatch, explain, weights_alone
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.structure import named_tensors, text
@@ -94,7 +95,7 @@ def load_from_checkpoint(
         StructureMismatch: The stored structure does not fit the class or the stored tensors.
         TypeError: `cls` is no class of a LightningModule, or `path` no path.
         FileNotFoundError: There is no such file.
-        UnsafeFile: The file holds objects, such as hyper-parameters, and `weights_only` is `True`.
+        UnsafeFile: The file holds objects, or hyper-parameters that name code, and `weights_only` is `True`.
     """
 
     if not (isinstance(cls, type) and hasattr(cls, "load_from_checkpoint")):
@@ -122,6 +123,8 @@ def load_from_checkpoint(
 
     once: Any = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint})
     with weights_alone(path):
+        if weights_only:
+            kwargs = {**kwargs, **as_values(cls, path, kwargs)}
         loaded: ModuleT = once.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
     return loaded
 

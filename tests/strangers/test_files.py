@@ -6,15 +6,23 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
+from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
+from torch import nn
 
+from lightning_accel import Distillation, load_from_checkpoint
 from lightning_accel._hydra_plugins import PresetFile, register
+from lightning_accel.errors import AccelError, UnsafeFile
 
 THREE_PARTS = re.compile(r".+ Found: .+ Do: .+", re.DOTALL)
 
@@ -215,3 +223,108 @@ def test_the_lines_of_a_file_that_is_no_preset_are_not_shown(app: Path) -> None:
     with pytest.raises(ConfigCompositionException, match="not valid yaml") as caught:
         composed(app, "+accel=./tuned.yaml")
     assert "c4n4ry" not in str(caught.value)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------
+
+
+class Marks(nn.Module):
+    """What a stranger has found on this machine: a class that does something when it is built."""
+
+    def __init__(self, path: str = "mark") -> None:
+        super().__init__()
+        Path(path).touch()
+
+
+class Kind(Enum):
+    SMALL = "small"
+
+
+class Student(LightningModule):
+    def __init__(
+        self,
+        part: nn.Module | None = None,
+        width: int = 2,
+        kind: Kind = Kind.SMALL,
+        plan: Any = None,
+    ) -> None:
+        super().__init__()
+        self.net = nn.Linear(width, 2)
+        self.part, self.plan = part, plan
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(
+            self.net(batch), torch.zeros(len(batch), dtype=torch.long)
+        )
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.ones(4, 2), 2)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+HERE = __name__
+CLI = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+PART = {"class_path": f"{HERE}.Marks", "init_args": {"path": "mark"}}
+HYPER = {
+    "an instantiator and a class path": {**CLI, "part": PART},
+    "a class path in a list": {**CLI, "plan": [{"x": (PART,)}]},
+    "a target": {"plan": {"optimizer": {"_target_": f"{HERE}.Marks"}}},
+    "another class": {**CLI, "_class_path": f"{HERE}.Marks"},
+    "an instantiator within": {"plan": {"_instantiator": "os.system"}},
+    "what only a parser makes": {**CLI, "kind": "SMALL"},
+}  # fmt: skip
+
+
+def checkpoint(path: Path, hyper: dict[str, Any], key: str = "hyper_parameters") -> Path:
+    state = Student().state_dict()
+    torch.save({"state_dict": state, key: hyper, "pytorch-lightning_version": "2.6.6"}, path)
+    return path
+
+
+@pytest.mark.parametrize("what", HYPER)
+def test_a_checkpoint_builds_nothing_that_it_names(tmp_path: Path, what: str) -> None:
+    """After Lightning#21822 and #21913."""
+    path = checkpoint(tmp_path / "x.ckpt", HYPER[what])
+    with pytest.raises(UnsafeFile) as caught:
+        load_from_checkpoint(Student, path)
+    assert THREE_PARTS.match(str(caught.value)) and not Path("mark").exists()
+
+
+def test_the_trap_of_a_class_path_is_a_real_one(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "x.ckpt", HYPER["an instantiator and a class path"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of jsonargparse about Lightning
+        Student.load_from_checkpoint(path, weights_only=True, strict=False)
+    assert Path("mark").exists()
+
+
+def test_old_keys_and_a_file_of_hyper_parameters_beside_are_looked_at(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "x.ckpt", {**CLI, "part": PART}, "hparams")
+    with pytest.raises(UnsafeFile, match="`part.class_path`"):
+        load_from_checkpoint(Student, path)
+    good = checkpoint(tmp_path / "y.ckpt", {"width": 2})
+    beside = tmp_path / "hparams.yaml"
+    beside.write_text(yaml.safe_dump({**CLI, "part": PART}))
+    with pytest.raises(UnsafeFile):
+        load_from_checkpoint(Student, good, hparams_file=beside)
+    assert not Path("mark").exists()
+
+
+def test_plain_values_and_objects_of_ones_own_still_load(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "x.ckpt", {**CLI, "width": 2, "part": PART, "plan": {"a": [1]}})
+    part = nn.Identity()
+    loaded = load_from_checkpoint(Student, path, part=part)
+    assert loaded.part is part and loaded.plan == {"a": [1]} and not Path("mark").exists()
+    assert torch.equal(loaded.net.weight, torch.load(path)["state_dict"]["net.weight"])
+
+
+def test_a_teacher_from_a_strangers_checkpoint_runs_nothing(
+    tmp_path: Path, trainer_kwargs: dict[str, Any]
+) -> None:
+    path = checkpoint(tmp_path / "x.ckpt", HYPER["an instantiator and a class path"])
+    trainer = Trainer(**trainer_kwargs, callbacks=[Distillation(path)])
+    with pytest.raises(AccelError, match="Found: .* Do: "):
+        trainer.fit(Student())
+    assert not Path("mark").exists()
