@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from lightning_accel.errors import explain
@@ -66,6 +67,10 @@ def check_preset(tree: Any, package: str, defaults: Any = ()) -> None:
     for key in tree:
         if key not in GROUPS:
             raise _foreign(key)
+        if not isinstance(tree[key], dict):
+            raise _refusal(
+                f"`{key}` of a preset is a mapping", repr(tree[key])[:80], "name settings"
+            )
     _check_trainer(tree.get("trainer"))
     for where, key, value in _entries(tree):
         if key == "_target_":
@@ -74,6 +79,9 @@ def check_preset(tree: Any, package: str, defaults: Any = ()) -> None:
             raise _refusal(f"`{where}` changes how a class is called", f"`{key}`", "name arguments")
         elif isinstance(value, str):
             _check_text(where, key, value)
+        elif not isinstance(value, (dict, list, int, float, NoneType)):
+            kind = type(value).__name__  # of a tag such as `!!binary`, or a path that is no text
+            raise _refusal(f"`{where}` is no plain value", kind, "write text, a number or a list")
 
 
 def speaks_of_us(tree: Any, defaults: Any) -> bool:
@@ -164,6 +172,12 @@ def _check_target(where: str, value: Any) -> None:
 
 
 def _check_text(where: str, key: str, value: str) -> None:
+    if key == "sampler" and value == "dwave":
+        raise _refusal(
+            "a preset sends nothing to a service that knows the user's token",
+            f"`{where}: {value}`",
+            f"say {where}=dwave on the command line",
+        )
     read = _READS.match(value)
     rest = value[read.end() :].lstrip("/") if read else value
     asked = (read["key"] or read["select"] or "") if read else ""

@@ -16,15 +16,11 @@ import hashlib
 import json
 import os
 import random
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
-from functools import reduce
 from pathlib import Path
 from pkgutil import iter_modules
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,28 +31,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils._pytree import tree_leaves
 
 import lightning_accel
+from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_roots, typed_words, walk
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.job import refuse_nan
 from lightning_accel.redact import redacted
 from lightning_accel.surgery.preserve import preserve_rng
-
-ALLOWED = (
-    "lightning.pytorch.Trainer",
-    "lightning.pytorch.trainer.trainer.Trainer",
-    "lightning.pytorch.callbacks.",
-    "lightning.pytorch.loggers.",
-    "lightning.pytorch.plugins.",
-    "lightning.pytorch.profilers.",
-    "lightning.pytorch.strategies.",
-    "lightning_accel.",
-    "torch.nn.",
-    "torch.optim.",
-)
-"""Where classes may come from; an entry that ends in a dot covers all below it."""
+from lightning_accel.targets import OURS
 
 _GROUPS = ("accel", "accelerator", "callbacks", "data", "experiment", "logger", "model", "trainer")
-_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 class Run(NamedTuple):
@@ -81,7 +64,7 @@ class Run(NamedTuple):
         return found
 
 
-def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:
+def build(cfg: Any, *, allow: Sequence[str] = (), outputs: Sequence[str | Path] = ()) -> Run:
     """Build Trainer, model and data from a Hydra configuration or from plain dicts.
 
     Keys: `trainer`, `model`, and optionally `data`, `callbacks`, `logger` (each a dict of nodes by name)
@@ -91,10 +74,12 @@ def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:
     Args:
         cfg: The configuration; interpolations are resolved here.
         allow: More places to build from: `"models."` covers the classes and functions that are defined
-            below `models`, an entry without the dot that one object.
+            below `models`, an entry without the dot that one object, `"https://..."` a logger's server.
+        outputs: More folders that files may be written to, beside the present one and Hydra's of this run.
 
     Raises:
-        ValueError: A group was not found, a node has no `_target_`, or a target is not allowed.
+        ValueError: A group was not found, a node has no `_target_`, a target is not allowed, or an argument
+            names a place or a server that is not the user's.
         Unsupported: The accelerator cannot work on this machine.
 
     >>> logging = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
@@ -113,9 +98,9 @@ def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:
     for key in ("trainer", "model"):
         _check_node(tree.get(key), key)
     places = (allow,) if isinstance(allow, str) else tuple(allow)
-    _check_targets(tree, places)
+    check_nodes(tree, places, outputs)
     _check_teachers(tree)
-    with _whitelist(ALLOWED + places):
+    with _whitelist(places):
         trainer = _trainer(tree)
         model = _make(tree["model"])
         data = _make(tree["data"]) if tree.get("data") else None
@@ -125,20 +110,24 @@ def build(cfg: Any, *, allow: Sequence[str] = ()) -> Run:
     return Run(trainer, model, data, tree.get("ckpt_path"), config)
 
 
-def build_callbacks(nodes: Mapping[str, Any], *, allow: Sequence[str] = ()) -> list[Callback]:
+def build_callbacks(
+    nodes: Mapping[str, Any], *, allow: Sequence[str] = (), outputs: Sequence[str | Path] = ()
+) -> list[Callback]:
     """Build callbacks from nodes by name, checked as `build` checks, in the order of their stages.
 
     >>> build_callbacks({"report": {"_target_": "lightning_accel.StepMeter"}})  # doctest: +ELLIPSIS
     [<lightning_accel.measure.meter.callback.StepMeter object at ...>]
     """
     tree = {"callbacks": dict(nodes)}
-    _check_targets(tree, tuple(allow))
+    check_nodes(tree, tuple(allow), outputs)
     _check_teachers(tree)
-    with _whitelist(ALLOWED + tuple(allow)):
+    with _whitelist(tuple(allow)):
         return _in_order(_all(tree["callbacks"], "callbacks"))
 
 
-def prepare_teacher(cfg: Any, *, allow: Sequence[str] = ()) -> Path | None:
+def prepare_teacher(
+    cfg: Any, *, allow: Sequence[str] = (), outputs: Sequence[str | Path] = ()
+) -> Path | None:
     """Train the teacher that a configuration describes, once; later runs find its checkpoint.
 
     `cfg.teacher` holds `model`, and optionally `trainer` (arguments of its Trainer, on one device), `data`
@@ -149,6 +138,7 @@ def prepare_teacher(cfg: Any, *, allow: Sequence[str] = ()) -> Path | None:
     Args:
         cfg: The configuration, before `build` gets it.
         allow: As for `build`.
+        outputs: As for `build`; `cfg.teacher.folder` lies in one of them.
 
     Returns:
         The checkpoint; `None` when no callback names it.
@@ -175,7 +165,9 @@ def prepare_teacher(cfg: Any, *, allow: Sequence[str] = ()) -> Path | None:
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
     kind = teacher["model"]["_target_"].rpartition(".")[2].lower()
-    path = Path(teacher.get("folder", "outputs/teachers")).absolute() / f"{kind}-{digest[:16]}.ckpt"
+    folder = teacher.get("folder", "outputs/teachers")
+    check_places({"folder": folder}, "teacher", run_roots(outputs), typed_words())
+    path = Path(folder).absolute() / f"{kind}-{digest[:16]}.ckpt"
     cfg["teacher"]["ckpt_path"] = str(path)
     if str(path) not in tree_leaves(_plain(cfg).get("callbacks")):
         cfg["teacher"]["ckpt_path"] = None
@@ -225,7 +217,7 @@ def _plain(cfg: Any) -> dict[str, Any]:
 
     node = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(dict(cfg))
     tree: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    for _, inner in _walk(tree):
+    for _, inner in walk(tree):
         inner.pop("_convert_", None)  # all that we build gets plain containers
     return tree
 
@@ -279,19 +271,8 @@ def _check_node(node: Any, where: str) -> None:
         )
 
 
-def _check_targets(tree: Any, allow: tuple[str, ...]) -> None:
-    targets = [(where, node["_target_"]) for where, node in _walk(tree) if "_target_" in node]
-    for where, target in targets:  # names first: nothing outside the list is imported
-        named = isinstance(target, str) and _DOTTED.fullmatch(target) is not None
-        if not named or not _covered(target, ALLOWED + allow):
-            raise _refusal(where, target, "a name outside the list")
-    for where, target in targets:
-        if target not in allow and not _is_what_it_says(target, allow):
-            raise _refusal(where, target, "something that is not a class from there")
-
-
 def _check_teachers(tree: Mapping[str, Any]) -> None:
-    for where, node in _walk(tree.get("callbacks"), "callbacks"):
+    for where, node in walk(tree.get("callbacks"), "callbacks"):
         distils = str(node.get("_target_", "")).endswith(".Distillation")
         if distils and node.get("teacher", "") is None:
             raise ValueError(
@@ -302,50 +283,6 @@ def _check_teachers(tree: Mapping[str, Any]) -> None:
                     "`prepare_teacher(cfg)` first, with a group `teacher` that describes one",
                 )
             )
-
-
-def _is_what_it_says(target: str, allow: tuple[str, ...]) -> bool:
-    from hydra.utils import get_object
-
-    try:
-        found = get_object(target)
-    except Exception as error:  # Hydra wraps whatever an import raises
-        raise ValueError(
-            explain(f"`{target}` cannot be imported", str(error), "fix the name")
-        ) from error
-    home, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
-    if not isinstance(found, (type, FunctionType)) or home not in sys.modules:
-        return False
-    try:
-        real = reduce(getattr, name.split("."), sys.modules[home]) is found
-    except AttributeError:
-        return False
-    places = ALLOWED + allow if isinstance(found, type) else allow
-    return real and _covered(f"{home}.{name}", places)
-
-
-def _covered(name: str, places: tuple[str, ...]) -> bool:
-    return any(name.startswith(p) if p.endswith(".") else name == p for p in places)
-
-
-def _refusal(where: str, target: Any, found: str) -> ValueError:
-    return ValueError(
-        explain(
-            f"`{where}._target_: {target}` is not allowed to run",
-            found,
-            "allow it in Python if you trust it: build(cfg, allow=('package.',))",
-        )
-    )
-
-
-def _walk(tree: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    if isinstance(tree, dict):
-        yield where, tree
-        for key, value in tree.items():
-            yield from _walk(value, f"{where}.{key}".lstrip("."))
-    elif isinstance(tree, (list, tuple)):
-        for index, value in enumerate(tree):
-            yield from _walk(value, f"{where}[{index}]")
 
 
 def _trainer(tree: Mapping[str, Any]) -> Trainer:
@@ -399,4 +336,5 @@ def _whitelist(places: tuple[str, ...]) -> AbstractContextManager[Any]:
         from hydra.utils import execution_whitelist  # type: ignore[attr-defined]
     except ImportError:
         return nullcontext()
-    return execution_whitelist([f"{p}*" if p.endswith(".") else p for p in places])
+    given = [f"{p}*" if p.endswith(".") else p for p in ALLOWED + places]
+    return execution_whitelist([*given, *OURS])

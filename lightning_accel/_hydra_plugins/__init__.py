@@ -238,15 +238,16 @@ def _refuse_meddling(presets: DictConfig, app: DictConfig) -> None:
     """Refuse presets that change arguments of a callback which is the app's own."""
     theirs = app._get_node("callbacks", validate_access=False)
     mine = presets._get_node("callbacks", validate_access=False)
-    for name in mine if isinstance(mine, DictConfig) else ():
+    for name in mine.keys() if isinstance(mine, DictConfig) else ():
         own = _node(theirs, name)
         node = _node(mine, name)
-        target = own.get("_target_") if isinstance(own, DictConfig) else None
+        found: Any = _node(own, "_target_")
+        target = found._value() if found is not None else None
         changed = not isinstance(node, DictConfig) or "_target_" not in node
-        if changed and target is not None and not str(target).startswith("lightning_accel."):
+        if changed and isinstance(target, str) and not target.startswith("lightning_accel."):
             raise _refusal(
                 f"a preset changes `callbacks.{name}`, which is not a callback of lightning_accel",
-                str(target),
+                target,
                 "change it on the command line, or in the app's own configuration",
             )
 

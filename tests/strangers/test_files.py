@@ -23,6 +23,8 @@ from torch import nn
 from lightning_accel import Distillation, load_from_checkpoint
 from lightning_accel._hydra_plugins import PresetFile, register
 from lightning_accel.errors import AccelError, UnsafeFile
+from lightning_accel.recipe import build, prepare_teacher
+from lightning_accel.targets import CLASSES, OURS, is_ours
 
 THREE_PARTS = re.compile(r".+ Found: .+ Do: .+", re.DOTALL)
 
@@ -136,6 +138,10 @@ PRESETS = {
     "a resolver of the app's": "accel: {x: '${run:ls}'}",
     "a secret of the app": "accel: {x: '${db.password}'}",
     "a key made of a key": "accel: {x: '${db.${accel.y}}', y: password}",
+    "bytes": "callbacks: {x: {_target_: lightning_accel.AccelReport, path: !!binary Li4veA==}}",
+    "a path that is no text": "callbacks: {x: {_target_: lightning_accel.AccelReport, path: !!python/object/apply:pathlib.PosixPath [/x]}}",
+    "a service": "callbacks: {x: {_target_: lightning_accel.QuboSelector, sampler: dwave}}",
+    "no callbacks": "callbacks: null",
     "what hydra knows": "accel: {x: '${hydra:job.env_set}'}",
 }  # fmt: skip
 
@@ -328,3 +334,121 @@ def test_a_teacher_from_a_strangers_checkpoint_runs_nothing(
     with pytest.raises(AccelError, match="Found: .* Do: "):
         trainer.fit(Student())
     assert not Path("mark").exists()
+
+
+# --- what a configuration has built -----------------------------------------------------------------------
+
+TRAINER = {
+    "_target_": "lightning.pytorch.Trainer",
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+}
+
+
+def tree(**nodes: Any) -> dict[str, Any]:
+    model = {"_target_": "lightning.pytorch.demos.boring_classes.BoringModel"}
+    trainer = TRAINER | nodes.pop("trainer", {})
+    return {"trainer": trainer, "model": model, **nodes}
+
+
+def built(given: Any, *allow: str, **more: Any) -> Any:
+    return build(given, allow=("lightning.pytorch.demos.", *allow), **more)
+
+
+ACCEL, LOGGERS = "lightning_accel.", "lightning.pytorch.loggers."
+NODES = {
+    "a store": {"_target_": ACCEL + "distillation.store.Store", "folder": "x"},
+    "a report": {"_target_": ACCEL + "measure.report.Report"},
+    "a base class": {"_target_": ACCEL + "bridge.ModelEdit"},
+    "a private function": {"_target_": ACCEL + "measure.report._replace", "target": "x", "text": "y"},
+    "a function": {"_target_": ACCEL + "pruning.prune"},
+    "a method": {"_target_": ACCEL + "Teacher.load_weights"},
+    "a name that passes by": {"_target_": ACCEL + "measure.callback.Path"},
+    "a private class of torch": {"_target_": "torch.nn.modules.module._IncompatibleKeys"},
+    "half a call": {"_target_": ACCEL + "AccelReport", "_partial_": True},
+    "by place": {"_target_": ACCEL + "AccelReport", "_args_": ["x.json"]},
+    "by place, of Lightning": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "_args_": ["x"]},
+    "within a list": {"_target_": ACCEL + "Select", "include": [{"_target_": ACCEL + "tuning.store.load"}]},
+    "above": {"_target_": ACCEL + "AccelReport", "path": "../x.json"},
+    "above, as a path": {"_target_": ACCEL + "AccelReport", "path": Path("../x.json")},
+    "in bytes": {"_target_": ACCEL + "AccelReport", "path": b"../x.json"},
+    "at home": {"_target_": ACCEL + "AccelReport", "path": "~/x.json"},
+    "absolute": {"_target_": ACCEL + "AccelReport", "path": "/etc/x.json"},
+    "through a link": {"_target_": ACCEL + "WarmStart", "path": "link/x.zip"},
+    "in a list": {"_target_": ACCEL + "AutoTune", "report": ["a.yaml", "../b.yaml"]},
+    "a cache": {"_target_": ACCEL + "Distillation", "teacher": "t.ckpt", "cache": "../cache"},
+    "a folder of checkpoints": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "/etc"},
+    "a name of checkpoints": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "filename": "../x"},
+    "a NUL": {"_target_": ACCEL + "AccelReport", "path": "x\0.json"},
+    "a bucket": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "s3://evil/x"},
+    "a file by URL": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "file:///etc"},
+    "a logger's name": {"_target_": LOGGERS + "CSVLogger", "save_dir": ".", "name": "../../x"},
+    "a logger's version": {"_target_": LOGGERS + "CSVLogger", "save_dir": ".", "version": "../x"},
+    "a logger's link": {"_target_": LOGGERS + "CSVLogger", "save_dir": ".", "name": "link"},
+    "a logger's variable": {"_target_": LOGGERS + "TensorBoardLogger", "save_dir": "$HOME/x"},
+    "a server": {"_target_": LOGGERS + "WandbLogger", "settings": {"base_url": "https://evil.example"}},
+    "a key of another": {"_target_": LOGGERS + "WandbLogger", "settings": {"api_key": "x" * 40}},
+    "a proxy": {"_target_": LOGGERS + "WandbLogger", "settings": {"https_proxy": "http://evil:1"}},
+    "headers": {"_target_": LOGGERS + "WandbLogger", "settings": {"x_extra_http_headers": {"a": "b"}}},
+    "a host": {"_target_": LOGGERS + "WandbLogger", "host": "https://evil.example"},
+    "a host without scheme": {"_target_": LOGGERS + "WandbLogger", "host": "evil.example"},
+    "a tracking server": {"_target_": LOGGERS + "MLFlowLogger", "tracking_uri": "https://evil.example"},
+    "a tricky host": {"_target_": LOGGERS + "MLFlowLogger", "tracking_uri": "http://localhost@evil.example"},
+    "another's account": {"_target_": LOGGERS + "CometLogger", "api_key": "theirs-theirs"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NODES)
+def test_a_configuration_builds_no_parts_and_reaches_no_place_of_its_choice(
+    what: str, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path.parent)
+    key = "logger" if LOGGERS in NODES[what]["_target_"] else "callbacks"
+    with pytest.raises(ValueError, match="Do: ") as caught:
+        built(tree(**{key: {"x": NODES[what]}}))
+    assert THREE_PARTS.match(str(caught.value)) and "cannot be imported" not in str(caught.value)
+
+
+def test_the_trainer_and_the_teacher_write_below_the_run_too() -> None:
+    with pytest.raises(ValueError, match="run's folder only.*Do: "):
+        built(tree(trainer={"default_root_dir": "/etc"}))
+    teacher = {"model": {"_target_": "torch.nn.Identity"}, "folder": "../kept", "ckpt_path": None}
+    with pytest.raises(ValueError, match="run's folder only.*Do: "):
+        prepare_teacher(tree(teacher=teacher, callbacks={"x": "${teacher.ckpt_path}"}))
+
+
+def test_what_the_user_says_in_python_and_what_lies_below_is_done(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = tmp_path_factory.mktemp("far")
+    csv = {"_target_": LOGGERS + "CSVLogger", "save_dir": str(far), "name": "a/b", "version": ""}
+    mlflow = {"_target_": LOGGERS + "MLFlowLogger", "tracking_uri": "https://mine.example/x"}
+    report = {"_target_": ACCEL + "AccelReport", "path": "runs/a..b/report.json"}
+    nodes = tree(
+        logger={"csv": csv}, callbacks={"r": report}, trainer={"default_root_dir": str(tmp_path)}
+    )
+    with pytest.raises(ValueError, match="run's folder only"):
+        built(nodes)
+    run = built(nodes, outputs=(far,))
+    assert Path(run.trainer.loggers[0].log_dir) == far / "a" / "b"
+    for known in ({"allow": "https://mine.example/x"}, {"environ": "https://mine.example/x"}, {}):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", known.get("environ", ""))
+        said = "MLFlow|mlflow" if known else "does not choose where"  # it is not installed here
+        with pytest.raises(Exception, match=said):
+            built(tree(logger={"m": mlflow}), *([known["allow"]] if "allow" in known else []))
+
+
+def test_a_link_of_the_present_folder_is_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "link").symlink_to("inside")
+    node = {"_target_": ACCEL + "AccelReport", "path": "link/x.json"}
+    assert built(tree(callbacks={"r": node})).trainer is not None
+
+
+def test_every_public_class_is_found_under_its_names_and_every_preset_names_one(root: Path) -> None:
+    assert {"StructuredPruning", "Teacher", "Macs", "GreedySwapSelector"} <= set(CLASSES)
+    assert not {"lightning_accel.tune", "lightning_accel.load_from_checkpoint"} & OURS
+    for path in (root / "conf").rglob("*.yaml"):
+        for target in re.findall(r"_target_: (lightning_accel\S+)", path.read_text()):
+            assert is_ours(target), f"{path.name}: {target}"
