@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_accel.compilation import WarmStart, pack, unpack
-from lightning_accel.compilation.warm import cache
+from lightning_accel.compilation.warm import cache, seal
 from lightning_accel.compilation.warm import callback as adapter
 from lightning_accel.errors import AccelError, NoEffect
 
@@ -60,12 +60,13 @@ def read(root: Path) -> dict[str, bytes]:
 
 
 def rewrite(path: Path, change: Any) -> None:
-    """Change the list of files of a packed cache, and leave the rest as it is."""
+    """Change the list of files of a packed cache as its owner could, and leave the rest as it is."""
     with zipfile.ZipFile(path) as archive:
         inside = {name: archive.read(name) for name in archive.namelist()}
     manifest = json.loads(inside["manifest.json"])
     change(manifest, inside)
     inside["manifest.json"] = json.dumps(manifest).encode()
+    inside["seal.txt"] = seal.seal(inside["manifest.json"]).encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in inside.items():
             archive.writestr(name, content)
@@ -200,7 +201,7 @@ def test_names_that_lead_elsewhere_are_refused(folder: Path, name: str) -> None:
         lambda m, _: m.update(files={"a": [-1, ""]}),
         lambda m, _: m.update(files={"not-there": [0, ""]}),
         lambda m, _: m.update(key=None),
-        lambda m, _: m.update(format=1),
+        lambda m, _: m.update(format=2),
         lambda m, _: m.update(artifacts=None),
         lambda m, inside: inside.update({"files/ab/cabc.py": b"x = 2"}),
         lambda m, inside: inside.update({"files/ab/cabc.py": b"x = 1" * 9999}),
@@ -333,7 +334,10 @@ def test_a_damaged_file_is_told_and_replaced(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(adapter, "rank_zero_info", said.append)
-    (tmp_path / "a.zip").write_bytes(b"PK damaged")
+    trainer(Compile(tmp_path / "a.zip"), max_epochs=1).fit(BoringModel())
+    whole = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(whole[: len(whole) // 2])
+    said.clear()
     trainer(Compile(tmp_path / "a.zip"), max_epochs=1).fit(BoringModel())
     assert "damaged" in said[0]
     assert unpack(tmp_path / "a.zip", tmp_path / "new").reason == ""

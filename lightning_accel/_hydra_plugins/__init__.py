@@ -238,7 +238,7 @@ def _refuse_meddling(presets: DictConfig, app: DictConfig) -> None:
     """Refuse presets that change arguments of a callback which is the app's own."""
     theirs = app._get_node("callbacks", validate_access=False)
     mine = presets._get_node("callbacks", validate_access=False)
-    for name in mine.keys() if isinstance(mine, DictConfig) else ():
+    for name in map(str, mine.keys() if isinstance(mine, DictConfig) else ()):
         own = _node(theirs, name)
         node = _node(mine, name)
         found: Any = _node(own, "_target_")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import warnings
+import zipfile
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,8 @@ from torch import nn
 
 from lightning_accel import Distillation, load_from_checkpoint
 from lightning_accel._hydra_plugins import PresetFile, register
+from lightning_accel.compilation import WarmStart, pack, unpack
+from lightning_accel.compilation.warm import seal
 from lightning_accel.errors import AccelError, UnsafeFile
 from lightning_accel.recipe import build, prepare_teacher
 from lightning_accel.targets import CLASSES, OURS, is_ours
@@ -452,3 +458,114 @@ def test_every_public_class_is_found_under_its_names_and_every_preset_names_one(
     for path in (root / "conf").rglob("*.yaml"):
         for target in re.findall(r"_target_: (lightning_accel\S+)", path.read_text()):
             assert is_ours(target), f"{path.name}: {target}"
+
+
+# --- packed compile caches ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's configuration folder without a key."""
+    monkeypatch.delenv("LIGHTNING_ACCEL_KEY", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def packed(home: Path, tmp_path: Path) -> Path:
+    (tmp_path / "cache" / "ab").mkdir(parents=True)
+    (tmp_path / "cache" / "ab" / "kernel.py").write_text("x = 1")
+    pack(tmp_path / "c.zip", tmp_path / "cache")
+    return tmp_path / "c.zip"
+
+
+def forged(path: Path, **more: bytes) -> None:
+    """Put code into a packed cache and renew every hash in it, as a stranger can."""
+    evil = b"open('mark', 'w')"
+    with zipfile.ZipFile(path) as archive:
+        inside = {name: archive.read(name) for name in archive.namelist()}
+    listed = json.loads(inside["manifest.json"])
+    listed["files"]["ab/kernel.py"] = [len(evil), hashlib.sha256(evil).hexdigest()]
+    inside |= {"files/ab/kernel.py": evil, "manifest.json": json.dumps(listed).encode()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**inside, **more}.items():
+            archive.writestr(name, content)
+
+
+def test_a_renewed_archive_is_not_taken(packed: Path, tmp_path: Path) -> None:
+    whole = packed.read_bytes()
+    for more in ({}, {"seal.txt": b""}, {"seal.txt": b"\xff"}, {"seal.txt": b"0" * 64}):
+        packed.write_bytes(whole)
+        forged(packed, **more)
+        found = unpack(packed, tmp_path / "new")
+        assert found.num_files == 0 and not list((tmp_path / "new").rglob("*.py"))
+    assert "is not sealed with your key" in found.reason and THREE_PARTS.match(found.reason)
+    packed.write_bytes(whole)
+    assert unpack(packed, tmp_path / "new").num_files == 1
+
+
+def test_a_fit_says_that_it_does_not_take_an_archive(
+    packed: Path, trainer_kwargs: dict[str, Any]
+) -> None:
+    forged(packed)
+    trainer = Trainer(**trainer_kwargs | {"callbacks": [WarmStart(packed)], "max_steps": 1})
+    with (
+        pytest.warns(UserWarning, match="not sealed with your key.*Found: .*Do: "),
+        pytest.warns(UserWarning, match="WarmStart had no effect"),
+        pytest.warns(UserWarning, match="num_workers|many workers"),
+    ):
+        trainer.fit(Student())
+    assert not Path("mark").exists()
+
+
+def test_an_archive_of_another_user_is_taken_with_the_same_key_only(
+    packed: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = home / "lightning_accel" / "key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600 and len(key.read_bytes()) == 32
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))
+    assert "sealed" in unpack(packed, tmp_path / "new").reason
+    (tmp_path / "other/lightning_accel/key").write_bytes(key.read_bytes())
+    assert unpack(packed, tmp_path / "new").reason == ""
+    monkeypatch.setenv("LIGHTNING_ACCEL_KEY", "short")
+    assert "too short" in unpack(packed, tmp_path / "new").reason
+
+
+@pytest.mark.parametrize("how", ["readable", "a link", "empty", "no place"])
+def test_a_key_that_is_not_the_users_alone_seals_nothing(
+    home: Path, how: str, tmp_path: Path
+) -> None:
+    folder = home / "lightning_accel"
+    if how == "no place":
+        home.write_text("a file")
+    else:
+        folder.mkdir(parents=True)
+        real = folder / "key" if how != "a link" else tmp_path / "theirs"
+        real.write_bytes(b"" if how == "empty" else b"k" * 32)
+        real.chmod(0o644 if how == "readable" else 0o600)
+        if how == "a link":
+            (folder / "key").symlink_to(real)
+    with pytest.raises(AccelError, match="Found: .*Do: "):
+        seal.seal(b"x")
+
+
+def test_links_are_not_followed_and_foreign_files_not_replaced(
+    packed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link.zip").symlink_to(packed)
+    assert "a link is not followed" in unpack(tmp_path / "link.zip", tmp_path / "new").reason
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    (tmp_path / "folder").symlink_to(tmp_path / "theirs")
+    assert "it is a link" in unpack(packed, tmp_path / "folder").reason
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    assert "others may write to it" in unpack(packed, tmp_path / "open").reason
+    (tmp_path / "notes.txt").write_text("mine")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("photo.jpg", b"mine")
+    kept = {name: (tmp_path / name).read_bytes() for name in ("notes.txt", "data.zip", "c.zip")}
+    for name in ("notes.txt", "data.zip", "link.zip"):
+        with pytest.raises(AccelError, match="not replaced.*Found: .*Do: "):
+            pack(tmp_path / name, tmp_path / "cache")
+    assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
+    assert not list((tmp_path / "theirs").iterdir()) + list((tmp_path / "open").iterdir())

@@ -8,8 +8,8 @@ which add what was learned by autotuning.
 
 Kernels are machine code for one kind of processor. The file carries a key (versions of torch, Python, CUDA,
 Triton and the C++ compiler, abilities of the CPU, names of the GPUs); under another key nothing is taken.
-Contents are checked against hashes, so a damaged file is a miss. That is no protection against a forged one:
-a cache is code that will be run, so take it from where you would take a program.
+Contents are checked against hashes, and the list of these against a seal with the user's own key (`seal.py`): a
+damaged file is a miss, and so is one that somebody else has made.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_accel.compilation.warm.seal import is_sealed, key_file, refuse_others, seal
 from lightning_accel.errors import AccelError, NoEffect, explain
 
-_FORMAT = 2  # of 0.1.0 and before, graphs could hold values of attributes that had changed since
-_MANIFEST, _ARTIFACTS, _FILES = "manifest.json", "artifacts.bin", "files/"
+_FORMAT = 3  # 1 could hold values of attributes that had changed since, 1 and 2 have no seal
+_MANIFEST, _SEAL, _ARTIFACTS, _FILES = "manifest.json", "seal.txt", "artifacts.bin", "files/"
+_FIRST = b"PK\x03\x04"
 _LEFT_OUT = (".lock", ".tmp", ".gch", ".pch")  # headers made ready are large and serve a cold start
 _LIMIT_BYTES, _LONGEST_LIST = 2**31, 2**26
 _VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 _NAME = re.compile(r"[\w.+=,@%~-]+")
+UNSEALED = "is not sealed with your key"
+"""What the reason of `Unpacked` holds for a file that this user has not made."""
 
 
 class Packed(NamedTuple):
@@ -71,7 +75,7 @@ def pack(
 
     Raises:
         NoEffect: There is nothing in the cache.
-        AccelError: The cache is larger than `limit_bytes`.
+        AccelError: The cache is larger than `limit_bytes`, or `path` is a link or a file of another kind.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = Path(folder, "cache").mkdir(), Path(folder, "cache", "ab.py").write_text("x = 1")
@@ -91,6 +95,7 @@ def pack(
             "raise `limit_bytes`, or start with an empty directory",
         )
     path = Path(path)
+    _refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
@@ -105,13 +110,13 @@ def pack(
 def unpack(
     path: str | Path, directory: str | Path | None = None, *, limit_bytes: int = _LIMIT_BYTES
 ) -> Unpacked:
-    """Restore a packed compile cache; a file that is missing, damaged or of another machine is a miss.
+    """Restore a packed compile cache; a file that is missing, damaged or made elsewhere is a miss.
 
     Files that are there already stay. Nothing is written outside of the directory, and nothing at all
     before every hash was checked.
 
     Args:
-        path: The packed file. It holds code: take it from a trusted place only.
+        path: The packed file. It holds code, so one that is not sealed with the user's key is not taken.
         directory: Where to; by default the cache this process uses.
         limit_bytes: The most that is unpacked.
 
@@ -119,11 +124,14 @@ def unpack(
     'there is no file nowhere.zip'
     """
     path = Path(path)
-    if not path.is_file():
-        return Unpacked(0, f"there is no file {path}")
+    if path.is_symlink() or not path.is_file():
+        return Unpacked(
+            0, f"{'a link is not followed,' if path.is_symlink() else 'there is no file'} {path}"
+        )
     root = Path(directory) if directory is not None else _current()
     root.mkdir(parents=True, exist_ok=True)
     try:
+        refuse_others(root)
         with (
             tempfile.TemporaryDirectory(dir=root, prefix=".unpack-", suffix=".tmp") as stage,
             zipfile.ZipFile(path) as archive,
@@ -135,6 +143,8 @@ def unpack(
                 _extract(archive, _FILES + name, entry, Path(stage, name))
             artifacts = manifest["artifacts"] and _read(archive, _ARTIFACTS, manifest["artifacts"])
             count = _move(Path(stage), root, manifest["files"])
+    except AccelError as error:  # no key, or a folder of others; what compiles next goes on
+        return Unpacked(0, str(error))
     except (
         OSError,
         EOFError,
@@ -253,7 +263,9 @@ def _write(file: Any, root: Path, names: list[str]) -> int:
             artifacts = [len(saved[0]), _hash(saved[0])]
             archive.writestr(_ARTIFACTS, saved[0])
         manifest = {"format": _FORMAT, "key": key(), "files": entries, "artifacts": artifacts}
-        archive.writestr(_MANIFEST, json.dumps(manifest))
+        listed = json.dumps(manifest).encode()
+        archive.writestr(_MANIFEST, listed)
+        archive.writestr(_SEAL, seal(listed))
     return len(entries)
 
 
@@ -261,7 +273,15 @@ def _manifest(archive: zipfile.ZipFile, limit_bytes: int) -> dict[str, Any]:
     """Read what the archive should hold, and refuse names and sizes that are not to be written."""
     if archive.getinfo(_MANIFEST).file_size > _LONGEST_LIST:
         raise ValueError("its list of files is too long")
-    manifest = json.loads(archive.read(_MANIFEST))
+    listed = archive.read(_MANIFEST)
+    if not _is_own(archive, listed):
+        raise AccelError(
+            f"{archive.filename} {UNSEALED}, and so may hold anybody's code",
+            "a file from another user, another machine or an older release",
+            f"nothing, and a new one is packed; for one of your own from another machine copy {key_file()} "
+            "from there, or give both machines the same LIGHTNING_ACCEL_KEY",
+        )
+    manifest = json.loads(listed)
     if manifest["format"] != _FORMAT:
         raise ValueError(f"format {manifest['format']!r} is unknown")
     for name in manifest["files"]:
@@ -273,6 +293,31 @@ def _manifest(archive: zipfile.ZipFile, limit_bytes: int) -> dict[str, Any]:
     if any(type(size) is not int or size < 0 for size in sizes) or sum(sizes) > limit_bytes:
         raise ValueError(f"its contents are larger than {limit_bytes} bytes")
     return manifest
+
+
+def _is_own(archive: zipfile.ZipFile, listed: bytes) -> bool:
+    try:
+        with archive.open(_SEAL) as file:
+            found = file.read(100).decode("ascii")
+    except KeyError:
+        return False
+    return is_sealed(listed, found)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse to replace a file that no release of ours has packed."""
+    if not path.is_symlink() and not path.exists():
+        return
+    start = b""
+    if path.is_file() and not path.is_symlink():
+        with path.open("rb") as file:
+            start = file.read(40)
+    if not start.startswith(_FIRST) or not start[30:].startswith(_FILES.encode()):
+        raise AccelError(
+            "a file that is no packed compile cache is not replaced",
+            f"{'a link' if path.is_symlink() else 'something else'} at {path}",
+            "name a file that is not there yet, or remove this one",
+        )
 
 
 def _read(archive: zipfile.ZipFile, name: str, entry: list[Any]) -> bytes:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.compilation.warm.cache import (
+    UNSEALED,
     Unpacked,
     cache_at,
     check_path,
@@ -24,6 +25,7 @@ from lightning_accel.compilation.warm.cache import (
     pack,
     unpack,
 )
+from lightning_accel.compilation.warm.seal import refuse_others
 from lightning_accel.errors import AccelError, explain
 
 _COUNTERS = ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")
@@ -36,8 +38,8 @@ class WarmStart(Callback):
     machine and these versions, and writes the file again when a checkpoint is saved, an epoch or the run
     ends, or an error ends it, if there is something new. The processes of a node share the directory:
     of the first run they trace and lower each on its own, and wait for each other only where a C++
-    kernel is built once for all; from the second run on all of them load. The file holds code: take it
-    only from where you would take a program.
+    kernel is built once for all; from the second run on all of them load. The file holds code, and so
+    is taken only if it is sealed with your own key (`seal.py`), which is made at the first time.
 
     Args:
         path: The file; by default `compiled-<key>.zip` in the folder given to `ModelCheckpoint`, or else
@@ -104,8 +106,11 @@ class WarmStart(Callback):
             self._file = (self.path or _beside(trainer)).absolute()
             if trainer.local_rank == 0:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                refuse_others(self._directory, alone=True)  # on other nodes it may have been there
                 atexit.register(shutil.rmtree, self._directory, ignore_errors=True)
                 self.restored = unpack(self._file, self._directory)
+                if UNSEALED in self.restored.reason:
+                    rank_zero_warn(self.restored.reason)
             self.restored = trainer.strategy.broadcast(self.restored)
             self._known = set(contents(self._directory)) if self._directory.is_dir() else set()
         trainer.strategy.barrier("warm start")
