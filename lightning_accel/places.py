@@ -1,11 +1,17 @@
 """Where files may be written that a configuration names: below the run's folder.
 
-A path in Python is the user's own. One in yaml may be a stranger's, and `path: ../../.bashrc` is a path too.
+A path in Python is the user's own. One in yaml may be a stranger's, and `path: ../../.bashrc` is a path too. And
+wherever it comes from, what is there already and was not written by this package stays as it is.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 
 def leads_elsewhere(text: str) -> bool:
@@ -22,3 +28,53 @@ def leads_elsewhere(text: str) -> bool:
         or text.startswith("file:")
         or any(p.strip() == ".." for p in parts)
     )
+
+
+def free(path: Path, is_free: Callable[[Path], bool]) -> Path:
+    """Return `path`, or the first numbered name beside it where writing replaces nothing but a file of ours.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "a.md").write_text("mine")
+    ...     free(Path(folder, "a.md"), lambda path: not path.exists()).name
+    'a-1.md'
+    """
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    return next(p for p in itertools.chain([path], names) if is_free(p))
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a name is taken, by a link that leads nowhere too."""
+    return path.is_symlink() or path.exists()
+
+
+def starts_with(path: Path, pattern: str) -> bool:
+    """Tell whether a file, and no link, begins with a pattern."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with path.open(encoding="utf-8") as file:
+            return re.match(pattern, file.read(1000), re.DOTALL) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def replace(target: Path, text: str) -> None:
+    """Write a file in one go: readers see the old one or the new one, and a link is replaced, not followed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0o600, which hides it from others
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    present = os.umask(0)
+    os.umask(present)
+    return present

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import platform
 import weakref
 from collections.abc import Iterator, Mapping
@@ -40,6 +39,7 @@ from lightning_accel.measure.subject import (
     measure_subjects,
     restore,
 )
+from lightning_accel.places import free
 from lightning_accel.surgery import Receipt, Stage
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
@@ -342,7 +342,7 @@ class AccelReport(Paced):
     def _save(self, trainer: Trainer, report: Report) -> None:
         known = self._saved_at is not None
         path = self._saved_at or self.path or report_path(trainer)
-        self._saved_at = path if known else _free(path)
+        self._saved_at = path if known else free(path, Report.is_free)
         written = report.save(self._saved_at)
         if not known:
             rank_zero_info("Wrote " + " and ".join(map(str, written)))
@@ -367,12 +367,6 @@ class AccelReport(Paced):
 
 def _shapes(module: LightningModule) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(module)}
-
-
-def _free(path: Path) -> Path:
-    """Return `path`, or the first numbered name beside it where no foreign file is."""
-    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
-    return next(p for p in itertools.chain([path], names) if Report.is_free(p))
 
 
 def _reformatted(trainer: Trainer) -> set[str]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,9 @@ from lightning_accel.measure.flops import Macs
 from lightning_accel.measure.memory import model_size
 from lightning_accel.measure.table import Cell, Table, finite, show
 from lightning_accel.measure.timing import Comparison, compare
+from lightning_accel.places import is_there, replace, starts_with
 
+_TITLE = "Dense model against final model"
 _TELLING = 0.95
 """Gains that may be above this are not called slower: two equal calls differ by up to 5 %."""
 
@@ -121,7 +122,7 @@ class Report:
         if text not in notes:
             notes.append(text)
 
-    def table(self, title: str = "Dense model against final model") -> Table:
+    def table(self, title: str = _TITLE) -> Table:
         """Return the report as a table with the columns dense, final and gain."""
         gains = self.gains()
         rows: list[list[Cell]] = [
@@ -196,21 +197,23 @@ class Report:
     def is_free(path: str | Path) -> bool:
         """Whether `save` would overwrite nothing here but an earlier report."""
         target = Path(path)
-        if not target.exists():
-            return not target.with_suffix(".md").exists()
+        beside = target.with_suffix(".md")
+        if is_there(beside) and not starts_with(beside, re.escape(f"**{_TITLE}")):
+            return False
+        if not is_there(target):
+            return not is_there(beside)
         try:
             Report.from_dict(json.loads(target.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, OSError):
             return False
-        return True
+        return not target.is_symlink()
 
     def save(self, path: str | Path) -> tuple[Path, Path]:
         """Write `path` as JSON and its neighbour of the same name as markdown, each atomically."""
         target = Path(path)
         beside = target.with_suffix(".md")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(target, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        _replace(beside, self.table().to_markdown() + "\n")
+        replace(target, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        replace(beside, self.table().to_markdown() + "\n")
         return target, beside
 
 
@@ -330,23 +333,3 @@ def _gain(dense: float | None, final: float | None) -> float | None:
 
 def _times(gain: float | None) -> str | None:
     return None if gain is None else f"{gain:.2f}x"
-
-
-def _replace(target: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0o600, which hides it from others
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    present = os.umask(0)
-    os.umask(present)
-    return present

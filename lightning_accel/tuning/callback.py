@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.bridge.paced import report_path
 from lightning_accel.errors import explain
+from lightning_accel.places import free
 from lightning_accel.tuning import store
 from lightning_accel.tuning.apply import Applied
 from lightning_accel.tuning.arena import said
@@ -148,7 +149,7 @@ class AutoTune(Callback):
         beside = [report_path(trainer).with_name("tuned.yaml")] if self.beside_logs else []
         for path in (*self.files, *beside):
             if trainer.is_global_zero:
-                rank_zero_info(f"Wrote {answer.save(path)}")
+                rank_zero_info(f"Wrote {answer.save(free(path, TuneReport.is_free))}")
         return answer
 
     def _asked(self) -> Asked:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 from lightning_accel.errors import explain
 from lightning_accel.measure.bars import bars_svg
 from lightning_accel.measure.table import Table, finite
+from lightning_accel.places import is_there, replace, starts_with
 from lightning_accel.tuning.numerics import check
 from lightning_accel.tuning.settings import Settings, make
 
@@ -264,10 +265,25 @@ class TuneReport:
             raise ValueError(
                 explain("unknown form of a report", repr(str(path)), f"end in {', '.join(forms)}")
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(forms[path.suffix]())
+        replace(path, forms[path.suffix]())
         return path
 
+    @staticmethod
+    def is_free(path: Path) -> bool:
+        """Whether `save` would overwrite nothing here but an earlier report."""
+        return not is_there(path) or starts_with(path, _STARTS.get(path.suffix, "(?!)"))
+
+
+_YAML = r"# @package _global_\n# Tuned: "
+_STARTS = {
+    ".yaml": _YAML,
+    ".yml": _YAML,
+    ".json": r'\{\s*"format": \d+,\s*"settings": ',
+    ".svg": r"<svg [^>]*>\s*<rect [^>]*>\s*<text [^>]*>\d+\.\d\dx: ",
+    ".md": r"\*\*A training step is ",
+    ".txt": r"A training step is |not tuned: ",
+}
+"""How each form of a report begins."""
 
 RowT = TypeVar("RowT", Bar, Trial, Rate)
 

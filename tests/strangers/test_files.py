@@ -29,8 +29,11 @@ from lightning_accel._hydra_plugins import PresetFile, register
 from lightning_accel.compilation import WarmStart, pack, unpack
 from lightning_accel.compilation.warm import seal
 from lightning_accel.errors import AccelError, UnsafeFile
+from lightning_accel.measure import Report
+from lightning_accel.places import free
 from lightning_accel.recipe import build, prepare_teacher
 from lightning_accel.targets import CLASSES, OURS, is_ours
+from lightning_accel.tuning import TuneReport
 
 THREE_PARTS = re.compile(r".+ Found: .+ Do: .+", re.DOTALL)
 
@@ -512,7 +515,7 @@ def test_a_fit_says_that_it_does_not_take_an_archive(
     with (
         pytest.warns(UserWarning, match="not sealed with your key.*Found: .*Do: "),
         pytest.warns(UserWarning, match="WarmStart had no effect"),
-        pytest.warns(UserWarning, match="num_workers|many workers"),
+        pytest.warns(FutureWarning, match="LeafSpec"),
     ):
         trainer.fit(Student())
     assert not Path("mark").exists()
@@ -569,3 +572,32 @@ def test_links_are_not_followed_and_foreign_files_not_replaced(
             pack(tmp_path / name, tmp_path / "cache")
     assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
     assert not list((tmp_path / "theirs").iterdir()) + list((tmp_path / "open").iterdir())
+
+
+# --- files that are there already ---------------------------------------------------------------------------
+
+
+def test_reports_replace_reports_only(tmp_path: Path) -> None:
+    """A report named README.json, shipped beside a README of the user's, made the README a table."""
+    report, tuned = Report(), TuneReport(notes=["not tuned: no data"])
+    report.save(tmp_path / "own.json")
+    assert Report.is_free(tmp_path / "own.json")
+    (tmp_path / "own.json").rename(tmp_path / "README.json")
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "link.json").symlink_to(tmp_path / "README.json")
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    for name in ("README.json", "link.json", "gone.json"):
+        assert not Report.is_free(tmp_path / name)
+        assert free(tmp_path / name, Report.is_free).stem == name.split(".")[0] + "-1"
+    for end in ("yaml", "json", "svg", "md", "txt"):
+        path = tmp_path / f"x.{end}"
+        assert TuneReport.is_free(path)
+        path.write_text(tuned_in(tuned, path))
+        assert TuneReport.is_free(path), end
+        path.write_text("# mine\n" + path.read_text())
+        assert not TuneReport.is_free(path), end
+        assert free(path, TuneReport.is_free) == tmp_path / f"x-1.{end}"
+
+
+def tuned_in(report: TuneReport, path: Path) -> str:
+    return report.save(path.with_stem("other")).read_text()
