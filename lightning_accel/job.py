@@ -25,7 +25,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_accel
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.redact import names_secret, redacted
+from lightning_accel.provenance import withheld
+from lightning_accel.redact import names_secret, redacted, unsaid
 
 _LEFT_BY_LIGHTNING = (
     "GROUP_RANK",
@@ -58,6 +59,7 @@ def job(cfg: Mapping[str, Any]) -> Iterator[None]:
     45
     """
     with ExitStack() as stack:
+        stack.enter_context(unsaid(withheld(cfg)[1]))
         stack.enter_context(_environment())
         stack.enter_context(_closed_wandb())
         hydra = _hydra_config()

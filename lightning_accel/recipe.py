@@ -16,9 +16,11 @@ import hashlib
 import json
 import os
 import random
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, NamedTuple
@@ -35,7 +37,8 @@ from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_root
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.job import refuse_nan
-from lightning_accel.redact import redacted
+from lightning_accel.provenance import withheld
+from lightning_accel.redact import below_secrets, redacted, unsaid
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.targets import OURS
 
@@ -93,7 +96,18 @@ def build(cfg: Any, *, allow: Sequence[str] = (), outputs: Sequence[str | Path] 
     >>> run.trainer.max_epochs, type(run.model).__name__
     (3, 'BoringModel')
     """
-    tree = _plain(cfg)
+    shown, secrets = withheld(cfg)
+    with unsaid(secrets):
+        return _built(_plain(cfg), redacted(shown, known=secrets), secrets, allow, outputs)
+
+
+def _built(
+    tree: dict[str, Any],
+    config: dict[str, Any],
+    secrets: set[str],
+    allow: Sequence[str],
+    outputs: Sequence[str | Path],
+) -> Run:
     _check_groups(tree)
     for key in ("trainer", "model"):
         _check_node(tree.get(key), key)
@@ -104,10 +118,18 @@ def build(cfg: Any, *, allow: Sequence[str] = (), outputs: Sequence[str | Path] 
         trainer = _trainer(tree)
         model = _make(tree["model"])
         data = _make(tree["data"]) if tree.get("data") else None
-    config = redacted(tree)
     for logger in trainer.loggers:
+        # Lightning itself logs the hyper-parameters of model and data when a fit starts.
+        logger.log_hyperparams = partial(_log_redacted, logger.log_hyperparams, secrets)  # type: ignore[method-assign]
         logger.log_hyperparams(config)
     return Run(trainer, model, data, tree.get("ckpt_path"), config)
+
+
+def _log_redacted(log: Any, secrets: set[str], params: Any, *args: Any, **kwargs: Any) -> Any:
+    plain = vars(params) if isinstance(params, Namespace) else params
+    return log(
+        redacted(plain, known=secrets) if isinstance(plain, dict) else plain, *args, **kwargs
+    )
 
 
 def build_callbacks(
@@ -119,9 +141,9 @@ def build_callbacks(
     [<lightning_accel.measure.meter.callback.StepMeter object at ...>]
     """
     tree = {"callbacks": dict(nodes)}
-    check_nodes(tree, tuple(allow), outputs)
-    _check_teachers(tree)
-    with _whitelist(tuple(allow)):
+    with unsaid(below_secrets(tree)), _whitelist(tuple(allow)):
+        check_nodes(tree, tuple(allow), outputs)
+        _check_teachers(tree)
         return _in_order(_all(tree["callbacks"], "callbacks"))
 
 
@@ -150,6 +172,11 @@ def prepare_teacher(
     >>> prepare_teacher({"callbacks": {}}) is None
     True
     """
+    with unsaid(withheld(cfg)[1]):
+        return _prepared(cfg, allow, outputs)
+
+
+def _prepared(cfg: Any, allow: Sequence[str], outputs: Sequence[str | Path]) -> Path | None:
     tree = _plain(cfg)
     teacher = tree.get("teacher")
     if not isinstance(teacher, dict):
@@ -265,7 +292,7 @@ def _check_node(node: Any, where: str) -> None:
         raise ValueError(
             explain(
                 f"`{where}` does not say what to build",
-                f"no `_target_` in {node!r}",
+                f"no `_target_` in {redacted(node)!r}",
                 f"choose a group that sets it, or drop the overrides of `{where}`",
             )
         )

@@ -31,7 +31,9 @@ from lightning_accel.compilation.warm import seal
 from lightning_accel.errors import AccelError, UnsafeFile
 from lightning_accel.measure import Report
 from lightning_accel.places import free
+from lightning_accel.provenance import withheld
 from lightning_accel.recipe import build, prepare_teacher
+from lightning_accel.redact import HIDDEN, names_secret, redacted, unsaid
 from lightning_accel.targets import CLASSES, OURS, is_ours
 from lightning_accel.tuning import TuneReport
 
@@ -601,3 +603,154 @@ def test_reports_replace_reports_only(tmp_path: Path) -> None:
 
 def tuned_in(report: TuneReport, path: Path) -> str:
     return report.save(path.with_stem("other")).read_text()
+
+
+# --- secrets -------------------------------------------------------------------------------------------------
+
+CANARY = "c4n4ry-0123456789"
+SECRET_KEYS = [
+    "AWS_ACCESS_KEY_ID", "aws_secret_access_key", "GITHUB_PAT", "pat", "db_pwd", "pwd",
+    "webhook", "slack_webhook_url", "api_keys", "tokens", "secrets", "passwords", "credentials",
+    "smtp_pass", "apiKey", "authToken", "dbpassword", "private_key", "auth", "token2",
+    "API_KEY_2",
+]  # fmt: skip
+PLAIN_KEYS = [
+    "num_tokens", "max_tokens", "pad_token", "eos_token", "keys", "sort_key", "n_key", "d_key",
+    "path", "patch", "pattern", "patience", "num_keys", "forward_pass", "pin_memory",
+    "tokenizer", "keyed", "author", "passes", "pass", "key_size", "token_dim",
+]  # fmt: skip
+
+
+def test_the_names_of_secrets_are_known() -> None:
+    assert [key for key in SECRET_KEYS if not names_secret(key)] == []
+    assert [key for key in PLAIN_KEYS if names_secret(key)] == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"password": 123456789},
+        {"secrets": {"a": {"b": [CANARY]}, "n": 123456789, "path": Path(CANARY), "raw": CANARY.encode()}},
+        {"api_keys": [CANARY]},
+        {"note": json.dumps({"a": [{"password": "x y z"}]}), "pin": 123456789},
+        {"note": "'api_key': 'c4n4ry 0123456789'"},
+        {"note": f"curl -H 'Authorization: Bearer {CANARY}'"},
+        {"note": f"https://hooks.slack.com/services/T0/B0/{CANARY}"},
+        {"note": "ghp_" + "c4n4ry" * 6},
+        {"note": f"-----BEGIN RSA PRIVATE KEY-----\n{CANARY}\n-----END RSA PRIVATE KEY-----"},
+        {"db": {"password": CANARY}, "copy": f"in the middle {CANARY} of a text", CANARY: 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_value_below_a_secret_key_is_withheld(given: dict[str, Any]) -> None:
+    shown = str(redacted(given, {}))
+    assert HIDDEN in shown
+    assert not [s for s in ("c4n4ry", "123456789", "x y z") if s in shown]
+
+
+def test_what_is_no_secret_stays() -> None:
+    plain = {
+        "lr": 0.1,
+        "text": "a missing key: net.weight; 2 forward pass: slow; [1,2]",
+        "list": "[1,2]",
+        "pwd": None,
+        "token": True,
+        "cwd": os.getcwd(),
+    }
+    assert redacted(plain, {"PWD": os.getcwd(), "OLDPWD": os.getcwd()}) == plain
+
+
+def test_what_came_from_the_environment_is_withheld_however_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"MY_THING": CANARY, "MY_NUMBER": "4711", "MY_SWITCH": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name, resolver in {
+        "ours_env": os.getenv,
+        "ours_int": lambda text: int(text),
+        "ours_choice": lambda text: "a" if text else "b",
+    }.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True, use_cache=True)
+    cfg = OmegaConf.create(
+        {
+            "direct": "${oc.env:MY_THING}",
+            "chain": "${direct}",
+            "within": "a/${chain}/b",
+            "decoded": "${oc.decode:${oc.env:MY_NUMBER}}",
+            "own": "${ours_env:MY_THING}",
+            "number": "${ours_int:${oc.env:MY_NUMBER}}",
+            "list": ["${oc.env:MY_THING}", {"x": "${.y}", "y": "${oc.env:MY_NUMBER}"}],
+            "selected": "${oc.select:direct}",
+            "default": "${oc.env:NOT_THERE,plain}",
+            "chosen": "${ours_choice:${oc.env:MY_SWITCH}}",
+            "plain": 3,
+        }
+    )
+    shown, said = withheld(cfg)
+    assert CANARY not in str(shown) and "4711" not in str(shown) and {CANARY, "4711"} <= said
+    assert shown["within"] == f"a/{HIDDEN}/b" and shown["default"] == "plain"
+    assert shown["chosen"] == "a" and shown["plain"] == 3
+    assert cfg.own == CANARY and cfg.direct == CANARY, "the configuration itself is not touched"
+    assert os.environ["MY_THING"] == CANARY and type(os.environ).__name__ == "_Environ"
+
+
+class Loud(LightningModule):
+    """A module of the user's own that says what it was given."""
+
+    def __init__(self, given: Any = None, fails: bool = True) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if fails:
+            raise ValueError(f"cannot reach {given}")
+
+
+def test_errors_do_not_say_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_THING", CANARY)
+    nodes: dict[str, Any] = {
+        "as an argument": {"model": {"_target_": f"{HERE}.Loud", "given": "${oc.env:MY_THING}"}},
+        "as a class": {"model": {"_target_": "${oc.env:MY_THING}"}},
+        "beside no class": {"model": {"given": "${oc.env:MY_THING}"}},
+        "as a place": {"callbacks": {"r": {"_target_": ACCEL + "AccelReport", "path": "/${oc.env:MY_THING}"}}},
+        "as a group": {"accel": "${oc.env:MY_THING}"},
+        "as a checkpoint": {"ckpt_path": "http://${oc.env:MY_THING}/x"},
+        "below a key": {"model": {"_target_": f"{HERE}.Loud", "given": "${db.password}"}, "db": {"password": "hunter2"}},
+    }  # fmt: skip
+    for node in nodes.values():
+        with pytest.raises(Exception, match=r"\*\*\*") as caught:
+            built(OmegaConf.create(tree() | node), f"{HERE}.")
+        said, error = "", caught.value
+        while error is not None:
+            said, error = (
+                said + str(error) + repr(vars(error)),
+                error.__cause__ or error.__context__,
+            )
+        assert HIDDEN in said and CANARY not in said and "hunter2" not in said
+
+
+def test_hyper_parameters_that_lightning_logs_are_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_THING", CANARY)
+    csv = {
+        "_target_": LOGGERS + "CSVLogger",
+        "save_dir": str(tmp_path),
+        "name": None,
+        "version": "",
+    }
+    model = {"_target_": f"{HERE}.Loud", "fails": False, "given": ["${oc.env:MY_THING}", 7]}
+    run = built(OmegaConf.create(tree(logger={"c": csv}) | {"model": model}), f"{HERE}.")
+    assert run.model.hparams["given"] == [CANARY, 7]
+    run.trainer.loggers[0].log_hyperparams(run.model.hparams_initial)  # as a fit does
+    run.trainer.loggers[0].save()
+    saved = (tmp_path / "hparams.yaml").read_text()
+    assert CANARY not in saved and "7" in saved and run.config["model"]["given"] == [HIDDEN, 7]
+
+
+def test_an_error_keeps_its_kind_and_its_cause() -> None:
+    cause, error = OSError(2, f"no {CANARY}", CANARY), KeyError(CANARY)
+    error.__cause__ = cause
+    error.add_note(f"while {CANARY} was used")
+    with pytest.raises(KeyError, match=r"\*\*\*") as caught, unsaid({CANARY}, {}):
+        raise error
+    assert caught.value.__cause__ is cause and cause.errno == 2
+    assert CANARY not in repr(cause) + str(cause) + str(error.__notes__)
