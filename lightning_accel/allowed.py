@@ -12,6 +12,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from configparser import ConfigParser
+from configparser import Error as ConfigParserError
 from functools import reduce
 from pathlib import Path
 from types import FunctionType
@@ -78,6 +80,8 @@ def check_nodes(tree: Any, allow: tuple[str, ...], outputs: Sequence[str | Path]
             )
         check_places(node, where, roots, (*typed, *map(str, outputs)))
         _check_servers(node, where, (*allow, *typed, *os.environ.values()))
+        if target.endswith(".WandbLogger"):
+            refuse_foreign_wandb()
 
 
 def check_places(
@@ -204,6 +208,43 @@ def _check_servers(node: Mapping[str, Any], where: str, known: Sequence[str]) ->
                 "allow a server in Python: build(cfg, allow=('https://wandb.my.org',))",
             )
         )
+
+
+def refuse_foreign_wandb() -> None:
+    """Refuse a file `wandb/settings` of the present folder that names another server than the user's own settings.
+
+    W&B reads it before anything else, and sends the user's key there; a project that was cloned may hold one.
+
+    Raises:
+        ValueError: There is one.
+    """
+    own = {os.environ.get("WANDB_BASE_URL")}
+    for folder in (os.environ.get("WANDB_CONFIG_DIR"), "~/.config/wandb"):
+        own.add(_settings(Path(folder or "", "settings").expanduser()).get("base_url"))
+    root = Path(os.environ.get("WANDB_DIR") or ".")
+    for path in (root / "wandb" / "settings", root / ".wandb" / "settings"):
+        odd = [
+            key
+            for key, value in _settings(path).items()
+            if (key == "base_url" and value not in own) or "proxy" in key or names_secret(key)
+        ]
+        if odd:
+            raise ValueError(
+                explain(
+                    "a settings file of W&B in the present folder chooses where your key is sent",
+                    f"`{odd[0]}` in {path}",
+                    "remove the file, or say the same in your own settings: export WANDB_BASE_URL=...",
+                )
+            )
+
+
+def _settings(path: Path) -> dict[str, str]:
+    parser = ConfigParser(interpolation=None)
+    try:
+        parser.read(path)
+        return dict(parser["default"])
+    except (OSError, UnicodeDecodeError, ConfigParserError, KeyError):
+        return {}
 
 
 def run_roots(outputs: Sequence[str | Path]) -> tuple[Path, ...]:

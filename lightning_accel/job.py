@@ -24,6 +24,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_accel
+from lightning_accel.allowed import refuse_foreign_wandb
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.provenance import withheld
 from lightning_accel.redact import names_secret, redacted, unsaid
@@ -52,7 +53,8 @@ def job(cfg: Mapping[str, Any]) -> Iterator[None]:
     configuration says of name, tags and group goes first, and so does what `WANDB_NAME` and the like say.
 
     Raises:
-        ValueError: A secret was given on the command line, where `ps` and the loggers would show it.
+        ValueError: A secret was given on the command line, where `ps` and the loggers would show it; or a
+            file of the present folder would have W&B send the user's key to another server.
 
     >>> with job({"seed": 1}):
     ...     int(torch.randint(100, ()))
@@ -71,6 +73,8 @@ def job(cfg: Mapping[str, Any]) -> Iterator[None]:
                 stack.enter_context(_one_of_a_sweep(hydra))
         if not (os.environ.get("WANDB_MODE") or _has_wandb_key()):
             os.environ["WANDB_MODE"] = "offline"
+        if os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun"):
+            refuse_foreign_wandb()
         if cfg.get("seed") is not None:
             seed_everything(int(cfg["seed"]), workers=True, verbose=False)
         yield

@@ -29,6 +29,7 @@ from lightning_accel._hydra_plugins import PresetFile, register
 from lightning_accel.compilation import WarmStart, pack, unpack
 from lightning_accel.compilation.warm import seal
 from lightning_accel.errors import AccelError, UnsafeFile
+from lightning_accel.job import job
 from lightning_accel.measure import Report
 from lightning_accel.places import free
 from lightning_accel.provenance import withheld
@@ -754,3 +755,27 @@ def test_an_error_keeps_its_kind_and_its_cause() -> None:
         raise error
     assert caught.value.__cause__ is cause and cause.errno == 2
     assert CANARY not in repr(cause) + str(cause) + str(error.__notes__)
+
+
+def test_a_settings_file_of_a_cloned_project_sends_no_key_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B reads ./wandb/settings, and a `base_url` in it gets the user's key."""
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_BASE_URL", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    settings = tmp_path / "wandb" / "settings"
+    settings.parent.mkdir()
+    settings.write_text("[default]\nbase_url = https://evil.example\n")
+    with pytest.raises(ValueError, match="where your key is sent.*Found: .*Do: "), job({}):
+        pass
+    with pytest.raises(ValueError, match="where your key is sent"):
+        built(tree(logger={"w": {"_target_": LOGGERS + "WandbLogger"}}))
+    settings.write_text("[default]\nproject = mine\nmode = online\n")
+    with job({}):
+        pass
+    settings.write_text("[default]\nbase_url = https://mine.example\n")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://mine.example")
+    with job({}):
+        pass
