@@ -137,10 +137,13 @@ def _attach(config: Any) -> bool | None:
 def _built(config: Any, names: Mapping[str, str]) -> list[Callback]:
     from omegaconf import OmegaConf
 
+    from lightning_accel.provenance import withheld
     from lightning_accel.recipe import build_callbacks
+    from lightning_accel.redact import unsaid
 
-    nodes = {name: OmegaConf.to_container(config.callbacks[name], resolve=True) for name in names}
-    return build_callbacks(nodes)
+    with unsaid(withheld(config)[1]):
+        nodes = {n: OmegaConf.to_container(config.callbacks[n], resolve=True) for n in names}
+        return build_callbacks(nodes)
 
 
 def _ignored(missing: Mapping[str, str]) -> AccelError:

@@ -149,7 +149,7 @@ def _check_defaults(defaults: Any) -> None:
 
 def _stays(key: str) -> bool:
     name = key.rpartition(" ")[2]
-    return not name.startswith("/") or name.startswith("/accel/")
+    return ".." not in name.split("/") if name.startswith("/accel/") else not name.startswith("/")
 
 
 def _check_trainer(node: Any) -> None:

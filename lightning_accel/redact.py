@@ -51,7 +51,7 @@ _OF_KEYS = {"access", "api", "auth", "encryption", "private", "secret", "signing
 """What makes the plural `keys` secret; by itself it names columns of data."""
 _IN_ENVIRONMENT = ("PWD", "OLDPWD")  # where the shell is, and was
 _ASSIGNMENT = re.compile(
-    r"(?P<key>[\w.-]+)(?P<between>[\"']?\s*[:=]\s*)"
+    r"(?<![\w.-])(?P<key>[\w.-]{1,100})(?P<between>[\"']?\s*[:=]\s*)"
     r"(?P<value>\"(?:[^\"\\]|\\.)*\"|'[^']*'|[^,\s\]}&]+)"
 )
 _SHAPES = (

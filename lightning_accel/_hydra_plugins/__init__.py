@@ -288,10 +288,15 @@ def _travels(config_path: str) -> bool:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
+    try:
+        missing = None if path.is_file() else "no such file"
+        missing = missing and ("something that is not a file" if path.exists() else missing)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        missing = str(error.strerror)
+    if missing:
         raise _refusal(
             f"there is no preset `{path}`",
-            "no such file" if not path.exists() else "something that is not a file",
+            missing,
             "check the path: it starts from the folder in which the command was typed",
         )
     if path.stat().st_size > _MOST_BYTES:

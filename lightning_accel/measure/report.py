@@ -204,7 +204,7 @@ class Report:
             return not is_there(beside)
         try:
             Report.from_dict(json.loads(target.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, KeyError, OSError):
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
             return False
         return not target.is_symlink()
 

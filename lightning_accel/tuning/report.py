@@ -205,7 +205,7 @@ class TuneReport:
                 about=dict(plain["about"]),
                 notes=[str(note) for note in list(plain["notes"])],
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
                 explain(
                     "this is no report of a tuner", f"{type(error).__name__}: {error}", "tune anew"

@@ -103,7 +103,7 @@ def load(folder: Path, key: str) -> TuneReport | None:
     """Return an earlier answer, or `None`."""
     try:
         found = TuneReport.from_dict(json.loads((folder / f"{key}.json").read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # a file that is none of ours
         return None
     found.cached = True
     return found

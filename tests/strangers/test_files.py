@@ -26,6 +26,7 @@ from torch import nn
 
 from lightning_accel import Distillation, load_from_checkpoint
 from lightning_accel._hydra_plugins import PresetFile, register
+from lightning_accel.cli import main
 from lightning_accel.compilation import WarmStart, pack, unpack
 from lightning_accel.compilation.warm import seal
 from lightning_accel.errors import AccelError, UnsafeFile
@@ -36,7 +37,7 @@ from lightning_accel.provenance import withheld
 from lightning_accel.recipe import build, prepare_teacher
 from lightning_accel.redact import HIDDEN, names_secret, redacted, unsaid
 from lightning_accel.targets import CLASSES, OURS, is_ours
-from lightning_accel.tuning import TuneReport
+from lightning_accel.tuning import TuneReport, store
 
 THREE_PARTS = re.compile(r".+ Found: .+ Do: .+", re.DOTALL)
 
@@ -114,6 +115,7 @@ PRESETS = {
     "a default of hydra": "defaults: [{/hydra/launcher: evil}]",
     "an override of hydra": "defaults: [{override /hydra/launcher: evil}]",
     "a default elsewhere": "defaults: [{/db: prod}]",
+    "a default that leads out": "defaults: [{/accel/../hydra/launcher: evil}]",
     "a default in another place": "defaults: [{/accel/pruning@hydra.callbacks.x: magnitude}]",
     "a default of the environment": "defaults: ['${oc.env:SECRET_TOKEN}']",
     "a variant of the environment": "defaults: [{/accel/pruning: '${oc.env:SECRET_TOKEN}'}]",
@@ -779,3 +781,58 @@ def test_a_settings_file_of_a_cloned_project_sends_no_key_anywhere(
     monkeypatch.setenv("WANDB_BASE_URL", "https://mine.example")
     with job({}):
         pass
+
+
+# --- odd files and texts ------------------------------------------------------------------------------------
+
+
+def test_a_long_text_is_read_in_one_go() -> None:
+    """With a pattern that starts anew at every letter this takes hours."""
+    for text in (
+        "a" * 300_000,
+        "://" * 100_000,
+        "-----BEGIN PRIVATE KEY-----" * 3000,
+        "eyJ" * 100_000,
+    ):
+        assert len(str(redacted({"x": text}, {}))) > 10
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "1", '"a"', "[" * 50_000, '{"dense": [], "final": 1}', "\0"]
+)
+def test_any_file_in_the_place_of_a_report_is_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    assert not Report.is_free(tmp_path / "report.json")
+    assert store.load(tmp_path, "report") is None
+    with pytest.raises(ValueError, match="no report of a tuner.*Found: .*Do: "):
+        TuneReport.from_dict(TuneReport().to_dict() | {"steps": float("inf")})
+
+
+def test_a_configuration_given_to_a_command_runs_no_callback_of_hydra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register()
+    (tmp_path / "evil.py").write_text("open('mark', 'w')\n" + EVIL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "c.yaml").write_text(
+        "hydra: {callbacks: {x: {_target_: evil.Evil}}}\ntrainer: {_target_: lightning.pytorch.Trainer}\n"
+        "model: {_target_: evil.Evil}\ndata: {_target_: evil.Evil}\n"
+    )
+    assert main(["tune", "--config", "c.yaml"]) == 2
+    assert THREE_PARTS.search(capsys.readouterr().err) and not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["tu\0ned", "x" * 300, "\u202eyaml", "..", "."])
+def test_an_odd_name_of_a_preset_is_no_crash(tmp_path: Path, name: str) -> None:
+    source = PresetFile("accel files", f"preset://{tmp_path}")
+    with pytest.raises(ConfigCompositionException, match=r"there is no preset"):
+        source.load_config(f"accel/./{name}")
+
+
+def test_every_test_that_the_security_page_names_is_there(root: Path) -> None:
+    page = (root / "SECURITY.md").read_text()
+    names = re.findall(r"`(?:(tests/\S+?)::)?(test_\w+\*?)`", page)
+    assert len(names) > 15
+    for file, name in names:
+        text = (root / (file or "tests/strangers/test_files.py")).read_text()
+        assert f"def {name.rstrip('*')}" in text, name
