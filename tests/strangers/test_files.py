@@ -332,6 +332,14 @@ def test_old_keys_and_a_file_of_hyper_parameters_beside_are_looked_at(tmp_path: 
     assert not Path("mark").exists()
 
 
+def test_a_module_is_built_without_the_instantiator_of_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning.pytorch.cli.instantiate_module", lambda *_: Marks())
+    path = checkpoint(tmp_path / "x.ckpt", {**CLI, "_class_path": f"{HERE}.Student", "width": 2})
+    assert isinstance(load_from_checkpoint(Student, path), Student) and not Path("mark").exists()
+
+
 def test_plain_values_and_objects_of_ones_own_still_load(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "x.ckpt", {**CLI, "width": 2, "part": PART, "plan": {"a": [1]}})
     part = nn.Identity()
