@@ -93,7 +93,7 @@ def speaks_of_us(tree: Any, defaults: Any) -> bool:
     if not isinstance(tree, dict):
         return False
     ours = any(key == "_target_" and _is_of_us(value) for _, key, value in _entries(tree))
-    return ours or bool({"accel", "hydra"} & set(tree)) or bool(defaults)
+    return ours or bool({"accel", "callbacks", "hydra"} & set(tree)) or bool(defaults)
 
 
 def count(tree: Any) -> int:

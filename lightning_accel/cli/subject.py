@@ -165,18 +165,26 @@ def _said(made: Any) -> str:
 
 def _from_config(path: Path, overrides: list[str], allow: list[str]) -> Subject:
     from lightning_accel.recipe import build
+    from lightning_accel.redact import unsaid
 
-    made = build(_composed(path, overrides), allow=tuple(allow))
+    config, secrets = _composed(path, overrides)
+    with unsaid(secrets):
+        made = build(config, allow=tuple(allow))
     if made.data is None:
         raise ValueError(explain("the configuration has no data", str(path), "choose a `data`"))
     return Subject(made.model, data=made.data, trainer=made.trainer)
 
 
-def _composed(path: Path, overrides: list[str]) -> Any:
-    """Compose a configuration as a script would, but without callbacks and loggers: nothing is trained."""
+def _composed(path: Path, overrides: list[str]) -> tuple[dict[Any, Any], set[str]]:
+    """Compose a configuration as a script would, but without callbacks and loggers: nothing is trained.
+
+    Also returned is what must not be said of it.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
+
+    from lightning_accel.provenance import withheld
 
     if not path.is_file():
         raise ValueError(explain("there is no such configuration", str(path), "pass a yaml file"))
@@ -188,11 +196,11 @@ def _composed(path: Path, overrides: list[str]) -> Any:
         config.hydra.runtime.output_dir = config.hydra.runtime.cwd = str(Path.cwd())
         known.set_config(config)
         try:
-            plain = OmegaConf.to_container(
-                OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]),
-                resolve=True,
-            )
+            own = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+            plain = OmegaConf.to_container(own, resolve=True)
+            secrets = withheld(own)[1]
         finally:
             known.cfg = before
     assert isinstance(plain, dict)
-    return {key: v for key, v in plain.items() if key not in ("hydra", "callbacks", "logger")}
+    wanted = {key: v for key, v in plain.items() if key not in ("hydra", "callbacks", "logger")}
+    return wanted, secrets

@@ -192,6 +192,7 @@ def test_a_preset_lands_where_presets_land(app: Path, package: str) -> None:
         "defaults: [amp]\nlogger: {}",
         "callbacks: {x: {_target_: lightning_accel.AccelReport, path: ../x.json}}",
         "defaults: [{override /hydra/job_logging: none}]",
+        "callbacks: {x: {_target_: subprocess.Popen, args: [touch, mark]}}",
     ],
 )
 def test_a_preset_in_the_folder_of_the_app_is_a_preset(app: Path, text: str) -> None:
@@ -828,6 +829,14 @@ def test_a_configuration_given_to_a_command_runs_no_callback_of_hydra(
     )
     assert main(["tune", "--config", "c.yaml"]) == 2
     assert THREE_PARTS.search(capsys.readouterr().err) and not (tmp_path / "mark").exists()
+    monkeypatch.setenv("MY_THING", CANARY)
+    (tmp_path / "c.yaml").write_text(
+        "trainer: {_target_: lightning.pytorch.Trainer, default_root_dir: '/${oc.env:MY_THING}'}\n"
+        "model: {_target_: torch.nn.Identity}\n"
+    )
+    assert main(["tune", "--config", "c.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "run's folder only" in said and CANARY not in said
 
 
 @pytest.mark.parametrize("name", ["tu\0ned", "x" * 300, "\u202eyaml", "..", "."])
