@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.surgery.preserve import preserve_rng
 
 _OURS = "lightning_accel."
 
@@ -141,7 +142,9 @@ def _built(config: Any, names: Mapping[str, str]) -> list[Callback]:
     from lightning_accel.recipe import build_callbacks
     from lightning_accel.redact import unsaid
 
-    with unsaid(withheld(config)[1]):
+    with preserve_rng():
+        found = withheld(config)
+    with unsaid(found.secrets):
         nodes = {n: OmegaConf.to_container(config.callbacks[n], resolve=True) for n in names}
         return build_callbacks(nodes)
 

@@ -61,7 +61,7 @@ def job(cfg: Mapping[str, Any]) -> Iterator[None]:
     45
     """
     with ExitStack() as stack:
-        stack.enter_context(unsaid(withheld(cfg)[1]))
+        stack.enter_context(unsaid(withheld(cfg).secrets))
         stack.enter_context(_environment())
         stack.enter_context(_closed_wandb())
         hydra = _hydra_config()

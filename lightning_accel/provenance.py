@@ -11,9 +11,9 @@ import copy
 import os
 import re
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_accel.redact import HIDDEN, below_secrets
 
@@ -21,29 +21,39 @@ _WORD = "lightningaccelwithheld"
 _RESOLVER = re.compile(r"\$\{\s*(?!oc\.select:|oc\.dict\.|hydra:|now:)[\w.]+\s*:")
 
 
-def withheld(cfg: Any) -> tuple[Any, set[str]]:
-    """Resolve a configuration, with `***` for what came from the environment.
+class Withheld(NamedTuple):
+    """What must not be said of a configuration, and how it reads without what came from the environment."""
 
-    Returns:
-        Plain containers, and the texts that must not be said: these, and what stands below secret keys.
+    secrets: set[str]
+    shadow: Any
 
-    >>> withheld({"user": "${oc.env:HOME}/x", "password": "hunter2"})[0]
-    {'user': '***/x', 'password': 'hunter2'}
+    def of(self, tree: Any) -> Any:
+        """Return the configuration, as it was resolved elsewhere, with `***` for what came from the environment."""
+        return _merged(tree, self.shadow, set())
+
+
+def withheld(cfg: Any) -> Withheld:
+    """Find out what came from the environment; resolvers of the user's own run twice, and may draw numbers.
+
+    >>> found = withheld({"user": "${oc.env:HOME}/x", "password": "hunter2"})
+    >>> found.of({"user": "/home/me/x", "lr": 0.1}), "hunter2" in found.secrets
+    ({'user': '***/x', 'lr': 0.1}, True)
     """
     from omegaconf import OmegaConf
 
     cfg = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(dict(cfg))
-    real = _resolved(cfg)
+    real = _resolved(copy.deepcopy(cfg))
+    said = below_secrets(real)
     if not any(
         _RESOLVER.search(text) for text in _texts(OmegaConf.to_container(cfg, resolve=False))
     ):
-        return real, below_secrets(real)
+        return Withheld(said, real)
     other = copy.deepcopy(cfg)
     OmegaConf.clear_cache(other)
     with _masked():
         shadow = _resolved(other)
-    said: set[str] = set()
-    return _merged(real, shadow, said), said | below_secrets(real)
+    _merged(real, shadow, said)
+    return Withheld(said, shadow)
 
 
 def _resolved(node: Any) -> Any:
@@ -108,6 +118,12 @@ class _Masked(MutableMapping[str, str]):
 
     def __len__(self) -> int:
         return len(self.real)
+
+    def copy(self) -> dict[str, str]:
+        return dict(self)
+
+    def __or__(self, other: Mapping[str, str]) -> dict[str, str]:
+        return {**self, **other}
 
 
 @contextmanager

@@ -96,9 +96,12 @@ def build(cfg: Any, *, allow: Sequence[str] = (), outputs: Sequence[str | Path] 
     >>> run.trainer.max_epochs, type(run.model).__name__
     (3, 'BoringModel')
     """
-    shown, secrets = withheld(cfg)
-    with unsaid(secrets):
-        return _built(_plain(cfg), redacted(shown, known=secrets), secrets, allow, outputs)
+    with preserve_rng():
+        found = withheld(cfg)
+    with unsaid(found.secrets):
+        tree = _plain(cfg)
+        config = redacted(found.of(tree), known=found.secrets)
+        return _built(tree, config, found.secrets, allow, outputs)
 
 
 def _built(
@@ -172,7 +175,9 @@ def prepare_teacher(
     >>> prepare_teacher({"callbacks": {}}) is None
     True
     """
-    with unsaid(withheld(cfg)[1]):
+    with preserve_rng():
+        found = withheld(cfg)
+    with unsaid(found.secrets):
         return _prepared(cfg, allow, outputs)
 
 

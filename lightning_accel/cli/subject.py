@@ -198,7 +198,7 @@ def _composed(path: Path, overrides: list[str]) -> tuple[dict[Any, Any], set[str
         try:
             own = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
             plain = OmegaConf.to_container(own, resolve=True)
-            secrets = withheld(own)[1]
+            secrets = withheld(own).secrets
         finally:
             known.cfg = before
     assert isinstance(plain, dict)

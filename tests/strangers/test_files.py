@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import stat
 import subprocess
@@ -306,7 +307,7 @@ def checkpoint(path: Path, hyper: dict[str, Any], key: str = "hyper_parameters")
 
 @pytest.mark.parametrize("what", HYPER)
 def test_a_checkpoint_builds_nothing_that_it_names(tmp_path: Path, what: str) -> None:
-    """After Lightning#21822 and #21913."""
+    """After Lightning#21822 and #21913, and fairchem#2077 about `_target_`."""
     path = checkpoint(tmp_path / "x.ckpt", HYPER[what])
     with pytest.raises(UnsafeFile) as caught:
         load_from_checkpoint(Student, path)
@@ -569,6 +570,7 @@ def test_a_key_that_is_not_the_users_alone_seals_nothing(
 def test_links_are_not_followed_and_foreign_files_not_replaced(
     packed: Path, tmp_path: Path
 ) -> None:
+    """After cuda-python#2857 and pycuda#54: caches of compiled code in folders that others prepared."""
     (tmp_path / "link.zip").symlink_to(packed)
     assert "a link is not followed" in unpack(tmp_path / "link.zip", tmp_path / "new").reason
     (tmp_path / "theirs").mkdir(mode=0o700)
@@ -644,6 +646,8 @@ def test_the_names_of_secrets_are_known() -> None:
         {"password": 123456789},
         {"secrets": {"a": {"b": [CANARY]}, "n": 123456789, "path": Path(CANARY), "raw": CANARY.encode()}},
         {"api_keys": [CANARY]},
+        {"object_store": {"s3": {"key": "c4n4ry", "secret": CANARY}}},
+        {"env_vars": {"WANDB_API_KEY": CANARY, "http_proxy": "http://me:c4n4ry@10.0.0.1:8080"}},
         {"note": json.dumps({"a": [{"password": "x y z"}]}), "pin": 123456789},
         {"note": "'api_key': 'c4n4ry 0123456789'"},
         {"note": f"curl -H 'Authorization: Bearer {CANARY}'"},
@@ -655,6 +659,7 @@ def test_the_names_of_secrets_are_known() -> None:
     ids=str,
 )  # fmt: skip
 def test_every_value_below_a_secret_key_is_withheld(given: dict[str, Any]) -> None:
+    """After composer#242, whose logger got the key and secret of a store, and verl#670."""
     shown = str(redacted(given, {}))
     assert HIDDEN in shown
     assert not [s for s in ("c4n4ry", "123456789", "x y z") if s in shown]
@@ -698,12 +703,32 @@ def test_what_came_from_the_environment_is_withheld_however_it_came(
             "plain": 3,
         }
     )
-    shown, said = withheld(cfg)
+    found = withheld(cfg)
+    shown, said = found.of(OmegaConf.to_container(cfg, resolve=True)), found.secrets
     assert CANARY not in str(shown) and "4711" not in str(shown) and {CANARY, "4711"} <= said
     assert shown["within"] == f"a/{HIDDEN}/b" and shown["default"] == "plain"
     assert shown["chosen"] == "a" and shown["plain"] == 3
     assert cfg.own == CANARY and cfg.direct == CANARY, "the configuration itself is not touched"
     assert os.environ["MY_THING"] == CANARY and type(os.environ).__name__ == "_Environ"
+
+
+def test_what_is_logged_is_what_was_built_and_no_draw_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resolver that draws gives another number each time that it is asked."""
+    monkeypatch.setenv("MY_THING", CANARY)
+    OmegaConf.register_new_resolver("ours_draw", lambda: random.random(), replace=True)
+    model = {
+        "_target_": f"{HERE}.Loud",
+        "fails": False,
+        "given": ["${ours_draw:}", "${oc.env:MY_THING}"],
+    }
+    random.seed(5)
+    run = built(OmegaConf.create(tree() | {"model": model}), f"{HERE}.")
+    after = random.random()
+    random.seed(5)
+    assert run.model.hparams["given"][0] == random.random() and after == random.random()
+    assert run.config["model"]["given"] == [run.model.hparams["given"][0], HIDDEN]
 
 
 class Loud(LightningModule):
@@ -742,6 +767,7 @@ def test_errors_do_not_say_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hyper_parameters_that_lightning_logs_are_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """After labs-molt#128: the key was in the run's configuration, beside everything else."""
     monkeypatch.setenv("MY_THING", CANARY)
     csv = {
         "_target_": LOGGERS + "CSVLogger",
