@@ -34,11 +34,12 @@ from lightning_accel.errors import AccelError, UnsafeFile
 from lightning_accel.job import job
 from lightning_accel.measure import Report
 from lightning_accel.places import free
+from lightning_accel.presets import check_preset
 from lightning_accel.provenance import withheld
 from lightning_accel.recipe import build, prepare_teacher
 from lightning_accel.redact import HIDDEN, names_secret, redacted, unsaid
 from lightning_accel.targets import CLASSES, OURS, is_ours
-from lightning_accel.tuning import TuneReport, store
+from lightning_accel.tuning import TuneReport, settings, store
 
 THREE_PARTS = re.compile(r".+ Found: .+ Do: .+", re.DOTALL)
 
@@ -226,6 +227,13 @@ callbacks:
     assert found["accel"] == {"amp": True, "mine": "a word"}
     assert list(found["callbacks"]) == ["early", "precision", "report", "pruning", "distillation"]
     assert found["callbacks"]["pruning"]["ratio"] == 0.25
+
+
+def test_what_the_tuner_writes_is_a_preset() -> None:
+    for technique, values in settings._NODES.items():
+        for value in values:
+            text = TuneReport(settings.Settings().having(technique, value)).to_yaml()
+            check_preset(yaml.safe_load(text), "")
 
 
 def test_a_small_file_that_is_large_when_read_is_refused(app: Path) -> None:
