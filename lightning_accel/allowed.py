@@ -49,6 +49,7 @@ _WANDB_SETTINGS = (
     *("mode", "quiet", "silent", "symlink", "x_disable_meta", "x_disable_stats", "x_label"),
     *("x_primary", "x_stats_sampling_interval", "x_update_finish_state"),
 )
+_OUTPUT_KEY = re.compile(r"(?!.*data).*(?:out|log|save|run|root|scratch|dirpath|cache)")
 _LOOPBACK = re.compile(r"(?:https?://)?(?:localhost|127\.0\.0\.1|\[::1\])(?::\d+)?(?:/[\w./-]*)?")
 
 
@@ -248,18 +249,25 @@ def _settings(path: Path) -> dict[str, str]:
 
 
 def run_roots(outputs: Sequence[str | Path]) -> tuple[Path, ...]:
-    """Return the folders that outputs may lie in: the present one, Hydra's of this run, and `outputs`."""
+    """Return the folders that outputs may lie in: the present one, Hydra's of this run, `outputs`, and typed ones."""
     hydra = _hydra()
     ran = [] if hydra is None else [hydra.runtime.cwd, hydra.runtime.output_dir]
     given = [outputs] if isinstance(outputs, (str, Path)) else outputs
-    return tuple(Path(root).resolve() for root in (Path.cwd(), *ran, *given) if root)
+    typed = [v for k, v in _overrides() if v.startswith("/") and _OUTPUT_KEY.match(k)]
+    return tuple(Path(root).resolve() for root in (Path.cwd(), *ran, *given, *typed) if root)
 
 
 def typed_words() -> tuple[str, ...]:
     """Return the values that were typed on the command line: they are the user's own."""
+    return tuple(value for _, value in _overrides())
+
+
+def _overrides() -> Iterator[tuple[str, str]]:
     hydra = _hydra()
-    words = [] if hydra is None else hydra.overrides.task
-    return tuple(word.partition("=")[2].strip("'\"") for word in words if "=" in word)
+    for word in [] if hydra is None else hydra.overrides.task:
+        key, found, value = word.partition("=")
+        if found:
+            yield key, value.strip("'\"")
 
 
 def _hydra() -> Any:

@@ -10,6 +10,7 @@ import re
 import stat
 import subprocess
 import sys
+import types
 import warnings
 import zipfile
 from enum import Enum
@@ -25,7 +26,7 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_accel import Distillation, load_from_checkpoint
+from lightning_accel import Distillation, allowed, load_from_checkpoint
 from lightning_accel._hydra_plugins import PresetFile, register
 from lightning_accel.cli import main
 from lightning_accel.compilation import WarmStart, pack, unpack
@@ -469,6 +470,32 @@ def test_what_the_user_says_in_python_and_what_lies_below_is_done(
         said = "MLFlow|mlflow" if known else "does not choose where"  # it is not installed here
         with pytest.raises(Exception, match=said):
             built(tree(logger={"m": mlflow}), *([known["allow"]] if "allow" in known else []))
+
+
+def test_a_place_that_was_typed_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "paths.log_dir=/scratch/me",
+        "+callbacks.r.path='/x/y.json'",
+        "data.root=/data",
+        "+a",
+        "n=",
+    ]
+    runtime = types.SimpleNamespace(cwd=os.getcwd(), output_dir="out")
+    hydra = types.SimpleNamespace(runtime=runtime, overrides=types.SimpleNamespace(task=words))
+    monkeypatch.setattr(allowed, "_hydra", lambda: hydra)
+    for place, is_fine in {
+        "/scratch/me/logs": True,
+        "/x/y.json": True,
+        "/x/z.json": False,
+        "/data/x": False,
+        "/scratch/you": False,
+    }.items():
+        node = {"_target_": ACCEL + "AccelReport", "path": place}
+        if is_fine:
+            allowed.check_nodes({"r": node}, ())
+        else:
+            with pytest.raises(ValueError, match="run's folder only"):
+                allowed.check_nodes({"r": node}, ())
 
 
 def test_a_link_of_the_present_folder_is_where_it_leads(tmp_path: Path) -> None:
