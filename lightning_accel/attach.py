@@ -8,14 +8,19 @@ look at each Trainer: one that starts a fit without what its configuration asks 
 gets them.
 
 Which configuration a Trainer belongs to is read from the stack: `hydra.utils.instantiate(cfg.trainer)`,
-`Trainer(**cfg.trainer)` in a function that holds `cfg`, or the task of `@hydra.main` around both.
+`Trainer(**cfg.trainer)` in a function that holds `cfg`, or the task of `@hydra.main` around both; the
+nearest counts, as a name in Python does. Nothing else knows: Lightning passes a factory no argument, resolved
+values have lost their configuration, and the job's own (`HydraConfig`) is not that of a Trainer which the app
+makes from another. A Trainer from a node of its own (`cfg.teacher.trainer`, beside `cfg.trainer`) is another
+one, and trains without. One made by hand before the real one cannot be told from the only one there will be.
+It is refused at its start, which costs a word; an error at the end of the app would cost the training.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -28,6 +33,7 @@ from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery.preserve import preserve_rng
 
 _OURS = "lightning_accel."
+_OWN = "trainer"
 
 _served: list[weakref.ref[Any]] = []  # configurations whose callbacks some Trainer has got
 
@@ -38,8 +44,12 @@ def factory() -> list[Callback]:
     >>> factory()
     []
     """
-    config = _config_in_use()
-    return [] if config is None or not _asked(config) else [Asked(config)]
+    nodes = _nodes_in_use() if "omegaconf" in sys.modules else []
+    asking = [node for node in nodes if _asked(node._get_root())]
+    if not asking:
+        return []
+    places = {_place_of_trainer(node) for node in asking}
+    return [Asked(asking[0]._get_root(), _OWN if _OWN in places else min(places))]
 
 
 class Asked(Callback):
@@ -47,14 +57,16 @@ class Asked(Callback):
 
     Args:
         config: The whole configuration, with `callbacks` by name.
+        place: The node that describes this Trainer; the callbacks are meant for that of `trainer`.
 
     Raises:
         ValueError: At the start of a fit, when `accel.attach` is neither true nor false.
         AccelError: At the start of a fit, when callbacks are missing and no Trainer has had them.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, place: str = _OWN) -> None:
         self.config = config
+        self.place = place
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,7 +80,13 @@ class Asked(Callback):
         if not missing:
             _served.append(weakref.ref(self.config))
             return
-        if attach is False or any(known() is self.config for known in _served):
+        if any(known() is self.config for known in _served):
+            return
+        if attach is False or self.place != _OWN:
+            why = "as `accel.attach=false` says" if attach is False else f"made from `{self.place}`"
+            rank_zero_info(
+                f"A Trainer without {_listed(missing)}, {why}: a later one is to have them."
+            )
             return
         if attach is None:
             raise _ignored(missing)
@@ -78,47 +96,65 @@ class Asked(Callback):
         rank_zero_info(f"Given to the Trainer, as asked by `accel.attach`: {', '.join(missing)}.")
 
 
-def _config_in_use() -> Any:
-    """Return the innermost configuration on the stack, or `None`; ours build Trainers that are complete."""
-    if "omegaconf" not in sys.modules:
-        return None
+def _nodes_in_use() -> list[Any]:
+    """Return what the innermost function with a configuration holds of it; ours build complete Trainers."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith(_OURS):
-            return None
-        found = [
-            root for root in _roots(frame.f_locals) if "callbacks" in root or "trainer" in root
-        ]
+            return []
+        names = frame.f_locals
+        held = [*names.values(), *getattr(names.get("self"), "__dict__", {}).values()]
+        found = [value for value in held if _is_of_an_app(value)]
         if found:
-            return next((root for root in found if _asked(root)), found[0])
+            return found
         frame = frame.f_back
-    return None
+    return []
 
 
-def _roots(names: Mapping[str, Any]) -> Iterator[Any]:
+def _is_of_an_app(value: Any) -> bool:
     from omegaconf import DictConfig
 
-    for value in list(names.values()):
-        if isinstance(value, DictConfig):
-            root = value._get_root()
-            if isinstance(root, DictConfig) and not (root._is_none() or root._is_missing()):
-                yield root
+    root = value._get_root() if isinstance(value, DictConfig) else None
+    if not isinstance(root, DictConfig) or root._is_none() or root._is_missing():
+        return False
+    return "callbacks" in root or _OWN in root
+
+
+def _place_of_trainer(node: Any) -> str:
+    """Return the key of the Trainer that is described nearest to a node: in it, beside it or further out."""
+    own = _child(node._get_root(), _OWN) is not None
+    while own and node._get_parent() is not None:
+        key = node._get_full_key(None)
+        if _target(node).endswith("Trainer"):
+            return str(key)
+        if _child(node, _OWN) is not None:
+            return f"{key}.{_OWN}"
+        node = node._get_parent()
+    return _OWN
+
+
+def _child(node: Any, key: str) -> Any:
+    """Return what a configuration holds under a key, unresolved: resolving may fail, and is not ours to do."""
+    from omegaconf import DictConfig
+
+    plain = isinstance(node, DictConfig) and not (node._is_none() or node._is_interpolation())
+    return node._get_node(key, validate_access=False) if plain else None
+
+
+def _target(node: Any) -> str:
+    found = _child(node, "_target_")
+    return "" if found is None else str(found._value())
 
 
 def _asked(config: Any) -> dict[str, str]:
     """Return the classes of ours that stand below `callbacks`, by name."""
     from omegaconf import DictConfig
 
-    nodes = config._get_node("callbacks", validate_access=False)
+    nodes = _child(config, "callbacks")
     if not isinstance(nodes, DictConfig) or nodes._is_none() or nodes._is_interpolation():
         return {}
-    found = {}
-    for name, node in nodes.items_ex(resolve=False):
-        if isinstance(node, DictConfig) and not (node._is_none() or node._is_interpolation()):
-            target = node._get_node("_target_", validate_access=False)
-            if target is not None and str(target._value()).startswith(_OURS):
-                found[str(name)] = str(target._value())
-    return found
+    targets = {str(name): _target(node) for name, node in nodes.items_ex(resolve=False)}
+    return {name: target for name, target in targets.items() if target.startswith(_OURS)}
 
 
 def _attach(config: Any) -> bool | None:
@@ -149,12 +185,16 @@ def _built(config: Any, names: Mapping[str, str]) -> list[Callback]:
         return build_callbacks(nodes)
 
 
-def _ignored(missing: Mapping[str, str]) -> AccelError:
+def _listed(missing: Mapping[str, str]) -> str:
     classes = ", ".join(target.rpartition(".")[2] for target in missing.values())
+    return f"`callbacks.{'`, `callbacks.'.join(missing)}` ({classes})"
+
+
+def _ignored(missing: Mapping[str, str]) -> AccelError:
     return AccelError(
         "this app's Trainer was built without callbacks that its configuration asks for, "
         "so the training would not be what was asked",
-        f"`callbacks.{'`, `callbacks.'.join(missing)}` ({classes}) in no Trainer",
+        f"{_listed(missing)} in no Trainer",
         "say `+accel.attach=true`, and this Trainer gets them; or pass "
         "`callbacks=list(hydra.utils.instantiate(cfg.callbacks).values())` to it; or say "
         "`+accel.attach=false` when a later Trainer gets them, and `~callbacks.NAME` for one not wanted",

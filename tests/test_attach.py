@@ -122,9 +122,57 @@ def test_attach_keeps_to_the_order_of_stages_and_to_the_list_of_users(folder: Pa
     assert now == [*given, "StructuredPruning", "BlockCompile"]
 
 
-def test_an_app_that_says_so_may_train_another_network_first(folder: Path) -> None:
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(attach, "rank_zero_info", lines.append)
+    return lines
+
+
+def test_an_app_that_says_so_may_train_another_network_first(folder: Path, said: list[str]) -> None:
     cfg = compose("train", ["+accel=prune", "+accel.attach=false", *BARE])
     assert fit(hydra.utils.instantiate(cfg.trainer)) == [8, 2]
+    assert "`callbacks.pruning` (StructuredPruning), as `accel.attach=false` says" in said[0]
+
+
+@pytest.mark.parametrize("made", ["from its node", "from a part that is passed on"])
+def test_a_trainer_from_a_node_of_its_own_is_another_one(
+    folder: Path, said: list[str], made: str
+) -> None:
+    file = folder / "train.yaml"
+    text = OmegaConf.load(file)
+    OmegaConf.save({**text, "teacher": text}, file)
+    cfg = compose("train", ["+accel=prune", "+accel.attach=true", *BARE])
+
+    def train(part: DictConfig) -> list[int]:
+        kwargs = {k: v for k, v in part.trainer.items() if k not in ("_target_", "callbacks")}
+        return fit(Trainer(**kwargs))
+
+    first = cfg.teacher
+    found = fit(hydra.utils.instantiate(first.trainer)) if "node" in made else train(first)
+    assert found == [8, 2]
+    assert "(StructuredPruning), made from `teacher.trainer`: a later one" in said[0]
+    assert fit(hydra.utils.instantiate(cfg.trainer)) == [4, 2]
+
+
+def test_the_only_trainer_is_the_one_that_is_meant_wherever_its_node_is(folder: Path) -> None:
+    file = folder / "train.yaml"
+    OmegaConf.save({"stage": OmegaConf.load(file)}, file)
+    cfg = compose("train", ["+accel=prune", *BARE])
+    with pytest.raises(AccelError, match="without callbacks"):
+        fit(hydra.utils.instantiate(cfg.stage.trainer))
+
+
+def test_a_configuration_that_an_object_keeps_is_found(folder: Path) -> None:
+    class App:
+        def __init__(self) -> None:
+            self.cfg = compose("train", ["+accel=prune", *BARE])
+
+        def train(self) -> list[int]:
+            return fit(Trainer(**arguments(self.cfg)))
+
+    with pytest.raises(AccelError, match="without callbacks"):
+        App().train()
 
 
 def test_once_a_trainer_has_had_them_others_may_go_without(folder: Path) -> None:
