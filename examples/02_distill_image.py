@@ -1,5 +1,7 @@
 """A tiny network learns digits from a hundred images and a larger network, and the same without it."""
 
+from argparse import ArgumentParser
+
 from data.digits import Digits
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from models.resnet import ResNet
@@ -20,6 +22,7 @@ def accuracy(model: LightningModule, data: Digits, epochs: int, *callbacks: Call
     return trainer.test(model, data, verbose=False)[0]["test/acc"]
 
 
+ArgumentParser(description=__doc__).parse_args()  # no words: what to change stands here
 seed_everything(0)
 teacher = ResNet(widths=(32, 64))
 known = accuracy(teacher, Digits(), 6)

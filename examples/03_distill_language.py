@@ -1,5 +1,7 @@
 """A language model of half the depth learns from a larger one, block by block, and the same without it."""
 
+from argparse import ArgumentParser
+
 from data.pydoc import Pydoc
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from models.gpt import GPT
@@ -20,6 +22,7 @@ def bits_per_byte(model: LightningModule, data: Pydoc, epochs: int, *callbacks: 
     return trainer.test(model, data, verbose=False)[0]["test/bits_per_byte"]
 
 
+ArgumentParser(description=__doc__).parse_args()  # no words: what to change stands here
 seed_everything(0)
 teacher = GPT(context=64, dim=64, depth=4)
 known = bits_per_byte(teacher, Pydoc(context=64, num_windows=1600), 4)

@@ -4,6 +4,7 @@ The search takes seconds and is remembered, so the second run of this script sta
 """
 
 import time
+from argparse import ArgumentParser
 
 from data.pydoc import Pydoc
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -23,6 +24,7 @@ def train(*callbacks: Callback) -> float:
     return time.perf_counter() - start
 
 
+ArgumentParser(description=__doc__).parse_args()  # no words: what to change stands here
 # So short a run does not repay a search; by default AutoTune would leave it alone and say so.
 tune = AutoTune(budget_s=8, budget_share=1.0, report=["tuned.yaml", "tuned.svg"])
 plain_s, tuned_s = train(), train(tune)

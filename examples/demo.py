@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def accelerated(*callbacks: Callback) -> Trainer:
 
 
 def main() -> None:
+    ArgumentParser(description=__doc__).parse_args()  # no words
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     started = time.perf_counter()

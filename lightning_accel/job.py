@@ -76,8 +76,28 @@ def job(cfg: Mapping[str, Any]) -> Iterator[None]:
         if os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun"):
             refuse_foreign_wandb()
         if cfg.get("seed") is not None:
-            seed_everything(int(cfg["seed"]), workers=True, verbose=False)
+            seed_everything(seed_of(cfg["seed"]), workers=True, verbose=False)
         yield
+
+
+def seed_of(value: Any, name: str = "seed") -> int:
+    """Return a seed that all generators take.
+
+    Raises:
+        ValueError: It is no whole number of 32 bits.
+
+    >>> seed_of("7")
+    7
+    """
+    try:
+        seed = int(value)
+    except (TypeError, ValueError, OverflowError):
+        seed = -1
+    if isinstance(value, bool) or not 0 <= seed < 2**32 or seed != float(value):
+        raise ValueError(
+            explain(f"`{name}` is a whole number from 0 to 2**32 - 1", repr(value), f"say {name}=0")
+        )
+    return seed
 
 
 def refuse_nan(objective: float | Sequence[float] | None) -> None:

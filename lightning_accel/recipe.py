@@ -36,7 +36,7 @@ import lightning_accel
 from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_roots, typed_words, walk
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.errors import AccelError, Unsupported, explain
-from lightning_accel.job import refuse_nan
+from lightning_accel.job import refuse_nan, seed_of
 from lightning_accel.provenance import withheld
 from lightning_accel.redact import below_secrets, redacted, unsaid
 from lightning_accel.surgery.preserve import preserve_rng
@@ -193,7 +193,7 @@ def _prepared(cfg: Any, allow: Sequence[str], outputs: Sequence[str | Path]) -> 
         "model": teacher["model"],
         "data": {**(tree.get("data") or {}), **(teacher.get("data") or {})},
         "trainer": teacher.get("trainer") or {},
-        "seed": int(teacher.get("seed", 0)),
+        "seed": seed_of(teacher.get("seed", 0), "teacher.seed"),
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
     kind = teacher["model"]["_target_"].rpartition(".")[2].lower()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_accel import (
@@ -17,6 +18,7 @@ from lightning_accel import (
     load_from_checkpoint,
     prune,
     prune_before_sharding,
+    tune,
 )
 
 X = torch.randn(2, 4)
@@ -32,6 +34,10 @@ BUILD: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...]]] = {
     "importance": (lambda v: StructuredPruning(ratio=0.5, when=1, importance=v), (nn.Linear, 3)),
     "class of a checkpoint": (lambda v: load_from_checkpoint(v, "a.ckpt"), (3, nn.Linear, None)),
     "network": (lambda v: prune(v, example=X, ratio=0.5), (3, nn.Linear, None)),
+    "data": (
+        lambda v: tune(BoringModel(), v),
+        (3, "data", object(), [3], {"a": 3}, [range(2), b"x"]),
+    ),
     "module": (lambda v: prune_before_sharding(v, example=X, ratio=0.5), (3, nn.Linear(4, 4))),
 }
 
@@ -45,8 +51,6 @@ def test_what_cannot_be_meant_is_refused_in_three_parts(name: str) -> None:
 
 
 def test_a_checkpoint_that_is_not_there_is_said_in_three_parts() -> None:
-    from lightning.pytorch.demos.boring_classes import BoringModel
-
     with pytest.raises(FileNotFoundError, match=r"no such checkpoint\. Found: a\.ckpt\. Do: "):
         load_from_checkpoint(BoringModel, "a.ckpt")
     with pytest.raises(TypeError, match=r"Found: 3\. Do: "):

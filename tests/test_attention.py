@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from lightning_accel.attention import BACKENDS, AttentionBackend, attention_back
 
 KERNELS = ("flash", "mem_efficient", "cudnn", "math")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.usefixtures("clean_dynamo"),
+]
 
 
 class Attending(LightningModule):
@@ -151,3 +153,27 @@ def test_two_fits_in_one_do_not_mix(trainer_kwargs: dict[str, Any]) -> None:
 
     Trainer(**trainer_kwargs, callbacks=[Validates("math")]).fit(model, data())
     assert state() == before
+
+
+def test_a_training_without_attention_is_told_once(trainer_kwargs: dict[str, Any]) -> None:
+    class Dense(Attending):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.seen.append("training_step" in vars(self))
+            return self.net.head(batch[0]).square().mean()
+
+    def fit(model: LightningModule) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            kwargs = {**trainer_kwargs, "callbacks": [AttentionBackend("math")]}
+            Trainer(**kwargs).fit(model, data())
+        return [str(w.message) for w in caught if "AttentionBackend" in str(w.message)]
+
+    dense = Dense()
+    dense.net.head = nn.Linear(8, 4)
+    (said,) = fit(dense)
+    assert "no call of `scaled_dot_product_attention` in a step of Dense" in said
+    assert "Do: leave it out" in said
+    assert dense.seen == [True, False, False, False], "looked at once"
+    assert not fit(Attending())
+    dense.compiled = torch.compile(lambda x: x, backend="eager")  # where a look would compile anew
+    assert not fit(dense)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,19 @@ def run(*arguments: str, cwd: Path, script: str = "examples/train.py") -> str:
     status, printed = run_script(ROOT / script, *arguments, cwd=cwd, path=(ROOT,))
     assert status == 0, printed[-6000:]
     return printed
+
+
+WORDLESS = sorted(p for p in (ROOT / "examples").glob("*.py") if p.name != "train.py")
+
+
+@pytest.mark.parametrize("path", WORDLESS, ids=lambda path: path.stem)
+def test_an_example_without_options_refuses_words(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [path.name, "callbacks.pruning.ratio=0.3"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    assert "unrecognized arguments: callbacks.pruning.ratio=0.3" in capsys.readouterr().err
 
 
 # --- data -------------------------------------------------------------------------------------------

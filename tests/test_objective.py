@@ -120,6 +120,10 @@ def test_a_typo_ends_the_fit_after_one_epoch_and_names_the_nearest(
         ({"limit_val_batches": 0}, 1),
         ({"val_check_interval": 0.5}, 1),
         ({"num_sanity_val_steps": 0}, 1),
+        ({"max_epochs": 1}, 1),
+        ({"max_steps": 2}, 1),
+        ({"fast_dev_run": True}, 1),
+        ({"check_val_every_n_epoch": 9}, 4),  # a validation that never comes
     ],
     ids=str,
 )

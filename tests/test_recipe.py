@@ -766,6 +766,18 @@ def test_a_job_leaves_no_rank_behind() -> None:
     assert not {"LOCAL_RANK", "MASTER_PORT", "PL_GLOBAL_SEED"} & set(os.environ)
 
 
+@pytest.mark.parametrize("seed", ["x", 1.5, -1, 2**32, True, [1], float("nan"), "1.5", ""])
+def test_what_is_no_seed_is_refused_in_three_parts(seed: Any) -> None:
+    with (
+        pytest.raises(ValueError, match=r"`seed` is a whole number .*Found: .*Do: "),
+        job({"seed": seed}),
+    ):
+        pass
+    described = {"model": {"_target_": "torch.nn.Identity"}, "seed": seed}
+    with pytest.raises(ValueError, match=r"`teacher\.seed` is a whole number"):
+        prepare_teacher({"teacher": described})
+
+
 # --- the configuration of the examples ------------------------------------------------------------------
 
 

@@ -42,6 +42,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
     pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings(
+        "ignore:AttentionBackend has nothing to choose"
+    ),  # chosen here, not measured
 ]
 
 MANY = Settings(precision="bf16", matmul="medium", optimizer="fused", attention="math")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch._dynamo import eval_frame
 from typing_extensions import override
 
-from lightning_accel.attention.backend import attention_backend, check
+from lightning_accel.attention.backend import attention_backend, check, uses_attention
+from lightning_accel.bridge.step import Around
+from lightning_accel.errors import explain
 
 
 class AttentionBackend(Callback):
     """Compute `scaled_dot_product_attention` with one kernel where it can; with the others elsewhere.
 
     The choice holds for the whole process while the Trainer runs, and is undone afterwards. Networks that
-    never call `scaled_dot_product_attention` are not affected. `AutoTune` measures whether it pays.
+    never call `scaled_dot_product_attention` are not affected, which the first training step tells; it cannot
+    be seen in a process that compiles. `AutoTune` measures whether a kernel pays.
 
     Args:
         backend: "flash", "efficient", "cudnn" or "math".
@@ -29,18 +36,62 @@ class AttentionBackend(Callback):
     def __init__(self, backend: str) -> None:
         self.backend = check(backend)
         self._held = ExitStack()
+        self._around: Around | None = None
+        self._attends = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._held.close()
+        self._leave()
         self._held.enter_context(attention_backend(self.backend))
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _compiles():  # a look at compiled code compiles it once more
+            self._attends = False
+            self._around = Around(pl_module, "training_step", self._look)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._around is None:
+            return
+        self._unwatch()
+        if not self._attends:
+            rank_zero_warn(
+                explain(
+                    "AttentionBackend has nothing to choose in this training",
+                    f"no call of `scaled_dot_product_attention` in a step of {type(pl_module).__name__}",
+                    "leave it out, or compute attention with that function",
+                )
+            )
+
+    def _look(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given: list[Any] = []
+        found = uses_attention(lambda: given.append(method(*args, **kwargs)))
+        self._attends = self._attends or found
+        return given[0]
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._held.close()
+        self._leave()
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._unwatch()
         self._held.close()
+
+    def _unwatch(self) -> None:
+        if self._around is not None:
+            self._around.remove()
+        self._around = None
+
+
+def _compiles() -> bool:
+    """Whether this process has made anything to compile, also in functions that nobody can look into."""
+    return any(backend is not None for backend in eval_frame.cached_backends.values())

@@ -1,8 +1,8 @@
 """The number that a sweep optimises: a name that nobody logs is refused early, not after the whole fit.
 
 What a module logs can be known only once it has logged: from the sanity check, which says something about
-validation, and for certain from the first epoch with a validation in it. What a callback of this package
-brings at the end of a fit (`report/ratio_macs`) it says beforehand, in `brings`.
+validation, and for certain from the first epoch with a validation in it, or from the end of the fit. What a
+callback of this package brings at the end of a fit (`report/ratio_macs`) it says beforehand, in `brings`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Objective(Callback):
 
     Raises:
         TypeError: `metric` is no name.
-        AccelError: In the fit, before its first epoch or after it: no such metric will be there.
+        AccelError: In the fit, before its first epoch, after it, or at the end: no such metric will be there.
 
     >>> Objective("val/acc").names
     ('val/acc',)
@@ -85,9 +85,12 @@ class Objective(Callback):
         all_logged = self._has_trained and (self._has_validated or not _validates(trainer))
         if self._is_certain or not all_logged:
             return
-        self._is_certain = True
-        for name in self._missing(trainer):
-            raise _refusal(name, trainer.callback_metrics)
+        self._refuse_missing(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._has_trained and not self._is_certain:  # one epoch, or no validation within the fit
+            self._refuse_missing(trainer)
 
     def value(self, trainer: Trainer) -> float | list[float] | None:
         """Return what was asked for: after a fit, and before anything else is run with this Trainer.
@@ -102,6 +105,11 @@ class Objective(Callback):
         if self.metric is None:
             return None
         return found[0] if isinstance(self.metric, str) else found
+
+    def _refuse_missing(self, trainer: Trainer) -> None:
+        self._is_certain = True
+        for name in self._missing(trainer):
+            raise _refusal(name, trainer.callback_metrics)
 
     def _missing(self, trainer: Trainer) -> list[str]:
         there = trainer.callback_metrics

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils._pytree import tree_leaves
+
 from lightning_accel.errors import explain
 
 
@@ -80,3 +82,22 @@ def folder_of(cache: Any, default: Path) -> Path | None:
             explain("`cache` is a folder, true or false", repr(cache), "pass 'tuning_cache'")
         )
     return Path(cache).expanduser()
+
+
+def readable(data: Any) -> Any:
+    """Return what `Trainer.fit` can read: a LightningDataModule, or something to iterate, or several in a tree.
+
+    >>> readable([range(3), {"a": [range(2)]}])
+    [range(0, 3), {'a': [range(0, 2)]}]
+    """
+    leaves = [] if hasattr(data, "train_dataloader") else tree_leaves(data)
+    wrong = [d for d in leaves if isinstance(d, (str, bytes)) or not hasattr(d, "__iter__")]
+    if wrong and data is not None:
+        raise TypeError(
+            explain(
+                "`data` is a DataLoader, several, or a LightningDataModule",
+                repr(wrong[0])[:80],
+                "pass what `Trainer.fit` takes, or `None` where the module brings its own",
+            )
+        )
+    return data

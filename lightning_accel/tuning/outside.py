@@ -14,7 +14,7 @@ from lightning_accel.bridge.data import unread
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.preserve import preserve_rng
-from lightning_accel.tuning.arguments import whole
+from lightning_accel.tuning.arguments import readable, whole
 from lightning_accel.tuning.callback import AutoTune
 from lightning_accel.tuning.report import TuneReport
 
@@ -50,7 +50,7 @@ def tune(
             `accumulate_grad_batches` and `accelerator`.
 
     Raises:
-        TypeError: `module` is no LightningModule.
+        TypeError: `module` is no LightningModule, or `data` nothing to read.
         AccelError: The training step cannot be repeated on a copy.
 
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -63,6 +63,7 @@ def tune(
         raise TypeError(
             explain("`module` is a LightningModule", type(module).__name__, "pass one to tune")
         )
+    readable(data)
     tuning = AutoTune(
         numerics=numerics,
         budget_s=budget_s,
