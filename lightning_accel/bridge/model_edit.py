@@ -9,14 +9,16 @@ has the hooks `on_model_edit_start(trainer, pl_module)` or
 from __future__ import annotations
 
 import gc
+import re
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.bridge import beside, bests
@@ -25,14 +27,16 @@ from lightning_accel.bridge.optimizers import (
     hidden_beside,
     optimizers_of,
     refuse_flat,
+    refuse_unclear,
     shadows_of,
     unwatch,
     watch,
 )
 from lightning_accel.bridge.parts import following, forget_parts, note_parts, widened
 from lightning_accel.bridge.restore import averages, pristine, register, remember
-from lightning_accel.errors import AccelError
+from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import Cut, Receipt, Stage, Structure, follow
+from lightning_accel.surgery.shadows import Shadow
 
 _LEFT: weakref.WeakKeyDictionary[LightningModule, Structure] = weakref.WeakKeyDictionary()
 """The sizes that the last cut of a fit left."""
@@ -79,6 +83,7 @@ class ModelEdit(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        _explain(trainer, pl_module, exception)
         self._leave(pl_module)
 
     def _leave(self, pl_module: LightningModule) -> None:
@@ -121,6 +126,7 @@ def commit(
     hidden = hidden_beside(trainer, pl_module)
     shadows = shadows_of(trainer, pl_module, hidden)  # while shapes still tell whose they are
     refuse_flat(shadows)
+    refuse_unclear(shadows, {name: (*kept.dims, kept.flat) for name, kept in cut.kept.items()})
     in_parts = [(part.copy, part.cut(cut)) for part in parts if part.at is None]
     receipt = cut.apply(pl_module)
     beside.Cuts(pl_module).add(cut)
@@ -129,7 +135,7 @@ def commit(
     for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         cut.apply(average)
     _warn_of_resets(follow(optimizers_of(trainer, pl_module, hidden), receipt))
-    shadows.follow(cut.kept)
+    _tell_of_shadows(shadows.follow(cut.kept))
     if finish is not None:
         finish()
     if wrapped:
@@ -199,6 +205,34 @@ def _late(given: list[ModelEdit], right: list[ModelEdit]) -> AccelError:
         ", ".join(f"{type(edit).__name__} ({edit.stage.name})" for edit in given),
         "order them as " + ", ".join(type(edit).__name__ for edit in right),
     )
+
+
+def _tell_of_shadows(cut: list[Shadow]) -> None:
+    """Say what else was cut: a record that was to stay whole looks like an anchor."""
+    counts = Counter(re.split(r"\[", shadow.where)[0] for shadow in cut)
+    found = ", ".join(f"`{where}` ({count})" for where, count in list(counts.items())[:8])
+    if found:
+        rank_zero_info(f"Tensors kept beside the weights were cut along: {found}.")
+
+
+def _explain(trainer: Trainer, pl_module: LightningModule, error: BaseException) -> None:
+    """Say in an error about sizes who still keeps tensors of the dense network's, if somebody does."""
+    text = str(error)
+    left = _LEFT.get(pl_module)
+    if left is None or isinstance(error, AccelError) or not re.search("size|shape|dimension", text):
+        return
+    dense = pristine(pl_module).tensors
+    gone = {shape for name, shape in dense.items() if left.tensors.get(name) != shape}
+    found = shadows_of(trainer, pl_module, hidden_beside(trainer, pl_module)).of_shape(gone)
+    if found:
+        error.args = (
+            explain(
+                "tensors of the network's sizes before its prune are kept where no edit could follow them",
+                f"{', '.join(f'`{where}`' for where in found[:4])}; and so: {text}",
+                "keep them in a dict by the names of parameters, or renew them in "
+                "`on_model_edit_end(trainer, pl_module, receipt)`",
+            ),
+        )
 
 
 def _warn_of_resets(followed: Receipt) -> None:

@@ -11,21 +11,14 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_accel.errors import Unsupported
 from lightning_accel.surgery.optimizers import Steps, is_optimizer, parameters_of, within
-from lightning_accel.surgery.owners import attributes, owners
+from lightning_accel.surgery.owners import kept_by, owners
 from lightning_accel.surgery.shadows import Shadows
 
 _WATCHED: weakref.WeakKeyDictionary[nn.Module, Steps] = weakref.WeakKeyDictionary()
-_CONTAINERS = (dict, list, tuple, set, str, bytes)
-_ELSEWHERE = {
-    *("_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer", "_strategy"),
-    *("state", "param_groups", "_dtype"),  # state follows by `follow`
-}
 
 
 def watch(pl_module: LightningModule) -> None:
@@ -99,19 +92,32 @@ def shadows_of(trainer: Trainer, pl_module: LightningModule, hidden: Sequence[An
     known = {id(o) for o in optimizers}
     for one in hidden:
         if id(one) not in known:
-            holders |= _held_by(one, _free(holders, getattr(one, "__name__", type(one).__name__)))
+            holders[_free(holders, getattr(one, "__name__", type(one).__name__))] = kept_by(one)
     for number, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
         if not isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             ours = type(callback).__module__.startswith("lightning_accel.")
-            holders |= {} if ours else _held_by(callback, f"{type(callback).__name__}{number}")
+            if not ours:
+                holders[f"{type(callback).__name__}{number}"] = kept_by(callback)
     for name, module in pl_module.named_modules():
-        holders |= _held_by(module, name or type(pl_module).__name__)
+        holders[name or type(pl_module).__name__] = kept_by(module)
     return Shadows(pl_module, holders, _orders(optimizers))
 
 
 def kept_beside(optimizers: Sequence[Any], model: nn.Module) -> Shadows:
     """Return the tensors that optimizers keep beside parameters, as Lookahead its slow weights."""
     return Shadows(model, _held_by_optimizers(optimizers), _orders(optimizers))
+
+
+def refuse_unclear(shadows: Shadows, parts: Mapping[str, Sequence[Tensor | None]]) -> None:
+    """Raise when something kept could belong to several parameters, of which other parts are meant."""
+    unclear = shadows.unclear(parts)
+    if unclear:
+        first = unclear[0]
+        raise Unsupported(
+            "a tensor kept beside the weights fits several of them, and nothing tells which is meant",
+            f"`{first.where}`: {', '.join((first.name, *first.rivals))}",
+            "keep a dict by the full names of parameters, `pl_module.named_parameters()`",
+        )
 
 
 def refuse_flat(shadows: Shadows) -> None:
@@ -125,34 +131,13 @@ def refuse_flat(shadows: Shadows) -> None:
 
 
 def _held_by_optimizers(optimizers: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    holders: dict[str, dict[str, Any]] = {}
-    for number, optimizer in enumerate(optimizers):
-        holders |= _held_by(optimizer, f"optimizer{number}")
-    return holders
+    return {f"optimizer{n}": kept_by(one) for n, one in enumerate(optimizers)}
 
 
 def _orders(optimizers: Sequence[Any]) -> list[list[nn.Parameter]]:
     """Return the orders in which optimizers have parameters: of each group, and of all together."""
     flat = [list(parameters_of(o)) for o in optimizers]
     return [*(group["params"] for o in optimizers for group in o.param_groups), *flat]
-
-
-def _held_by(one: Any, where: str) -> dict[str, dict[str, Any]]:
-    """Return what an object holds, and what objects and closures that it holds do (an `Ema`)."""
-    own = {k: v for k, v in attributes(one).items() if k not in _ELSEWHERE}
-    found = {where: own}
-    for key, value in own.items():
-        if _looks_inside(value):
-            found[f"{where}.{key}"] = {
-                k: v for k, v in attributes(value).items() if k not in _ELSEWHERE
-            }
-    return found
-
-
-def _looks_inside(value: Any) -> bool:
-    if isinstance(value, (type, nn.Module, Tensor, Trainer, Strategy, *_CONTAINERS)):
-        return False
-    return not isinstance(value, Optimizer) and bool(attributes(value))
 
 
 def _free(taken: Mapping[str, Any], name: str) -> str:

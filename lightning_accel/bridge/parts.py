@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.errors import Unsupported
 from lightning_accel.surgery import Cut, Structure
+from lightning_accel.surgery.owners import children, kept_by
 from lightning_accel.surgery.structure import named_tensors, replace_data, set_size
 
 ValueT = TypeVar("ValueT")
@@ -173,18 +174,21 @@ class PartState:
 
 def _kept_by_callbacks(trainer: Trainer) -> Iterator[tuple[str, nn.Module]]:
     for number, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
-        if type(callback).__module__.startswith("lightning_accel."):
-            continue
-        for key, held in vars(callback).items():
-            inner = {} if isinstance(held, (type, nn.Module, Trainer)) else _attributes(held)
-            for path, one in ((key, held), *((f"{key}.{k}", v) for k, v in inner.items())):
-                if isinstance(one, nn.Module) and not isinstance(one, LightningModule):
-                    copy = one.module if isinstance(one, AveragedModel) else one
-                    yield f"{type(callback).__name__}{number}.{path}", copy
+        if not type(callback).__module__.startswith("lightning_accel."):
+            for key, held in kept_by(callback).items():
+                yield from _modules_in(held, f"{type(callback).__name__}{number}.{key}", set())
 
 
-def _attributes(held: Any) -> dict[str, Any]:
-    return dict(vars(held)) if hasattr(held, "__dict__") else {}
+def _modules_in(
+    held: Any, where: str, seen: set[int], depth: int = 0
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the networks in a container, an object or a closure."""
+    if isinstance(held, nn.Module) and not isinstance(held, LightningModule):
+        yield where, held.module if isinstance(held, AveragedModel) else held
+    elif depth < 4 and id(held) not in seen:
+        seen.add(id(held))
+        for _, at, inner in children(held):
+            yield from _modules_in(inner, where + at, seen, depth + 1)
 
 
 def _is_average(part: Part, at_start: Mapping[str, float]) -> bool:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import functools
 import gc
 import types
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 _HOPS = 24  # a dict, a list and a cell may lie between two objects
 _CONTAINERS = (dict, list, tuple, set, types.CellType)
@@ -31,6 +34,16 @@ _ELSEWHERE = ("lightning.", "pytorch_lightning.", "lightning_fabric.", "lightnin
 """Whose objects hold optimizers by design, and keep nothing beside them."""
 _LOOKED_AT = {"Trainer", "Callback", "Strategy", "DataLoader"}
 """Bases of what is searched by its attributes."""
+_MOST = 10_000  # entries of one container: more is data
+IN_ORDER = (list, tuple, deque, nn.ParameterList)
+_SEQUENCES = (*IN_ORDER, set, frozenset)
+_PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, nn.Module, Optimizer)
+_APART = {"Trainer", "Strategy", "DataLoader", "Dataset", "LightningDataModule", "Logger"}
+"""Bases of what leads away, to data or to the whole fit."""
+_OF_OTHERS = {
+    *("_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer", "_strategy"),
+    *("state", "param_groups", "_dtype"),  # state follows by `follow`
+}
 
 
 def owners(held: Iterable[Any]) -> list[Any]:
@@ -86,6 +99,35 @@ def attributes(one: Any) -> dict[str, Any]:
     held = dict(vars(one)) if hasattr(one, "__dict__") else {}
     slots = [s for base in type(one).__mro__ for s in getattr(base, "__slots__", ())]
     return held | {s: getattr(one, s) for s in slots if isinstance(s, str) and hasattr(one, s)}
+
+
+def children(value: Any) -> list[tuple[Any, str, Any]]:
+    """Return what a container, an object or a closure holds: its key, where that is, and what it is.
+
+    >>> children({"a": 1}), children((2,))
+    ([('a', "['a']", 1)], [(0, '[0]', 2)])
+    """
+    if isinstance(value, nn.ParameterDict):
+        value = dict(value.items())
+    if isinstance(value, (Mapping, *_SEQUENCES)):
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return [(k, f"[{_label(k)}]", v) for k, v in islice(pairs, _MOST)]
+    lineage = {base.__name__ for base in type(value).__mro__}
+    plain = isinstance(value, (Tensor, *_PLAIN)) or bool(lineage & _APART)
+    if plain or f"{type(value).__module__}.".startswith(
+        (*_ELSEWHERE, "numpy.", "pandas.", "wandb.")
+    ):
+        return []
+    return [(k, f".{k}", v) for k, v in kept_by(value).items()]
+
+
+def kept_by(one: Any) -> dict[str, Any]:
+    """Return by name what an object keeps that is not the work of Lightning, of modules or of optimizers."""
+    return {k: v for k, v in attributes(one).items() if k not in _OF_OTHERS}
+
+
+def _label(key: Any) -> str:
+    return repr(key) if isinstance(key, (str, int)) else type(key).__name__
 
 
 def contents(cell: types.CellType) -> list[Any]:

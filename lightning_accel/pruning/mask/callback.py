@@ -13,7 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.bridge import guards
-from lightning_accel.bridge.optimizers import hidden_beside, optimizers_of, shadows_of
+from lightning_accel.bridge.optimizers import (
+    hidden_beside,
+    optimizers_of,
+    refuse_unclear,
+    shadows_of,
+)
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import explain
 from lightning_accel.pruning import masks as masking
@@ -204,7 +209,9 @@ class WeightMasks(Callback):
         hidden = hidden_beside(trainer, pl_module)
         for optimizer in optimizers_of(trainer, pl_module, hidden):
             masking.hold(pl_module, self.masks, optimizer)
-        for shadow in shadows_of(trainer, pl_module, hidden):
+        shadows = shadows_of(trainer, pl_module, hidden)
+        refuse_unclear(shadows, {name: (mask,) for name, mask in self.masks.items()})
+        for shadow in shadows:
             if shadow.name in self.masks:
                 gone = ~self.masks[shadow.name].to(shadow.tensor.device)
                 shadow.tensor.data.masked_fill_(gone, 0.0)
