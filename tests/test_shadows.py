@@ -146,6 +146,9 @@ def test_of_two_equal_layers_nothing_tells_is_unclear() -> None:
     assert shadows.unclear({"net.0.weight": left, "net.2.weight": right})
     assert not shadows.unclear({"net.0.weight": left, "net.2.weight": left})
     assert not shadows.unclear({"net.3.weight": left})
+    by_layer = {"net.2": fisher}  # what a name further out tells
+    found = list(Shadows(model, {"callback": {"fisher": by_layer}}))
+    assert [(s.name, s.rivals) for s in found] == [("net.2.weight", ()), ("net.2.bias", ())]
 
 
 # --- in a fit -----------------------------------------------------------------------------------------
