@@ -39,6 +39,7 @@ def test_ranks_agree_through_prune_and_resume(tmp_path: Path, importance: str, u
     assert zero["resumed"] == zero["whole"][-len(zero["resumed"]) :]
     assert zero["from_cut"] == zero["whole"][-2:]  # the two epochs after the last cut
     assert len(set(zero["whole"])) == 6
+    assert zero["averages"] == [True] * 20  # of ten tensors at two prunes
 
 
 LOSSES = "kd,logit_standardized_kd,dkd,dist,jsd,fitnet,attention_transfer,rkd,similarity_preserving,crd,own"

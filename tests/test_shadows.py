@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable
@@ -252,3 +253,23 @@ def test_a_record_that_is_cut_along_is_told(
     }
     assert "kept beside the weights were cut along: " in said[0]
     assert "`Keeps1.first` (5)" in said[0]
+
+
+@pytest.mark.parametrize("of", ["part", "whole"])
+def test_a_copy_that_two_hold_is_cut_once(trainer_kwargs: dict[str, Any], of: str) -> None:
+    class Holds(Callback):
+        copy: Any = None
+
+    class Moves(Holds):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            self.copy = copy.deepcopy(pl_module.net if of == "part" else pl_module)
+            self.copy.requires_grad_(False)
+            onlooker.copy = [self.copy] if of == "part" else self.copy
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            for held, p in zip(self.copy.parameters(), pl_module.parameters(), strict=True):
+                held.lerp_(p.detach(), 0.5)
+
+    onlooker, moves = Holds(), Moves()
+    module = fit(trainer_kwargs, StructuredPruning(ratio=0.5, when=1), moves, onlooker)
+    assert [p.shape for p in moves.copy.parameters()] == [p.shape for p in module.parameters()]

@@ -67,9 +67,10 @@ def parts_of(trainer: Trainer, pl_module: LightningModule) -> list[Part]:
             sources = [s for s in sources if not _related(s, name)]
             if sources:
                 found.append(Part(name, copy, sources[0], name))
-    whole = {id(average) for average in averages(trainer.callbacks, pl_module)}  # type: ignore[attr-defined]
+    known = own | {id(average) for average in averages(trainer.callbacks, pl_module)}  # type: ignore[attr-defined]
     for where, copy in _kept_by_callbacks(trainer):
-        if id(copy) not in own | whole:
+        if id(copy) not in known:
+            known.add(id(copy))  # others may hold it as well
             tensors = _shapes(copy)
             sources = [s for s in shapes if learns[s] and tensors and shapes[s] == tensors]
             if sources:

@@ -69,13 +69,15 @@ def remember(pl_module: LightningModule, before: Structure) -> None:
 
 
 def averages(callbacks: list[Callback], pl_module: LightningModule) -> Iterator[nn.Module]:
-    """Yield the copies of `pl_module` that callbacks keep: moving and stochastic weight averages."""
+    """Yield the copies of `pl_module` that callbacks keep, each once: moving and stochastic weight averages."""
     names = {name for name, _ in pl_module.named_parameters()}
+    found: list[nn.Module] = []
     for callback in callbacks:
         for held in vars(callback).values():
             for copy in (held, getattr(held, "module", None)):
-                if not isinstance(copy, nn.Module) or copy is pl_module:
+                if not isinstance(copy, nn.Module) or copy is pl_module or copy in found:
                     continue
+                found.append(copy)
                 if names and {name for name, _ in copy.named_parameters()} == names:
                     yield copy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -39,14 +40,53 @@ class Images(LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
+class Averages(Callback):
+    """Moving averages of a part, by name and as a copy, and whether each prune cut them as their network."""
+
+    def __init__(self) -> None:
+        self.right: list[bool] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.named = {n: p.detach().clone() for n, p in pl_module.net.named_parameters()}
+        self.part = copy.deepcopy(pl_module.net).requires_grad_(False)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.named.values(), *(p.data for p in self.part.parameters())]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        for held, p in zip(self.tensors(), [*pl_module.net.parameters()] * 2, strict=True):
+            held.lerp_(p.detach(), 0.5)
+
+    def on_model_edit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.before = [(n, t.numpy().copy()) for n, t in self.named.items()]
+
+    def on_model_edit_end(self, trainer: Trainer, pl_module: Any, receipt: Any) -> None:
+        kept = {move.name: move.kept for move in receipt.moved}
+        for (name, was), one, other in zip(
+            self.before, self.named.values(), self.part.parameters(), strict=True
+        ):
+            expected = torch.from_numpy(was)
+            if f"net.{name}" in kept:
+                expected = kept[f"net.{name}"].take(expected)
+            self.right.append(torch.equal(one, expected) and torch.equal(other, expected))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": [t.clone() for t in self.tensors()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for held, stored in zip(self.tensors(), state["kept"], strict=True):
+            held.copy_(stored)
+
+
 class Digests(Callback):
-    """Weights and optimizer state of this rank after each epoch, and after a prune the buffers too.
+    """Weights, averages and optimizer state of this rank after each epoch, and after a prune the buffers too.
 
     (Between two forwards of DDP, batch-norm buffers of ranks other than 0 are their own.)
     """
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.averages = Averages()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = trainer.optimizers[0].state
@@ -57,6 +97,7 @@ class Digests(Callback):
         self._note(list(pl_module.state_dict().values()))
 
     def _note(self, tensors: list[Tensor]) -> None:
+        tensors = [*tensors, *self.averages.tensors()]
         digest = hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors))
         self.seen.append(digest.hexdigest())
 
@@ -72,6 +113,7 @@ def fit(folder: Path, importance: str, find_unused: bool, ckpt: str | None = Non
         strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=find_unused),
         callbacks=[
             StructuredPruning(ratio=0.5, when=[1, 2], importance=importance),
+            digests.averages,
             digests,
             ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}"),
         ],
@@ -90,5 +132,12 @@ if __name__ == "__main__":
     from_cut = fit(folder / "c", importance, find_unused, str(folder / "a" / "epoch=2-cut.ckpt"))
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(
-        json.dumps({"whole": whole.seen, "resumed": resumed.seen, "from_cut": from_cut.seen})
+        json.dumps(
+            {
+                "whole": whole.seen,
+                "resumed": resumed.seen,
+                "from_cut": from_cut.seen,
+                "averages": whole.averages.right,
+            }
+        )
     )
