@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel import StructuredPruning, WeightMasks
+from lightning_accel import StructuredPruning, WeightMasks, prune
 from lightning_accel.bridge import model_edit
 from lightning_accel.errors import Unsupported
 from lightning_accel.surgery.receipt import Kept
@@ -152,6 +152,50 @@ def test_of_two_equal_layers_nothing_tells_is_unclear() -> None:
     assert [(s.name, s.rivals) for s in found] == [("net.2.weight", ()), ("net.2.bias", ())]
 
 
+class LitEma(nn.Module):
+    """Keeps an average in buffers whose names are the parameters' without dots."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {n: n.replace(".", "") for n, _ in model.named_parameters()}
+        for name, p in model.named_parameters():
+            self.register_buffer(self.names[name], p.detach().clone())
+        self.register_buffer("decay", torch.tensor(0.5))
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            held = getattr(self, self.names[name])
+            held.sub_((1 - self.decay) * (held - p))
+
+
+class Latent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Model().net
+        self.ema = LitEma(self.net)
+        for name, p in self.net.named_parameters():  # as elastic weight consolidation
+            self.net.register_buffer(name.replace(".", "__") + "_fisher", p.detach().square())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_buffers_under_a_name_without_dots_are_cut_as_their_parameter() -> None:
+    """CompVis/latent-diffusion's `LitEma`; kuc2477/pytorch-ewc."""
+    latent = Latent()
+    masked = copy.deepcopy(latent)
+    prune(latent, example=torch.randn(2, 6), ratio=0.5)
+    for net in (latent, masked):
+        net.ema(net.net)
+    for name, p in latent.net.named_parameters():
+        average = getattr(latent.ema, name.replace(".", ""))
+        assert torch.equal(average, p)  # it was equal, and so it moves nowhere
+        assert torch.equal(getattr(latent.net, name.replace(".", "__") + "_fisher"), p.square())
+    assert latent.net[0].out_features == 3 and latent.ema.decay.shape == ()
+
+
 # --- in a fit -----------------------------------------------------------------------------------------
 
 
@@ -200,8 +244,8 @@ class Keeps(Callback):
         self.update()
 
 
-def fit(trainer_kwargs: dict[str, Any], *callbacks: Callback) -> Lit:
-    module = Lit()
+def fit(trainer_kwargs: dict[str, Any], *callbacks: Callback, make: type[Lit] = Lit) -> Any:
+    module = make()
     data = DataLoader(TensorDataset(torch.randn(8, 6)), 4)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers|.*smaller than the logging")
@@ -273,3 +317,39 @@ def test_a_copy_that_two_hold_is_cut_once(trainer_kwargs: dict[str, Any], of: st
     onlooker, moves = Holds(), Moves()
     module = fit(trainer_kwargs, StructuredPruning(ratio=0.5, when=1), moves, onlooker)
     assert [p.shape for p in moves.copy.parameters()] == [p.shape for p in module.parameters()]
+
+
+class Diffusion(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ema = LitEma(self.net)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ema(self.net)
+
+
+def test_masks_hold_in_an_average_in_buffers(trainer_kwargs: dict[str, Any]) -> None:
+    """neuralmagic/sparseml#1486: an average that is not masked is not sparse."""
+    module = fit(trainer_kwargs, WeightMasks(amount=0.5, when=1), make=Diffusion)
+    assert int((module.net[0].weight == 0).sum()) == 18
+    assert torch.equal(module.ema.get_buffer("0weight") == 0, module.net[0].weight == 0)
+
+
+def test_a_fit_with_an_average_in_buffers_is_resumed_after_a_prune(
+    trainer_kwargs: dict[str, Any], tmp_path: Any
+) -> None:
+    def run(epochs: int, ckpt: Any = None) -> Diffusion:
+        module, prunes = Diffusion(), StructuredPruning(ratio=0.5, when=1)
+        trainer = Trainer(**{**trainer_kwargs, "max_epochs": epochs}, callbacks=[prunes])
+        data = DataLoader(TensorDataset(torch.ones(8, 6)), 4)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers|.*smaller than the")
+            warnings.filterwarnings("ignore", "Be aware that when using")
+            trainer.fit(module, data, ckpt_path=ckpt)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    run(2)
+    whole, resumed = run(3).state_dict(), run(3, tmp_path / "2.ckpt").state_dict()
+    assert whole["ema.0weight"].shape == (3, 6)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

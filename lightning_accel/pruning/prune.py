@@ -25,6 +25,7 @@ from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.verify import Verifier, in_dtype_of, runs
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
 from lightning_accel.surgery.call import Call, as_call, batch_size, first
+from lightning_accel.surgery.mirrors import with_mirrors
 
 _EVERYTHING, _AS_IT_IS = Select(), Structure()
 _SAMPLES = 2  # enough for batch norm in train mode
@@ -176,6 +177,7 @@ def plan(
     cut = graph.cut(found.gone)
     if compensate:
         cut = _compensated(graph, cut, found.gone, data)
+    cut = with_mirrors(model, cut)
     note = _reached(graph, found.gone, ratio, target)
     return dataclasses.replace(
         cut, skipped=(*graph.skipped, *found.refused), notes=(note, *cut.notes)

@@ -24,6 +24,7 @@ from lightning_accel.errors import explain
 from lightning_accel.pruning import masks as masking
 from lightning_accel.pruning.schedule import require_reached
 from lightning_accel.surgery import Receipt, Select
+from lightning_accel.surgery.mirrors import mirrored
 from lightning_accel.surgery.optimizers import Steps
 
 
@@ -215,6 +216,9 @@ class WeightMasks(Callback):
             if shadow.name in self.masks:
                 gone = ~self.masks[shadow.name].to(shadow.tensor.device)
                 shadow.tensor.data.masked_fill_(gone, 0.0)
+        for name, of in mirrored(pl_module).items():
+            if of in self.masks:
+                pl_module.get_buffer(name).masked_fill_(~self.masks[of], 0.0)
         for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
             masking.apply_masks(average, self.masks)
         return receipt
