@@ -204,7 +204,8 @@ class Moment:
         self._put_attributes()
         for tensor, before in self._tensors:
             if not _same(tensor, before):
-                tensor.data.copy_(before)  # without a new version, which an earlier graph would miss
+                # Without a new version, which an earlier graph would miss.
+                tensor.data.copy_(before)
         if self._random is not None:
             self._random.come_back()
 
