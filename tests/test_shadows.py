@@ -228,12 +228,6 @@ class Keeps(Callback):
         held = [w.detach().clone() for w in self.weights]
         self.update = lambda: [h.lerp_(w, 0.5) for h, w in zip(held, self.weights, strict=True)]
         self.look = lambda: held
-        if self.form == "a name in vain":
-            self.update = lambda w=self.weights, h={"a": held[0], "b": held[1]}: [  # type: ignore[misc]
-                one.lerp_(p, 0.5) for one, p in zip(h.values(), w, strict=True)
-            ]
-            self.look = lambda: None  # type: ignore[assignment]
-            self.found = self.update.__defaults__
         if self.form == "zeros":
             self.fisher = {n: torch.zeros_like(p) for n, p in pl_module.net[2].named_parameters()}
         if self.form == "record":
@@ -260,13 +254,30 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
+UNKNOWN: dict[str, Callable[[nn.Module], Any]] = {
+    "other names": lambda net: {"a": net[0].weight.detach().clone()},
+    "a list of averages": lambda net: [{n: p.detach().clone() for n, p in net.named_parameters()}],
+    "arrays": lambda net: {n: p.detach().numpy().copy() for n, p in net.named_parameters()},
+    "one tensor": lambda net: net[2].weight.detach().clone(),
+}
+
+
+@pytest.mark.parametrize("form", UNKNOWN)
 def test_an_error_of_sizes_names_who_keeps_what_no_edit_could_follow(
-    trainer_kwargs: dict[str, Any],
+    trainer_kwargs: dict[str, Any], form: str
 ) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"before its prune .*Found: `Keeps1\.found.*size.*Do: keep"
-    ):
-        fit(trainer_kwargs, StructuredPruning(ratio=0.5, when=1), Keeps("a name in vain"))
+    class Unknown(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            self.kept = UNKNOWN[form](pl_module.net)
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            one = self.kept[0] if form == "a list of averages" else self.kept
+            one = one if form == "one tensor" else next(iter(one.values()))
+            pl_module.net[2 * (form == "one tensor")].weight + torch.as_tensor(one)
+
+    text = r"before its prune .*Found: `Unknown1\.kept.*size.*Do: keep"
+    with pytest.raises(RuntimeError, match=text):
+        fit(trainer_kwargs, StructuredPruning(ratio=0.5, when=1), Unknown())
 
 
 def test_an_error_of_the_users_own_is_left_as_it_is(trainer_kwargs: dict[str, Any]) -> None:

@@ -119,8 +119,8 @@ class Shadows:
                 shadow.tensor.data = stored.to(shadow.tensor.device, copy=True)
 
     def _look(self, value: Any, where: str, depth: int) -> None:
-        if isinstance(value, Tensor):
-            self._every.append((where, id(value), tuple(value.shape)))
+        if isinstance(value, Tensor) or type(value).__module__ == "numpy":
+            self._every.append((where, id(value), tuple(getattr(value, "shape", ()))))
         elif depth <= _DEPTH and id(value) not in self._seen:
             self._seen[id(value)] = value
             held = children(value)
@@ -133,7 +133,9 @@ class Shadows:
             history = isinstance(value, (list, deque)) and all(
                 isinstance(v, Mapping) for v in value
             )
-            if not history:
+            if history:
+                self._every += [(at, id(t), tuple(t.shape)) for at, t in _row(value, where)]
+            else:
                 self._look_at(held, where, depth)
 
     def _look_at(self, held: Sequence[tuple[Any, str, Any]], where: str, depth: int) -> None:
