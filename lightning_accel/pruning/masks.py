@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_accel.errors import NoEffect, explain
 from lightning_accel.surgery import Change, Receipt, Select
 from lightning_accel.surgery.memories import mixing
+from lightning_accel.surgery.optimizers import parameters_of
 
 PATTERNS = ("2:4",)
 SCOPES = ("local", "global")
@@ -171,14 +172,17 @@ def mask_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Remova
 
 @torch.no_grad()
 def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Any) -> None:
-    """Set masked weights, and the optimizer's memories of them, to zero again after a step.
+    """Set the masked weights that an optimizer stepped, and its memories of them, to zero again.
 
-    State that is not one number per element (factors, preconditioners, codes) cannot be masked; the
+    Others are left alone: it may step within a backward that still needs them. State that is not one number per element (factors, preconditioners, codes) cannot be masked; the
     weights are in any case.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    stepped = {id(p) for p in parameters_of(optimizer)}
     for name, keep in masks.items():
         parameter = parameters[name]
+        if id(parameter) not in stepped:
+            continue
         gone = ~keep.to(parameter.device)
         parameter.masked_fill_(gone, 0.0)
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -206,3 +206,59 @@ def test_masters_learn_in_sam_of_two_steps() -> None:
     moved = (plugin.masters()["net.0.weight"] - before).abs()
     assert 0 < moved.max() < 1e-3
     assert (moved > 0).float().mean() > 0.9
+
+
+class InBackward(LightningModule):
+    """A step of each weight as soon as its gradient is there, as torch's tutorial does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.each = {p: torch.optim.SGD([p], 0.1, momentum=0.9) for p in self.net.parameters()}
+        for p in self.net.parameters():
+            p.register_post_accumulate_grad_hook(self._step)
+
+    def _step(self, p: Tensor) -> None:
+        self.each[p].step()  # type: ignore[index]
+        self.each[p].zero_grad()  # type: ignore[index]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.net(batch[0]).square().sum())
+
+    def configure_optimizers(self) -> Any:
+        return list(self.each.values())
+
+
+def test_masks_hold_where_weights_step_within_the_backward() -> None:
+    """pytorch#76464, pytorch/tutorials#2568: the backward still needs what other optimizers will step."""
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(3))
+    module, masks = InBackward(), WeightMasks(amount=0.5, when=1)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[masks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(x), 4))
+    true = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+    true.load_state_dict(InBackward().net.state_dict())
+    sgd = torch.optim.SGD(true.parameters(), 0.1, momentum=0.9)
+    named = dict(true.named_parameters())
+    keep = {named[n.removeprefix("net.")]: mask for n, mask in masks.masks.items()}
+    for step in range(8):
+        for p, mask in keep.items() if step == 4 else ():
+            p.data *= mask
+            sgd.state[p]["momentum_buffer"] *= mask
+        sgd.zero_grad()
+        true(x[4 * (step % 4) : 4 * (step % 4) + 4]).square().sum().backward()
+        for p, mask in keep.items() if step >= 4 else ():
+            p.grad *= mask  # type: ignore[operator]
+        sgd.step()
+    assert len(keep) == 2 and all(bool((p[~mask] == 0).all()) for p, mask in keep.items())
+    for found, p in zip(module.net.parameters(), true.parameters(), strict=True):
+        torch.testing.assert_close(found, p)
