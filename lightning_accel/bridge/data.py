@@ -14,11 +14,12 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -62,7 +63,8 @@ def batches(trainer: Trainer, count: int) -> list[Any]:
         raise AccelError("there is no training data yet", "", "call this within `trainer.fit`")
     limit = trainer.num_training_batches
     limit = _LOOK_AHEAD if not 0 < limit < math.inf else min(int(limit), _LOOK_AHEAD)
-    drawn = tree_map(lambda loader: _Drawn(_draw(loader, count, limit)), loaders)
+    epoch = trainer.current_epoch
+    drawn = tree_map(lambda loader: _Drawn(_draw(loader, count, limit, epoch)), loaders)
     columns = min(len(v) for v in tree_leaves(drawn, is_leaf=_is_drawn))
     return [tree_map(lambda v, i=i: v[i], drawn, is_leaf=_is_drawn) for i in range(columns)]
 
@@ -94,15 +96,17 @@ def _is_drawn(value: Any) -> bool:
     return isinstance(value, _Drawn)
 
 
-def _draw(loader: Any, count: int, limit: int) -> list[Any]:
+def _draw(loader: Any, count: int, limit: int, epoch: int) -> list[Any]:
     """Return batches of one loader."""
     if _reads_by_index(loader):
-        found = _by_index(loader, count, limit)
+        found = _by_index(loader, count, limit, epoch)
     elif _has_workers(loader):
         found = _by_workers(loader, {}, min(count, limit))
     else:
         with preserve_rng(), _seeded():
-            found = list(islice(_copied(loader), min(count, limit)))
+            other = _copied(loader)
+            _set_sampler_epoch(other, epoch)  # as the fit's is told: some have none before
+            found = list(islice(other, min(count, limit)))
     if not found:
         raise AccelError("the training data is empty", repr(loader), "pass data to `trainer.fit`")
     return found
@@ -121,12 +125,14 @@ def _has_workers(loader: Any) -> bool:
     return plain and loader.num_workers > 0
 
 
-def _by_index(loader: Any, count: int, limit: int) -> list[Any]:
+def _by_index(loader: Any, count: int, limit: int, epoch: int) -> list[Any]:
     dataset = loader.dataset
+    name = "batch_sampler" if loader._auto_collation else "sampler"
     with preserve_rng(), _seeded():
-        chosen = _spread(list(islice(_copied(loader._index_sampler, dataset), limit)), count)
+        indices = _copied(loader._index_sampler, dataset)
+        _set_sampler_epoch(SimpleNamespace(**{name: indices}), epoch)
+        chosen = _spread(list(islice(indices, limit)), count)
     if loader.worker_init_fn is not None and loader.num_workers > 0:
-        name = "batch_sampler" if loader._auto_collation else "sampler"
         return _by_workers(loader, {name: chosen}, len(chosen))
     reason = _cannot_be_copied(dataset)
     if reason is not None:
@@ -162,8 +168,8 @@ def _spread(indices: list[Any], count: int) -> list[Any]:
     return [equal[i * len(equal) // count] for i in range(count)]
 
 
-def _copied(source: Any, *shared: Any) -> Iterator[Any]:
-    """Return an iterator over a copy of a loader or sampler, which begins with the same seed each time."""
+def _copied(source: Any, *shared: Any) -> Any:
+    """Return a copy of a loader or sampler, which begins with the same seed each time."""
     reason = _cannot_be_copied(source)
     if reason is not None:
         raise _read_once(source, reason)
@@ -179,7 +185,7 @@ def _copied(source: Any, *shared: Any) -> Iterator[Any]:
     for generator in generators(made):
         if id(generator) not in own:  # a dataset is shared with the user's sampler
             _reseed(generator)
-    return iter(made)
+    return made
 
 
 def _cannot_be_copied(source: Any) -> str | None:

@@ -29,6 +29,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from lightning_accel import StructuredPruning
+from lightning_accel.bridge.data import batches
 from lightning_accel.loading import FastLoading
 
 pytestmark = [
@@ -572,3 +574,60 @@ def test_a_batch_of_any_class_is_a_reason_and_no_error(
     assert plain == run(trainer_kwargs, make, _nothing, "on_train_end", [fast])
     if name not in ("namedtuple",):
         assert not fast.receipt and fast.receipt.skipped[0].after
+
+
+class ByEpoch(SequentialSampler):
+    """Knows its order only when it has been told the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([(i + 5 * self.epoch) % N for i in range(N)])
+
+
+class Told(BatchSampler):
+    """Has a method that Lightning does not call on a batch sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        raise AssertionError("as in the plain fit, nobody calls this")
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_sampler_without_an_epoch_before_it_is_told_one(
+    trainer_kwargs: dict[str, Any], batched: bool
+) -> None:
+    """Lightning#13316, Lightning#16841: `set_epoch` belongs before each pass, ours over a copy too."""
+    read: list[list[float]] = []
+
+    class Reads(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            (batch,) = batches(trainer, 1)
+            read.append(batch[0][:, 0].tolist())
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            if args[3] == 0:
+                given.append(args[2][0][:, 0].tolist())
+
+    given: list[list[float]] = []
+    data = TensorDataset(*numbers())
+    order = ByEpoch(data)
+    kwargs = {"batch_sampler": Told(order, 6, False)} if batched else {"sampler": order}
+    loader = DataLoader(data, **(kwargs if batched else {**kwargs, "batch_size": 6}))
+    model = Pruned()
+    prunes = StructuredPruning(ratio=0.5, when=1)
+    Trainer(**trainer_kwargs, callbacks=[prunes, Reads()]).fit(model, loader)
+    assert read == given and read[0] != read[1] and order.epoch == 1
+    assert model.net[0].out_features == 2
+
+
+class Pruned(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
