@@ -12,7 +12,10 @@ SOURCES := lightning_accel examples benchmarks tests
 help:
 	@head -n 1 Makefile
 
-.venv/.stamp: pyproject.toml constraints.txt
+# An editable install copies the plugin to where Hydra looks, so that it is installed anew when it changes.
+PLUGIN := $(wildcard lightning_accel/_hydra_plugins/*.py)
+
+.venv/.stamp: pyproject.toml constraints.txt $(PLUGIN)
 	@test -n "$(PYTHON)" || { echo "make: no python3 >= 3.11 with venv and ensurepip found" >&2; exit 1; }
 	test -x $(PY) || "$(PYTHON)" -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,examples]'
@@ -25,7 +28,7 @@ test: .venv/.stamp
 	$(PY) -m pytest -n 2 --dist worksteal
 
 # What a plain `pip install` brings today: no constraints, so the newest torch that pip finds. Gigabytes.
-.venv-newest/.stamp: pyproject.toml
+.venv-newest/.stamp: pyproject.toml $(PLUGIN)
 	test -x .venv-newest/bin/python || "$(PYTHON)" -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade -e '.[dev,examples]'
 	@touch $@
