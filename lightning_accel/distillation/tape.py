@@ -165,6 +165,8 @@ class _State:
 class _Hook:
     """A hook that writes to a tape; a copy or a pickle of the network gets one that does nothing."""
 
+    _accel_own = True
+
     def __init__(self, state: _State, name: str = "") -> None:
         self.state, self.name = state, name
 

@@ -23,6 +23,7 @@ from lightning_accel import hardware
 from lightning_accel.distillation.arguments import flag, number, path_of, whole
 from lightning_accel.distillation.tape import Record, Tape
 from lightning_accel.errors import AccelError, explain, weights_alone
+from lightning_accel.surgery.digest import digest
 
 SELF, EMA = "self", "ema"
 _PRECISIONS = ("auto", "bf16", "fp32", "same")
@@ -94,6 +95,7 @@ class Teacher:
         self.network: nn.Module = source if isinstance(source, nn.Module) else _Missing()
         """All of it, as it was given; a part of it may be what is bound."""
         self.bound: nn.Module = self.network
+        self.device = torch.device("cpu")
         self._run: Any = None
         self._tape: Tape | None = None
         self._versions: dict[str, int] = {}
@@ -198,22 +200,19 @@ class Teacher:
         return "bf16" if hardware.describe(device).is_fast(torch.bfloat16) else "fp32"
 
     def fingerprint(self) -> str:
-        """Return a digest of everything that its outputs depend on, down to single bits.
+        """Return a digest of everything that its outputs depend on, down to single bits; see `surgery.digest`.
+
+        Raises:
+            AccelError: Something that its forward may read has no content that can be told.
 
         >>> one, two = Teacher(nn.Linear(2, 2)), Teacher(nn.Linear(2, 2))
         >>> one.fingerprint() == two.fingerprint(), one.fingerprint() == one.fingerprint()
         (False, True)
         """
-        digest = hashlib.sha256(repr((self.precision, self.classes, self.weight)).encode())
-        for name, module in self.bound.named_modules():
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            numbers = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "training"}
-            digest.update(f"{name}:{kind}:{module.extra_repr()}:{sorted(numbers.items())}".encode())
-        for name, tensor in [*self.bound.named_parameters(), *self.bound.named_buffers()]:
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            plain = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(plain.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        settings = self.precision, self.classes, self.weight, self.compile, self.device.type
+        with in_eval_mode(self.bound):
+            text = repr((settings, digest(self.bound)))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _is_bf16(self) -> bool:
         return self.precision == "bf16" or (
@@ -305,12 +304,6 @@ def _classes(classes: Any) -> tuple[int, ...]:
 
 class _Missing(nn.Module):
     """Stands for a network that is not there yet."""
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 def shares_parameters(one: nn.Module, other: nn.Module) -> bool:
