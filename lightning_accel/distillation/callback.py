@@ -21,7 +21,7 @@ from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import heads, rehearsal
 from lightning_accel.distillation.arguments import name_of, number, path_of, whole
 from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.course import Course, seeded_views
+from lightning_accel.distillation.course import Course
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.locate import Where, check_where
@@ -36,6 +36,7 @@ from lightning_accel.distillation.teacher import (
     shares_parameters,
 )
 from lightning_accel.distillation.term import terms
+from lightning_accel.distillation.views import views_in
 from lightning_accel.distillation.world import average_gradients
 from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
 from lightning_accel.surgery import Receipt, Stage, Structure, twin
@@ -426,7 +427,7 @@ class Distillation(Callback):
             )
 
     def _tell_views(self, trainer: Trainer) -> None:
-        for views in seeded_views(trainer):
+        for views in views_in(trainer.train_dataloader):
             views.set_epoch(trainer.current_epoch)
 
 

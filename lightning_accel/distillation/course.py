@@ -14,8 +14,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
 
 from lightning_accel.bridge.example import StepFailed
 from lightning_accel.bridge.model_edit import tell
@@ -28,7 +26,7 @@ from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
 from lightning_accel.distillation.teacher import EMA, Teacher
-from lightning_accel.distillation.views import SeededViews
+from lightning_accel.distillation.views import views_in
 from lightning_accel.distillation.world import share_of_all
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery import Receipt
@@ -169,7 +167,9 @@ class Course:
                 "use one temperature, or a cache without `top_k`",
             )
         known = [teacher.fingerprint() for teacher in self.teachers]
-        num_views = max((views.views for views in seeded_views(self.trainer)), default=1)
+        num_views = max(
+            (views.views for views in views_in(self.trainer.train_dataloader)), default=1
+        )
         cache.open(
             "-".join([*known, self.engine.questions()]),
             temperature=temperature or 1.0,
@@ -280,15 +280,3 @@ class Course:
             teacher.release()
         if self.engine.cache is not None:
             self.engine.cache.close()
-
-
-def seeded_views(trainer: Trainer) -> list[SeededViews]:
-    """Return the datasets of the training data that have a finite number of views."""
-    found = []
-    for loader in tree_leaves(trainer.train_dataloader):
-        dataset: Any = loader.dataset if isinstance(loader, DataLoader) else None
-        while dataset is not None and not isinstance(dataset, SeededViews):
-            dataset = getattr(dataset, "dataset", None)
-        if dataset is not None:
-            found.append(dataset)
-    return found
