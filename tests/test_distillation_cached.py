@@ -57,7 +57,7 @@ def test_a_fit_with_an_exact_cache_equals_one_without_and_asks_each_row_once(
     assert float(trainer.callback_metrics["distillation/hit_rate"]) == 1.0
     asked = counted.rows
     fit(Module(), Distillation(counted, "kd", cache=exact(tmp_path / "c")))
-    # Another fit asks for the rehearsal and the shares of the gradient, and for no lesson.
+    # Another fit asks for the first look at all and for a try of the teacher, and for no lesson.
     assert asked == 24 + 2 * 8 and counted.rows == asked + 2 * 8
 
 
@@ -175,4 +175,4 @@ def test_the_same_rows_in_another_order_are_known(fit: Fit, tmp_path: Path) -> N
         callback = Distillation(counted, "kd", cache=cache, evidence_every=0)
         fit(Module(), callback, batches=batches)
         asked.append(counted.rows)
-    assert asked == [24 + 8, 0 + 6]  # rows, and the batch of the rehearsal
+    assert asked == [24 + 2 * 8, 0 + 2 * 6]  # rows, and the first batch twice to try the teacher

@@ -142,6 +142,7 @@ class Distillation(Callback):
             teachers=self.teachers,
             journal=self.journal,
             calls=self.calls,
+            evidence_every=self.evidence_every,
         )
         self._course.student = self.student
         self._loaded, self.average = {}, None
@@ -205,8 +206,6 @@ class Distillation(Callback):
         result, course = method(batch, batch_idx), self._of_this_fit()
         if result != -1 and not self._waits():  # -1: the rest of the epoch is left out
             course.get_ready(batch, batch_idx)
-            if self.evidence_every:
-                course.weigh(batch, self.evidence_every)
         return result
 
     # --- within the step ----------------------------------------------------------------------------
@@ -239,12 +238,15 @@ class Distillation(Callback):
             return method(*args, **kwargs)
         course.taught, course.batch = [], rehearsal.view(_batch(args, kwargs))
         with course.recording():
-            return method(*args, **kwargs)
+            result = method(*args, **kwargs)
+        course.could_teach = course.could_teach or bool(course.records())
+        return result
 
     def _backward(self, method: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stand around `manual_backward`: add to the loss that hangs on the student's output."""
         course = self._of_this_fit()
         if not self._waits():
+            course.could_teach = True
             fresh = [r for r in course.records() if all(r.output is not t for t in course.taught)]
             records = [r for r in fresh if depends_on(loss, r.output)]
             if records:
@@ -279,15 +281,16 @@ class Distillation(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         course = self._of_this_fit()
-        if not course.ready:
-            return
-        if not course.num_lessons:
+        if course.could_teach and not course.num_lessons:
             raise NoEffect(
                 "in a whole epoch no loss hung on the student's output",
                 f"student `{course.name}`",
                 "give `self.manual_backward` a loss of the student, or name another `student=`",
             )
-        course.num_lessons = 0
+        course.num_lessons, course.could_teach = 0, False
+        if not course.ready:
+            return
+        course.settle_order()
         for teacher in self.teachers:
             teacher.check_buffers()
         means = {} if trainer.barebones else self.journal.close_epoch(self.engine.cache)

@@ -24,6 +24,8 @@ from lightning_accel.distillation.arguments import flag, number, path_of, whole
 from lightning_accel.distillation.tape import Record, Tape
 from lightning_accel.errors import AccelError, explain, weights_alone
 from lightning_accel.surgery.digest import digest
+from lightning_accel.surgery.footprint import Footprint, observe
+from lightning_accel.surgery.preserve import preserve_rng
 
 SELF, EMA = "self", "ema"
 _PRECISIONS = ("auto", "bf16", "fp32", "same")
@@ -99,9 +101,15 @@ class Teacher:
         self._run: Any = None
         self._tape: Tape | None = None
         self._versions: dict[str, int] = {}
+        self._footprint: Footprint | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_run": None, "_tape": None}  # a copy is not bound
+        return {
+            **vars(self),
+            "_run": None,
+            "_tape": None,
+            "_footprint": None,
+        }  # a copy is not bound
 
     @property
     def has_network(self) -> bool:
@@ -187,7 +195,7 @@ class Teacher:
         """Take the hooks off, and let go of the bound network."""
         if self._tape is not None:
             self._tape.remove()
-        self._tape, self._run = None, None
+        self._tape, self._run, self._footprint = None, None, None
 
     def resolved(self, device: torch.device | str) -> str:
         """Return the precision that "auto" is on a device.
@@ -211,8 +219,41 @@ class Teacher:
         """
         settings = self.precision, self.classes, self.weight, self.compile, self.device.type
         with in_eval_mode(self.bound):
-            text = repr((settings, digest(self.bound)))
+            text = repr((settings, self._world(), digest(self.bound)))
+            self._footprint = Footprint(self.bound)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def has_changed(self) -> bool:
+        """Tell whether anything that its outputs depend on is other than at the last `fingerprint`."""
+        with in_eval_mode(self.bound):  # what is on a GPU is read by its version alone: no waiting
+            here = self.device.type == "cpu"
+            return self._footprint is not None and not self._footprint.holds(content=here)
+
+    def moves(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> str | None:
+        """Return what a call does besides answering, if anything: such a teacher may answer differently next time."""
+        with in_eval_mode(self.bound), preserve_rng():
+            found = observe(self.bound, lambda: self(call))
+        if found.drew:
+            return f"draws random numbers in eval mode, from {', '.join(found.drew)}"
+        return (
+            f"changes itself as it answers: `{'`, `'.join(found.wrote[:3])}`"
+            if found.wrote
+            else None
+        )
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it computes in 16 bits."""
+        short = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.bound.parameters())
+        return short or self._is_bf16() or self.precision == "same"
+
+    def _world(self) -> tuple[Any, ...]:
+        """Return what its outputs depend on outside of it."""
+        autocast: tuple[Any, ...] = ()
+        if self.precision == "same" and torch.amp.is_autocast_available(self.device.type):
+            kind = self.device.type
+            autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        return torch.get_float32_matmul_precision(), torch.get_default_dtype(), *autocast
 
     def _is_bf16(self) -> bool:
         return self.precision == "bf16" or (
