@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -25,6 +25,7 @@ from lightning_accel.distillation.course import Course
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.locate import Where, check_where
+from lightning_accel.distillation.optimizers import part
 from lightning_accel.distillation.schedule import now, read, require_some
 from lightning_accel.distillation.steps import depends_on
 from lightning_accel.distillation.teacher import (
@@ -126,6 +127,11 @@ class Distillation(Callback):
         """The last measured share (0 to 1) of each loss in the gradient; the user's own is "task"."""
         return dict(self.journal.shares)
 
+    @property
+    def teaches(self) -> bool:
+        """Whether the steps of a module are taught at the moment."""
+        return self._course is not None and bool(self._course.around)
+
     # --- before the first step ----------------------------------------------------------------------
 
     @override
@@ -135,18 +141,8 @@ class Distillation(Callback):
             return
         self._check(trainer, pl_module)
         again = self._course is not None and self._course.is_of(trainer, pl_module)
-        self._course = Course(
-            trainer,
-            pl_module,
-            engine=self.engine,
-            teachers=self.teachers,
-            journal=self.journal,
-            calls=self.calls,
-            evidence_every=self.evidence_every,
-        )
-        self._course.student = self.student
+        self._begin(trainer, pl_module)
         self._loaded, self.average = {}, None
-        self.engine.heads = nn.ModuleDict()
         for teacher in self.teachers:
             if teacher.kind == SELF and not again:
                 teacher.forget()
@@ -158,6 +154,22 @@ class Distillation(Callback):
                         "one and the same network, or parts of it",
                         "pass copy.deepcopy(network) as teacher, or teacher='ema'",
                     )
+        if _searches(trainer):  # with no callback but its own, and before ours has begun
+            self._stand_around(pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a course, with nothing of one before."""
+        self._course = Course(
+            trainer,
+            pl_module,
+            engine=self.engine,
+            teachers=self.teachers,
+            journal=self.journal,
+            calls=self.calls,
+            evidence_every=self.evidence_every,
+        )
+        self._course.student = self.student
+        self.engine.heads = nn.ModuleDict()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,6 +193,12 @@ class Distillation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._averaged_step = trainer.global_step
         self._tell_views(trainer)
+        self._stand_around(pl_module)
+
+    def _stand_around(self, pl_module: LightningModule) -> None:
+        """Take part in the module's steps from now on."""
+        course = self._of_this_fit()
+        course.stand_back()
         # The module's own hook comes after those of all callbacks, and so after a prune.
         work: list[tuple[str, Any]] = [
             ("on_train_batch_start", self._before_step),
@@ -190,7 +208,7 @@ class Distillation(Callback):
             work += [("training_step", self._step)]
         else:
             work += [("training_step", self._manual_step), ("manual_backward", self._backward)]
-        self._of_this_fit().around = [Around(pl_module, name, method) for name, method in work]
+        course.around = [Around(pl_module, name, method) for name, method in work]
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -344,6 +362,20 @@ class Distillation(Callback):
         return state
 
     @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Forget a search for a learning rate or a batch size that has just ended, before all is put back."""
+        course = self._course
+        if course is None or not course.around or trainer.state.fn != "fit":
+            return
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        part(trainer.optimizers, schedulers, self.engine.heads.parameters())
+        course.leave()
+        self._begin(trainer, pl_module)
+        self._stand_around(pl_module)
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = dict(state_dict)
 
@@ -413,6 +445,12 @@ class Distillation(Callback):
                 type(trainer.strategy).__name__,
                 "pass a trained teacher",
             )
+        if EMA in kinds and _searches(trainer):
+            raise Unsupported(
+                "a search for a learning rate or a batch size begins before the average that teaches",
+                "teacher='ema' beside LearningRateFinder or BatchSizeFinder",
+                "search without the teacher, and train with what was found",
+            )
         if EMA in kinds and self.engine.cache is not None:
             raise AccelError(
                 "what a moving teacher says cannot be cached",
@@ -432,6 +470,12 @@ class Distillation(Callback):
     def _tell_views(self, trainer: Trainer) -> None:
         for views in views_in(trainer.train_dataloader):
             views.set_epoch(trainer.current_epoch)
+
+
+def _searches(trainer: Trainer) -> bool:
+    """Tell whether the fit begins with trials of Lightning's tuners, in which it runs no other callback."""
+    finders = LearningRateFinder, BatchSizeFinder
+    return any(isinstance(callback, finders) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 class _Rule:

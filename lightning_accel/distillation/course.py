@@ -338,11 +338,15 @@ class Course:
             share = max(share, trainer.global_step / trainer.max_steps)
         return Moment(trainer.global_step, epoch, min(share, 1.0))
 
-    def leave(self) -> None:
-        """Give the module its methods back, and take all hooks off."""
+    def stand_back(self) -> None:
+        """Give the module its methods back."""
         for around in reversed(self.around):
             around.remove()
         self.around = []
+
+    def leave(self) -> None:
+        """Give the module its methods back, and take all hooks off."""
+        self.stand_back()
         if self.tape is not None:
             self.tape.remove()
             self.tape = None
