@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_accel.bridge.model_edit import tell
@@ -114,6 +115,12 @@ class Course:
         self.student, strategy = name, self.trainer.strategy
         student = layer(self.module, name)
         networks = [rehearsal.entry(t.network, name, self.module) for t in self.teachers]
+        for teacher, network in zip(self.teachers, networks, strict=True):
+            if network is not teacher.network and is_overridden("forward", teacher.network):
+                rank_zero_info(
+                    f"The teacher {type(teacher.network).__name__} is called by its part `{name}`, as the student "
+                    "of this class is, and not by its own `forward`; pass a wrapper of it to have that called."
+                )
         self.engine.wire(student, list(zip(self.teachers, networks, strict=True)))
         for index, (teacher, network) in enumerate(zip(self.teachers, networks, strict=True)):
             device = strategy.root_device
