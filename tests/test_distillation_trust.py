@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from lessons import At, Fit, Module, apart, fits, master, teacher
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from lightning_accel import Distillation
 from lightning_accel.distillation import TeacherCache
+from lightning_accel.errors import AccelError
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Tensor]]
 
@@ -152,3 +155,88 @@ def test_packed_sequences_are_refused(tmp_path: Path) -> None:
     packed = pack_padded_sequence(torch.randn(3, 2, 6), [3, 2])
     with pytest.raises(TypeError, match=r"packed sequence.*Found: a PackedSequence.*Do: .*padded"):
         opened(tmp_path / "c").look_up((packed,), {}, says(lambda p: p.data))
+
+
+# --- teachers that change -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fit(trainer_kwargs: dict[str, Any]) -> Fit:
+    return fits(trainer_kwargs)
+
+
+class Guide(nn.Module):
+    """A teacher with one of everything that makes an answer another one next time."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.net, self.kind, self.calls, self.shift = master(), kind, 0, torch.zeros(())
+        self.scale = {"by": 1.0}
+        self.generator = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x) * self.scale["by"] + self.shift
+        if self.kind == "dropout":
+            return F.dropout(out, 0.5, training=True)
+        if self.kind == "generator":
+            return out + torch.rand(out.shape, generator=self.generator)
+        if self.kind == "counter":
+            self.calls += 1
+            return out * self.calls
+        if self.kind == "buffer":
+            self.shift = self.shift + 1
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("dropout", "draws random numbers in eval mode, from torch"),
+        ("generator", "draws random numbers in eval mode, from a generator of its own"),
+        ("counter", "changes itself as it answers: `calls`"),
+        ("buffer", "changes itself as it answers: `shift`"),
+    ],
+)
+def test_a_teacher_that_answers_differently_next_time_is_not_cached(
+    fit: Fit, tmp_path: Path, kind: str, said: str
+) -> None:
+    lesson = Distillation(teacher(Guide(kind)), "kd", cache=tmp_path / "c", evidence_every=0)
+    with pytest.warns(UserWarning, match=f"cannot be cached.*Found: teacher 0, Guide, {said}.*Do:"):
+        fit(Module(), lesson)
+    assert not list(tmp_path.rglob("*.segment"))
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda guide: guide.scale.update(by=3.0),
+        lambda guide: setattr(guide, "shift", torch.ones(())),
+        lambda guide: guide.net.head.weight.data.mul_(2.0),
+        lambda guide: guide.net.register_forward_hook(lambda m, a, out: out * 2),
+        lambda guide: torch.set_float32_matmul_precision("high"),
+    ],
+    ids=["a dict", "a tensor", "weights, behind their back", "a hook", "the world"],
+)
+def test_a_teacher_that_is_changed_between_steps_gives_its_new_answers(
+    fit: Fit, tmp_path: Path, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    students = []
+    before = torch.get_float32_matmul_precision()
+    for cache in (None, TeacherCache(tmp_path / "c", dtype="float32", check_every=0)):
+        guide, model = Guide(), Module()
+        at = At(lambda trainer, *_, guide=guide: trainer.global_step == 3 and change(guide))
+        lesson = Distillation(teacher(guide), "kd", cache=cache, evidence_every=0)
+        fit(model, lesson, at)
+        torch.set_float32_matmul_precision(before)
+        students.append(model)
+    assert apart(*students) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_a_class_that_the_teacher_does_not_have_is_named(fit: Fit) -> None:
+    with pytest.raises(
+        AccelError, match=r"does not have.*Found: 99, of a teacher with 4.*from 0 to 3"
+    ):
+        fit(Module(), Distillation(teacher(classes=[0, 1, 2, 99]), "kd"))

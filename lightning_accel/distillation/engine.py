@@ -226,7 +226,7 @@ class Engine:
             logits = self._teacher_logits(record, index, answer)
             if logits is not None:
                 if teacher.classes is not None:
-                    logits = logits[..., list(teacher.classes)]
+                    logits = logits[..., _known(teacher.classes, logits.shape[-1])]
                 share = teacher.weight / whole
                 logits = logits if share == 1 else share * full(logits)
                 if LOGITS in answer and answer[LOGITS].shape != logits.shape:
@@ -347,6 +347,17 @@ class Engine:
 
     def _is_of(self, name: str, index: int) -> bool:
         return name == LOGITS or self._which(self.terms[name]) == index
+
+
+def _known(classes: tuple[int, ...], num_classes: int) -> list[int]:
+    """Return the indices of a teacher's classes, all of which it must have."""
+    if max(classes) >= num_classes:
+        raise AccelError(
+            "`Teacher(classes=)` names a class that the teacher does not have",
+            f"{max(classes)}, of a teacher with {num_classes} classes",
+            f"pass for each class of the student the teacher's index of it, from 0 to {num_classes - 1}",
+        )
+    return list(classes)
 
 
 def _evaluate(term: Term, student: Tensor, teacher: Tensor, given: dict[str, Any]) -> Tensor:

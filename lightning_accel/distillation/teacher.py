@@ -102,6 +102,7 @@ class Teacher:
         self._tape: Tape | None = None
         self._versions: dict[str, int] = {}
         self._footprint: Footprint | None = None
+        self._knew: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -219,15 +220,18 @@ class Teacher:
         """
         settings = self.precision, self.classes, self.weight, self.compile, self.device.type
         with in_eval_mode(self.bound):
-            text = repr((settings, self._world(), digest(self.bound)))
+            self._knew = self._world()
+            text = repr((settings, self._knew, digest(self.bound)))
             self._footprint = Footprint(self.bound)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def has_changed(self) -> bool:
         """Tell whether anything that its outputs depend on is other than at the last `fingerprint`."""
+        if self._footprint is None:
+            return False
         with in_eval_mode(self.bound):  # what is on a GPU is read by its version alone: no waiting
-            here = self.device.type == "cpu"
-            return self._footprint is not None and not self._footprint.holds(content=here)
+            same = self._footprint.holds(content=self.device.type == "cpu")
+        return not same or self._knew != self._world()
 
     def moves(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> str | None:
         """Return what a call does besides answering, if anything: such a teacher may answer differently next time."""
