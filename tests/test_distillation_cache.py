@@ -414,7 +414,7 @@ def test_every_flipped_byte_of_the_meta_file_is_noticed(tmp_path: Path) -> None:
     keys, values = some(1, 16)
     Store(tmp_path / "s", value_bytes=16, max_bytes=MIB).put(keys, values)
     text = (tmp_path / "s" / "meta.json").read_bytes()
-    assert json.loads(text) == {"schema": 1, "value_bytes": 16}
+    assert json.loads(text) == {"schema": 2, "value_bytes": 16}
     for place in range(len(text)):
         meta = tmp_path / "s" / "meta.json"
         meta.write_bytes(text[:place] + bytes([text[place] ^ 4]) + text[place + 1 :])

@@ -5,6 +5,8 @@ another batch cannot give a wrong one: what differs by a bit is another row. An 
 float16 by default, and one that was just computed goes through the same rounding, so a hit and a miss
 give the same bits. Large vocabularies keep the `top_k` largest logits and the tail (`topk`).
 
+A folder that others can write is safe to use, and shared by one's own processes alone: see `seal`.
+
     <folder>/<teacher>/teacher.json          fingerprint and settings, one folder for each teacher
     <folder>/<teacher>/<layout>/meta.json    names, shapes and types of one row
     <folder>/<teacher>/<layout>/000.segment  rows (`store`), shared by all processes
@@ -34,6 +36,7 @@ from lightning_accel.errors import AccelError, explain
 from .answers import Answer, Entry, Layout, digest, short_ids
 from .checks import EXACT, Checks, alike, try_rows
 from .keys import row_keys
+from .seal import is_own, own_folder, put, sealed, secret
 from .store import SCHEMA, Store, bytes_in
 from .topk import compress
 
@@ -42,6 +45,7 @@ Run = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Tensor]]
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROUNDING = 2.0**-7
 """Of the shortest type on disk."""
+_HEX = set("0123456789abcdef")
 _IN_USE_S = 86_400.0
 """Another teacher's answers are left alone for so many seconds after their last use."""
 
@@ -101,7 +105,7 @@ class TeacherCache:
         self._temperature, self._tolerance = 1.0, EXACT
         self._checks: Checks | None = None
         self._home: Path | None = None
-        self._salt = b""
+        self._salt = self._key = b""
         self._stores: dict[Layout, Store] = {}
         self._known: dict[Any, list[Layout]] = {}
 
@@ -136,8 +140,13 @@ class TeacherCache:
         self._enabled, self._epochs, self._views = True, 0, views
         self.hits = self.rows = 0
         self._temperature = temperature if self.top_k else 1.0
+        try:
+            self._key = secret()
+        except OSError as error:
+            self._give_up(error)
         about = {
             "schema": SCHEMA,
+            "user": sealed(self._key, b"user").hex()[:16],
             "fingerprint": fingerprint,
             "dtype": self.dtype,
             "top_k": self.top_k,
@@ -145,11 +154,12 @@ class TeacherCache:
         }
         self._salt = json.dumps(about, sort_keys=True).encode()
         self._home = self.folder / digest(self._salt)
+        if not self._enabled:
+            return
         try:
-            self._home.mkdir(parents=True, exist_ok=True)
-            (self._home / "teacher.json").write_bytes(self._salt)
+            put(own_folder(self._home) / "teacher.json", self._salt)
             _remove_unused(self.folder, self._home, self.max_bytes // 2)
-            for layout in _layouts_in(self._home):
+            for layout in _layouts_in(self._home, self._seal):
                 self._store(layout)
         except OSError as error:
             self._give_up(error)
@@ -226,7 +236,7 @@ class TeacherCache:
         if not self._enabled or not rows or self._home is None:
             return None
         try:
-            os.utime(self._home / "teacher.json")
+            os.utime(self._home / "teacher.json", follow_symlinks=False)
         except OSError as error:
             self._give_up(error)
             return str(error)
@@ -336,10 +346,15 @@ class TeacherCache:
                 self._home / layout.digest,
                 value_bytes=layout.row_bytes,
                 max_bytes=self.max_bytes,
-                about=layout.about(),
+                about={**layout.about(), "seal": self._seal(layout).hex()},
                 counted_in=self.folder,
+                key=self._seal(layout),
             )
         return self._stores[layout]
+
+    def _seal(self, layout: Layout) -> bytes:
+        """Return what proves that a row of this layout, of this teacher, was written by this user."""
+        return sealed(self._key, self._salt, layout.digest.encode())
 
     def _give_up(self, error: OSError) -> None:
         self._enabled = False
@@ -347,7 +362,7 @@ class TeacherCache:
             explain(
                 f"the teacher cache in {self.folder} cannot be used; the teacher runs on every row now",
                 f"{error}",
-                "free space there or give it another folder",
+                "" if "Do: " in str(error) else "free space there or give it another folder",
             ),
             stacklevel=4,
         )
@@ -404,30 +419,36 @@ def _pick(
     return pytree.tree_map(pick, call)
 
 
-def _layouts_in(home: Path) -> list[Layout]:
+def _layouts_in(home: Path, seal: Callable[[Layout], bytes]) -> list[Layout]:
     """Return the layouts that are on disk for a teacher, those that say what their folder says."""
     layouts = []
     for path in sorted(home.glob("*/meta.json")):
         try:
-            row = json.loads(path.read_bytes())["row"]
-            entries = (
-                Entry(n, tuple(s), getattr(torch, a), getattr(torch, b)) for n, s, a, b in row
-            )
+            about = json.loads(path.read_bytes())
+            entries = (Entry(n, tuple(s), _dtype(a), _dtype(b)) for n, s, a, b in about["row"])
             layout = Layout(tuple(entries))
-            if layout.digest == path.parent.name:
+            if layout.digest == path.parent.name and about["seal"] == seal(layout).hex():
                 layouts.append(layout)
         except (ValueError, TypeError, KeyError, AttributeError):
             continue  # damaged; `Store` sets it aside when its layout comes up
     return layouts
 
 
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(name)
+    return found
+
+
 def _remove_unused(folder: Path, own: Path, most: int) -> None:
     """Remove other teachers' answers, the longest unused first, until they take at most `most` bytes."""
     others = []
     for path in folder.glob("*/teacher.json"):
-        if path.parent != own and len(path.parent.name) == len(own.name):
+        named = len(path.parent.name) == len(own.name) and set(path.parent.name) <= _HEX
+        if path.parent != own and named and is_own(path.parent) and is_own(path):
             with contextlib.suppress(FileNotFoundError):  # another process removes it as well
-                others.append((path.stat().st_mtime, path.parent))
+                others.append((path.lstat().st_mtime, path.parent))
     for used, other in sorted(others):
         idle = time.time() - used > _IN_USE_S
         if idle and bytes_in(folder) - bytes_in(own) > most:

@@ -88,6 +88,8 @@ class Teacher:
                     "pass the path as the source, or a module with it",
                 )
             )
+        if isinstance(source, (str, Path)):
+            path_of(source, "teacher")
         self.source = source
         self.checkpoint = None if checkpoint is None else path_of(checkpoint, "checkpoint")
         self.weight = weight
