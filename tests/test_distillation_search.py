@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_accel import Distillation, DistillationModule, StructuredPruning
 from lightning_accel.distillation import Teacher, losses
-from lightning_accel.errors import AccelError, Unsupported
+from lightning_accel.errors import AccelError
 
 import tiny  # isort: skip
 
@@ -164,7 +164,10 @@ def test_a_search_beside_a_prune_is_one_without_a_teacher_as_the_fit_begins_so(f
     assert len(model.sizes) == 4 + 2 * 3 and finder.optimal_lr is not None
 
 
-def test_a_search_beside_an_average_that_teaches_is_refused(fit: Fit) -> None:
-    finder = LearningRateFinder(num_training_steps=4)
-    with pytest.raises(Unsupported, match="average.*Do: search without"):
-        fit(Rated(), finder, Distillation("ema", "kd"), batches=data())
+def test_a_search_beside_an_average_that_teaches_leaves_the_fit_as_it_is(fit: Fit) -> None:
+    finder = LearningRateFinder(num_training_steps=4, update_attr=False)
+    models = []
+    for finders in ([finder], []):
+        models.append(Rated())
+        fit(models[-1], *finders, Distillation("ema", "kd", ema_decay=0.5), batches=data())
+    assert apart(*models) == 0 and len(models[0].sizes) == len(models[1].sizes) + 4

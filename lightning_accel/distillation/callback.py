@@ -155,6 +155,8 @@ class Distillation(Callback):
                         "pass copy.deepcopy(network) as teacher, or teacher='ema'",
                     )
         if _searches(trainer):  # with no callback but its own, and before ours has begun
+            if any(teacher.kind == EMA for teacher in self.teachers):
+                self._set_average(trainer, pl_module, None)
             self._stand_around(pl_module)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -365,9 +367,15 @@ class Distillation(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Forget a search for a learning rate or a batch size that has just ended, before all is put back."""
+        """Put all back after a search for a learning rate or a batch size, which may begin in mid-training too."""
         course = self._course
         if course is None or not course.around or trainer.state.fn != "fit":
+            return
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        if self.average is not None and "ema" in state:
+            self.average.load_state_dict(state["ema"])
+        if "heads" in state:  # they were there before
+            self.engine.heads.load_state_dict(state["heads"]["weights"])
             return
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         part(trainer.optimizers, schedulers, self.engine.heads.parameters())
@@ -403,6 +411,7 @@ class Distillation(Callback):
 
     def _set_average(self, trainer: Trainer, pl_module: LightningModule, state: Any) -> None:
         """Take the average of another callback where there is one, or else begin our own."""
+        self.average = None
         # Not those of StochasticWeightAveraging, which begin late and are filled rarely.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others: list[Callback] = [c for c in callbacks if isinstance(c, WeightAveraging)]
@@ -444,12 +453,6 @@ class Distillation(Callback):
                 "teacher='self' and 'ema' need whole parameters on every process",
                 type(trainer.strategy).__name__,
                 "pass a trained teacher",
-            )
-        if EMA in kinds and _searches(trainer):
-            raise Unsupported(
-                "a search for a learning rate or a batch size begins before the average that teaches",
-                "teacher='ema' beside LearningRateFinder or BatchSizeFinder",
-                "search without the teacher, and train with what was found",
             )
         if EMA in kinds and self.engine.cache is not None:
             raise AccelError(
