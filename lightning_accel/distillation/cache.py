@@ -14,11 +14,8 @@ A folder that others can write is safe to use, and shared by one's own processes
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,10 +30,11 @@ from torch.utils import _pytree as pytree
 from lightning_accel.distillation.arguments import number, path_of, whole
 from lightning_accel.errors import AccelError, explain
 
-from .answers import Answer, Entry, Layout, digest, short_ids
+from .answers import Answer, Layout, digest, short_ids
 from .checks import EXACT, Checks, alike, try_rows
+from .folder import layouts_in, remove_unused
 from .keys import row_keys
-from .seal import is_own, own_folder, put, sealed, secret
+from .seal import own_folder, put, sealed, secret
 from .store import SCHEMA, Store, bytes_in
 from .topk import compress
 
@@ -45,9 +43,6 @@ Run = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Tensor]]
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROUNDING = 2.0**-7
 """Of the shortest type on disk."""
-_HEX = set("0123456789abcdef")
-_IN_USE_S = 86_400.0
-"""Another teacher's answers are left alone for so many seconds after their last use."""
 
 
 class TeacherCache:
@@ -158,8 +153,8 @@ class TeacherCache:
             return
         try:
             put(own_folder(self._home) / "teacher.json", self._salt)
-            _remove_unused(self.folder, self._home, self.max_bytes // 2)
-            for layout in _layouts_in(self._home, self._seal):
+            remove_unused(self.folder, self._home, self.max_bytes // 2)
+            for layout in layouts_in(self._home, self._seal):
                 self._store(layout)
         except OSError as error:
             self._give_up(error)
@@ -417,42 +412,6 @@ def _pick(
         return leaf
 
     return pytree.tree_map(pick, call)
-
-
-def _layouts_in(home: Path, seal: Callable[[Layout], bytes]) -> list[Layout]:
-    """Return the layouts that are on disk for a teacher, those that say what their folder says."""
-    layouts = []
-    for path in sorted(home.glob("*/meta.json")):
-        try:
-            about = json.loads(path.read_bytes())
-            entries = (Entry(n, tuple(s), _dtype(a), _dtype(b)) for n, s, a, b in about["row"])
-            layout = Layout(tuple(entries))
-            if layout.digest == path.parent.name and about["seal"] == seal(layout).hex():
-                layouts.append(layout)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue  # damaged; `Store` sets it aside when its layout comes up
-    return layouts
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):
-        raise TypeError(name)
-    return found
-
-
-def _remove_unused(folder: Path, own: Path, most: int) -> None:
-    """Remove other teachers' answers, the longest unused first, until they take at most `most` bytes."""
-    others = []
-    for path in folder.glob("*/teacher.json"):
-        named = len(path.parent.name) == len(own.name) and set(path.parent.name) <= _HEX
-        if path.parent != own and named and is_own(path.parent) and is_own(path):
-            with contextlib.suppress(FileNotFoundError):  # another process removes it as well
-                others.append((path.lstat().st_mtime, path.parent))
-    for used, other in sorted(others):
-        idle = time.time() - used > _IN_USE_S
-        if idle and bytes_in(folder) - bytes_in(own) > most:
-            shutil.rmtree(other, ignore_errors=True)
 
 
 def _check_arguments(max_bytes: int, top_k: int | None, dtype: str, min_hit_rate: float) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -39,8 +38,8 @@ from lightning_accel.distillation.teacher import (
 from lightning_accel.distillation.term import terms
 from lightning_accel.distillation.views import views_in
 from lightning_accel.distillation.world import average_gradients
-from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
-from lightning_accel.surgery import Receipt, Stage, Structure, twin
+from lightning_accel.errors import AccelError, NoEffect, explain
+from lightning_accel.surgery import Receipt, Structure, twin
 
 _CALLS = ("error", "last", "all")
 
@@ -139,7 +138,9 @@ class Distillation(Callback):
         guards.refuse_mirror(trainer)
         if stage != "fit":
             return
-        self._check(trainer, pl_module)
+        rehearsal.refuse_impossible(
+            trainer, pl_module, self.engine, {teacher.kind for teacher in self.teachers}
+        )
         again = self._course is not None and self._course.is_of(trainer, pl_module)
         self._begin(trainer, pl_module)
         self._loaded, self.average = {}, None
@@ -154,7 +155,7 @@ class Distillation(Callback):
                         "one and the same network, or parts of it",
                         "pass copy.deepcopy(network) as teacher, or teacher='ema'",
                     )
-        if _searches(trainer):  # with no callback but its own, and before ours has begun
+        if rehearsal.searches(trainer):  # with no callback but its own, and before ours has begun
             if any(teacher.kind == EMA for teacher in self.teachers):
                 self._set_average(trainer, pl_module, None)
             self._stand_around(pl_module)
@@ -426,59 +427,9 @@ class Distillation(Callback):
             if teacher.kind == EMA:
                 teacher.network = network
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = vars(pl_module).get("training_step")
-        if getattr(pl_module, "_compiler_ctx", None) or hasattr(step, "_torchdynamo_orig_callable"):
-            raise Unsupported(
-                "a compiled training step cannot be added to",
-                f"torch.compile of {type(pl_module).__name__} or its `training_step`",
-                "pass the plain module, and compile the networks inside it or add `BlockCompile()`",
-            )
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise Unsupported(
-                "a training step that draws its own batches cannot be rehearsed",
-                "training_step(self, dataloader_iter)",
-                "take `batch` as its argument",
-            )
-        kinds = {teacher.kind for teacher in self.teachers}
-        edits = [c for c in trainer.callbacks if getattr(c, "stage", None) == Stage.SHAPE]  # type: ignore[attr-defined]
-        if SELF in kinds and not edits:
-            raise AccelError(
-                "teacher='self' is the network before a prune, and nothing prunes here",
-                "no StructuredPruning among the callbacks",
-                "add one, or pass a trained teacher, or 'ema'",
-            )
-        if kinds & {SELF, EMA} and rehearsal.is_sharded(trainer):
-            raise Unsupported(
-                "teacher='self' and 'ema' need whole parameters on every process",
-                type(trainer.strategy).__name__,
-                "pass a trained teacher",
-            )
-        if EMA in kinds and self.engine.cache is not None:
-            raise AccelError(
-                "what a moving teacher says cannot be cached",
-                "teacher='ema' with a cache",
-                "drop one of the two",
-            )
-        tensor_parallel = getattr(trainer.strategy, "_tensor_parallel_size", 1)
-        if tensor_parallel not in (1, "auto") and any(
-            term.across_rows for term in self.engine.terms.values()
-        ):
-            raise Unsupported(
-                "losses over all rows of a batch do not know tensor parallelism",
-                type(trainer.strategy).__name__,
-                "use a loss of single rows, such as 'kd' or 'fitnet'",
-            )
-
     def _tell_views(self, trainer: Trainer) -> None:
         for views in views_in(trainer.train_dataloader):
             views.set_epoch(trainer.current_epoch)
-
-
-def _searches(trainer: Trainer) -> bool:
-    """Tell whether the fit begins with trials of Lightning's tuners, in which it runs no other callback."""
-    finders = LearningRateFinder, BatchSizeFinder
-    return any(isinstance(callback, finders) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 class _Rule:

@@ -1,4 +1,4 @@
-"""The student's call once more, on a copy: does all fit together, and what does each loss do?
+"""Before the lessons: can this fit be taught at all, which network is called, and what does each loss do?
 
 The user's code runs as often as without us, so all is made ready within the first step. Only where a network is
 compiled, or hooks of the user's would see a second backward, the call of the student that was seen is run again, on
@@ -8,12 +8,14 @@ noticed there too, and shares of the gradient can be measured.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -26,9 +28,9 @@ from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.seen import Seen
 from lightning_accel.distillation.tape import INPUT, Record, Tape, is_compiled, layer
-from lightning_accel.distillation.teacher import Teacher
-from lightning_accel.errors import AccelError, UnsafeFile
-from lightning_accel.surgery import twin
+from lightning_accel.distillation.teacher import EMA, SELF, Teacher
+from lightning_accel.errors import AccelError, UnsafeFile, Unsupported
+from lightning_accel.surgery import Stage, twin
 from lightning_accel.surgery.call import tensors
 from lightning_accel.surgery.preserve import preserve_rng
 
@@ -51,6 +53,69 @@ def static_student(pl_module: LightningModule) -> str:
     if len(trainable) != 1:
         raise unclear(trainable)
     return trainable[0]
+
+
+def refuse_impossible(
+    trainer: Trainer, pl_module: LightningModule, engine: Engine, kinds: set[str]
+) -> None:
+    """Raise before a fit begins in which nothing could be taught.
+
+    Args:
+        trainer: Of the fit.
+        pl_module: The user's module.
+        engine: Holds the losses and the cache.
+        kinds: Of the teachers.
+
+    Raises:
+        AccelError: A compiled training step, no prune for teacher='self', a cache of a moving teacher ...
+    """
+    step = vars(pl_module).get("training_step")
+    if getattr(pl_module, "_compiler_ctx", None) or hasattr(step, "_torchdynamo_orig_callable"):
+        raise Unsupported(
+            "a compiled training step cannot be added to",
+            f"torch.compile of {type(pl_module).__name__} or its `training_step`",
+            "pass the plain module, and compile the networks inside it or add `BlockCompile()`",
+        )
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise Unsupported(
+            "a training step that draws its own batches cannot be rehearsed",
+            "training_step(self, dataloader_iter)",
+            "take `batch` as its argument",
+        )
+    edits = [c for c in trainer.callbacks if getattr(c, "stage", None) == Stage.SHAPE]  # type: ignore[attr-defined]
+    if SELF in kinds and not edits:
+        raise AccelError(
+            "teacher='self' is the network before a prune, and nothing prunes here",
+            "no StructuredPruning among the callbacks",
+            "add one, or pass a trained teacher, or 'ema'",
+        )
+    if kinds & {SELF, EMA} and is_sharded(trainer):
+        raise Unsupported(
+            "teacher='self' and 'ema' need whole parameters on every process",
+            type(trainer.strategy).__name__,
+            "pass a trained teacher",
+        )
+    if EMA in kinds and engine.cache is not None:
+        raise AccelError(
+            "what a moving teacher says cannot be cached",
+            "teacher='ema' with a cache",
+            "drop one of the two",
+        )
+    tensor_parallel = getattr(trainer.strategy, "_tensor_parallel_size", 1)
+    if tensor_parallel not in (1, "auto") and any(
+        term.across_rows for term in engine.terms.values()
+    ):
+        raise Unsupported(
+            "losses over all rows of a batch do not know tensor parallelism",
+            type(trainer.strategy).__name__,
+            "use a loss of single rows, such as 'kd' or 'fitnet'",
+        )
+
+
+def searches(trainer: Trainer) -> bool:
+    """Tell whether the fit begins with trials of Lightning's tuners, in which it runs no other callback."""
+    finders = LearningRateFinder, BatchSizeFinder
+    return any(isinstance(callback, finders) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 class Again(NamedTuple):
