@@ -29,6 +29,7 @@ from lightning_accel.surgery.preserve import preserve_rng
 
 SELF, EMA = "self", "ema"
 _PRECISIONS = ("auto", "bf16", "fp32", "same")
+_OF_A_BINDING = ("_run", "_tape", "_footprint", "_as_it_stands")
 _CAST_ONCE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 Source = nn.Module | str | Path
@@ -104,6 +105,8 @@ class Teacher:
         self._tape: Tape | None = None
         self._versions: dict[str, int] = {}
         self._footprint: Footprint | None = None
+        """What it reads in eval mode; and beside it the same in the mode that it is left in between calls."""
+        self._as_it_stands: Footprint | None = None
         self._knew: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,7 +201,7 @@ class Teacher:
         """Take the hooks off, and let go of the bound network."""
         if self._tape is not None:
             self._tape.remove()
-        self._tape, self._run, self._footprint = None, None, None
+        vars(self).update(dict.fromkeys(_OF_A_BINDING))
 
     def resolved(self, device: torch.device | str) -> str:
         """Return the precision that "auto" is on a device.
@@ -231,8 +234,12 @@ class Teacher:
         """Tell whether anything that its outputs depend on is other than at the last `fingerprint`."""
         if self._footprint is None:
             return False
-        with in_eval_mode(self.bound):  # what is on a GPU is read by its version alone: no waiting
-            same = self._footprint.holds(content=self.device.type == "cpu")
+        here = self.device.type == "cpu"  # on a GPU, versions alone are read: no waiting
+        same = self._as_it_stands is not None and self._as_it_stands.holds(content=here)
+        if not same:  # perhaps somebody only switched its mode
+            with in_eval_mode(self.bound):
+                same = self._footprint.holds(content=here)
+            self._as_it_stands = Footprint(self.bound)
         return not same or self._knew != self._world()
 
     def moves(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> str | None:

@@ -274,8 +274,8 @@ class _Reading:
     # --- objects ------------------------------------------------------------------------------------
 
     def _network(self, value: nn.Module, where: str) -> None:
-        if isinstance(value, torch._dynamo.OptimizedModule):
-            self.take(value._orig_mod, where)
+        if is_a(value, "torch._dynamo."):  # not by its class, whose import takes seconds
+            self.take(vars(value)["_modules"]["_orig_mod"], where)
             return
         self.take(type(value), where)
         if is_a(value, "torchmetrics.metric"):
