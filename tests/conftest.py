@@ -17,6 +17,7 @@ import torch
 
 torch.set_num_threads(1)
 os.environ.setdefault("WANDB_SILENT", "true")
+os.environ["LIGHTNING_ACCEL_CACHE_KEY"] = "of the tests"  # so that none is made in the home
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 

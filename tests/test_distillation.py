@@ -260,7 +260,7 @@ def test_a_student_that_is_called_past_its_hooks_is_an_error(fit: Fit) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return F.cross_entropy(self.net.forward(batch[0]), batch[1])
 
-    with pytest.raises(AccelError, match="not called in the first training step"):
+    with pytest.raises(AccelError, match="not called in this training step"):
         fit(Past(), Distillation(teacher(), "kd", student="net"))
 
 

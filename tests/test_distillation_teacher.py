@@ -26,7 +26,7 @@ from lessons import (
     taught,
     teacher,
 )
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     StochasticWeightAveraging,
@@ -128,13 +128,14 @@ def test_classes_in_another_order_are_an_error_that_classes_mends(fit: Fit) -> N
     assert apart(model.net, by_hand("kd")[0]) < 1e-6
 
 
-def test_another_number_of_classes_is_told_before_the_first_step(fit: Fit) -> None:
+def test_another_number_of_classes_is_told_before_the_first_backward(fit: Fit) -> None:
     guide: Any = master()
     guide.head = nn.Linear(24, 6)
     model = Module()
     with pytest.raises(AccelError, match=r"do not match.*\(8, 4\) and \(8, 6\)"):
         fit(model, Distillation(teacher(guide), "kd"))
-    assert apart(model, Module()) == 0
+    fresh = dict(Module().named_parameters())
+    assert all(torch.equal(p, fresh[n]) and p.grad is None for n, p in model.named_parameters())
 
 
 def test_a_teacher_that_knows_nothing_is_told(fit: Fit) -> None:
@@ -197,6 +198,55 @@ def test_a_path_is_a_teacher_of_the_students_class(fit: Fit, tmp_path: Path) -> 
         fit(Module(), Distillation(str(path), "kd"))
     with pytest.raises(AccelError, match="no such checkpoint"):
         fit(Module(), Distillation(str(tmp_path / "none.ckpt"), "kd"))
+
+
+class Prepares(LightningModule):
+    """Another class than the student's, whose forward knows how its inputs must be prepared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = master()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - 0.3) * 2)
+
+
+class Plain(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = master()
+
+
+class Both(Module):
+    """A student whose steps prepare the inputs themselves, beside a forward that does so too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - 0.3) * 2)
+
+
+def said(lit: nn.Module, model: Module, caplog: Any, fit: Fit) -> Tensor:
+    """Return what a LightningModule taught in the first step of a fit."""
+    heard: list[Tensor] = []
+
+    def spy(student: Tensor, teacher: Tensor) -> Tensor:
+        heard.append(teacher)
+        return (student - teacher).square().mean()
+
+    with caplog.at_level("INFO"):
+        fit(model, Distillation(teacher(lit), {"spy": {"loss": spy}}, student="net"))
+    return heard[0]
+
+
+def test_the_forward_of_a_lightning_module_prepares_what_its_network_gets(
+    fit: Fit, caplog: Any
+) -> None:
+    x, net = next(iter(data()))[0], master().eval()
+    assert torch.equal(said(Prepares(), Module(), caplog, fit), net((x - 0.3) * 2))
+    assert torch.equal(said(Plain(), Module(), caplog, fit), net(x))
+    assert "not by its own `forward`" not in caplog.text
+    guide = Both(master)
+    assert torch.equal(said(guide, Both(), caplog, fit), net(x))  # as the student of its class
+    assert "The teacher Both is called by its part `net`" in caplog.text
 
 
 class Wide(Module):

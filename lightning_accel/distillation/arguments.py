@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from lightning_accel.errors import explain
+
+_ADDRESS = re.compile(r"\s*([a-zA-Z][\w+.-]+:/|\w+::|//)")
+"""A scheme and what follows it; one letter is a drive, and `a::b` is how fsspec chains schemes."""
 
 
 def number(value: Any, name: str) -> float:
@@ -56,11 +60,19 @@ def name_of(value: Any, name: str) -> str | None:
 
 
 def path_of(value: Any, name: str) -> Path:
-    """Return a path, or raise `TypeError`.
+    """Return a path on this machine, or raise `TypeError`; an address raises `ValueError`, and nothing is fetched.
 
     >>> path_of("last.ckpt", "checkpoint").name
     'last.ckpt'
     """
     if not isinstance(value, (str, Path)):
         raise TypeError(explain(f"`{name}` is a path", repr(value), "pass text or a Path"))
+    if _ADDRESS.match(str(value)):
+        raise ValueError(
+            explain(
+                f"`{name}` is a path on this machine, and nothing is fetched from elsewhere",
+                str(value).partition("?")[0],
+                "download it from where you trust it, look at it, and pass the path of the file",
+            )
+        )
     return Path(value)

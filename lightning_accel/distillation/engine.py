@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.distillation.cache import TeacherCache
+from lightning_accel.distillation.checks import EXACT, SHORT
 from lightning_accel.distillation.layers import Pair, pairs
 from lightning_accel.distillation.locate import IGNORED, Where, is_shifted, logits_of
 from lightning_accel.distillation.projector import Embedding, make_projector
@@ -74,6 +75,7 @@ class Engine:
         self.shifted = False
         """Whether the network shifts its own labels; found out on the first batch."""
         self._pairs: dict[str, list[Pair]] = {}
+        self._views = 1
 
     def wire(self, student: nn.Module, teachers: Sequence[tuple[Teacher, nn.Module]]) -> None:
         """Find the pairs of layers between the student and each teacher's network."""
@@ -105,10 +107,40 @@ class Engine:
     def ask(self, record: Record) -> Answer:
         """Return what the teachers say to the arguments of a student's call, from the cache where known."""
         if self.cache is not None:  # one that is off runs the teacher, and answers in the same form
+            if self.cache.enabled and any(teacher.has_changed() for teacher in self.teachers):
+                self._key()
             return self.cache.look_up(
                 record.args, record.kwargs, lambda args, kwargs: self._run((args, kwargs))
             )
         return self._run((record.args, record.kwargs))
+
+    def open_cache(self, record: Record, *, views: int) -> None:
+        """Use the cache, if the teachers are such that what they say depends on weights and arguments alone.
+
+        Args:
+            record: A call of the student, on which they are tried.
+            views: Epochs in which every row may be new.
+        """
+        assert self.cache is not None
+        self._views = views
+        self._key()
+        for index, teacher in enumerate(self.teachers):
+            reason = teacher.moves((record.args, record.kwargs))
+            if reason is not None:
+                self.cache.step_aside(
+                    f"teacher {index}, {type(teacher.network).__name__}, {reason}"
+                )
+
+    def _key(self) -> None:
+        """Open the cache for the teachers as they are now."""
+        assert self.cache is not None
+        known = [teacher.fingerprint() for teacher in self.teachers]
+        self.cache.open(
+            "-".join([*known, self.questions()]),
+            temperature=self.temperature() or 1.0,
+            views=self._views,
+            tolerance=SHORT if any(teacher.is_short for teacher in self.teachers) else EXACT,
+        )
 
     def run(self, record: Record) -> Answer:
         """Return what the teachers say, without the cache."""
@@ -167,11 +199,11 @@ class Engine:
         return Lesson(total, parts, seen)
 
     def weighted(
-        self, task: Tensor | None, record: Record, batch: Any, moment: Moment
+        self, task: Tensor | None, record: Record, answer: Answer, batch: Any, moment: Moment
     ) -> dict[str, Tensor]:
         """Return each weighted loss of one call by name, on one graph."""
         found = {} if task is None else {"task": now(self.task_weight, moment) * task}
-        seen = self.see(record, self.run(record), batch)
+        seen = self.see(record, answer, batch)
         with _in_full(seen.answer):
             for name, term in self.terms.items():
                 weight, keywords = term.values(moment)
@@ -194,7 +226,7 @@ class Engine:
             logits = self._teacher_logits(record, index, answer)
             if logits is not None:
                 if teacher.classes is not None:
-                    logits = logits[..., list(teacher.classes)]
+                    logits = logits[..., _known(teacher.classes, logits.shape[-1])]
                 share = teacher.weight / whole
                 logits = logits if share == 1 else share * full(logits)
                 if LOGITS in answer and answer[LOGITS].shape != logits.shape:
@@ -315,6 +347,17 @@ class Engine:
 
     def _is_of(self, name: str, index: int) -> bool:
         return name == LOGITS or self._which(self.terms[name]) == index
+
+
+def _known(classes: tuple[int, ...], num_classes: int) -> list[int]:
+    """Return the indices of a teacher's classes, all of which it must have."""
+    if max(classes) >= num_classes:
+        raise AccelError(
+            "`Teacher(classes=)` names a class that the teacher does not have",
+            f"{max(classes)}, of a teacher with {num_classes} classes",
+            f"pass for each class of the student the teacher's index of it, from 0 to {num_classes - 1}",
+        )
+    return list(classes)
 
 
 def _evaluate(term: Term, student: Tensor, teacher: Tensor, given: dict[str, Any]) -> Tensor:

@@ -120,6 +120,12 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self._call(batch)
         if self.task_loss is None:
+            if self.distillation is None or not self.distillation.teaches:
+                raise AccelError(
+                    "there is nothing to learn from here",
+                    "task_loss=None, and a step outside of a fit with the module's own callback",
+                    "call `trainer.fit` with this module, or pass a `task_loss`",
+                )
             return torch.zeros((), device=self.device, requires_grad=True)
         loss = self._task(output, batch)
         self.log("train/loss", loss.detach(), batch_size=_size(batch))

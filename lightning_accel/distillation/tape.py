@@ -6,7 +6,7 @@ they give more outputs; copies and pickles of the network have hooks that do not
 
 An operation that changes a tensor in place after its tap (`nn.ReLU(inplace=True)` behind a batch norm)
 silently changes what was tapped. The version counters of the tensors tell; within a compiled graph they
-do not, so `rehearse` runs the network once without its compiled code.
+do not, so a compiled network runs once more without its code, on a copy (`rehearsal.again`).
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ class _State:
 
 class _Hook:
     """A hook that writes to a tape; a copy or a pickle of the network gets one that does nothing."""
+
+    _accel_own = True
 
     def __init__(self, state: _State, name: str = "") -> None:
         self.state, self.name = state, name

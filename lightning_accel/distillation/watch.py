@@ -1,0 +1,78 @@
+"""Who the student is, seen in the user's own first step: which network is called from outside of any other.
+
+Nothing is run for it. The call of each trainable module is intercepted where `torch.compile` puts its own code
+into a module's call, before any hook and any compiled code; so taps that are put on a network as its call begins
+already see that call. Within the call everything is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+_CALL = "_compiled_call_impl"
+_NONE = object()
+
+
+class Watch:
+    """Tells of each outermost call of a trainable module inside a model, before it begins.
+
+    Calls under `no_grad` teach nothing and are passed over.
+
+    Args:
+        model: What is watched, as a context.
+        begins: Gets the name of the module; "" is the model itself.
+
+    >>> net, seen = nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.ReLU()), []
+    >>> with Watch(net, seen.append):
+    ...     out = net[1](net[0](torch.ones(1)))
+    >>> seen
+    ['0']
+    """
+
+    def __init__(self, model: nn.Module, begins: Callable[[str], None]) -> None:
+        self._begins = begins
+        self._watched = [
+            (name, module)
+            for name, module in model.named_modules()
+            if not isinstance(module, Metric) and any(p.requires_grad for p in module.parameters())
+        ]
+        self._own: dict[str, Any] = {}
+
+    def __enter__(self) -> Watch:
+        for name, module in self._watched:
+            self._own[name] = vars(module).get(
+                _CALL, _NONE
+            )  # compiled anew between two calls, perhaps
+            vars(module)[_CALL] = self._instead(name, module)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, module in self._watched:
+            own = self._own.pop(name, _NONE)
+            vars(module).pop(_CALL, None)
+            if own is not _NONE:
+                vars(module)[_CALL] = own
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let everything be as it was meanwhile."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def _instead(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.aside():
+                if torch.is_grad_enabled():
+                    self._begins(name)
+                return module(*args, **kwargs)
+
+        return call
