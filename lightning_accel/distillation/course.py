@@ -25,6 +25,7 @@ from lightning_accel.distillation.engine import Engine, Lesson
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.optimizers import join
 from lightning_accel.distillation.schedule import Moment
+from lightning_accel.distillation.seen import LOGITS
 from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
 from lightning_accel.distillation.teacher import EMA, Teacher
@@ -112,6 +113,7 @@ class Course:
                 return
             record, batch = found.record, found.batch
             with torch.enable_grad(), trainer.precision_plugin.train_step_context():
+                engine.look_at(record, batch, found.heard)
                 answer = engine.run(record)
                 trained = all(teacher.kind in ("module", "path") for teacher in self.teachers)
                 if trained and not self._classes_checked:
@@ -168,6 +170,13 @@ class Course:
                 "losses with several, or one that changes",
                 "use one temperature, or a cache without `top_k`",
             )
+        on_logits = any(term.reads == LOGITS for term in self.engine.terms.values())
+        if cache.top_k is not None and on_logits and self.engine.classes_at is None:
+            raise AccelError(
+                "a cache of the top classes cannot tell which dimension of the logits holds them",
+                "no criterion or labels that say it",
+                "pass class_dim=1 or class_dim=-1, or a cache without `top_k`",
+            )
         known = [teacher.fingerprint() for teacher in self.teachers]
         num_views = max((views.views for views in seeded_views(self.trainer)), default=1)
         cache.open(
@@ -196,7 +205,9 @@ class Course:
     def teach(self, task: Tensor, records: list[Record], batch: Any) -> Tensor:
         """Return the total loss of a step."""
         if not self.ready:  # there was no copy to rehearse on
-            record, answer = records[0], self.engine.run(records[0])
+            record = records[0]
+            self.engine.look_at(record, batch)
+            answer = self.engine.run(record)
             optimizers, prefix = self.trainer.optimizers, self.student or ""
             heads.narrow(self.engine, record, answer, self.edit, optimizers, prefix=prefix)
             self.engine.prepare(record, answer, batch)

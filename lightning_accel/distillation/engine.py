@@ -14,11 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.distillation.cache import TeacherCache
+from lightning_accel.distillation.criterion import Heard, usage
 from lightning_accel.distillation.layers import Pair, pairs
-from lightning_accel.distillation.locate import IGNORED, Where, is_shifted, logits_of
+from lightning_accel.distillation.locate import (
+    IGNORED,
+    Where,
+    class_dim_of,
+    classes_last,
+    is_shifted,
+    logits_of,
+)
 from lightning_accel.distillation.projector import Embedding, make_projector
 from lightning_accel.distillation.schedule import Moment, Number, now
-from lightning_accel.distillation.seen import IDS, LOGITS, Answer, Places, Seen, full
+from lightning_accel.distillation.seen import LOGITS, Answer, Places, Seen, full
+from lightning_accel.distillation.suitable import check_logits
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.distillation.term import Term
@@ -48,6 +57,7 @@ class Engine:
         terms: The summands by name.
         task_weight: Factor of the user's own loss.
         logits: Layers that give the logits, as a pair; by default what the networks return.
+        class_dim: Their dimension that holds the classes; by default told at the first step.
         target: Where the labels are in the batch.
         mask: Where the mask of valid positions is.
         cache: Of the teachers' outputs.
@@ -59,18 +69,21 @@ class Engine:
         *,
         task_weight: Number = 1.0,
         logits: Any = None,
+        class_dim: int | None = None,
         target: Where = None,
         mask: Where = None,
         cache: TeacherCache | None = None,
     ) -> None:
         self.terms = dict(terms)
         self.task_weight = task_weight
-        self.logits = logits
+        self.logits, self.class_dim = logits, class_dim
         self.target, self.mask = target, mask
         self.cache = cache
         self.teachers: list[Teacher] = []
         self.heads = nn.ModuleDict()
         """Projectors and embeddings, trained with the student and never a part of it."""
+        self.classes_at: int | None = None
+        """The dimension of the classes, found out on the first batch; `None` where nothing tells."""
         self.shifted = False
         """Whether the network shifts its own labels; found out on the first batch."""
         self._pairs: dict[str, list[Pair]] = {}
@@ -100,7 +113,7 @@ class Engine:
     def questions(self) -> str:
         """Return what is asked of the teachers, for the key of a cache."""
         taps = [self.teacher_taps(index) for index in range(len(self.teachers))]
-        return repr((taps, self._pairs.get(LOGITS)))
+        return repr((taps, self._pairs.get(LOGITS), self.classes_at))
 
     def ask(self, record: Record) -> Answer:
         """Return what the teachers say to the arguments of a student's call, from the cache where known."""
@@ -117,11 +130,39 @@ class Engine:
     def see(self, record: Record, answer: Answer, batch: Any) -> Seen:
         """Put a call of the student beside the teachers' answer."""
         logits = next(iter(self._pairs.get(LOGITS, ())), None)
-        return Seen(record, answer, batch, Places(logits, self.target, self.mask, self.shifted))
+        places = Places(logits, self.target, self.mask, self.classes_at, self.shifted)
+        return Seen(record, answer, batch, places)
 
-    def look_at(self, record: Record) -> None:
-        """Note from a first call what stays the same for all."""
-        self.shifted = is_shifted(record, self.see(record, {}, None).logits)
+    def look_at(self, record: Record, batch: Any, calls: Sequence[Heard] = ()) -> None:
+        """Note from a first call what stays the same for all.
+
+        Args:
+            record: The call.
+            batch: What the training step got.
+            calls: What the user's criteria were called on in that step.
+        """
+        logits = self.see(record, {}, batch).given_logits
+        self.classes_at = None
+        if logits is not None:
+            self.classes_at = self._class_dim(logits, record, batch, calls)
+        self.shifted = is_shifted(record, self.see(record, {}, batch).logits)
+
+    def _class_dim(
+        self, logits: Tensor, record: Record, batch: Any, calls: Sequence[Heard]
+    ) -> int | None:
+        if self.class_dim is None:
+            heard = usage(calls, logits).class_dim
+            return class_dim_of(logits, batch, record) if heard is None else heard
+        if (
+            self.class_dim in (0, -logits.dim())
+            or not -logits.dim() < self.class_dim < logits.dim()
+        ):
+            raise AccelError(
+                "the logits have no classes in that dimension",
+                f"class_dim={self.class_dim} for logits {tuple(logits.shape)}",
+                "count dimensions as torch does; 0 is the batch",
+            )
+        return self.class_dim
 
     def prepare(self, record: Record, answer: Answer, batch: Any) -> None:
         """Check everything that could fail later, and make the projectors that are missing.
@@ -129,9 +170,8 @@ class Engine:
         Raises:
             AccelError: Logits do not match, labels are missing, or a loss cannot be computed.
         """
-        self.look_at(record)
         seen = self.see(record, answer, batch)
-        self._check_logits(seen)
+        check_logits(self.terms, seen)
         for name, term in self.terms.items():
             if term.needs_target and seen.target is None:
                 raise AccelError(
@@ -193,6 +233,7 @@ class Engine:
                 answer[f"{index}:{name}"] = value
             logits = self._teacher_logits(record, index, answer)
             if logits is not None:
+                logits = classes_last(logits, self.classes_at)
                 if teacher.classes is not None:
                     logits = logits[..., list(teacher.classes)]
                 share = teacher.weight / whole
@@ -225,6 +266,8 @@ class Engine:
         if term.reads == LOGITS:
             temperature = float(keywords.get("temperature", self.temperature() or 1.0))
             student, teacher, target = seen.both_logits(temperature)
+            if not term.of_classes:
+                student, teacher = seen.as_given(student), seen.as_given(teacher)
             both = [(student, teacher)]
             valid = seen.valid
             if valid is None and term.needs_target and seen.target is not None:
@@ -282,27 +325,6 @@ class Engine:
                 elif term.reads == "matched":
                     aligned = seen.aligned(term, pair, which)[0]
                     yield key, pair.student, aligned.shape[-1 if aligned.dim() < 4 else 1]
-
-    def _check_logits(self, seen: Seen) -> None:
-        needed = [name for name, term in self.terms.items() if term.reads == LOGITS]
-        student, teacher, ids = seen.logits, seen.answer.get(LOGITS), seen.answer.get(IDS)
-        if not needed:
-            return
-        if student is None or teacher is None:
-            raise AccelError(
-                f"`{needed[0]}` needs logits",
-                f"the {'student' if student is None else 'teacher'} returns no tensor, or several, of "
-                f"shape (batch, ..., classes) within a {type(seen.record.output).__name__}",
-                "name the layers that give them: logits='head: fc', or use losses on features",
-            )
-        shape = teacher.shape if ids is None else (*teacher.shape[:-1], student.shape[-1])
-        if student.shape != torch.Size(shape):
-            raise AccelError(
-                "the logits of the student and the teacher do not match",
-                f"{tuple(student.shape)} and {tuple(shape)}",
-                "use a teacher with the same classes or vocabulary, `Teacher(classes=)` to pick "
-                "them, or losses on features",
-            )
 
     def _which(self, term: Term) -> int:
         if term.teacher is None and len(self.teachers) > 1:

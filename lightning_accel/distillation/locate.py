@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def check_where(where: Any, name: str) -> Where:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """Return the logits in what a network gave: the tensor, `.logits`, or the only one with classes.
+    """Return the logits in what a network gave: the tensor, `.logits`, `["out"]`, or the only one with classes.
 
     `None` where there is none, or several, such as features and logits.
 
@@ -40,13 +40,94 @@ def logits_of(output: Any) -> Tensor | None:
     torch.Size([2, 3])
     """
     if isinstance(output, Mapping):
-        named = output.get("logits")
+        named = output.get("logits", output.get("out"))  # transformers; torchvision
     else:
         named = None if isinstance(output, Tensor) else getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
     found = [t for t in tensors(output) if t.is_floating_point() and t.dim() >= 2]
     return found[0] if len(found) == 1 else None
+
+
+def classes_last(logits: Tensor, dim: int | None) -> Tensor:
+    """Return logits with the dimension of the classes last; `None` leaves them as they are.
+
+    >>> classes_last(torch.ones(2, 5, 8, 8), 1).shape
+    torch.Size([2, 8, 8, 5])
+    """
+    return logits if dim is None or logits.dim() < 3 else logits.movedim(dim, -1)
+
+
+def classes_back(logits: Tensor, dim: int | None) -> Tensor:
+    """Undo `classes_last`."""
+    return logits if dim is None or logits.dim() < 3 else logits.movedim(-1, dim)
+
+
+def class_dim_of(logits: Tensor, batch: Any, record: Record) -> int | None:
+    """Tell from shapes where the classes of logits of three or more dimensions are: 1, -1 or `None`.
+
+    Labels in the batch have the logits' shape without that dimension, or are distributions along it. Where there are
+    none, tokens and masks that the network got say it, and last its inputs that differ from the
+    logits in one dimension alone. `None` where they disagree, or where all dimensions are alike.
+
+    >>> call = Record((torch.ones(2, 3, 8, 8),), {}, None, {})
+    >>> class_dim_of(torch.ones(2, 5, 8, 8), (torch.ones(2, 8, 8, dtype=torch.long),), call)
+    1
+    """
+    if logits.dim() < 3:
+        return -1
+    inputs = tensors((record.args, record.kwargs))
+    used = {id(t) for t in inputs}
+    given = [t for leaf in tree_leaves(batch) for t in tensors(leaf) if id(t) not in used]
+    for say in (
+        _votes(logits, filter(_is_whole, given)) | _along(logits, given),
+        _votes(logits, filter(_is_whole, inputs)),
+        _votes(logits, inputs, like=True),
+    ):
+        if say:
+            return say.pop() if len(say) == 1 else None
+    return None
+
+
+def _votes(logits: Tensor, others: Iterable[Tensor], *, like: bool = False) -> set[int]:
+    """Return 1 or -1 for each tensor that has the logits' shape without that dimension; none if both fit."""
+    shapes = {dim: _without(logits, dim) for dim in (1, -1)}
+    found = set()
+    for tensor in others if shapes[1] != shapes[-1] else ():
+        for dim, shape in shapes.items():
+            same = _without(tensor, dim) if like and tensor.dim() == logits.dim() else tensor.shape
+            found |= {dim} if same == shape else set()
+    return found
+
+
+def _along(logits: Tensor, others: Iterable[Tensor]) -> set[int]:
+    """Return 1 or -1 for each tensor of the logits' shape that holds distributions along it alone."""
+    found = set()
+    for tensor in others:
+        if tensor.shape == logits.shape:
+            dims = {dim for dim in (1, -1) if are_distributions(tensor, dim)}
+            found |= dims if len(dims) == 1 else set()
+    return found
+
+
+def are_distributions(values: Tensor, dim: int = -1) -> bool:
+    """Tell whether numbers are at least zero and sum to one along a dimension.
+
+    >>> are_distributions(torch.tensor([[0.1, 0.9]])), are_distributions(torch.tensor([[1.0, 1.0]]))
+    (True, False)
+    """
+    values = values.float()  # to three digits, as distributions may come in half precision
+    return bool((values >= 0).all() and ((values.sum(dim) - 1).abs() < 4e-3).all())
+
+
+def _without(tensor: Tensor, dim: int) -> torch.Size:
+    shape = list(tensor.shape)
+    del shape[dim]
+    return torch.Size(shape)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def target_of(

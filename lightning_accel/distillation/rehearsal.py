@@ -30,6 +30,7 @@ from lightning_accel.bridge.example import (
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import load_from_checkpoint
 from lightning_accel.distillation import evidence
+from lightning_accel.distillation.criterion import Heard, Listener
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.seen import LOGITS, Answer
@@ -71,11 +72,12 @@ def view(batch: Any) -> Any:
 
 
 class Rehearsed(NamedTuple):
-    """The student's call on a copy, the user's loss where there is one, and the batch as it was."""
+    """The student's call on a copy, the user's loss where there is one, the batch as it was, and criteria."""
 
     record: Record
     task: Tensor | None
     batch: Any
+    heard: list[Heard]
 
 
 def static_student(pl_module: LightningModule) -> str:
@@ -102,7 +104,7 @@ def record_on(
     vars(copy)["manual_backward"] = lambda loss, *_, **__: losses.append(loss)
     tape = Tape(layer(copy, name), engine.student_taps())
     try:
-        with tape.recording():
+        with tape.recording(), Listener(tape.has_answered) as listener:
             output = run_placed(trainer, copy, own, batch_idx)
         found = [record for record in tape.records() if differentiable(record.output)]
     finally:
@@ -125,7 +127,8 @@ def record_on(
             "say which count: calls='last', or calls='all' for their mean",
         )
     _refuse_without_gradient(layer(copy, name), found[-1])
-    return Rehearsed(found[-1], loss if isinstance(loss, Tensor) else None, before)
+    task = loss if isinstance(loss, Tensor) else None
+    return Rehearsed(found[-1], task, before, listener.calls)
 
 
 def _refuse_without_gradient(student: nn.Module, record: Record) -> None:
@@ -157,7 +160,6 @@ def check_classes(
     for teacher in engine.teachers:
         if teacher.classes is None:
             evidence.check_names(own, class_names(teacher.network))
-    engine.look_at(record)
     found = _chosen(engine, record, answer, batch)
     if found is None or not evidence.is_at_chance(*found):
         return

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lightning_accel.distillation import topk
 from lightning_accel.distillation.layers import Pair
-from lightning_accel.distillation.locate import Where, logits_of, mask_of, target_of
+from lightning_accel.distillation.locate import (
+    Where,
+    classes_back,
+    classes_last,
+    logits_of,
+    mask_of,
+    target_of,
+)
 from lightning_accel.distillation.projector import align
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.term import Term
@@ -22,12 +29,14 @@ Answer = dict[str, Tensor]
 
 
 class Places(NamedTuple):
-    """Where things are: the layers that give logits, labels, mask; and whether labels are shifted."""
+    """Where things are: the layers that give logits, labels, mask, and the dimension of the classes."""
 
     logits: Pair | None
     target: Where
     mask: Where
+    class_dim: int | None
     shifted: bool
+    """Whether labels are shifted."""
 
 
 class Seen:
@@ -44,11 +53,17 @@ class Seen:
         self.record, self.answer, self.batch, self.places = record, answer, batch, places
 
     @cached_property
-    def logits(self) -> Tensor | None:
-        """The student's logits (B, ..., C), in the precision that they came in."""
+    def given_logits(self) -> Tensor | None:
+        """The student's logits as they came."""
         if self.places.logits is not None:
             return self.record.taps[self.places.logits.student]
         return logits_of(self.record.output)
+
+    @cached_property
+    def logits(self) -> Tensor | None:
+        """The student's logits (B, ..., C), in the precision that they came in."""
+        given = self.given_logits
+        return None if given is None else classes_last(given, self.places.class_dim)
 
     @cached_property
     def target(self) -> Tensor | None:
@@ -67,6 +82,8 @@ class Seen:
         teacher, ids = self.answer.get(LOGITS), self.answer.get(IDS)
         if self.logits is None or teacher is None or teacher.shape[:-1] != self.logits.shape[:-1]:
             return None
+        if self.places.class_dim is None:
+            return None
         if ids is not None:
             return ids[..., 0].long()
         return teacher.argmax(-1) if teacher.shape == self.logits.shape else None
@@ -82,6 +99,10 @@ class Seen:
                 hit = ids == target.unsqueeze(-1)
                 target = torch.where(hit.any(-1), hit.int().argmax(-1), ids.shape[-1])
         return student, teacher, target
+
+    def as_given(self, logits: Tensor) -> Tensor:
+        """Return logits with the classes where the network gave them, as a user's own loss knows them."""
+        return classes_back(logits, self.places.class_dim)
 
     def features(self, pair: Pair, teacher: int) -> tuple[Tensor, Tensor]:
         """Return what a pair of layers gave."""

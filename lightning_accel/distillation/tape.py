@@ -70,6 +70,10 @@ class Tape:
         finally:
             self._state.on = False
 
+    def has_answered(self) -> bool:
+        """Tell whether a call of the network has come to its end."""
+        return bool(self._state.outputs)
+
     def records(self) -> list[Record]:
         """Return the recorded calls, after a check that nothing tapped was changed in place.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -25,6 +25,7 @@ class Kind(NamedTuple):
     reads: str  # "logits", or of features: "matched", "maps", "rows", "embedded"
     weight: float
     across_rows: bool = False  # a statistic of the whole batch
+    classes: bool = True  # compares classes, which it finds in the last dimension
 
 
 KNOWN = {
@@ -50,7 +51,8 @@ class Term:
         weight: Its factor; by default the paper's. A number, a `Ramp`, or a function of the `Moment`.
         temperature: Of the softmax, where the loss has one; as `weight`.
         layers: Pairs of layers for a loss on features: `{"layer2": "layer4"}`, `"layer2: layer4"`, a list
-            of names, or a `Select`. A function of your own reads logits without it.
+            of names, or a `Select`. A function of your own reads logits without it, in the form that the
+            networks give them; all other losses get them with the classes last.
         student_layout: Of the student's features, where their dimensions do not tell: "BHWC", "BCL".
         teacher_layout: As `student_layout`.
         teacher: Whose features, among several teachers.
@@ -77,6 +79,7 @@ class Term:
     ) -> None:
         kind = _kind(loss, layers is not None)
         self.loss, self.reads, self.across_rows = kind.loss, kind.reads, kind.across_rows
+        self.of_classes = kind.classes and kind.reads == "logits"
         self.name = loss if isinstance(loss, str) else getattr(loss, "__name__", "loss")
         self.weight = read(kind.weight if weight is None else weight, "weight")
         self.temperature: Number | None = None
@@ -212,5 +215,8 @@ def _kind(loss: Any, on_layers: bool) -> Kind:
         raise ValueError(
             explain("a loss is a name or a function", repr(loss), f"pass one of {', '.join(KNOWN)}")
         )
-    known = next((kind for kind in KNOWN.values() if kind.loss is loss), None)
-    return known or Kind(loss, "matched" if on_layers else "logits", 1.0)
+    plain = loss.func if isinstance(loss, partial) else loss
+    known = next((kind for kind in KNOWN.values() if kind.loss is plain), None)
+    if known is not None:
+        return known._replace(loss=loss)
+    return Kind(loss, "matched" if on_layers else "logits", 1.0, classes=False)
