@@ -21,6 +21,7 @@ from lightning_accel.bridge.example import StepFailed
 from lightning_accel.bridge.model_edit import tell
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import evidence, heads, rehearsal
+from lightning_accel.distillation.criterion import LABELS, NUMBERS
 from lightning_accel.distillation.engine import Engine, Lesson
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.optimizers import join
@@ -113,7 +114,7 @@ class Course:
                 return
             record, batch = found.record, found.batch
             with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-                engine.look_at(record, batch, found.heard)
+                engine.look_at(record, batch, found.heard, found.task)
                 answer = engine.run(record)
                 trained = all(teacher.kind in ("module", "path") for teacher in self.teachers)
                 if trained and not self._classes_checked:
@@ -170,7 +171,14 @@ class Course:
                 "losses with several, or one that changes",
                 "use one temperature, or a cache without `top_k`",
             )
-        on_logits = any(term.reads == LOGITS for term in self.engine.terms.values())
+        on_logits = [name for name, t in self.engine.terms.items() if t.reads == LOGITS]
+        others = [n for n in on_logits if self.engine.terms[n].compares in (LABELS, NUMBERS)]
+        if cache.top_k is not None and others:
+            raise AccelError(
+                "a cache of the top classes holds no labels and no numbers",
+                f"top_k={cache.top_k} with the loss `{others[0]}`",
+                "use a cache without `top_k`",
+            )
         if cache.top_k is not None and on_logits and self.engine.classes_at is None:
             raise AccelError(
                 "a cache of the top classes cannot tell which dimension of the logits holds them",

@@ -107,25 +107,37 @@ class Usage(NamedTuple):
     """Of the logits; `None` where no criterion of classes says."""
     classes: int | None = None
     """How many of that dimension's entries the criterion takes for classes."""
+    soft: bool = True
+    """Whether the targets of criteria of labels and numbers are distributions, as of one class out of several."""
+    beside: bool = False
+    """Whether the user's loss hangs on entries of that dimension that are no classes."""
 
 
-def usage(calls: Sequence[Heard], logits: Tensor | None) -> Usage:
+def usage(calls: Sequence[Heard], logits: Tensor | None, task: Tensor | None = None) -> Usage:
     """Return what the criteria that hang on the logits take them for.
+
+    Args:
+        calls: What was heard.
+        logits: As the network gave them, on their graph.
+        task: The user's loss.
 
     >>> logits = torch.randn(2, 5, 4, requires_grad=True) * 1.0
     >>> with Listener() as heard:
     ...     _ = F.cross_entropy(logits.flatten(0, 1), torch.zeros(10, dtype=torch.long))
     >>> usage(heard.calls, logits)
-    Usage(kinds=frozenset({'classes'}), class_dim=2, classes=4)
+    Usage(kinds=frozenset({'classes'}), class_dim=2, classes=4, soft=True, beside=False)
     """
     if logits is None or not logits.requires_grad:
         return Usage()
     pulls = [pull for call in calls if (pull := Pull.of(call, logits)) is not None]
     kinds = frozenset(pull.call.kind for pull in pulls) - {SOFTMAX}
+    soft = all(_is_soft(pull.call) for pull in pulls if pull.call.kind in (LABELS, NUMBERS))
     for pull in sorted(pulls, key=lambda pull: pull.call.kind == SOFTMAX):
         if pull.call.kind in (CLASSES, SOFTMAX) and (dim := pull.class_dim()) is not None:
-            return Usage(kinds, dim, pull.call.input.shape[pull.call.dim])
-    return Usage(kinds)
+            classes = pull.call.input.shape[pull.call.dim]
+            beside = classes < logits.shape[dim] and pull.is_part_of(task, dim)
+            return Usage(kinds, dim, classes, soft, beside)
+    return Usage(kinds, soft=soft)
 
 
 class Pull:
@@ -167,12 +179,38 @@ class Pull:
                 found.append(dim)
         return found[0] if len(found) == 1 else None
 
+    def is_part_of(self, task: Tensor | None, dim: int) -> bool:
+        """Tell whether a loss hangs on what lies beside the input's classes along a dimension."""
+        own = self(torch.ones((), device=self.call.input.device))
+        if task is None or own is None or not task.requires_grad:
+            return False
+        found = torch.autograd.grad(task, self.logits, retain_graph=True, allow_unused=True)[0]
+        others = [d for d in range(self.logits.dim()) if d != dim]
+        return found is not None and bool(((own == 0).all(others) & (found != 0).any(others)).any())
+
     def _of_class(self, index: int) -> Tensor:
         """Return one at a class and zero elsewhere, in a shape that expands to the input's."""
         source, dim = self.call.input, self.call.dim
         shape = [1] * source.dim()
         shape[dim] = source.shape[dim]
         return F.one_hot(torch.tensor(index), source.shape[dim]).view(shape).to(source.device)
+
+
+def _is_soft(call: Heard) -> bool:
+    target = call.target
+    if target is None or target.dim() < 2 or target.shape != call.input.shape:
+        return False
+    return any(target.shape[dim] > 1 and are_distributions(target, dim) for dim in (1, -1))
+
+
+def are_distributions(values: Tensor, dim: int = -1) -> bool:
+    """Tell whether numbers are at least zero and sum to one along a dimension.
+
+    >>> are_distributions(torch.tensor([[0.1, 0.9]])), are_distributions(torch.tensor([[1.0, 1.0]]))
+    (True, False)
+    """
+    values = values.float()  # to three digits, as distributions may come in half precision
+    return bool((values >= 0).all() and ((values.sum(dim) - 1).abs() < 4e-3).all())
 
 
 def _only_index(found: Tensor | None, dim: int) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.criterion import Heard, usage
+from lightning_accel.distillation.criterion import Heard, Usage, usage
 from lightning_accel.distillation.layers import Pair, pairs
 from lightning_accel.distillation.locate import (
     IGNORED,
@@ -27,7 +27,7 @@ from lightning_accel.distillation.locate import (
 from lightning_accel.distillation.projector import Embedding, make_projector
 from lightning_accel.distillation.schedule import Moment, Number, now
 from lightning_accel.distillation.seen import LOGITS, Answer, Places, Seen, full
-from lightning_accel.distillation.suitable import check_logits
+from lightning_accel.distillation.suitable import check_logits, check_outputs
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.distillation.term import Term
@@ -82,6 +82,8 @@ class Engine:
         self.teachers: list[Teacher] = []
         self.heads = nn.ModuleDict()
         """Projectors and embeddings, trained with the student and never a part of it."""
+        self.usage = Usage()
+        """What the user's criteria take the logits for, as heard on the first batch."""
         self.classes_at: int | None = None
         """The dimension of the classes, found out on the first batch; `None` where nothing tells."""
         self.shifted = False
@@ -133,25 +135,34 @@ class Engine:
         places = Places(logits, self.target, self.mask, self.classes_at, self.shifted)
         return Seen(record, answer, batch, places)
 
-    def look_at(self, record: Record, batch: Any, calls: Sequence[Heard] = ()) -> None:
+    def look_at(
+        self,
+        record: Record,
+        batch: Any,
+        calls: Sequence[Heard] = (),
+        task: Tensor | None = None,
+    ) -> None:
         """Note from a first call what stays the same for all.
 
         Args:
             record: The call.
             batch: What the training step got.
             calls: What the user's criteria were called on in that step.
+            task: The user's loss in that step.
+
+        Raises:
+            AccelError: The outputs are not what a loss compares, or `class_dim` is not among their dimensions.
         """
         logits = self.see(record, {}, batch).given_logits
-        self.classes_at = None
-        if logits is not None:
-            self.classes_at = self._class_dim(logits, record, batch, calls)
-        self.shifted = is_shifted(record, self.see(record, {}, batch).logits)
+        self.usage = usage(calls, logits, task)
+        self.classes_at = None if logits is None else self._class_dim(logits, record, batch)
+        seen = self.see(record, {}, batch)
+        self.shifted = is_shifted(record, seen.logits)
+        check_outputs(self.terms, seen, self.usage)
 
-    def _class_dim(
-        self, logits: Tensor, record: Record, batch: Any, calls: Sequence[Heard]
-    ) -> int | None:
+    def _class_dim(self, logits: Tensor, record: Record, batch: Any) -> int | None:
         if self.class_dim is None:
-            heard = usage(calls, logits).class_dim
+            heard = self.usage.class_dim
             return class_dim_of(logits, batch, record) if heard is None else heard
         if (
             self.class_dim in (0, -logits.dim())
@@ -266,7 +277,7 @@ class Engine:
         if term.reads == LOGITS:
             temperature = float(keywords.get("temperature", self.temperature() or 1.0))
             student, teacher, target = seen.both_logits(temperature)
-            if not term.of_classes:
+            if term.compares is None:
                 student, teacher = seen.as_given(student), seen.as_given(teacher)
             both = [(student, teacher)]
             valid = seen.valid

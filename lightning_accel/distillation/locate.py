@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_accel.distillation.criterion import are_distributions
 from lightning_accel.distillation.tape import Record
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery.call import tensors
@@ -34,7 +35,7 @@ def check_where(where: Any, name: str) -> Where:
 def logits_of(output: Any) -> Tensor | None:
     """Return the logits in what a network gave: the tensor, `.logits`, `["out"]`, or the only one with classes.
 
-    `None` where there is none, or several, such as features and logits.
+    `None` where there is none, or several, such as features and logits. One number a row is an output of its own.
 
     >>> logits_of((torch.tensor(0.5), torch.ones(2, 3))).shape
     torch.Size([2, 3])
@@ -45,16 +46,21 @@ def logits_of(output: Any) -> Tensor | None:
         named = None if isinstance(output, Tensor) else getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
-    found = [t for t in tensors(output) if t.is_floating_point() and t.dim() >= 2]
+    floating = [t for t in tensors(output) if t.is_floating_point()]
+    found = [t for t in floating if t.dim() >= 2] or [t for t in floating if t.dim() == 1]
     return found[0] if len(found) == 1 else None
 
 
 def classes_last(logits: Tensor, dim: int | None) -> Tensor:
     """Return logits with the dimension of the classes last; `None` leaves them as they are.
 
+    Of one number a row that dimension is made.
+
     >>> classes_last(torch.ones(2, 5, 8, 8), 1).shape
     torch.Size([2, 8, 8, 5])
     """
+    if logits.dim() == 1:
+        return logits.unsqueeze(-1)
     return logits if dim is None or logits.dim() < 3 else logits.movedim(dim, -1)
 
 
@@ -108,16 +114,6 @@ def _along(logits: Tensor, others: Iterable[Tensor]) -> set[int]:
             dims = {dim for dim in (1, -1) if are_distributions(tensor, dim)}
             found |= dims if len(dims) == 1 else set()
     return found
-
-
-def are_distributions(values: Tensor, dim: int = -1) -> bool:
-    """Tell whether numbers are at least zero and sum to one along a dimension.
-
-    >>> are_distributions(torch.tensor([[0.1, 0.9]])), are_distributions(torch.tensor([[1.0, 1.0]]))
-    (True, False)
-    """
-    values = values.float()  # to three digits, as distributions may come in half precision
-    return bool((values >= 0).all() and ((values.sum(dim) - 1).abs() < 4e-3).all())
 
 
 def _without(tensor: Tensor, dim: int) -> torch.Size:

@@ -30,7 +30,7 @@ from lightning_accel.bridge.example import (
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import load_from_checkpoint
 from lightning_accel.distillation import evidence
-from lightning_accel.distillation.criterion import Heard, Listener
+from lightning_accel.distillation.criterion import LABELS, NUMBERS, Heard, Listener
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.seen import LOGITS, Answer
@@ -154,7 +154,8 @@ def check_classes(
     batch: Any,
 ) -> None:
     """Raise when the teacher's classes come in another order, and warn when it knows nothing."""
-    if not any(term.reads == LOGITS for term in engine.terms.values()):
+    on_logits = (term for term in engine.terms.values() if term.reads == LOGITS)
+    if all(term.compares in (LABELS, NUMBERS) for term in on_logits):
         return
     own = class_names(copy, layer(copy, name), trainer.datamodule)  # type: ignore[attr-defined]
     for teacher in engine.teachers:

@@ -21,6 +21,7 @@ from lightning_accel.distillation.locate import (
 from lightning_accel.distillation.projector import align
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.term import Term
+from lightning_accel.surgery.call import tensors
 
 LOGITS, IDS = "logits", "logits_ids"
 
@@ -70,6 +71,18 @@ class Seen:
         """The labels of the logits' positions, where they can be found."""
         place, shifted = self.places.target, self.places.shifted
         return target_of(place, self.batch, self.record, self.logits, shifted=shifted)
+
+    @cached_property
+    def of_outputs(self) -> list[Tensor]:
+        """The tensors in the batch of the shape of the student's output that are not its input."""
+        assert self.given_logits is not None
+        shape, inputs = self.given_logits.shape, tensors((self.record.args, self.record.kwargs))
+        used = {id(t) for t in inputs}
+        leaves = [t for t in tensors(self.batch) if not t.is_complex() and t.shape == shape]
+        found = [t for t in leaves if id(t) not in used]
+        known = {id(t) for t in leaves}
+        made = [t for t in inputs if id(t) not in known and t.shape == shape]  # of one of them
+        return found[len(made) :]
 
     @cached_property
     def valid(self) -> Tensor | None:

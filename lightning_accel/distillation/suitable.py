@@ -5,25 +5,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from lightning_accel.distillation.criterion import (
+    CLASSES,
+    LABELS,
+    NUMBERS,
+    Usage,
+    are_distributions,
+)
 from lightning_accel.distillation.seen import IDS, LOGITS, Seen
 from lightning_accel.distillation.term import Term
 from lightning_accel.errors import AccelError
+from lightning_accel.surgery.call import tensors
+
+_FEW = 32  # numbers between 0 and 1 that may be so by chance
+_BOXES = {"boxes", "bboxes", "bbox", "box"}
+
+
+def check_outputs(terms: Mapping[str, Term], seen: Seen, usage: Usage) -> None:
+    """Raise where a softmax would make classes of what are labels, numbers, or boxes beside classes.
+
+    Args:
+        terms: The losses.
+        seen: The student's first call, with or without an answer.
+        usage: What the user's criteria take its logits for.
+    """
+    for name, term in terms.items():
+        if term.compares == CLASSES and seen.logits is not None:
+            _refuse_other_outputs(name, seen, usage)
 
 
 def check_logits(terms: Mapping[str, Term], seen: Seen) -> None:
     """Raise when a loss on logits would compare what is not there, or not comparable.
 
     Raises:
-        AccelError: No logits, other shapes, or no telling which dimension holds the classes.
+        AccelError: No logits, other shapes, no telling which dimension holds the classes, or probabilities in
+            place of logits.
     """
     needed = {name: term for name, term in terms.items() if term.reads == LOGITS}
     if not needed:
         return
     _require_logits(next(iter(needed)), seen)
-    of_classes = [name for name, term in needed.items() if term.of_classes]
-    if of_classes:
-        _require_class_dim(of_classes[0], seen)
+    for name, term in needed.items():
+        if term.compares == CLASSES:
+            _require_class_dim(name, seen)
+            _refuse_probabilities(name, seen)
+        if term.compares == LABELS:
+            _refuse_shares(name, seen)
 
 
 def _require_logits(name: str, seen: Seen) -> None:
@@ -52,4 +81,82 @@ def _require_class_dim(name: str, seen: Seen) -> None:
             f"`{name}` cannot tell which dimension of the logits holds the classes",
             f"logits {tuple(seen.given_logits.shape)}, and no criterion or labels that say it",
             "pass class_dim=1 for (batch, classes, ...) or class_dim=-1 for (batch, ..., classes)",
+        )
+
+
+def _refuse_other_outputs(name: str, seen: Seen, usage: Usage) -> None:
+    assert seen.logits is not None
+    shape = tuple(seen.logits.shape)
+    if shape[-1] == 1 and seen.places.class_dim is not None:
+        found, what = f"outputs {shape}: one class is always certain", "a single number"
+    elif usage.beside and usage.classes is not None:
+        found = f"{usage.classes} of {shape[-1]} outputs go into the criterion of classes"
+        what = "classes beside other numbers"
+    elif CLASSES in usage.kinds or usage.class_dim is not None:
+        return
+    elif usage.kinds and not usage.soft:
+        kinds = " and ".join(sorted(usage.kinds))
+        found, what = f"the training step's own criterion takes outputs {shape} for {kinds}", kinds
+    elif not usage.kinds and (target := _other_target(seen)) is not None:
+        found = f"targets {tuple(target.shape)} of {target.dtype} whose rows are no distributions"
+        what = f"{LABELS} or {NUMBERS}"
+    elif not usage.kinds and any(_is_of_rows(box, seen) for box in _boxes(seen.batch)):
+        found, what = f"boxes in the batch, and outputs {shape}", "classes beside other numbers"
+    else:
+        return
+    raise AccelError(
+        f"`{name}` compares classes, and these outputs are {what}",
+        found,
+        "use 'bce' for labels of which several may be true, 'mse' for numbers; where only some outputs are "
+        "classes, name the layers that give those: logits='class_head'",
+    )
+
+
+def _other_target(seen: Seen) -> Tensor | None:
+    """Return a target of the outputs' own shape that is no distribution over classes, if it is the only one."""
+    assert seen.given_logits is not None
+    found = seen.of_outputs if seen.target is None else [seen.target]
+    alike = (t for t in found if t.shape == seen.given_logits.shape)
+    return next((target for target in alike if not _over_classes(target, seen)), None)
+
+
+def _over_classes(target: Tensor, seen: Seen) -> bool:
+    dim = seen.places.class_dim
+    return any(are_distributions(target, d) for d in ((1, -1) if dim is None else (dim,)))
+
+
+def _boxes(node: object) -> list[Tensor]:
+    """Return the tensors that a batch calls boxes."""
+    if isinstance(node, Mapping):
+        named = [v for key, v in node.items() if str(key).lower() in _BOXES]
+        return tensors(named) + [box for value in node.values() for box in _boxes(value)]
+    return [b for value in node for b in _boxes(value)] if isinstance(node, (list, tuple)) else []
+
+
+def _is_of_rows(box: Tensor, seen: Seen) -> bool:
+    """Tell whether there is a box for each row of outputs, or no label that says what else these are."""
+    assert seen.logits is not None
+    return seen.target is None or box.shape[:-1] == seen.logits.shape[:-1]
+
+
+def _refuse_probabilities(name: str, seen: Seen) -> None:
+    assert seen.logits is not None
+    for who, logits in (("student", seen.logits), ("teacher", seen.answer[LOGITS])):
+        if IDS not in seen.answer and logits.numel() and are_distributions(logits.detach()):
+            raise AccelError(
+                f"`{name}` takes the softmax of logits, and the {who} gives probabilities",
+                f"outputs {tuple(logits.shape)} that are at least 0 and sum to 1",
+                "return what comes before the softmax, or name the layer that gives it: logits='head'",
+            )
+
+
+def _refuse_shares(name: str, seen: Seen) -> None:
+    assert seen.logits is not None
+    both = seen.logits.detach(), seen.answer[LOGITS]
+    within = all(bool(((side >= 0) & (side <= 1)).all()) for side in both)
+    if within and min(side.numel() for side in both) >= _FEW:
+        raise AccelError(
+            f"`{name}` takes the sigmoid of logits, and these outputs seem to be probabilities",
+            f"outputs {tuple(both[0].shape)}, all between 0 and 1, of student and teacher",
+            "return what comes before the sigmoid, or name the layer that gives it: logits='head'",
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_accel.distillation import losses
 from lightning_accel.distillation.arguments import whole
+from lightning_accel.distillation.criterion import CLASSES, LABELS, NUMBERS
 from lightning_accel.distillation.projector import LAYOUTS
 from lightning_accel.distillation.schedule import Moment, Number, is_constant, now, read
 from lightning_accel.errors import explain
@@ -25,7 +26,7 @@ class Kind(NamedTuple):
     reads: str  # "logits", or of features: "matched", "maps", "rows", "embedded"
     weight: float
     across_rows: bool = False  # a statistic of the whole batch
-    classes: bool = True  # compares classes, which it finds in the last dimension
+    compares: str | None = CLASSES  # what logits are to it; `None` is a function of the user's
 
 
 KNOWN = {
@@ -34,6 +35,8 @@ KNOWN = {
     "dkd": Kind(losses.dkd, "logits", 1.0),
     "dist": Kind(losses.dist, "logits", 1.0, across_rows=True),
     "jsd": Kind(losses.jsd, "logits", 1.0),
+    "bce": Kind(losses.bce, "logits", 1.0, compares=LABELS),
+    "mse": Kind(losses.mse, "logits", 1.0, compares=NUMBERS),
     "fitnet": Kind(losses.fitnet, "matched", 100.0),
     "attention_transfer": Kind(losses.attention_transfer, "maps", 1000.0),
     "rkd": Kind(losses.rkd, "rows", 1.0, across_rows=True),
@@ -41,6 +44,8 @@ KNOWN = {
     "crd": Kind(losses.crd, "embedded", 0.8, across_rows=True),
 }
 """The losses that are known by name."""
+
+_ALSO = {"bce_kd": "bce"}
 
 
 class Term:
@@ -79,7 +84,7 @@ class Term:
     ) -> None:
         kind = _kind(loss, layers is not None)
         self.loss, self.reads, self.across_rows = kind.loss, kind.reads, kind.across_rows
-        self.of_classes = kind.classes and kind.reads == "logits"
+        self.compares = kind.compares if kind.reads == "logits" else None
         self.name = loss if isinstance(loss, str) else getattr(loss, "__name__", "loss")
         self.weight = read(kind.weight if weight is None else weight, "weight")
         self.temperature: Number | None = None
@@ -204,6 +209,7 @@ def _term(name: str, value: Any) -> Term:
 
 def _kind(loss: Any, on_layers: bool) -> Kind:
     if isinstance(loss, str):
+        loss = _ALSO.get(loss, loss)
         if loss not in KNOWN:
             raise ValueError(
                 explain(
@@ -219,4 +225,4 @@ def _kind(loss: Any, on_layers: bool) -> Kind:
     known = next((kind for kind in KNOWN.values() if kind.loss is plain), None)
     if known is not None:
         return known._replace(loss=loss)
-    return Kind(loss, "matched" if on_layers else "logits", 1.0, classes=False)
+    return Kind(loss, "matched" if on_layers else "logits", 1.0, compares=None)
