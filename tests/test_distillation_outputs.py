@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_accel import Distillation
+from lightning_accel import Distillation, DistillationModule
 from lightning_accel.distillation import Teacher, TeacherCache, losses
 from lightning_accel.errors import AccelError
 
@@ -208,3 +208,50 @@ def test_a_cache_of_the_top_classes_is_refused_for_labels_and_numbers(
     cache = TeacherCache(tmp_path, top_k=1)
     with pytest.raises(AccelError, match="holds no labels and no numbers"):
         fitted(fit, net, guide, custom, LABELLED, losses=loss, cache=cache)
+
+
+# --- the default loss of DistillationModule ---------------------------------------------------------
+
+
+def module(width: int = 3, **given: Any) -> DistillationModule:
+    sgd = lambda parameters: torch.optim.SGD(parameters, 0.5)  # noqa: E731
+    own = {"optimizer": sgd, "losses": "mse", **given}
+    return DistillationModule(nn.Linear(4, width), nn.Linear(4, width), **own)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.zeros(8, 3),
+        torch.ones(8, 3),
+        torch.randn(8, 3),
+        torch.rand(8),
+        torch.rand(8, 3) > 0.5,
+        torch.randint(2, (8, 3)),
+        torch.arange(8).view(8, 1) % 3,
+    ],
+)
+def test_the_default_loss_takes_classes_and_asks_for_another_one_otherwise(
+    fit: Fit, target: Tensor
+) -> None:
+    batches = DataLoader([(torch.randn(8, 4), target)], batch_size=None)
+    with pytest.raises(AccelError, match=r"default `task_loss`.*Found.*pass `task_loss=`"):
+        fit(module(), batches=batches)
+    fit(module(task_loss=lambda output, batch: output.mean()), batches=batches)
+
+
+def test_the_default_loss_takes_distributions_and_the_classes_of_maps(fit: Fit) -> None:
+    flat, maps = torch.randn(8, 4), torch.randn(2, 4, 5, 5)
+    cases: list[tuple[Callable[[], nn.Module], Tensor, Tensor]] = [
+        (lambda: nn.Linear(4, 3), flat, torch.rand(8, 3).softmax(1)),
+        (lambda: nn.Conv2d(4, 3, 1), maps, torch.randint(3, (2, 5, 5))),
+        (lambda: nn.Conv2d(4, 3, 1), maps, torch.rand(2, 3, 5, 5).softmax(1)),
+    ]
+    for make, x, y in cases:
+        net, guide = make(), make()
+        sgd = lambda parameters: torch.optim.SGD(parameters, 0.5)  # noqa: E731
+        learner = DistillationModule(copy.deepcopy(net), guide, {"kd": 1e-9}, optimizer=sgd, evidence_every=0)  # fmt: skip
+        fit(learner, batches=DataLoader([(x, y)], batch_size=None))
+        F.cross_entropy(net(x), y).backward()
+        torch.optim.SGD(net.parameters(), 0.5).step()
+        assert apart(learner.student, net) < 1e-6
