@@ -111,6 +111,14 @@ class Usage(NamedTuple):
     """Whether the targets of criteria of labels and numbers are distributions, as of one class out of several."""
     beside: bool = False
     """Whether the user's loss hangs on entries of that dimension that are no classes."""
+    labels: Tensor | None = None
+    """At the logits' positions (B, ...), what they are compared with there."""
+    counted: Tensor | None = None
+    """At which positions they are."""
+    ignored: int | None = None
+    """The label that the criterion leaves out."""
+    origin: int | None = None
+    """Where the storage of the labels lies."""
 
 
 def usage(calls: Sequence[Heard], logits: Tensor | None, task: Tensor | None = None) -> Usage:
@@ -124,8 +132,9 @@ def usage(calls: Sequence[Heard], logits: Tensor | None, task: Tensor | None = N
     >>> logits = torch.randn(2, 5, 4, requires_grad=True) * 1.0
     >>> with Listener() as heard:
     ...     _ = F.cross_entropy(logits.flatten(0, 1), torch.zeros(10, dtype=torch.long))
-    >>> usage(heard.calls, logits)
-    Usage(kinds=frozenset({'classes'}), class_dim=2, classes=4, soft=True, beside=False)
+    >>> found = usage(heard.calls, logits)
+    >>> found.kinds, found.class_dim, found.classes, found.labels.shape
+    (frozenset({'classes'}), 2, 4, torch.Size([2, 5]))
     """
     if logits is None or not logits.requires_grad:
         return Usage()
@@ -136,7 +145,10 @@ def usage(calls: Sequence[Heard], logits: Tensor | None, task: Tensor | None = N
         if pull.call.kind in (CLASSES, SOFTMAX) and (dim := pull.class_dim()) is not None:
             classes = pull.call.input.shape[pull.call.dim]
             beside = classes < logits.shape[dim] and pull.is_part_of(task, dim)
-            return Usage(kinds, dim, classes, soft, beside)
+            target = pull.call.target
+            origin = None if target is None else target.untyped_storage().data_ptr()
+            heard = (*pull.labels(dim), pull.call.ignored, origin)
+            return Usage(kinds, dim, classes, soft, beside, *heard)
     return Usage(kinds, soft=soft)
 
 
@@ -178,6 +190,37 @@ class Pull:
             if first is not None and last is not None and last - first == count - 1 > 0:
                 found.append(dim)
         return found[0] if len(found) == 1 else None
+
+    def labels(self, dim: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the criterion's labels at the logits' positions, and which of these count there.
+
+        Labels are carried digit by digit, as ratios to what came of the same factors without them; where
+        those are no whole numbers, as after an interpolation, there are none.
+        """
+        source, target, at = self.call.input, self.call.target, self.call.dim
+        alone = torch.Size([*source.shape[:at], *source.shape[at + 1 :]])
+        if target is None or target.is_floating_point() or target.shape != alone:
+            return None, None
+        shape = [1] * source.dim()
+        shape[at] = source.shape[at]
+        ramp = torch.arange(1, shape[at] + 1, device=source.device).view(shape) / shape[at]
+        base = self(ramp)
+        assert base is not None
+        strongest = base.abs().argmax(dim, keepdim=True)
+        base = base.gather(dim, strongest).double()
+        used = base != 0
+        lowest = target.min()
+        rest, place, labels = target - lowest, 1, torch.zeros_like(base)
+        while place == 1 or bool(rest.any()):
+            carried = self(ramp * (rest % _BASE).unsqueeze(at))
+            assert carried is not None
+            digits = carried.gather(dim, strongest).double() / base.where(used, base.new_ones(()))
+            if bool(((digits - digits.round()).abs() > 0.2).any()):
+                return None, None
+            labels += place * digits.round()
+            rest, place = rest // _BASE, place * _BASE
+        found, used = (labels.long() + lowest).squeeze(dim), used.squeeze(dim)
+        return found, used & (found != self.call.ignored)
 
     def is_part_of(self, task: Tensor | None, dim: int) -> bool:
         """Tell whether a loss hangs on what lies beside the input's classes along a dimension."""

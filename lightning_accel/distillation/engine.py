@@ -15,19 +15,13 @@ from torch import Tensor, nn
 
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.criterion import Heard, Usage, usage
+from lightning_accel.distillation.labels import Reading, read
 from lightning_accel.distillation.layers import Pair, pairs
-from lightning_accel.distillation.locate import (
-    IGNORED,
-    Where,
-    class_dim_of,
-    classes_last,
-    is_shifted,
-    logits_of,
-)
+from lightning_accel.distillation.locate import Where, class_dim_of, classes_last, logits_of
 from lightning_accel.distillation.projector import Embedding, make_projector
 from lightning_accel.distillation.schedule import Moment, Number, now
 from lightning_accel.distillation.seen import LOGITS, Answer, Places, Seen, full
-from lightning_accel.distillation.suitable import check_logits, check_outputs
+from lightning_accel.distillation.suitable import check_logits, check_outputs, warn_of_others
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.distillation.term import Term
@@ -86,8 +80,8 @@ class Engine:
         """What the user's criteria take the logits for, as heard on the first batch."""
         self.classes_at: int | None = None
         """The dimension of the classes, found out on the first batch; `None` where nothing tells."""
-        self.shifted = False
-        """Whether the network shifts its own labels; found out on the first batch."""
+        self.reading = Reading()
+        """Which label belongs to which position; found out on the first batch."""
         self._pairs: dict[str, list[Pair]] = {}
 
     def wire(self, student: nn.Module, teachers: Sequence[tuple[Teacher, nn.Module]]) -> None:
@@ -132,7 +126,7 @@ class Engine:
     def see(self, record: Record, answer: Answer, batch: Any) -> Seen:
         """Put a call of the student beside the teachers' answer."""
         logits = next(iter(self._pairs.get(LOGITS, ())), None)
-        places = Places(logits, self.target, self.mask, self.classes_at, self.shifted)
+        places = Places(logits, self.target, self.mask, self.classes_at, self.reading)
         return Seen(record, answer, batch, places)
 
     def look_at(
@@ -156,9 +150,12 @@ class Engine:
         logits = self.see(record, {}, batch).given_logits
         self.usage = usage(calls, logits, task)
         self.classes_at = None if logits is None else self._class_dim(logits, record, batch)
+        moved = self.see(record, {}, batch).logits
+        self.reading, counted = read(self.target, batch, record, moved, self.usage)
         seen = self.see(record, {}, batch)
-        self.shifted = is_shifted(record, seen.logits)
         check_outputs(self.terms, seen, self.usage)
+        if counted is not None and any(term.reads == LOGITS for term in self.terms.values()):
+            warn_of_others(seen, counted)
 
     def _class_dim(self, logits: Tensor, record: Record, batch: Any) -> int | None:
         if self.class_dim is None:
@@ -282,7 +279,7 @@ class Engine:
             both = [(student, teacher)]
             valid = seen.valid
             if valid is None and term.needs_target and seen.target is not None:
-                valid = seen.target != IGNORED  # others learn from samples without a label as well
+                valid = seen.labelled  # others learn from samples without a label as well
             if "mask" in term.takes and valid is not None:
                 given["mask"] = valid
         else:

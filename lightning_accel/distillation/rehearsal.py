@@ -294,7 +294,8 @@ def _chosen(
         return None
     if seen.target.is_floating_point() or seen.target.shape != seen.chosen.shape:
         return None
-    labelled = seen.target >= 0
+    assert seen.labelled is not None
+    labelled = seen.labelled & (seen.target >= 0)
     return seen.chosen[labelled], seen.target[labelled], seen.logits.shape[-1]
 
 

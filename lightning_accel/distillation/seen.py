@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_accel.distillation import topk
+from lightning_accel.distillation.labels import Reading, mask_of, target_of
 from lightning_accel.distillation.layers import Pair
 from lightning_accel.distillation.locate import (
     Where,
     classes_back,
     classes_last,
     logits_of,
-    mask_of,
-    target_of,
 )
 from lightning_accel.distillation.projector import align
 from lightning_accel.distillation.tape import Record
@@ -30,14 +29,13 @@ Answer = dict[str, Tensor]
 
 
 class Places(NamedTuple):
-    """Where things are: the layers that give logits, labels, mask, and the dimension of the classes."""
+    """Where things are: the layers that give logits, labels, mask, the dimension of the classes, shifts."""
 
     logits: Pair | None
     target: Where
     mask: Where
     class_dim: int | None
-    shifted: bool
-    """Whether labels are shifted."""
+    reading: Reading
 
 
 class Seen:
@@ -69,8 +67,8 @@ class Seen:
     @cached_property
     def target(self) -> Tensor | None:
         """The labels of the logits' positions, where they can be found."""
-        place, shifted = self.places.target, self.places.shifted
-        return target_of(place, self.batch, self.record, self.logits, shifted=shifted)
+        at = self.places
+        return target_of(at.target, self.batch, self.record, self.logits, at.reading)
 
     @cached_property
     def of_outputs(self) -> list[Tensor]:
@@ -87,7 +85,13 @@ class Seen:
     @cached_property
     def valid(self) -> Tensor | None:
         """Which positions count, or `None` for all."""
-        return mask_of(self.places.mask, self.batch, self.record, self.logits, self.target)
+        at = self.places
+        return mask_of(at.mask, self.batch, self.record, self.logits, self.target, at.reading)
+
+    @cached_property
+    def labelled(self) -> Tensor | None:
+        """Where there is a label that counts, `None` without labels."""
+        return None if self.target is None else self.places.reading.counts(self.target)
 
     @cached_property
     def chosen(self) -> Tensor | None:

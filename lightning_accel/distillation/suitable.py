@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +17,7 @@ from lightning_accel.distillation.criterion import (
 )
 from lightning_accel.distillation.seen import IDS, LOGITS, Seen
 from lightning_accel.distillation.term import Term
-from lightning_accel.errors import AccelError
+from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery.call import tensors
 
 _FEW = 32  # numbers between 0 and 1 that may be so by chance
@@ -53,6 +54,22 @@ def check_logits(terms: Mapping[str, Term], seen: Seen) -> None:
             _refuse_probabilities(name, seen)
         if term.compares == LABELS:
             _refuse_shares(name, seen)
+
+
+def warn_of_others(seen: Seen, counted: Tensor) -> None:
+    """Warn where distillation counts positions of a sequence that the user's own criterion leaves out."""
+    if seen.places.mask is not None or seen.logits is None or seen.logits.dim() < 3:
+        return
+    others = ~counted if seen.valid is None else seen.valid & ~counted
+    if bool(others.any()):
+        warnings.warn(
+            explain(
+                "distillation counts positions that the training step's own criterion leaves out",
+                f"{int(others.sum())} of {others.numel()}",
+                "pass `mask=`: a key or an index into the batch, or a function of it",
+            ),
+            stacklevel=2,
+        )
 
 
 def _require_logits(name: str, seen: Seen) -> None:

@@ -11,6 +11,7 @@ do not, so `rehearse` runs the network once without its compiled code.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,6 +24,11 @@ from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.surgery.call import tensors
 
 INPUT = "@input"
+_NAMED = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+)
 
 
 class Record(NamedTuple):
@@ -32,6 +38,16 @@ class Record(NamedTuple):
     kwargs: dict[str, Any]
     output: Any
     taps: dict[str, Tensor]
+    names: tuple[str, ...] = ()
+    """Of the parameters of the network's forward."""
+
+    def named(self) -> dict[str, Any]:
+        """Return the arguments by name, as far as the forward names them.
+
+        >>> Record((1, 2), {"labels": 3}, None, {}, ("ids", "mask", "labels")).named()
+        {'ids': 1, 'mask': 2, 'labels': 3}
+        """
+        return {**dict(zip(self.names, self.args, strict=False)), **self.kwargs}
 
 
 class Tape:
@@ -56,6 +72,7 @@ class Tape:
         self.model = model
         self.taps = tuple(dict.fromkeys(taps))
         self._state = _State()
+        self._names = parameter_names(model)
         self._handles = [*_root_hooks(model, self._state)]
         for name in self.taps:
             self._handles.append(_tap_hook(model, name, self._state))
@@ -86,7 +103,7 @@ class Tape:
             self._state.inputs, self._state.outputs, strict=False
         ):
             seen = self._state.tapped[start:end]
-            records.append(Record(args, kwargs, output, self._by_name(seen)))
+            records.append(Record(args, kwargs, output, self._by_name(seen), self._names))
             start = end
         for what, value, version in self._state.versions:
             if value._version != version:
@@ -128,6 +145,22 @@ class Tape:
                 "tap a layer that the forward calls, or call `torch._dynamo.reset()` before the fit",
             )
         return found
+
+
+def parameter_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a forward's parameters; of a wrapper that takes anything, those of the one inside.
+
+    >>> parameter_names(nn.Linear(1, 1))
+    ('input',)
+    """
+    try:
+        listed = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return ()
+    inside = [child for child in model.children() if type(child).forward is not nn.Module.forward]
+    if listed and listed[0].kind is inspect.Parameter.VAR_POSITIONAL and len(inside) == 1:
+        return parameter_names(inside[0])
+    return tuple(p.name for p in listed if p.kind in _NAMED)
 
 
 def layer(model: nn.Module, name: str) -> nn.Module:
