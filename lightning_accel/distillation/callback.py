@@ -291,6 +291,7 @@ class Distillation(Callback):
                 "give `self.manual_backward` a loss of the student, or name another `student=`",
             )
         course.num_lessons = 0
+        course.check_order()
         for teacher in self.teachers:
             teacher.check_buffers()
         means = {} if trainer.barebones else self.journal.close_epoch(self.engine.cache)

@@ -31,9 +31,11 @@ from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
 from lightning_accel.distillation.teacher import EMA, Teacher
 from lightning_accel.distillation.views import SeededViews
-from lightning_accel.distillation.world import share_of_all
+from lightning_accel.distillation.world import all_rows, share_of_all
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery import Receipt
+
+_EARLY = 16  # steps after which a teacher with classes swapped is told
 
 
 class Course:
@@ -74,6 +76,8 @@ class Course:
         self.taught: list[Any] = []
         """Outputs of the student in this step that a loss has been added for."""
         self._classes_checked = False
+        trained = all(teacher.kind in ("module", "path") for teacher in teachers)
+        self._order = evidence.Order() if trained else None
         self._weighed_at: int | None = None
 
     @property
@@ -222,9 +226,29 @@ class Course:
             self._finish()
         lesson = self.engine.teach(task, records, batch, self.moment())
         self.num_lessons += 1
+        self._watch_order(lesson)
         if self.log_is_due():
             self._note(lesson)
         return lesson.total
+
+    def _watch_order(self, lesson: Lesson) -> None:
+        """Keep what the teachers chose for the labels, in the first epoch."""
+        seen, order = lesson.seen, self._order
+        if order is None or seen is None or seen.chosen is None or seen.target is None:
+            return
+        if seen.target.is_floating_point() or seen.target.shape != seen.chosen.shape:
+            return
+        order.note(seen.chosen, seen.target, seen.labelled)
+        if len(order) == _EARLY and self.trainer.world_size == 1:
+            evidence.refuse_swapped(order.swapped())
+
+    def check_order(self) -> None:
+        """Raise at the end of the first epoch, in all processes, when the teacher has classes swapped."""
+        order, self._order = self._order, None
+        if order is not None:
+            device = self.trainer.strategy.root_device
+            pairs = torch.tensor([*order.swapped().items()], dtype=torch.long, device=device)
+            evidence.refuse_swapped(dict(all_rows(pairs.view(-1, 2)).tolist()))
 
     def _note(self, lesson: Lesson) -> None:
         values = {name: part.value for name, part in lesson.parts.items()}

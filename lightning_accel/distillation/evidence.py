@@ -20,6 +20,9 @@ NO_EFFECT = 1e-3
 """Below this share of the gradient, the teachers have no effect."""
 
 _SEEN = 5  # samples of a class before anything is said about it
+_SURE = 0.8  # of a class's samples, where the teacher is right about others
+_STEPS = 64
+_POSITIONS = 4096  # of each step
 
 
 def agreement(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -117,6 +120,78 @@ def check_order(chosen: Tensor, target: Tensor) -> None:
             "pass Teacher(..., classes=[...]) with the teacher's index of each class, or a teacher that was "
             "trained on these labels",
         )
+
+
+class Order:
+    """What a teacher chose for the labels of the first steps, to see whether it has some classes swapped.
+
+    A teacher that is right about most classes passes `check_order`. So what it chooses anyway, step by step,
+    is kept on the device and counted once or twice.
+
+    >>> order = Order()
+    >>> order.note(torch.tensor([0, 2, 1]).repeat(6), torch.tensor([0, 1, 2]).repeat(6))
+    >>> order.swapped()
+    {1: 2, 2: 1}
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def note(self, chosen: Tensor, target: Tensor, labelled: Tensor | None = None) -> None:
+        """Keep what was chosen in a step, -1 where there is no label."""
+        if len(self._kept) < _STEPS:
+            labels = target if labelled is None else target.where(labelled, -1)
+            pair = (side.detach().flatten()[:_POSITIONS].clone() for side in (chosen, labels))
+            self._kept.append((next(pair), next(pair)))
+
+    def swapped(self) -> dict[int, int]:
+        """Return which other class is nearly always chosen for a label, where these go round in a circle."""
+        if not self._kept:
+            return {}
+        chosen, labels = (torch.cat(side).cpu().long() for side in zip(*self._kept, strict=True))
+        pairs, counts = torch.stack([labels, chosen])[:, labels >= 0].unique(
+            dim=1, return_counts=True
+        )
+        seen: dict[int, int] = {}
+        for label, count in zip(pairs[0].tolist(), counts.tolist(), strict=True):
+            seen[label] = seen.get(label, 0) + count
+        moved = {
+            label: other
+            for (label, other), count in zip(pairs.T.tolist(), counts.tolist(), strict=True)
+            if label != other and seen[label] >= _SEEN and count >= _SURE * seen[label]
+        }
+        return {label: other for label, other in moved.items() if _comes_back(moved, label)}
+
+
+def refuse_swapped(moved: Mapping[int, int]) -> None:
+    """Raise for classes that a teacher has in another order than the labels.
+
+    Raises:
+        AccelError: There are any.
+    """
+    shown = ", ".join(f"{label} -> {other}" for label, other in list(moved.items())[:6])
+    if moved:
+        raise AccelError(
+            "some of the teacher's classes come in another order than the labels",
+            f"label -> the class that the teacher chooses: {shown}",
+            "pass Teacher(..., classes=[...]) with the teacher's index of each class, or a teacher that was "
+            "trained on these labels",
+        )
+
+
+def _comes_back(moved: Mapping[int, int], label: int) -> bool:
+    """Tell whether a label is met again when one goes from label to what was chosen for it."""
+    at = moved[label]
+    for _ in moved:
+        if at == label:
+            return True
+        if at not in moved:
+            return False
+        at = moved[at]
+    return False
 
 
 def is_at_chance(chosen: Tensor, target: Tensor, num_classes: int) -> bool:
