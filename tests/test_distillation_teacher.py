@@ -159,6 +159,33 @@ def test_classes_that_are_confused_one_way_are_no_other_order() -> None:
     assert order.swapped() == {}
 
 
+class Doubles(tiny.ConvNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+class Fewer(tiny.ConvNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.Embedding(2, 8)(x[:, :, 0].long().clamp(min=0)).mT)
+
+
+@pytest.mark.parametrize(
+    ("guide", "given", "match"),
+    [
+        (Doubles, {}, "the teacher changed its arguments in place.*Doubles"),
+        (Fewer, {}, "the teacher Fewer cannot take.*IndexError.*the student's vocabulary"),
+        (tiny.ConvNet, {"classes": [0, 99]}, r"does not have.*99.*from 0 to 3"),
+    ],
+)
+def test_what_a_teacher_cannot_do_is_said_of_the_teacher(
+    fit: Fit, guide: Any, given: Any, match: str
+) -> None:
+    model = Module()
+    with pytest.raises(AccelError, match=match):
+        fit(model, Distillation(teacher(guide(), **given), "kd"))
+    assert apart(model, Module()) == 0
+
+
 def test_another_number_of_classes_is_told_before_the_first_step(fit: Fit) -> None:
     guide: Any = master()
     guide.head = nn.Linear(24, 6)

@@ -21,7 +21,12 @@ from lightning_accel.distillation.locate import Where, class_dim_of, classes_las
 from lightning_accel.distillation.projector import Embedding, make_projector
 from lightning_accel.distillation.schedule import Moment, Number, now
 from lightning_accel.distillation.seen import LOGITS, Answer, Places, Seen, full
-from lightning_accel.distillation.suitable import check_logits, check_outputs, warn_of_others
+from lightning_accel.distillation.suitable import (
+    check_logits,
+    check_outputs,
+    picked,
+    warn_of_others,
+)
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.distillation.term import Term
@@ -243,7 +248,7 @@ class Engine:
             if logits is not None:
                 logits = classes_last(logits, self.classes_at)
                 if teacher.classes is not None:
-                    logits = logits[..., list(teacher.classes)]
+                    logits = picked(logits, teacher.classes)
                 share = teacher.weight / whole
                 logits = logits if share == 1 else share * full(logits)
                 if LOGITS in answer and answer[LOGITS].shape != logits.shape:

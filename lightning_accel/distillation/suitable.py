@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,21 @@ from lightning_accel.surgery.call import tensors
 
 _FEW = 32  # numbers between 0 and 1 that may be so by chance
 _BOXES = {"boxes", "bboxes", "bbox", "box"}
+
+
+def picked(logits: Tensor, classes: Sequence[int]) -> Tensor:
+    """Return the teacher's logits of some of its classes, in their order.
+
+    >>> picked(torch.tensor([[5.0, 6.0, 7.0]]), [2, 0])
+    tensor([[7., 5.]])
+    """
+    if max(classes) >= logits.shape[-1]:
+        raise AccelError(
+            "`Teacher(classes=)` names a class that the teacher does not have",
+            f"{max(classes)}, and logits {tuple(logits.shape)}",
+            f"name indices from 0 to {logits.shape[-1] - 1}",
+        )
+    return logits[..., list(classes)]
 
 
 def check_outputs(terms: Mapping[str, Term], seen: Seen, usage: Usage) -> None:

@@ -56,6 +56,7 @@ class Tape:
     Args:
         model: The network.
         taps: Layers by name whose outputs are kept; `"name@input"` keeps the first input instead.
+        role: Who the network is, in messages.
 
     Raises:
         NoEffect: There is no layer of that name.
@@ -68,8 +69,10 @@ class Tape:
     torch.Size([4, 3])
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[str] = ()) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, taps: Sequence[str] = (), *, role: str = "the student"
+    ) -> None:
+        self.model, self.role = model, role
         self.taps = tuple(dict.fromkeys(taps))
         self._state = _State()
         self._names = parameter_names(model)
@@ -107,7 +110,7 @@ class Tape:
             start = end
         for what, value, version in self._state.versions:
             if value._version != version:
-                _raise_in_place(self.model, what)
+                _raise_in_place(self.model, self.role, what)
         return records
 
     def clear(self) -> None:
@@ -273,12 +276,12 @@ def _note_versions(state: _State, what: str, value: Any) -> None:
             state.versions.append((what, tensor, tensor._version))
 
 
-def _raise_in_place(model: nn.Module, what: str) -> None:
+def _raise_in_place(model: nn.Module, role: str, what: str) -> None:
     suspects = [n for n, m in model.named_modules() if getattr(m, "inplace", False) is True]
     raise AccelError(
-        f"{what} was changed in place before it could be used",
+        f"{what} was changed in place, in {role} or after it, before it could be used",
         f"in-place layers: {', '.join(suspects[:6])}"
         if suspects
-        else "an operation such as `relu_` or `+=`",
+        else f"an operation such as `relu_` or `+=`, within {type(model).__name__} or after it",
         "set inplace=False there, or tap the layer after it",
     )
