@@ -109,6 +109,8 @@ class Usage(NamedTuple):
     """How many of that dimension's entries the criterion takes for classes."""
     soft: bool = True
     """Whether the targets of criteria of labels and numbers are distributions, as of one class out of several."""
+    others: tuple[Tensor, ...] = ()
+    """Those targets."""
     beside: bool = False
     """Whether the user's loss hangs on entries of that dimension that are no classes."""
     labels: Tensor | None = None
@@ -140,7 +142,9 @@ def usage(calls: Sequence[Heard], logits: Tensor | None, task: Tensor | None = N
         return Usage()
     pulls = [pull for call in calls if (pull := Pull.of(call, logits)) is not None]
     kinds = frozenset(pull.call.kind for pull in pulls) - {SOFTMAX}
-    soft = all(_is_soft(pull.call) for pull in pulls if pull.call.kind in (LABELS, NUMBERS))
+    others = [pull.call for pull in pulls if pull.call.kind in (LABELS, NUMBERS)]
+    soft = all(map(_is_soft, others))
+    targets = tuple(call.target for call in others if call.target is not None)
     for pull in sorted(pulls, key=lambda pull: pull.call.kind == SOFTMAX):
         if pull.call.kind in (CLASSES, SOFTMAX) and (dim := pull.class_dim()) is not None:
             classes = pull.call.input.shape[pull.call.dim]
@@ -148,8 +152,8 @@ def usage(calls: Sequence[Heard], logits: Tensor | None, task: Tensor | None = N
             target = pull.call.target
             origin = None if target is None else target.untyped_storage().data_ptr()
             heard = (*pull.labels(dim), pull.call.ignored, origin)
-            return Usage(kinds, dim, classes, soft, beside, *heard)
-    return Usage(kinds, soft=soft)
+            return Usage(kinds, dim, classes, soft, targets, beside, *heard)
+    return Usage(kinds, soft=soft, others=targets)
 
 
 class Pull:

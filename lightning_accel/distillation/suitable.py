@@ -15,6 +15,7 @@ from lightning_accel.distillation.criterion import (
     Usage,
     are_distributions,
 )
+from lightning_accel.distillation.locate import is_whole
 from lightning_accel.distillation.seen import IDS, LOGITS, Seen
 from lightning_accel.distillation.term import Term
 from lightning_accel.errors import AccelError, explain
@@ -126,7 +127,7 @@ def _refuse_other_outputs(name: str, seen: Seen, usage: Usage) -> None:
         what = "classes beside other numbers"
     elif CLASSES in usage.kinds or usage.class_dim is not None:
         return
-    elif usage.kinds and not usage.soft:
+    elif usage.kinds and not usage.soft and not _is_beside_labels(seen, usage):
         kinds = " and ".join(sorted(usage.kinds))
         found, what = f"the training step's own criterion takes outputs {shape} for {kinds}", kinds
     elif not usage.kinds and (target := _other_target(seen)) is not None:
@@ -141,6 +142,27 @@ def _refuse_other_outputs(name: str, seen: Seen, usage: Usage) -> None:
         found,
         "use 'bce' for labels of which several may be true, 'mse' for numbers; where only some outputs are "
         "classes, name the layers that give those: logits='class_head'",
+    )
+
+
+def _is_beside_labels(seen: Seen, usage: Usage) -> bool:
+    """Tell whether a batch holds a class for each position, and the criteria are penalties that know no batch."""
+    assert seen.logits is not None
+    if (
+        seen.target is None
+        or seen.target.shape != seen.logits.shape[:-1]
+        or not is_whole(seen.target)
+    ):
+        return False
+    if not all(_over_classes(target, seen) for target in seen.of_outputs):
+        return False
+    given = [t for t in tensors(seen.batch) if not is_whole(t) or t.dtype == torch.bool]
+    return not any(_same(target, leaf) for target in usage.others for leaf in given)
+
+
+def _same(target: Tensor, given: Tensor) -> bool:
+    return target.numel() == given.numel() and torch.equal(
+        target.flatten().double(), given.flatten().double()
     )
 
 
