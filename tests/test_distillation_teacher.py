@@ -150,6 +150,14 @@ def test_a_few_classes_in_another_order_are_told_in_the_first_epoch(
     fit(Module(), Distillation(teacher(guide, classes=back), "kd"), batches=batches, max_epochs=1)
 
 
+def test_a_few_labels_that_are_met_often_are_no_order_by_chance() -> None:
+    labels = torch.cat([torch.tensor([1, 4, 6]).repeat(5), torch.arange(20)])
+    chosen = torch.cat([torch.tensor([8, 2, 1]).repeat(5), torch.randint(20, (20,))])
+    evidence.check_order(chosen, labels)
+    with pytest.raises(AccelError, match="another order"):
+        evidence.check_order(chosen[:15], labels[:15])
+
+
 def test_classes_that_are_confused_one_way_are_no_other_order() -> None:
     order = evidence.Order()
     order.note(torch.tensor([0, 0, 2]).repeat(9), torch.tensor([0, 1, 2]).repeat(9))

@@ -112,7 +112,8 @@ def check_order(chosen: Tensor, target: Tensor) -> None:
     mapping, faithful = _mapping(chosen, target)
     moved = {label: other for label, other in mapping.items() if label != other}
     one_to_one = len(set(mapping.values())) == len(mapping)
-    if len(moved) >= 2 and one_to_one and faithful:
+    nearly_every = 2 * len(mapping) >= len(target.unique())  # a few by chance are no order
+    if len(moved) >= 2 and one_to_one and faithful and nearly_every:
         shown = ", ".join(f"{label} -> {other}" for label, other in list(moved.items())[:5])
         raise AccelError(
             "the teacher's classes come in another order than the labels",
