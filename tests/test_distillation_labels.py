@@ -160,6 +160,13 @@ MOVED: dict[str, tuple[Any, Any, Tensor]] = {
     "shifted in the data": (
         lambda n, b: F.cross_entropy(n(b[0]).flatten(0, 1), b[1].flatten()), (IDS, ahead(PAD)), ahead(PAD),
     ),
+    "inputs and labels cut from one": (
+        lambda n, b: F.cross_entropy(n(b[0][:, :-1]).flatten(0, 1), b[0][:, 1:].flatten(), ignore_index=0),
+        (IDS,), PAD[:, 1:],
+    ),
+    "two ahead, cut from one": (
+        lambda n, b: F.cross_entropy(n(b[:, :-2]).mT, b[:, 2:], ignore_index=0), IDS, PAD[:, 2:],
+    ),
     "transposed": (lambda n, b: F.cross_entropy(n(b[0]).mT, b[1]), (IDS, MIXED), MIXED),
     "divided in bfloat16": (
         lambda n, b: shifted(n(b[0]).bfloat16() / 3, b[1]), (IDS, PROMPT), ahead(PROMPT),

@@ -42,14 +42,23 @@ class Reading(NamedTuple):
     """The dimension of the sequence."""
     ignored: tuple[int, ...] = (IGNORED,)
     """Labels of positions that do not count."""
+    heard: bool = False
+    """Whether the criterion said so."""
 
-    def placed(self, labels: Tensor) -> Tensor:
-        """Return labels at the positions whose logits predict them, ignored where there is none."""
-        if not self.shift:
+    def placed(self, labels: Tensor, shape: torch.Size | None = None) -> Tensor:
+        """Return labels at the positions whose logits predict them, ignored where there is none.
+
+        Args:
+            labels: As they are given, perhaps of a longer sequence.
+            shape: Of the positions; by default that of the labels.
+        """
+        along, shift = self.along, self.shift
+        wanted = (labels.shape if shape is None else shape)[along] if labels.dim() > along else 0
+        if not shift and (labels.dim() <= along or labels.shape[along] == wanted):
             return labels
-        ahead = labels.narrow(self.along, self.shift, labels.shape[self.along] - self.shift)
-        none = labels.narrow(self.along, 0, self.shift)
-        return torch.cat([ahead, torch.full_like(none, self.ignored[0])], self.along)
+        ahead = labels.narrow(along, shift, min(wanted, labels.shape[along] - shift))
+        none = labels.narrow(along, 0, wanted - ahead.shape[along])
+        return torch.cat([ahead, torch.full_like(none, self.ignored[0])], along)
 
     def counts(self, labels: Tensor) -> Tensor:
         """Return where labels count."""
@@ -96,8 +105,11 @@ def target_of(
         AccelError: The given place is not there.
     """
     found = _unplaced(where, batch, record, logits, reading)
-    fits = found is not None and logits is not None and found.shape == logits.shape[:-1]
-    return reading.placed(found) if fits and found is not None else found
+    if found is None or logits is None:
+        return found
+    shape = logits.shape[:-1]
+    known = found.shape == shape or (reading.heard and _fits(found.shape, shape, reading.along))
+    return reading.placed(found, shape) if known else found
 
 
 def mask_of(
@@ -131,11 +143,13 @@ def _heard(where: Where, batch: Any, record: Record, usage: Usage, plain: Readin
     assert labels is not None and counted is not None
     used = {id(t) for t in tensors((record.args, record.kwargs))}
     best: tuple[tuple[int, bool, bool], Reading] | None = None
-    for source, found in _candidates(where, batch, record, labels.numel()):
-        given = found.view(labels.shape)
+    for source, found in _candidates(where, batch, record):
         for shift, along in _shifts(labels.shape):
-            reading = plain._replace(source=source, shift=shift, along=along)
-            placed = reading.placed(given)
+            given = _as_positions(found, labels.shape, along)
+            if given is None:
+                continue
+            reading = plain._replace(source=source, shift=shift, along=along, heard=True)
+            placed = reading.placed(given, labels.shape)
             if torch.equal(placed[counted].to(labels), labels[counted]):
                 reading = _with_padding(reading, placed, counted)
                 missed = int((reading.counts(placed) & ~counted).sum())
@@ -147,23 +161,39 @@ def _heard(where: Where, batch: Any, record: Record, usage: Usage, plain: Readin
 
 
 def _candidates(
-    where: Where, batch: Any, record: Record, count: int
+    where: Where, batch: Any, record: Record
 ) -> Iterator[tuple[tuple[str, int] | None, Tensor]]:
     if where is not None:
         given = at(where, batch, record, "target")
-        if is_whole(given) and given.numel() == count:
+        if is_whole(given):
             yield None, given
         return
     for place, listed in _listed(batch, record).items():
         for index, tensor in enumerate(listed):
-            if is_whole(tensor) and tensor.numel() == count:
+            if is_whole(tensor):
                 yield (place, index), tensor
+
+
+def _as_positions(labels: Tensor, shape: torch.Size, along: int) -> Tensor | None:
+    """Return labels in the shape of the positions, or of a sequence somewhat longer; `None` if they have neither."""
+    if labels.numel() == shape.numel():
+        return labels.reshape(shape)
+    return labels if _fits(labels.shape, shape, along) else None
+
+
+def _fits(given: torch.Size, shape: torch.Size, along: int) -> bool:
+    """Tell whether a shape is that of the positions, or longer along the sequence by a few."""
+    if given == shape:
+        return True
+    if len(given) != 2 or len(shape) != 2 or given[1 - along] != shape[1 - along]:
+        return False
+    return 0 < given[along] - shape[along] <= _FARTHEST
 
 
 def _shifts(shape: torch.Size) -> Iterator[tuple[int, int]]:
     yield 0, 1
     for along in (1, 0) if len(shape) == 2 else ():
-        for shift in range(1, min(_FARTHEST, shape[along] - 1) + 1):
+        for shift in range(1, min(_FARTHEST, shape[along]) + 1):
             yield shift, along
 
 
@@ -200,8 +230,10 @@ def _unplaced(
     if reading.source is not None:
         place, index = reading.source
         found = listed[place][index] if index < len(listed[place]) else None
-        if found is not None and is_whole(found) and found.numel() == shape.numel():
-            return found.reshape(shape)
+        if found is not None and is_whole(found):
+            given = _as_positions(found, shape, reading.along)
+            if given is not None:
+                return given
     named = record.named().get("labels")
     if isinstance(named, Tensor) and named.shape == shape:
         return named
