@@ -1092,3 +1092,16 @@ def test_seeded_views_refuse_what_has_no_items() -> None:
         SeededViews(Stream(), 2)
     with pytest.raises(ValueError, match="`views`"):
         SeededViews(Noise(), 0)
+
+
+def test_tiny_features_are_never_rounded_to_nothing(tmp_path: Path) -> None:
+    rows = torch.randn(6, 5)
+    rows[:3] *= 1e-8  # below what float16 can tell from zero
+    rows[0] = 0.0
+    cache = TeacherCache(tmp_path)
+    cache.open("teacher")
+    for known in (0, 4):  # zeros and what float16 holds
+        cache.hits = 0
+        found = cache.look_up((rows,), {}, lambda args, kwargs: {"0:body": args[0]})["0:body"]
+        torch.testing.assert_close(found, rows, rtol=1e-3, atol=0.0)
+        assert cache.hits == known

@@ -37,6 +37,18 @@ def whole(value: Any, name: str, least: int) -> int:
     return value
 
 
+def index_of(value: Any, name: str) -> int:
+    """Return the index of a dimension other than the batch's, or raise `ValueError`.
+
+    >>> index_of(-1, "class_dim")
+    -1
+    """
+    if type(value) is not int or value == 0:
+        what = f"`{name}` is a dimension other than 0, the batch"
+        raise ValueError(explain(what, repr(value), "pass 1 or -1, say"))
+    return value
+
+
 def flag(value: Any, name: str) -> bool:
     """Return true or false, or raise `TypeError`.
 

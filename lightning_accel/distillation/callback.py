@@ -18,7 +18,7 @@ from lightning_accel.bridge import guards
 from lightning_accel.bridge.restore import averages
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import heads, rehearsal
-from lightning_accel.distillation.arguments import name_of, number, path_of, whole
+from lightning_accel.distillation.arguments import index_of, name_of, number, path_of, whole
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.course import Course
 from lightning_accel.distillation.engine import Engine
@@ -61,6 +61,8 @@ class Distillation(Callback):
         task_weight: Factor of the user's own loss. A number, a `Ramp`, or a function of the `Moment`.
         student: The name of the student's network; by default the one that `training_step` calls.
         logits: Layers whose outputs are the logits, "head: fc"; by default what the networks return.
+        class_dim: Their dimension that holds the classes, 1 for maps (B, C, H, W); by default the one that your
+            criterion or the labels' shape tells.
         target: Key or index of the labels in the batch, or a function of it; found where it is clear.
         mask: Likewise of the positions that count, for sequences.
         calls: Of several calls of the student in a step: "error", "last", or the mean of "all".
@@ -84,6 +86,7 @@ class Distillation(Callback):
         task_weight: Any = 1.0,
         student: str | None = None,
         logits: Any = None,
+        class_dim: int | None = None,
         target: Where = None,
         mask: Where = None,
         calls: str = "error",
@@ -107,6 +110,7 @@ class Distillation(Callback):
             terms(losses),
             task_weight=read(task_weight, "task_weight"),
             logits=logits,
+            class_dim=None if class_dim is None else index_of(class_dim, "class_dim"),
             target=check_where(target, "target"),
             mask=check_where(mask, "mask"),
             cache=cache,

@@ -8,7 +8,7 @@ user's step runs as often as without us, and every error still comes before the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_accel.bridge.model_edit import tell
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import evidence, heads, rehearsal
+from lightning_accel.distillation.criterion import LABELS, NUMBERS, Heard, Hearing, Listener
 from lightning_accel.distillation.engine import Engine, Lesson
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.optimizers import join
@@ -30,14 +31,14 @@ from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
 from lightning_accel.distillation.teacher import EMA, Teacher
 from lightning_accel.distillation.views import views_in
-from lightning_accel.distillation.watch import Watch
-from lightning_accel.distillation.world import share_of_all
+from lightning_accel.distillation.watch import Calls, Watch, around_compiled
+from lightning_accel.distillation.world import all_rows, share_of_all
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery import Receipt
 from lightning_accel.surgery.preserve import preserve_rng
 
-_BATCHES = 16
-"""Batches after the first in which classes in another order are told from a teacher that knows nothing."""
+_EARLY = 16
+"""Steps after which a teacher with classes in another order is told, and one that knows nothing."""
 
 
 class Course:
@@ -83,10 +84,19 @@ class Course:
         """Outputs of the student in this step that a loss has been added for."""
         self.evidence_every = evidence_every
         trained = all(teacher.kind in ("module", "path") for teacher in teachers)
-        self._order: list[tuple[Tensor, Tensor, int]] | None = [] if trained else None
-        """Classes that the teacher chose in the first steps, labels, and how many there are; `None` when settled."""
+        self._order = evidence.Order() if trained else None
+        """What the teachers chose for the labels of the first epoch; `None` when settled."""
         self._weighed_at: int | None = None
-        self._watch: Watch | None = None
+        self._watches: list[Calls | Listener] = []
+        """What stands around the first step."""
+        self.heard: list[Heard] = []
+        """The criteria of the user's that were called in it."""
+
+    @property
+    def _compares_classes(self) -> bool:
+        """Whether a loss takes the logits for classes, and not for labels or numbers."""
+        terms = [term for term in self.engine.terms.values() if term.reads == LOGITS]
+        return any(term.compares not in (LABELS, NUMBERS) for term in terms)
 
     @property
     def name(self) -> str:
@@ -134,17 +144,13 @@ class Course:
             tell(self.trainer, "on_model_hooks_change", self.module)
             torch._dynamo.reset()  # graphs that exist never call hooks that come later
 
-    def _prepare(self, record: Record, batch: Any) -> None:
+    def _prepare(self, record: Record, batch: Any, task: Tensor) -> None:
         """Check everything that could fail later, and make what is missing, before the first lesson."""
         engine, student = self.engine, layer(self.module, self.student or "")
         rehearsal.refuse_without_gradient(student, record)
+        self._look_at(record, batch, task)
         with preserve_rng():  # the lesson itself comes after, and draws what it draws
             answer = engine.run(record)
-        if not self.sharded and is_compiled(
-            student
-        ):  # in which nothing tells what is changed in place
-            with rehearsal.again(self.trainer, self.module, engine, self.student or "", record):
-                pass
         optimizers, prefix = self.trainer.optimizers, self.student or ""
         heads.narrow(engine, record, answer, self.edit, optimizers, prefix=prefix)
         engine.prepare(record, answer, batch)
@@ -153,9 +159,21 @@ class Course:
         self.join()
         self._open_cache(record)
 
+    def _look_at(self, record: Record, batch: Any, task: Tensor) -> None:
+        """Let the engine note how the user's criteria take what the student gives."""
+        engine, student = self.engine, layer(self.module, self.student or "")
+        hearings, self.heard = [Hearing(record, self.heard, task)], []
+        if self.sharded or not is_compiled(student):
+            engine.look_at(record, batch, hearings)
+            return
+        # In compiled code nothing is heard, and nothing tells what is changed in place.
+        with rehearsal.again(self.trainer, self.module, engine, self.student or "", record) as once:
+            engine.look_at(record, batch, [*hearings, once.hearing])
+
     def _check_names(self) -> None:
-        if self._order is None or not any(t.reads == LOGITS for t in self.engine.terms.values()):
+        if not any(term.reads == LOGITS for term in self.engine.terms.values()):
             self._order = None
+        if self._order is None or not self._compares_classes:
             return
         student, data = layer(self.module, self.student or ""), self.trainer.datamodule  # type: ignore[attr-defined]
         own = rehearsal.class_names(self.module, student, data)
@@ -187,21 +205,48 @@ class Course:
                 "losses with several, or one that changes",
                 "use one temperature, or a cache without `top_k`",
             )
+        if cache.top_k is not None:
+            self._refuse_top_classes(cache.top_k)
         views = views_in(self.trainer.train_dataloader)
         self.engine.open_cache(record, views=max((v.views for v in views), default=1))
+
+    def _refuse_top_classes(self, top_k: int) -> None:
+        """Raise where the largest numbers on the last dimension are not the classes that matter."""
+        on_logits = {n: term for n, term in self.engine.terms.items() if term.reads == LOGITS}
+        others = [n for n, term in on_logits.items() if term.compares in (LABELS, NUMBERS)]
+        if others:
+            raise AccelError(
+                "a cache of the top classes holds no labels and no numbers",
+                f"top_k={top_k} with the loss `{others[0]}`",
+                "use a cache without `top_k`",
+            )
+        if on_logits and self.engine.classes_at is None:
+            raise AccelError(
+                "a cache of the top classes cannot tell which dimension of the logits holds them",
+                "no criterion or labels that say it",
+                "pass class_dim=1 or class_dim=-1, or a cache without `top_k`",
+            )
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the student's calls of a step; where it is not known yet, find out who that is."""
         with ExitStack() as stack:
+            if not self.ready and not self.sharded:
+                listener = Listener(lambda: self.tape is not None and self.tape.has_answered())
+                self.heard = listener.calls
+                self._stand(stack, listener)
+                self._stand(stack, around_compiled(self.module, listener.aside))
             if self.tape is not None:
                 stack.enter_context(self.tape.recording())
             else:
                 met: list[str] = []
-                self._watch = Watch(self.module, partial(self._meet, met, stack))
-                stack.enter_context(self._watch)
-                stack.callback(setattr, self, "_watch", None)
+                self._stand(stack, Watch(self.module, partial(self._meet, met, stack)))
             yield
+
+    def _stand(self, stack: ExitStack, watch: Calls | Listener) -> None:
+        stack.enter_context(watch)
+        self._watches.append(watch)
+        stack.callback(self._watches.remove, watch)
 
     def _meet(self, met: list[str], stack: ExitStack, name: str) -> None:
         """Take the first network that a step calls for the student; there must be no second one."""
@@ -230,50 +275,55 @@ class Course:
 
     def teach(self, task: Tensor, records: list[Record], batch: Any) -> Tensor:
         """Return the total loss of a step."""
-        with nullcontext() if self._watch is None else self._watch.aside():
+        with ExitStack() as stack:
+            for watch in reversed(self._watches):
+                stack.enter_context(watch.aside())
             return self._teach(task, records, batch)
 
     def _teach(self, task: Tensor, records: list[Record], batch: Any) -> Tensor:
         if not self.ready:
-            self._prepare(records[0], batch)
+            self._prepare(records[0], batch, task)
         moment = self.moment()
         lesson = self.engine.teach(task, records, batch, moment)
         self.num_lessons += 1
-        if self._order is not None and lesson.seen is not None:
-            self._judge(lesson.seen)
+        self._watch_order(lesson)
         if self.log_is_due():
             self._note(lesson)
         if lesson.seen is not None and self._weighing_is_due():
             self._weigh(task, lesson.seen, moment)
         return lesson.total
 
-    def _judge(self, seen: Seen) -> None:
-        """Look at the first steps' labels: do the teacher's classes come in another order, does it know any?"""
-        found = rehearsal.choices(seen)
-        if found is None or self._order is None:
-            self._order = None
+    def _watch_order(self, lesson: Lesson) -> None:
+        """Keep what the teachers chose for the labels, in the first epoch."""
+        seen, order = lesson.seen, self._order
+        if order is None or seen is None or seen.chosen is None or seen.target is None:
             return
-        self._order.append(found)
-        if not evidence.is_at_chance(*self._order[0]):
-            self._order = None
-        elif len(self._order) > _BATCHES:
-            self.settle_order()
+        if seen.target.is_floating_point() or seen.target.shape != seen.chosen.shape:
+            return
+        assert seen.logits is not None
+        order.note(seen.chosen, seen.target, seen.labelled, seen.logits.shape[-1])
+        if len(order) == _EARLY and self.trainer.world_size == 1:
+            self._judge(order)
 
     def settle_order(self) -> None:
-        """Judge by what was seen so far: raise when classes come in another order, warn of a teacher that guesses."""
-        found, self._order = self._order, None
-        if not found:
-            return
-        choices, labels = (
-            torch.cat(parts) for parts in ([f[0] for f in found], [f[1] for f in found])
-        )
-        evidence.check_order(choices, labels)
-        if evidence.is_at_chance(choices, labels, found[0][2]):
-            right = float((choices == labels).float().mean())
+        """Judge at the end of the first epoch, in all processes, by what was seen in it."""
+        order, self._order = self._order, None
+        if order is not None:
+            self._judge(order)
+
+    def _judge(self, order: evidence.Order) -> None:
+        """Raise when the teacher's classes come in another order, and warn once of one that guesses."""
+        found = order.verdict(whole=self._compares_classes)
+        device = self.trainer.strategy.root_device
+        pairs = torch.tensor([*found.moved.items()], dtype=torch.long, device=device)
+        moved = dict(all_rows(pairs.view(-1, 2)).tolist())
+        evidence.refuse_moved(moved, some=not found.guesses)
+        if found.guesses:
+            self._order = None
             rank_zero_warn(
                 explain(
                     "the teacher is hardly better than guessing on the training data",
-                    f"{right:.1%} right of {len(labels)} samples in {found[0][2]} classes",
+                    f"{found.right:.1%} right of {found.labels} samples in {found.classes} classes",
                     "pass a trained teacher, and inputs prepared as it knows them",
                 )
             )

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import load_from_checkpoint
 from lightning_accel.distillation import evidence
+from lightning_accel.distillation.criterion import Hearing, Listener
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.seen import Seen
@@ -119,10 +120,11 @@ def searches(trainer: Trainer) -> bool:
 
 
 class Again(NamedTuple):
-    """A copy of the student, and its answer to the arguments of a call."""
+    """A copy of the student, its answer to the arguments of a call, and the criteria that it called itself."""
 
     student: nn.Module
     record: Record
+    hearing: Hearing
 
 
 @contextmanager
@@ -135,10 +137,11 @@ def again(
         args, kwargs = tree_map(_apart, (record.args, record.kwargs))
         tape = Tape(student, engine.student_taps())
         try:
-            with tape.recording(), torch.enable_grad():
+            with tape.recording(), torch.enable_grad(), Listener(tape.has_answered) as listener:
                 student(*args, **kwargs)
-            heard = tape.records()[-1]  # labels are told from inputs by identity
-            yield Again(student, heard._replace(args=record.args, kwargs=record.kwargs))
+            # Labels are told from inputs by identity.
+            heard = tape.records()[-1]._replace(args=record.args, kwargs=record.kwargs)
+            yield Again(student, heard, Hearing(heard, listener.calls))
         finally:
             tape.remove()
 
@@ -196,7 +199,7 @@ def gradient_shares(
             )
     outputs = [tensor for tensor in tensors(record.output) if tensor.requires_grad]
     asked = torch.autograd.grad(task, outputs, retain_graph=True, allow_unused=True)
-    with again(trainer, pl_module, engine, name, record) as (copy, heard), torch.enable_grad():
+    with again(trainer, pl_module, engine, name, record) as (copy, heard, _), torch.enable_grad():
         given = [tensor for tensor in tensors(heard.output) if tensor.requires_grad]
         alike = zip(asked, given, strict=True)
         parts = [
@@ -212,16 +215,6 @@ def _watches_backward(student: nn.Module) -> bool:
     """Tell whether hooks would see a backward that is none of the fit's."""
     on_modules = any(m._backward_hooks or m._backward_pre_hooks for m in student.modules())
     return on_modules or any(p._backward_hooks for p in student.parameters())
-
-
-def choices(seen: Seen) -> tuple[Tensor, Tensor, int] | None:
-    """Return the teacher's classes, the labels, and how many classes there are, where that is clear."""
-    if seen.logits is None or seen.chosen is None or seen.target is None:
-        return None
-    if seen.target.is_floating_point() or seen.target.shape != seen.chosen.shape:
-        return None
-    labelled = seen.target >= 0
-    return seen.chosen[labelled], seen.target[labelled], seen.logits.shape[-1]
 
 
 def load_teacher(teacher: Teacher, pl_module: LightningModule) -> nn.Module:

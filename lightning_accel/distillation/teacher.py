@@ -23,6 +23,7 @@ from lightning_accel import hardware
 from lightning_accel.distillation.arguments import flag, number, path_of, whole
 from lightning_accel.distillation.tape import Record, Tape
 from lightning_accel.errors import AccelError, explain, weights_alone
+from lightning_accel.surgery.call import tensors
 from lightning_accel.surgery.digest import digest
 from lightning_accel.surgery.footprint import Footprint, observe
 from lightning_accel.surgery.preserve import preserve_rng
@@ -147,7 +148,7 @@ class Teacher:
         if self._is_bf16() and self.kind != EMA and _can_cast(network):
             network = _cast(copy.deepcopy(network))
         self.bound = network.to(self.device)
-        self._tape = Tape(network, taps)
+        self._tape = Tape(network, taps, role="the teacher")
         self._run = torch.compile(network) if self.compile else network
         self._versions = self._buffer_versions()
         return self
@@ -156,8 +157,20 @@ class Teacher:
         """Run on the arguments of a student's call."""
         assert self._tape is not None, "bind the teacher first"
         args, kwargs = self._as_own(call)
+        before = [(t, t._version) for t in tensors(call) if not t.is_inference()]
         with in_eval_mode(self.bound), torch.no_grad(), self._context(), self._tape.recording():
-            self._run(*args, **kwargs)
+            try:
+                self._run(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise _cannot_take(self.bound, call, error) from error
+        if any(tensor._version != version for tensor, version in before):
+            raise AccelError(
+                "the teacher changed its arguments in place, and they are the student's as well",
+                f"{type(self.bound).__name__}",
+                "give it a forward without operations such as `mul_` or `ReLU(inplace=True)` on its inputs",
+            )
         record = self._tape.records()[-1]
         self._tape.clear()
         return record
@@ -345,6 +358,17 @@ def read_teachers(teacher: Source | Teacher | Sequence[Source | Teacher]) -> lis
             explain("there is no teacher", repr(teacher), "pass a trained network, or 'self'")
         )
     return [item if isinstance(item, Teacher) else Teacher(item) for item in listed]
+
+
+def _cannot_take(network: nn.Module, call: Any, error: Exception) -> AccelError:
+    got = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors(call)[:4])
+    told = (str(error).splitlines() or [""])[0]
+    return AccelError(
+        f"the teacher {type(network).__name__} cannot take what the student was called with",
+        f"{type(error).__name__}: {told}, for {got or 'no tensors'}",
+        "use a teacher of the same inputs: arguments, sizes, and at least the student's vocabulary; or wrap it in a "
+        "module that converts them",
+    )
 
 
 def _classes(classes: Any) -> tuple[int, ...]:
