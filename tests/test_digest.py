@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_accel.distillation.tape import Tape
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery.digest import digest
 
@@ -171,6 +172,24 @@ def test_a_digest_is_the_same_in_another_process() -> None:
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == digest(Net())
+
+
+def double(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out * 2
+
+
+def test_hooks_count_by_what_they_do_and_taps_of_ours_not_at_all() -> None:
+    net = Net()
+    before = digest(net)
+    tape = Tape(net, ["body.0"])
+    assert digest(net) == before
+    tape.remove()
+    prints = []
+    for _ in range(2):  # torch numbers its hooks on and on
+        hook = net.body[0].register_forward_hook(double)
+        prints.append(digest(net))
+        hook.remove()
+    assert prints[0] == prints[1] != before == digest(net)
 
 
 class Reads(nn.Module):

@@ -150,6 +150,13 @@ def test_a_module_that_learns_from_the_teacher_alone_finds_a_rate_for_that(
     assert found is not None and min(found.results["loss"]) > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:StructuredPruning cuts before the first step")
+def test_a_module_that_learns_from_the_teacher_alone_can_be_looked_at_before(fit: Fit) -> None:
+    model = DistillationModule(tiny.ConvNet(), teacher(), task_loss=None, optimizer=torch.optim.SGD)
+    fit(model, StructuredPruning(ratio=0.5, when=0), batches=data())  # which runs a step of a copy
+    assert model.student.head.weight.shape[1] == 8  # type: ignore[union-attr, index]
+
+
 def test_a_step_that_nothing_teaches_is_an_error() -> None:
     model = DistillationModule(tiny.ConvNet(), teacher(), task_loss=None)
     with pytest.raises(AccelError, match="nothing to learn from.*Do: call `trainer.fit`"):

@@ -52,6 +52,7 @@ DEPENDENT: dict[str, Callable[..., Any]] = {
     "the place in the batch": lambda x: x + torch.arange(len(x))[:, None],
     "ranks": lambda x: x.argsort(0).argsort(0),
     "dropout that is always on": lambda x: F.dropout(x, 0.5, training=True),
+    "draws that change nothing but the next ones": lambda x: x * (torch.rand(()) >= 0),
     "noise": lambda x: x + torch.randn_like(x),
     "a table as large as the batch": lambda x: table(x, torch.eye(6)),
 }
