@@ -136,6 +136,9 @@ REFUSED: dict[str, tuple[int, Any, Any]] = {
     "a mapping": (
         3, lambda n, b: (n(b["x"]) - 1).abs().mean(), {"x": LABELLED[0], "y": LABELLED[1]},
     ),
+    "numbers beside numbers of samples": (
+        3, lambda n, b: (n(b[0]) - b[1]).square().mean(), (LABELLED[0], LABELLED[1], torch.arange(8)),
+    ),
     "one output": (1, lambda n, b: BCE(n(b[0]), b[1]), SINGLE),
     "boxes": (7, detection, ROWS),
     "boxes by overlap": (7, by_overlap, ROWS),
@@ -164,6 +167,7 @@ def test_distributions_and_one_class_out_of_several_are_classes(fit: Fit) -> Non
         "own mixup": (lambda n, b: -(n(b[0]).log_softmax(1) * b[1]).sum(1).mean(), mixed),
         "bce of classes": (lambda n, b: BCE(n(b[0]), b[1]), F.one_hot(torch.arange(8) % 3).float()),
         "a penalty": (lambda n, b: MSE(n(b[0]), torch.zeros(8, 3)), torch.zeros(8).long()),
+        "a penalty alone": (lambda n, b: MSE(n(b[0]), torch.zeros(8, 3)), torch.zeros(8)),
         "a number beside": (
             lambda n, b: F.cross_entropy(n(b[0])[:, :3], b[1]), torch.arange(8) % 3,
         ),

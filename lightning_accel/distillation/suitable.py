@@ -127,7 +127,7 @@ def _refuse_other_outputs(name: str, seen: Seen, usage: Usage) -> None:
         what = "classes beside other numbers"
     elif CLASSES in usage.kinds or usage.class_dim is not None:
         return
-    elif usage.kinds and not usage.soft and not _is_beside_labels(seen, usage):
+    elif usage.kinds and not usage.soft and not _is_penalty(seen, usage):
         kinds = " and ".join(sorted(usage.kinds))
         found, what = f"the training step's own criterion takes outputs {shape} for {kinds}", kinds
     elif not usage.kinds and (target := _other_target(seen)) is not None:
@@ -145,19 +145,17 @@ def _refuse_other_outputs(name: str, seen: Seen, usage: Usage) -> None:
     )
 
 
-def _is_beside_labels(seen: Seen, usage: Usage) -> bool:
-    """Tell whether a batch holds a class for each position, and the criteria are penalties that know no batch."""
+def _is_penalty(seen: Seen, usage: Usage) -> bool:
+    """Tell whether the criteria know nothing of the batch: targets all alike, or beside a class for each position."""
     assert seen.logits is not None
-    if (
-        seen.target is None
-        or seen.target.shape != seen.logits.shape[:-1]
-        or not is_whole(seen.target)
-    ):
-        return False
     if not all(_over_classes(target, seen) for target in seen.of_outputs):
         return False
     given = [t for t in tensors(seen.batch) if not is_whole(t) or t.dtype == torch.bool]
-    return not any(_same(target, leaf) for target in usage.others for leaf in given)
+    if any(_same(target, leaf) for target in usage.others for leaf in given):
+        return False
+    if seen.target is not None and is_whole(seen.target):
+        return seen.target.shape == seen.logits.shape[:-1]
+    return all(bool((target == target.flatten()[:1]).all()) for target in usage.others)
 
 
 def _same(target: Tensor, given: Tensor) -> bool:
@@ -169,9 +167,18 @@ def _same(target: Tensor, given: Tensor) -> bool:
 def _other_target(seen: Seen) -> Tensor | None:
     """Return a target of the outputs' own shape that is no distribution over classes, if it is the only one."""
     assert seen.given_logits is not None
-    found = seen.of_outputs if seen.target is None else [seen.target]
+    found = [seen.target] if seen.target is not None and _may_be_classes(seen) else seen.of_outputs
     alike = (t for t in found if t.shape == seen.given_logits.shape)
     return next((target for target in alike if not _over_classes(target, seen)), None)
+
+
+def _may_be_classes(seen: Seen) -> bool:
+    """Tell whether labels that were found are numbers of classes, and not of samples, say."""
+    if seen.places.target is not None or seen.target is None or seen.labelled is None:
+        return True
+    assert seen.logits is not None
+    outside = (seen.target < 0) | (seen.target >= seen.logits.shape[-1])
+    return not bool((outside & seen.labelled).any())
 
 
 def _over_classes(target: Tensor, seen: Seen) -> bool:
