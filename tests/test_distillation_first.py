@@ -158,6 +158,23 @@ def test_a_first_step_is_compiled_as_all_others(fit: Fit, clean_dynamo: None) ->
     assert apart(model.net, by_hand("kd")[0]) < 1e-6
 
 
+def test_a_compiled_criterion_is_heard_and_compiled_once(fit: Fit, clean_dynamo: None) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    class Owns(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.criterion = torch.compile(nn.CrossEntropyLoss(), backend=counter)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.criterion(self.net(batch[0]), batch[1])
+
+    counter, lesson = CompileCounter(), Distillation(teacher(), "kd")
+    fit(Owns(), lesson, max_epochs=1)
+    assert counter.frame_count == 1
+    assert lesson.engine.usage.kinds == {"classes"} and lesson.engine.usage.classes == 4
+
+
 def test_two_networks_are_named_before_the_second_is_called(fit: Fit) -> None:
     class Two(Module):
         def __init__(self) -> None:

@@ -238,6 +238,28 @@ def test_a_language_whose_next_token_is_certain_is_no_other_order_of_classes(fit
             fit(User(Net(), step), spoken, batches=batches)
 
 
+class Owns(Net):
+    """Computes its own loss."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        z = self.embed(ids)
+        return {"logits": z, "loss": shifted(z, labels, ignore_index=0)}
+
+
+def test_what_a_compiled_network_compares_itself_is_heard_as_well(
+    fit: Fit, clean_dynamo: None
+) -> None:
+    def make() -> nn.Module:
+        net = Owns()
+        net.compile(backend="eager")
+        return net
+
+    mask, target = seen(fit, lambda n, b: n(b[0], b[1])["loss"], (IDS, MIXED), make)
+    wanted = ahead(MIXED.masked_fill(MIXED == 0, NO))
+    assert mask is not None and torch.equal(mask, wanted != NO)
+    assert target is not None and torch.equal(target[mask], wanted[mask])
+
+
 def test_labels_of_a_large_vocabulary_come_through_bfloat16_whole() -> None:
     logits = torch.randn(2, 3, 50_257, requires_grad=True).bfloat16()
     labels = torch.tensor([[50_256, 4_097, NO], [255, 0, 31_000]])

@@ -97,7 +97,20 @@ class Watch(Calls):
         super().__init__(trainable, around)
 
 
-def around_compiled(model: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> Calls:
-    """Return what stands around each call of compiled code of a model's modules."""
-    compiled = {name: m for name, m in model.named_modules() if runs_compiled(m)}
-    return Calls(compiled, lambda _: around())
+def around_compiled(model: nn.Module, aside: Callable[[], AbstractContextManager[None]]) -> Calls:
+    """Return what stands around the calls of a model's compiled modules while criteria are listened to.
+
+    A network runs as ever, with nobody listening, as its code would be compiled anew without a listener. A criterion,
+    which has nothing to train, runs its own code this once.
+
+    Args:
+        model: The user's.
+        aside: Makes the context in which nobody listens.
+    """
+    compiled = {name: module for name, module in model.named_modules() if runs_compiled(module)}
+    networks = {n for n, m in compiled.items() if any(p.requires_grad for p in m.parameters())}
+
+    def around(name: str) -> AbstractContextManager[None]:
+        return aside() if name in networks else torch.compiler.set_stance("force_eager")
+
+    return Calls(compiled, around)
