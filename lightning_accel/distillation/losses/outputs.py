@@ -36,7 +36,7 @@ def bce(
     Raises:
         ValueError: Shapes differ, or the temperature is not above zero.
 
-    >>> bce(torch.tensor([[0.0]]), torch.tensor([[100.0]]))  # log 2
+    >>> bce(Tensor([[0.0]]), Tensor([[100.0]]))  # log 2
     tensor(0.6931)
     """
     require_temperature(temperature)
@@ -59,7 +59,7 @@ def mse(student: Tensor, teacher: Tensor, /, *, mask: Tensor | None = None) -> T
     Raises:
         ValueError: Shapes differ.
 
-    >>> mse(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 0.0]]))
+    >>> mse(Tensor([[1.0, 3.0]]), Tensor([[0.0, 0.0]]))
     tensor(5.)
     """
     s, t, valid = _checked(student, teacher, mask)
