@@ -21,7 +21,6 @@ from lightning_accel.errors import AccelError
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:the teacher is hardly better than guessing"),
-    pytest.mark.filterwarnings("ignore:The first step could not be rehearsed"),
 ]
 
 BCE, MSE = F.binary_cross_entropy_with_logits, F.mse_loss

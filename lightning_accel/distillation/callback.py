@@ -294,7 +294,7 @@ class Distillation(Callback):
         course = self._of_this_fit()
         if course.tape is not None:
             course.tape.clear()
-        course.taught, course.batch = [], None
+        course.taught, course.batch, course.heard = [], None, []
         if self.average is not None and trainer.global_step != self._averaged_step:
             self._averaged_step = trainer.global_step
             self.average.update_parameters(pl_module)
@@ -338,7 +338,7 @@ class Distillation(Callback):
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
-        """Rehearse with the new shape before the next step."""
+        """Make all ready anew, for the new shape, within the next step."""
         course = self._of_this_fit()
         course.edit, course.ready = course.edit + receipt, False
 

@@ -28,6 +28,7 @@ from lightning_accel.distillation.optimizers import join
 from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.seen import LOGITS, Seen
 from lightning_accel.distillation.steps import differentiable
+from lightning_accel.distillation.suitable import check_top_classes
 from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
 from lightning_accel.distillation.teacher import EMA, Teacher
 from lightning_accel.distillation.views import views_in
@@ -206,26 +207,9 @@ class Course:
                 "use one temperature, or a cache without `top_k`",
             )
         if cache.top_k is not None:
-            self._refuse_top_classes(cache.top_k)
+            check_top_classes(self.engine.terms, cache.top_k, self.engine.classes_at)
         views = views_in(self.trainer.train_dataloader)
         self.engine.open_cache(record, views=max((v.views for v in views), default=1))
-
-    def _refuse_top_classes(self, top_k: int) -> None:
-        """Raise where the largest numbers on the last dimension are not the classes that matter."""
-        on_logits = {n: term for n, term in self.engine.terms.items() if term.reads == LOGITS}
-        others = [n for n, term in on_logits.items() if term.compares in (LABELS, NUMBERS)]
-        if others:
-            raise AccelError(
-                "a cache of the top classes holds no labels and no numbers",
-                f"top_k={top_k} with the loss `{others[0]}`",
-                "use a cache without `top_k`",
-            )
-        if on_logits and self.engine.classes_at is None:
-            raise AccelError(
-                "a cache of the top classes cannot tell which dimension of the logits holds them",
-                "no criterion or labels that say it",
-                "pass class_dim=1 or class_dim=-1, or a cache without `top_k`",
-            )
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -72,6 +72,24 @@ def check_logits(terms: Mapping[str, Term], seen: Seen) -> None:
             _refuse_shares(name, seen)
 
 
+def check_top_classes(terms: Mapping[str, Term], top_k: int, class_dim: int | None) -> None:
+    """Raise where a cache that keeps the largest logits alone would lose what a loss compares."""
+    on_logits = {name: term for name, term in terms.items() if term.reads == LOGITS}
+    others = [name for name, term in on_logits.items() if term.compares in (LABELS, NUMBERS)]
+    if others:
+        raise AccelError(
+            "a cache of the top classes holds no labels and no numbers",
+            f"top_k={top_k} with the loss `{others[0]}`",
+            "use a cache without `top_k`",
+        )
+    if on_logits and class_dim is None:
+        raise AccelError(
+            "a cache of the top classes cannot tell which dimension of the logits holds them",
+            "no criterion or labels that say it",
+            "pass class_dim=1 or class_dim=-1, or a cache without `top_k`",
+        )
+
+
 def warn_of_others(seen: Seen, counted: Tensor) -> None:
     """Warn where distillation counts positions of a sequence that the user's own criterion leaves out."""
     if seen.places.mask is not None or seen.logits is None or seen.logits.dim() < 3:
