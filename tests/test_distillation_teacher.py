@@ -167,6 +167,17 @@ def test_classes_that_are_confused_one_way_are_no_other_order() -> None:
     assert order.swapped() == {}
 
 
+def test_a_weak_teacher_in_another_order_is_told_where_classes_are_compared() -> None:
+    order, labels = evidence.Order(), torch.arange(4).repeat(20)
+    chosen = (labels + 1) % 4
+    chosen[::3] = (labels[::3] + 2) % 4  # two of three samples of each label
+    order.note(chosen, labels, classes=4)
+    found = order.verdict(whole=True)
+    assert found.moved == {0: 1, 1: 2, 2: 3, 3: 0} and found.guesses and order.swapped() == {}
+    found = order.verdict(whole=False)
+    assert found.moved == {} and not found.guesses
+
+
 def is_untouched(model: Module) -> bool:
     """Tell whether a module's parameters are as it was made, and no backward has been run."""
     fresh = dict(Module().named_parameters())
