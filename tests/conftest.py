@@ -17,7 +17,7 @@ import torch
 
 torch.set_num_threads(1)
 os.environ.setdefault("WANDB_SILENT", "true")
-os.environ.setdefault("LIGHTNING_ACCEL_KEY", "a key of the tests, and of nobody else")
+os.environ["LIGHTNING_ACCEL_KEY"] = "a key of the tests, and of nobody else"  # none in the home
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 

@@ -149,6 +149,8 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "dkd": lambda s, t, y, f, g, h: losses.dkd(s, t, target=y),
     "dist": lambda s, t, y, f, g, h: losses.dist(s, t),
     "jsd": lambda s, t, y, f, g, h: losses.jsd(s, t),
+    "bce": lambda s, t, y, f, g, h: F.binary_cross_entropy_with_logits(s, t.sigmoid()),
+    "mse": lambda s, t, y, f, g, h: F.mse_loss(s, t),
     "fitnet": lambda s, t, y, f, g, h: (h[0](f) - g).square().mean(),
     "attention_transfer": lambda s, t, y, f, g, h: losses.attention_transfer(f, g),
     "rkd": lambda s, t, y, f, g, h: losses.rkd(f, g),

@@ -142,10 +142,7 @@ def test_an_error_in_the_users_first_step_is_the_users(fit: Fit) -> None:
             raise OSError("mine")
 
     model = Breaks()
-    with (
-        pytest.raises(OSError, match="^mine$"),
-        pytest.warns(UserWarning, match="could not be rehearsed"),
-    ):
+    with pytest.raises(OSError, match="^mine$"):
         fit(model, Distillation(teacher(), BOTH))
     assert clean(model)
 

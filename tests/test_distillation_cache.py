@@ -68,7 +68,8 @@ class Teacher:
 
 
 def opened(folder: Path, fingerprint: str = "teacher", **options: Any) -> TeacherCache:
-    cache = TeacherCache(folder, **options)
+    """Return a cache that believes its teacher; what it tries otherwise is in test_distillation_trust.py."""
+    cache = TeacherCache(folder, **{"check_every": 0, **options})
     cache.open(fingerprint)
     return cache
 
@@ -413,7 +414,7 @@ def test_every_flipped_byte_of_the_meta_file_is_noticed(tmp_path: Path) -> None:
     keys, values = some(1, 16)
     Store(tmp_path / "s", value_bytes=16, max_bytes=MIB).put(keys, values)
     text = (tmp_path / "s" / "meta.json").read_bytes()
-    assert json.loads(text) == {"schema": 1, "value_bytes": 16}
+    assert json.loads(text) == {"schema": 2, "value_bytes": 16}
     for place in range(len(text)):
         meta = tmp_path / "s" / "meta.json"
         meta.write_bytes(text[:place] + bytes([text[place] ^ 4]) + text[place + 1 :])
@@ -664,12 +665,12 @@ def test_one_changed_bit_another_teacher_and_other_settings_are_misses(tmp_path:
         teacher.rows = 0
         opened(tmp_path / "c", fingerprint, **options).look_up((x,), {}, teacher)
         assert teacher.rows == 4, (fingerprint, options)
-    cache = TeacherCache(tmp_path / "c", top_k=2)
+    cache = TeacherCache(tmp_path / "c", top_k=2, check_every=0)
     cache.open("teacher", temperature=4.0)
     teacher.rows = 0
     cache.look_up((x,), {}, teacher)
     assert teacher.rows == 4, "the tail belongs to a temperature"
-    cache = TeacherCache(tmp_path / "c")
+    cache = TeacherCache(tmp_path / "c", check_every=0)
     cache.open("teacher", temperature=4.0)
     teacher.rows = 0
     cache.look_up((x,), {}, teacher)
@@ -785,7 +786,7 @@ def test_the_cache_gives_the_device_and_no_gradient(tmp_path: Path) -> None:
 
 
 def test_a_hit_rate_below_the_minimum_after_the_first_views_switches_it_off(tmp_path: Path) -> None:
-    cache, teacher = TeacherCache(tmp_path / "c", min_hit_rate=0.5), Teacher()
+    cache, teacher = TeacherCache(tmp_path / "c", min_hit_rate=0.5, check_every=0), Teacher()
     cache.open("teacher", views=2)
     for _ in range(2):
         cache.look_up((torch.randn(4, 6),), {}, teacher)
@@ -962,7 +963,8 @@ def test_a_copy_of_a_cache_is_configured_alike_and_closed(tmp_path: Path) -> Non
         torch.save(cache, through_torch)
         for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):  # noqa: S301
             assert vars(twin) == vars(TeacherCache(tmp_path / "c", **{
-                name: getattr(cache, name) for name in ("max_bytes", "top_k", "dtype", "min_hit_rate")
+                name: getattr(cache, name)
+                for name in ("max_bytes", "top_k", "dtype", "min_hit_rate", "check_every")
             }))  # fmt: skip
         cache.open("teacher")
         cache.look_up((torch.randn(2, 6),), {}, Teacher())
@@ -1066,7 +1068,7 @@ def test_seeded_views_give_the_cache_its_hits(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> Tensor:
             return torch.arange(6.0) + index + torch.rand(6)
 
-    data, cache, teacher = SeededViews(Crops(), 2), TeacherCache(tmp_path / "c"), Teacher()
+    data, cache, teacher = SeededViews(Crops(), 2), opened(tmp_path / "c"), Teacher()
     cache.open("teacher", views=2)
     rates = []
     for epoch in range(5):
@@ -1090,3 +1092,16 @@ def test_seeded_views_refuse_what_has_no_items() -> None:
         SeededViews(Stream(), 2)
     with pytest.raises(ValueError, match="`views`"):
         SeededViews(Noise(), 0)
+
+
+def test_tiny_features_are_never_rounded_to_nothing(tmp_path: Path) -> None:
+    rows = torch.randn(6, 5)
+    rows[:3] *= 1e-8  # below what float16 can tell from zero
+    rows[0] = 0.0
+    cache = TeacherCache(tmp_path)
+    cache.open("teacher")
+    for known in (0, 4):  # zeros and what float16 holds
+        cache.hits = 0
+        found = cache.look_up((rows,), {}, lambda args, kwargs: {"0:body": args[0]})["0:body"]
+        torch.testing.assert_close(found, rows, rtol=1e-3, atol=0.0)
+        assert cache.hits == known

@@ -18,6 +18,7 @@ from torch import Tensor
 import lightning_accel.distillation.losses as losses
 from lightning_accel.distillation.losses import (
     attention_transfer,
+    bce,
     crd,
     dist,
     dkd,
@@ -25,6 +26,7 @@ from lightning_accel.distillation.losses import (
     jsd,
     kd,
     logit_standardized_kd,
+    mse,
     relations,
     rkd,
     similarity_preserving,
@@ -235,6 +237,19 @@ def labels(*shape: int, classes: int = 7) -> Tensor:
     return torch.from_numpy(np.random.default_rng(9).integers(0, classes, shape))
 
 
+def formula_of_bce(s: Array, t: Array, temperature: float = 1.0) -> float:
+    """KL of yes and no, label by label."""
+    each = []
+    for a, b in zip(s.ravel(), t.ravel(), strict=True):
+        q, p = (1 / (1 + math.exp(-x / temperature)) for x in (a, b))
+        each.append(divergence(np.array([p, 1 - p]), np.array([q, 1 - q])))
+    return temperature**2 * float(np.mean(each))
+
+
+def formula_of_mse(s: Array, t: Array) -> float:
+    return float(np.mean((s - t) ** 2))
+
+
 def dkd_7(s: Tensor, t: Tensor, **settings: Any) -> Tensor:
     return dkd(s, t, target=labels(*s.shape[:-1], classes=s.shape[-1]), **settings)
 
@@ -257,6 +272,8 @@ LOGITS: dict[str, tuple[Loss, Callable[..., float], list[dict[str, Any]]]] = {
         paper_jsd,
         [{}, {"beta": 0}, {"beta": 1}, {"beta": 0.1}, {"beta": 0.9, "temperature": 3.0}],
     ),
+    "bce": (bce, formula_of_bce, [{}, {"temperature": 3.0}]),
+    "mse": (mse, formula_of_mse, [{}]),
 }
 LOGIT_CASES = [
     pytest.param(loss, paper, settings, id=f"{name}-{settings}")

@@ -23,21 +23,23 @@ from lessons import (
     epochs,
     fits,
     master,
+    rows,
     taught,
     teacher,
 )
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     StochasticWeightAveraging,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_accel import (
     Distillation,
     StructuredPruning,
 )
-from lightning_accel.distillation import Teacher, losses
+from lightning_accel.distillation import Teacher, evidence, losses
 from lightning_accel.distillation.tape import Tape
 from lightning_accel.errors import AccelError, NoEffect
 
@@ -128,13 +130,94 @@ def test_classes_in_another_order_are_an_error_that_classes_mends(fit: Fit) -> N
     assert apart(model.net, by_hand("kd")[0]) < 1e-6
 
 
-def test_another_number_of_classes_is_told_before_the_first_step(fit: Fit) -> None:
+@pytest.mark.parametrize("moved", [[1, 0, 2, 3], [0, 3, 2, 1]])
+def test_a_few_classes_in_another_order_are_told_in_the_first_epoch(
+    fit: Fit, moved: list[int]
+) -> None:
+    torch.manual_seed(3)
+    guide: Any = master()
+    chosen = torch.cat([guide(x).argmax(1) for x, _ in data(48)])
+    truth = torch.cat([y for _, y in data(48)])
+    rows_of = [pair for pair, same in zip(rows(48), chosen == truth, strict=True) if same]
+    order = torch.tensor(moved)
+    guide.head.weight.data = guide.head.weight.data[order].clone()
+    guide.head.bias.data = guide.head.bias.data[order].clone()
+    rows_of.sort(key=lambda row: moved[int(row[1])] != int(row[1]))  # first those that are right
+    batches = DataLoader(rows_of, 8)
+    with pytest.raises(AccelError, match="some of the teacher's classes come in another order"):
+        fit(Module(), Distillation(teacher(guide), "kd"), batches=batches)
+    back = order.argsort().tolist()
+    fit(Module(), Distillation(teacher(guide, classes=back), "kd"), batches=batches, max_epochs=1)
+
+
+def test_a_few_labels_that_are_met_often_are_no_order_by_chance() -> None:
+    labels = torch.cat([torch.tensor([1, 4, 6]).repeat(5), torch.arange(20)])
+    chosen = torch.cat([torch.tensor([8, 2, 1]).repeat(5), torch.randint(20, (20,))])
+    evidence.check_order(chosen, labels)
+    with pytest.raises(AccelError, match="another order"):
+        evidence.check_order(chosen[:15], labels[:15])
+
+
+def test_classes_that_are_confused_one_way_are_no_other_order() -> None:
+    order = evidence.Order()
+    order.note(torch.tensor([0, 0, 2]).repeat(9), torch.tensor([0, 1, 2]).repeat(9))
+    assert order.swapped() == {}
+    order.note(torch.tensor([3]).repeat(4), torch.tensor([2]).repeat(4))  # 9 of 13 right
+    order.note(torch.tensor([2, 2]).repeat(9), torch.tensor([3, -100]).repeat(9), torch.tensor([True, False]).repeat(9))  # fmt: skip
+    assert order.swapped() == {}
+
+
+def test_a_weak_teacher_in_another_order_is_told_where_classes_are_compared() -> None:
+    order, labels = evidence.Order(), torch.arange(4).repeat(20)
+    chosen = (labels + 1) % 4
+    chosen[::3] = (labels[::3] + 2) % 4  # two of three samples of each label
+    order.note(chosen, labels, classes=4)
+    found = order.verdict(whole=True)
+    assert found.moved == {0: 1, 1: 2, 2: 3, 3: 0} and found.guesses and order.swapped() == {}
+    found = order.verdict(whole=False)
+    assert found.moved == {} and not found.guesses
+
+
+def is_untouched(model: Module) -> bool:
+    """Tell whether a module's parameters are as it was made, and no backward has been run."""
+    fresh = dict(Module().named_parameters())
+    return all(torch.equal(p, fresh[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+class Doubles(tiny.ConvNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+class Fewer(tiny.ConvNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.Embedding(2, 8)(x[:, :, 0].long().clamp(min=0)).mT)
+
+
+@pytest.mark.parametrize(
+    ("guide", "given", "match"),
+    [
+        (Doubles, {}, "the teacher changed its arguments in place.*Doubles"),
+        (Fewer, {}, "the teacher Fewer cannot take.*IndexError.*the student's vocabulary"),
+        (tiny.ConvNet, {"classes": [0, 99]}, r"does not have.*99.*from 0 to 3"),
+    ],
+)
+def test_what_a_teacher_cannot_do_is_said_of_the_teacher(
+    fit: Fit, guide: Any, given: Any, match: str
+) -> None:
+    model = Module()
+    with pytest.raises(AccelError, match=match):
+        fit(model, Distillation(teacher(guide(), **given), "kd"))
+    assert is_untouched(model)
+
+
+def test_another_number_of_classes_is_told_before_the_first_backward(fit: Fit) -> None:
     guide: Any = master()
     guide.head = nn.Linear(24, 6)
     model = Module()
     with pytest.raises(AccelError, match=r"do not match.*\(8, 4\) and \(8, 6\)"):
         fit(model, Distillation(teacher(guide), "kd"))
-    assert apart(model, Module()) == 0
+    assert is_untouched(model)
 
 
 def test_a_teacher_that_knows_nothing_is_told(fit: Fit) -> None:
@@ -197,6 +280,55 @@ def test_a_path_is_a_teacher_of_the_students_class(fit: Fit, tmp_path: Path) -> 
         fit(Module(), Distillation(str(path), "kd"))
     with pytest.raises(AccelError, match="no such checkpoint"):
         fit(Module(), Distillation(str(tmp_path / "none.ckpt"), "kd"))
+
+
+class Prepares(LightningModule):
+    """Another class than the student's, whose forward knows how its inputs must be prepared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = master()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - 0.3) * 2)
+
+
+class Plain(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = master()
+
+
+class Both(Module):
+    """A student whose steps prepare the inputs themselves, beside a forward that does so too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - 0.3) * 2)
+
+
+def said(lit: nn.Module, model: Module, caplog: Any, fit: Fit) -> Tensor:
+    """Return what a LightningModule taught in the first step of a fit."""
+    heard: list[Tensor] = []
+
+    def spy(student: Tensor, teacher: Tensor) -> Tensor:
+        heard.append(teacher)
+        return (student - teacher).square().mean()
+
+    with caplog.at_level("INFO"):
+        fit(model, Distillation(teacher(lit), {"spy": {"loss": spy}}, student="net"))
+    return heard[0]
+
+
+def test_the_forward_of_a_lightning_module_prepares_what_its_network_gets(
+    fit: Fit, caplog: Any
+) -> None:
+    x, net = next(iter(data()))[0], master().eval()
+    assert torch.equal(said(Prepares(), Module(), caplog, fit), net((x - 0.3) * 2))
+    assert torch.equal(said(Plain(), Module(), caplog, fit), net(x))
+    assert "not by its own `forward`" not in caplog.text
+    guide = Both(master)
+    assert torch.equal(said(guide, Both(), caplog, fit), net(x))  # as the student of its class
+    assert "The teacher Both is called by its part `net`" in caplog.text
 
 
 class Wide(Module):

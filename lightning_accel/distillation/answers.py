@@ -2,8 +2,9 @@
 
 Tensors stand in the order of their names, each padded to a multiple of 8 bytes. Floating-point ones are
 rounded to the type of the cache and come back as float32; classes take 2 bytes where there are at
-most 65,536; all others stay as they are. A row with a value that the type on disk cannot hold
-(65,505 or more in float16, infinity, NaN) is marked, so that it is used as it was and never stored.
+most 65,536; all others stay as they are. A row that the type on disk cannot hold (65,505 or more in
+float16, infinity, NaN, or all of it below 6e-5, where float16 loses its digits) is marked, so that it is
+used as it was and never stored.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Answer(NamedTuple):
             entry, tensor = _entry_of(name, tensor, stored)
             size = math.prod(entry.shape)
             if tensor.is_floating_point():
-                finite.append(tensor.reshape(len(tensor), size).isfinite().all(1))
+                finite.append(_held(tensor.reshape(len(tensor), size), tensors[name]))
             raw = tensor.reshape(len(tensor), size).contiguous().view(torch.uint8)
             parts.append(torch.nn.functional.pad(raw, (0, entry.row_bytes - raw.shape[1])))
             entries.append(entry)
@@ -151,6 +152,15 @@ def _entry_of(name: str, tensor: Tensor, stored: torch.dtype) -> tuple[Entry, Te
         return Entry(name, shape, stored, torch.float32), tensor.to(stored)
     ids = name == "logits_ids"
     return Entry(name, shape, tensor.dtype, torch.int64 if ids else tensor.dtype), tensor
+
+
+def _held(rounded: Tensor, was: Tensor) -> Tensor:
+    """Tell of each row whether it is as it was to the precision of the type that it is stored in."""
+    finite = rounded.isfinite().all(1)
+    if not rounded.shape[1] or torch.finfo(rounded.dtype).tiny <= torch.finfo(torch.bfloat16).tiny:
+        return finite
+    largest = was.reshape(rounded.shape).abs().amax(1)
+    return finite & ((largest >= torch.finfo(rounded.dtype).tiny) | (largest == 0))
 
 
 def short_ids(ids: Tensor, classes: int) -> Tensor:

@@ -5,6 +5,8 @@ another batch cannot give a wrong one: what differs by a bit is another row. An 
 float16 by default, and one that was just computed goes through the same rounding, so a hit and a miss
 give the same bits. Large vocabularies keep the `top_k` largest logits and the tail (`topk`).
 
+A folder that others can write is safe to use, and shared by one's own processes alone: see `seal`.
+
     <folder>/<teacher>/teacher.json          fingerprint and settings, one folder for each teacher
     <folder>/<teacher>/<layout>/meta.json    names, shapes and types of one row
     <folder>/<teacher>/<layout>/000.segment  rows (`store`), shared by all processes
@@ -12,11 +14,8 @@ give the same bits. Large vocabularies keep the `top_k` largest logits and the t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,28 +24,33 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lightning_accel.distillation.arguments import number, path_of, whole
 from lightning_accel.errors import AccelError, explain
 
-from .answers import Answer, Entry, Layout, digest, short_ids
+from .answers import Answer, Layout, digest, short_ids
+from .checks import EXACT, Checks, alike, try_rows
+from .folder import layouts_in, remove_unused
 from .keys import row_keys
+from .seal import own_folder, put, sealed, secret
 from .store import SCHEMA, Store, bytes_in
 from .topk import compress
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Tensor]]
 
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_IN_USE_S = 86_400.0
-"""Another teacher's answers are left alone for so many seconds after their last use."""
+_ROUNDING = 2.0**-7
+"""Of the shortest type on disk."""
 
 
 class TeacherCache:
     """Answers of a frozen teacher on disk, found by the content of each input row.
 
-    The teacher must treat rows independently of each other (`eval` mode). A tensor argument whose
-    first dimension equals the batch is taken to hold one entry for each row.
+    The teacher must treat rows independently of each other (`eval` mode), and draw no random numbers; both is
+    tried now and then, and a cache that may not be used switches itself off with a warning. A tensor argument
+    whose first dimension equals the batch is taken to hold one entry for each row.
 
     Args:
         folder: Where; several processes and several teachers may share it.
@@ -54,6 +58,8 @@ class TeacherCache:
         top_k: Keep this many of the answer "logits" and the tail; all of them when None.
         dtype: What floating-point answers are rounded to: "float16", "bfloat16" or "float32".
         min_hit_rate: Share of rows, 0..1, below which an epoch switches the cache off.
+        check_every: At how many look-ups the teacher runs all the same, on the whole batch and on a part of it,
+            besides the first, second, fourth, eighth ...; 0 is never.
 
     Raises:
         ValueError: An argument is out of range.
@@ -77,6 +83,7 @@ class TeacherCache:
         top_k: int | None = None,
         dtype: str = "float16",
         min_hit_rate: float = 0.05,
+        check_every: int = 1000,
     ) -> None:
         _check_arguments(max_bytes, top_k, dtype, min_hit_rate)
         self.folder = path_of(folder, "folder")
@@ -84,14 +91,16 @@ class TeacherCache:
         self.top_k = top_k
         self.dtype = dtype
         self.min_hit_rate = min_hit_rate
+        self.check_every = whole(check_every, "check_every", 0)
         self.hits = 0
         self.rows = 0
         self._enabled = True
         self._epochs = 0
         self._views = 1
-        self._temperature = 1.0
+        self._temperature, self._tolerance = 1.0, EXACT
+        self._checks: Checks | None = None
         self._home: Path | None = None
-        self._salt = b""
+        self._salt = self._key = b""
         self._stores: dict[Layout, Store] = {}
         self._known: dict[Any, list[Layout]] = {}
 
@@ -105,20 +114,34 @@ class TeacherCache:
         """The share of this epoch's rows that cost no teacher forward, 0 before the first."""
         return self.hits / self.rows if self.rows else 0.0
 
-    def open(self, fingerprint: str, *, temperature: float = 1.0, views: int = 1) -> None:
+    def open(
+        self,
+        fingerprint: str,
+        *,
+        temperature: float = 1.0,
+        views: int = 1,
+        tolerance: float = EXACT,
+    ) -> None:
         """Use the answers of one teacher.
 
         Args:
             fingerprint: What identifies the teacher: its weights, its structure, its taps.
             temperature: Where the loss will compare; matters with `top_k`, whose tail depends on it.
             views: Epochs in which every row may be new, before the hit rate is judged.
+            tolerance: How much of its largest number an answer may differ by from one batch to another.
         """
         self.close()
+        self._tolerance, self._checks = tolerance, Checks(self.check_every)
         self._enabled, self._epochs, self._views = True, 0, views
         self.hits = self.rows = 0
         self._temperature = temperature if self.top_k else 1.0
+        try:
+            self._key = secret()
+        except OSError as error:
+            self._give_up(error)
         about = {
             "schema": SCHEMA,
+            "user": sealed(self._key, b"user").hex()[:16],
             "fingerprint": fingerprint,
             "dtype": self.dtype,
             "top_k": self.top_k,
@@ -126,11 +149,12 @@ class TeacherCache:
         }
         self._salt = json.dumps(about, sort_keys=True).encode()
         self._home = self.folder / digest(self._salt)
+        if not self._enabled:
+            return
         try:
-            self._home.mkdir(parents=True, exist_ok=True)
-            (self._home / "teacher.json").write_bytes(self._salt)
-            _remove_unused(self.folder, self._home, self.max_bytes // 2)
-            for layout in _layouts_in(self._home):
+            put(own_folder(self._home) / "teacher.json", self._salt)
+            remove_unused(self.folder, self._home, self.max_bytes // 2)
+            for layout in layouts_in(self._home, self._seal):
                 self._store(layout)
         except OSError as error:
             self._give_up(error)
@@ -164,6 +188,7 @@ class TeacherCache:
         first = next((tensor for tensor in tensors if tensor.dim()), None)
         if first is None:
             raise ValueError(explain("the teacher's rows cannot be counted", "no tensor argument"))
+        _refuse_packed(args, kwargs)
         batch = first.shape[0]
         if not self._enabled:
             return Answer.of(self._ask(run, args, kwargs, batch), self._stored).unpack()
@@ -172,6 +197,8 @@ class TeacherCache:
         layout, found, values = self._read(form, keys)
         self.rows += batch
         self.hits += int(found.sum())
+        if self._checks is not None and self._checks.are_due(form, batch):
+            return self._look_up_and_try(form, keys, (args, kwargs), run, (layout, found, values))
         if layout is not None and found.all():
             return layout.unpack(torch.from_numpy(values).to(first.device))
         rows, place = _first_of_each(keys, np.flatnonzero(~found))
@@ -184,6 +211,18 @@ class TeacherCache:
         self._learn(form, answer, keys[rows])
         return answer.spread(place, found, values)
 
+    def step_aside(self, why: str) -> None:
+        """Look nothing up any more, and say why: the teacher is one that no file can stand for."""
+        self._enabled = False
+        warnings.warn(
+            explain(
+                "the teacher's answers cannot be cached, so it runs on every row now",
+                why,
+                "pass a teacher whose answer to a row depends on that row alone, or `cache=None`",
+            ),
+            stacklevel=4,
+        )
+
     def end_epoch(self) -> str | None:
         """Begin another epoch; return why the cache switched itself off, if it did now."""
         rate, rows = self.hit_rate, self.rows
@@ -192,7 +231,7 @@ class TeacherCache:
         if not self._enabled or not rows or self._home is None:
             return None
         try:
-            os.utime(self._home / "teacher.json")
+            os.utime(self._home / "teacher.json", follow_symlinks=False)
         except OSError as error:
             self._give_up(error)
             return str(error)
@@ -215,7 +254,7 @@ class TeacherCache:
         self._home = None
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("folder", "max_bytes", "top_k", "dtype", "min_hit_rate")
+        names = ("folder", "max_bytes", "top_k", "dtype", "min_hit_rate", "check_every")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -225,20 +264,42 @@ class TeacherCache:
     def _stored(self) -> torch.dtype:
         return _STORED[self.dtype]
 
+    def _look_up_and_try(
+        self,
+        form: Any,
+        keys: np.ndarray,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        run: Run,
+        known: tuple[Layout | None, np.ndarray, np.ndarray],
+    ) -> dict[str, Tensor]:
+        """Let the teacher answer the whole batch, and compare: with a part of it, and with what is on disk."""
+        layout, found, values = known
+        batch = len(keys)
+        tried = try_rows(
+            lambda rows: _checked(run(*_pick(call, rows, batch)), len(rows)), batch, self._tolerance
+        )
+        answer = Answer.of(self._ask(lambda *_: tried.answers, *call, batch), self._stored)
+        said, doubt = answer.unpack(), tried.doubt
+        if doubt is None and layout is not None:
+            there = torch.from_numpy(np.flatnonzero(found)).to(answer.packed.device)
+            read = layout.unpack(torch.from_numpy(values[found]).to(there.device))
+            same = layout == answer.layout and all(
+                alike(said[name][there], read[name], self._tolerance + _ROUNDING)
+                for name in said
+                if said[name].is_floating_point()
+            )
+            doubt = None if same else f"what is on disk in {self._home} is not what it says"
+        if doubt is not None:
+            self.step_aside(doubt)
+        else:
+            self._learn(form, answer, keys)
+        return said
+
     def _ask(
         self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
     ) -> dict[str, Tensor]:
         """Run the teacher, see that every answer has the rows first, and keep the top k."""
-        answers = {name: tensor.detach() for name, tensor in run(args, kwargs).items()}
-        wrong = {n: tuple(t.shape) for n, t in answers.items() if not t.dim() or len(t) != rows}
-        if wrong or not answers:
-            raise ValueError(
-                explain(
-                    f"the teacher's answers must have the {rows} rows as their first dimension",
-                    ", ".join(f"`{n}` {shape}" for n, shape in wrong.items()) or "no answer",
-                    "tap what has one entry for each row, or leave the cache out",
-                )
-            )
+        answers = _checked(run(args, kwargs), rows)
         logits = answers.get("logits")
         if self.top_k and logits is not None and logits.shape[-1] > self.top_k:
             classes = logits.shape[-1]
@@ -280,10 +341,15 @@ class TeacherCache:
                 self._home / layout.digest,
                 value_bytes=layout.row_bytes,
                 max_bytes=self.max_bytes,
-                about=layout.about(),
+                about={**layout.about(), "seal": self._seal(layout).hex()},
                 counted_in=self.folder,
+                key=self._seal(layout),
             )
         return self._stores[layout]
+
+    def _seal(self, layout: Layout) -> bytes:
+        """Return what proves that a row of this layout, of this teacher, was written by this user."""
+        return sealed(self._key, self._salt, layout.digest.encode())
 
     def _give_up(self, error: OSError) -> None:
         self._enabled = False
@@ -291,10 +357,38 @@ class TeacherCache:
             explain(
                 f"the teacher cache in {self.folder} cannot be used; the teacher runs on every row now",
                 f"{error}",
-                "free space there or give it another folder",
+                "" if "Do: " in str(error) else "free space there or give it another folder",
             ),
             stacklevel=4,
         )
+
+
+def _refuse_packed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise where an argument holds the rows of all sequences mixed together."""
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, PackedSequence))
+    if any(isinstance(leaf, PackedSequence) for leaf in leaves):
+        raise TypeError(
+            explain(
+                "the rows of a packed sequence cannot be told apart, so the teacher's answers cannot be cached",
+                "a PackedSequence among its arguments",
+                "hand the network padded tensors and lengths and let it pack them, or leave the cache out",
+            )
+        )
+
+
+def _checked(answers: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Return answers without their graph, after a look at whether each has the rows first."""
+    answers = {name: tensor.detach() for name, tensor in answers.items()}
+    wrong = {n: tuple(t.shape) for n, t in answers.items() if not t.dim() or len(t) != rows}
+    if wrong or not answers:
+        raise ValueError(
+            explain(
+                f"the teacher's answers must have the {rows} rows as their first dimension",
+                ", ".join(f"`{n}` {shape}" for n, shape in wrong.items()) or "no answer",
+                "tap what has one entry for each row, or leave the cache out",
+            )
+        )
+    return answers
 
 
 def _first_of_each(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -309,7 +403,7 @@ def _pick(
     call: tuple[tuple[Any, ...], dict[str, Any]], rows: np.ndarray, batch: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the call with those rows alone."""
-    if len(rows) == batch:
+    if len(rows) == batch and (rows[1:] > rows[:-1]).all():
         return call
 
     def pick(leaf: Any) -> Any:
@@ -318,36 +412,6 @@ def _pick(
         return leaf
 
     return pytree.tree_map(pick, call)
-
-
-def _layouts_in(home: Path) -> list[Layout]:
-    """Return the layouts that are on disk for a teacher, those that say what their folder says."""
-    layouts = []
-    for path in sorted(home.glob("*/meta.json")):
-        try:
-            row = json.loads(path.read_bytes())["row"]
-            entries = (
-                Entry(n, tuple(s), getattr(torch, a), getattr(torch, b)) for n, s, a, b in row
-            )
-            layout = Layout(tuple(entries))
-            if layout.digest == path.parent.name:
-                layouts.append(layout)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue  # damaged; `Store` sets it aside when its layout comes up
-    return layouts
-
-
-def _remove_unused(folder: Path, own: Path, most: int) -> None:
-    """Remove other teachers' answers, the longest unused first, until they take at most `most` bytes."""
-    others = []
-    for path in folder.glob("*/teacher.json"):
-        if path.parent != own and len(path.parent.name) == len(own.name):
-            with contextlib.suppress(FileNotFoundError):  # another process removes it as well
-                others.append((path.stat().st_mtime, path.parent))
-    for used, other in sorted(others):
-        idle = time.time() - used > _IN_USE_S
-        if idle and bytes_in(folder) - bytes_in(own) > most:
-            shutil.rmtree(other, ignore_errors=True)
 
 
 def _check_arguments(max_bytes: int, top_k: int | None, dtype: str, min_hit_rate: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from lightning_accel.bridge import guards
 from lightning_accel.bridge.restore import averages
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import heads, rehearsal
-from lightning_accel.distillation.arguments import name_of, number, path_of, whole
+from lightning_accel.distillation.arguments import index_of, name_of, number, path_of, whole
 from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.course import Course, seeded_views
+from lightning_accel.distillation.course import Course
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.locate import Where, check_where
+from lightning_accel.distillation.optimizers import part
 from lightning_accel.distillation.schedule import now, read, require_some
 from lightning_accel.distillation.steps import depends_on
 from lightning_accel.distillation.teacher import (
@@ -36,9 +36,10 @@ from lightning_accel.distillation.teacher import (
     shares_parameters,
 )
 from lightning_accel.distillation.term import terms
+from lightning_accel.distillation.views import views_in
 from lightning_accel.distillation.world import average_gradients
-from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
-from lightning_accel.surgery import Receipt, Stage, Structure, twin
+from lightning_accel.errors import AccelError, NoEffect, explain
+from lightning_accel.surgery import Receipt, Structure, twin
 
 _CALLS = ("error", "last", "all")
 
@@ -60,6 +61,8 @@ class Distillation(Callback):
         task_weight: Factor of the user's own loss. A number, a `Ramp`, or a function of the `Moment`.
         student: The name of the student's network; by default the one that `training_step` calls.
         logits: Layers whose outputs are the logits, "head: fc"; by default what the networks return.
+        class_dim: Their dimension that holds the classes, 1 for maps (B, C, H, W); by default the one that your
+            criterion or the labels' shape tells.
         target: Key or index of the labels in the batch, or a function of it; found where it is clear.
         mask: Likewise of the positions that count, for sequences.
         calls: Of several calls of the student in a step: "error", "last", or the mean of "all".
@@ -83,6 +86,7 @@ class Distillation(Callback):
         task_weight: Any = 1.0,
         student: str | None = None,
         logits: Any = None,
+        class_dim: int | None = None,
         target: Where = None,
         mask: Where = None,
         calls: str = "error",
@@ -106,6 +110,7 @@ class Distillation(Callback):
             terms(losses),
             task_weight=read(task_weight, "task_weight"),
             logits=logits,
+            class_dim=None if class_dim is None else index_of(class_dim, "class_dim"),
             target=check_where(target, "target"),
             mask=check_where(mask, "mask"),
             cache=cache,
@@ -125,6 +130,11 @@ class Distillation(Callback):
         """The last measured share (0 to 1) of each loss in the gradient; the user's own is "task"."""
         return dict(self.journal.shares)
 
+    @property
+    def teaches(self) -> bool:
+        """Whether the steps of a module are taught at the moment."""
+        return self._course is not None and bool(self._course.around)
+
     # --- before the first step ----------------------------------------------------------------------
 
     @override
@@ -132,19 +142,12 @@ class Distillation(Callback):
         guards.refuse_mirror(trainer)
         if stage != "fit":
             return
-        self._check(trainer, pl_module)
-        again = self._course is not None and self._course.is_of(trainer, pl_module)
-        self._course = Course(
-            trainer,
-            pl_module,
-            engine=self.engine,
-            teachers=self.teachers,
-            journal=self.journal,
-            calls=self.calls,
+        rehearsal.refuse_impossible(
+            trainer, pl_module, self.engine, {teacher.kind for teacher in self.teachers}
         )
-        self._course.student = self.student
+        again = self._course is not None and self._course.is_of(trainer, pl_module)
+        self._begin(trainer, pl_module)
         self._loaded, self.average = {}, None
-        self.engine.heads = nn.ModuleDict()
         for teacher in self.teachers:
             if teacher.kind == SELF and not again:
                 teacher.forget()
@@ -156,6 +159,24 @@ class Distillation(Callback):
                         "one and the same network, or parts of it",
                         "pass copy.deepcopy(network) as teacher, or teacher='ema'",
                     )
+        if rehearsal.searches(trainer):  # with no callback but its own, and before ours has begun
+            if any(teacher.kind == EMA for teacher in self.teachers):
+                self._set_average(trainer, pl_module, None)
+            self._stand_around(pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a course, with nothing of one before."""
+        self._course = Course(
+            trainer,
+            pl_module,
+            engine=self.engine,
+            teachers=self.teachers,
+            journal=self.journal,
+            calls=self.calls,
+            evidence_every=self.evidence_every,
+        )
+        self._course.student = self.student
+        self.engine.heads = nn.ModuleDict()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,6 +200,12 @@ class Distillation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._averaged_step = trainer.global_step
         self._tell_views(trainer)
+        self._stand_around(pl_module)
+
+    def _stand_around(self, pl_module: LightningModule) -> None:
+        """Take part in the module's steps from now on."""
+        course = self._of_this_fit()
+        course.stand_back()
         # The module's own hook comes after those of all callbacks, and so after a prune.
         work: list[tuple[str, Any]] = [
             ("on_train_batch_start", self._before_step),
@@ -188,7 +215,7 @@ class Distillation(Callback):
             work += [("training_step", self._step)]
         else:
             work += [("training_step", self._manual_step), ("manual_backward", self._backward)]
-        self._of_this_fit().around = [Around(pl_module, name, method) for name, method in work]
+        course.around = [Around(pl_module, name, method) for name, method in work]
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,8 +231,6 @@ class Distillation(Callback):
         result, course = method(batch, batch_idx), self._of_this_fit()
         if result != -1 and not self._waits():  # -1: the rest of the epoch is left out
             course.get_ready(batch, batch_idx)
-            if self.evidence_every:
-                course.weigh(batch, self.evidence_every)
         return result
 
     # --- within the step ----------------------------------------------------------------------------
@@ -238,12 +263,15 @@ class Distillation(Callback):
             return method(*args, **kwargs)
         course.taught, course.batch = [], rehearsal.view(_batch(args, kwargs))
         with course.recording():
-            return method(*args, **kwargs)
+            result = method(*args, **kwargs)
+        course.could_teach = course.could_teach or bool(course.records())
+        return result
 
     def _backward(self, method: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stand around `manual_backward`: add to the loss that hangs on the student's output."""
         course = self._of_this_fit()
         if not self._waits():
+            course.could_teach = True
             fresh = [r for r in course.records() if all(r.output is not t for t in course.taught)]
             records = [r for r in fresh if depends_on(loss, r.output)]
             if records:
@@ -266,7 +294,7 @@ class Distillation(Callback):
         course = self._of_this_fit()
         if course.tape is not None:
             course.tape.clear()
-        course.taught, course.batch = [], None
+        course.taught, course.batch, course.heard = [], None, []
         if self.average is not None and trainer.global_step != self._averaged_step:
             self._averaged_step = trainer.global_step
             self.average.update_parameters(pl_module)
@@ -278,15 +306,16 @@ class Distillation(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         course = self._of_this_fit()
-        if not course.ready:
-            return
-        if not course.num_lessons:
+        if course.could_teach and not course.num_lessons:
             raise NoEffect(
                 "in a whole epoch no loss hung on the student's output",
                 f"student `{course.name}`",
                 "give `self.manual_backward` a loss of the student, or name another `student=`",
             )
-        course.num_lessons = 0
+        course.num_lessons, course.could_teach = 0, False
+        if not course.ready:
+            return
+        course.settle_order()
         for teacher in self.teachers:
             teacher.check_buffers()
         means = {} if trainer.barebones else self.journal.close_epoch(self.engine.cache)
@@ -309,7 +338,7 @@ class Distillation(Callback):
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
-        """Rehearse with the new shape before the next step."""
+        """Make all ready anew, for the new shape, within the next step."""
         course = self._of_this_fit()
         course.edit, course.ready = course.edit + receipt, False
 
@@ -340,6 +369,26 @@ class Distillation(Callback):
         return state
 
     @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put all back after a search for a learning rate or a batch size, which may begin in mid-training too."""
+        course = self._course
+        if course is None or not course.around or trainer.state.fn != "fit":
+            return
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        if self.average is not None and "ema" in state:
+            self.average.load_state_dict(state["ema"])
+        if "heads" in state:  # they were there before
+            self.engine.heads.load_state_dict(state["heads"]["weights"])
+            return
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        part(trainer.optimizers, schedulers, self.engine.heads.parameters())
+        course.leave()
+        self._begin(trainer, pl_module)
+        self._stand_around(pl_module)
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = dict(state_dict)
 
@@ -367,6 +416,7 @@ class Distillation(Callback):
 
     def _set_average(self, trainer: Trainer, pl_module: LightningModule, state: Any) -> None:
         """Take the average of another callback where there is one, or else begin our own."""
+        self.average = None
         # Not those of StochasticWeightAveraging, which begin late and are filled rarely.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others: list[Callback] = [c for c in callbacks if isinstance(c, WeightAveraging)]
@@ -381,52 +431,8 @@ class Distillation(Callback):
             if teacher.kind == EMA:
                 teacher.network = network
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = vars(pl_module).get("training_step")
-        if getattr(pl_module, "_compiler_ctx", None) or hasattr(step, "_torchdynamo_orig_callable"):
-            raise Unsupported(
-                "a compiled training step cannot be added to",
-                f"torch.compile of {type(pl_module).__name__} or its `training_step`",
-                "pass the plain module, and compile the networks inside it or add `BlockCompile()`",
-            )
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise Unsupported(
-                "a training step that draws its own batches cannot be rehearsed",
-                "training_step(self, dataloader_iter)",
-                "take `batch` as its argument",
-            )
-        kinds = {teacher.kind for teacher in self.teachers}
-        edits = [c for c in trainer.callbacks if getattr(c, "stage", None) == Stage.SHAPE]  # type: ignore[attr-defined]
-        if SELF in kinds and not edits:
-            raise AccelError(
-                "teacher='self' is the network before a prune, and nothing prunes here",
-                "no StructuredPruning among the callbacks",
-                "add one, or pass a trained teacher, or 'ema'",
-            )
-        if kinds & {SELF, EMA} and rehearsal.is_sharded(trainer):
-            raise Unsupported(
-                "teacher='self' and 'ema' need whole parameters on every process",
-                type(trainer.strategy).__name__,
-                "pass a trained teacher",
-            )
-        if EMA in kinds and self.engine.cache is not None:
-            raise AccelError(
-                "what a moving teacher says cannot be cached",
-                "teacher='ema' with a cache",
-                "drop one of the two",
-            )
-        tensor_parallel = getattr(trainer.strategy, "_tensor_parallel_size", 1)
-        if tensor_parallel not in (1, "auto") and any(
-            term.across_rows for term in self.engine.terms.values()
-        ):
-            raise Unsupported(
-                "losses over all rows of a batch do not know tensor parallelism",
-                type(trainer.strategy).__name__,
-                "use a loss of single rows, such as 'kd' or 'fitnet'",
-            )
-
     def _tell_views(self, trainer: Trainer) -> None:
-        for views in seeded_views(trainer):
+        for views in views_in(trainer.train_dataloader):
             views.set_epoch(trainer.current_epoch)
 
 

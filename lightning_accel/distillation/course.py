@@ -1,37 +1,45 @@
 """One fit as the teachers see it: the student's taps, what is ready, and the lessons of each step.
 
-Everything is made ready before the first step, and again after each prune: the student found, teachers
-bound to the device, taps set, projectors made and handed to the optimizer, the cache opened.
+Everything is made ready within the first step, and again after each prune: the student is found as it is called,
+teachers are bound to the device, taps set, projectors made and handed to the optimizer, the cache opened. So the
+user's step runs as often as without us, and every error still comes before the first backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
 
-from lightning_accel.bridge.example import StepFailed
 from lightning_accel.bridge.model_edit import tell
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import evidence, heads, rehearsal
+from lightning_accel.distillation.criterion import LABELS, NUMBERS, Heard, Hearing, Listener
 from lightning_accel.distillation.engine import Engine, Lesson
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.optimizers import join
 from lightning_accel.distillation.schedule import Moment
+from lightning_accel.distillation.seen import LOGITS, Seen
 from lightning_accel.distillation.steps import differentiable
+from lightning_accel.distillation.suitable import check_top_classes
 from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
 from lightning_accel.distillation.teacher import EMA, Teacher
-from lightning_accel.distillation.views import SeededViews
-from lightning_accel.distillation.world import share_of_all
+from lightning_accel.distillation.views import views_in
+from lightning_accel.distillation.watch import Calls, Watch, around_compiled
+from lightning_accel.distillation.world import all_rows, share_of_all
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery import Receipt
+from lightning_accel.surgery.preserve import preserve_rng
+
+_EARLY = 16
+"""Steps after which a teacher with classes in another order is told, and one that knows nothing."""
 
 
 class Course:
@@ -44,6 +52,7 @@ class Course:
         teachers: Those of the engine.
         journal: Gets what is worth logging.
         calls: Which calls of the student count: "error", "last" or "all".
+        evidence_every: Steps between two measurements of each loss's share of the gradient; 0 is never.
     """
 
     def __init__(
@@ -55,6 +64,7 @@ class Course:
         teachers: Sequence[Teacher],
         journal: Journal,
         calls: str,
+        evidence_every: int = 0,
     ) -> None:
         self.trainer, self.module = trainer, module
         self.engine, self.teachers, self.journal, self.calls = engine, teachers, journal, calls
@@ -67,12 +77,27 @@ class Course:
         """What was done to the student since all was ready."""
         self.num_lessons = 0
         """Steps of this epoch in which something was taught."""
+        self.could_teach = False
+        """Whether in this epoch the student was called with a gradient, or something was learned."""
         self.batch: Any = None
         self.batch_idx = 0
         self.taught: list[Any] = []
         """Outputs of the student in this step that a loss has been added for."""
-        self._classes_checked = False
+        self.evidence_every = evidence_every
+        trained = all(teacher.kind in ("module", "path") for teacher in teachers)
+        self._order = evidence.Order() if trained else None
+        """What the teachers chose for the labels of the first epoch; `None` when settled."""
         self._weighed_at: int | None = None
+        self._watches: list[Calls | Listener] = []
+        """What stands around the first step."""
+        self.heard: list[Heard] = []
+        """The criteria of the user's that were called in it."""
+
+    @property
+    def _compares_classes(self) -> bool:
+        """Whether a loss takes the logits for classes, and not for labels or numbers."""
+        terms = [term for term in self.engine.terms.values() if term.reads == LOGITS]
+        return any(term.compares not in (LABELS, NUMBERS) for term in terms)
 
     @property
     def name(self) -> str:
@@ -89,43 +114,24 @@ class Course:
         if self.ready:
             return
         self._weighed_at = None
-        if not self.sharded:
-            try:
-                self._rehearse(batch, batch_idx)
-                return
-            except StepFailed as error:  # the user's own error comes again in the real step
-                rank_zero_warn(f"The first step could not be rehearsed. {error}")
-        self.wire(self.student or rehearsal.static_student(self.module))
-
-    def _rehearse(self, batch: Any, batch_idx: int) -> None:
-        """Run the step on a copy: find the student, check everything, and make the projectors."""
-        trainer, engine = self.trainer, self.engine
-        with rehearsal.stage(trainer, self.module) as copy:
-            name = self.student
-            if name is None:
-                name = rehearsal.find_student(trainer, copy, batch, batch_idx)
-            if name is None:
-                return  # the user skips this batch
-            self.wire(name)
-            found = rehearsal.record_on(trainer, copy, engine, name, batch, batch_idx, self.calls)
-            if found is None:
-                return
-            record, batch = found.record, found.batch
-            with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-                answer = engine.run(record)
-                trained = all(teacher.kind in ("module", "path") for teacher in self.teachers)
-                if trained and not self._classes_checked:
-                    rehearsal.check_classes(trainer, copy, engine, name, record, answer, batch)
-                    self._classes_checked = True
-                heads.narrow(engine, record, answer, self.edit, trainer.optimizers, prefix=name)
-                engine.prepare(record, answer, batch)
-        self._finish()
+        for views in views_in(self.trainer.train_dataloader):
+            views.set_epoch(self.trainer.current_epoch)
+        if self.student is None and self.sharded:
+            self.student = rehearsal.static_student(self.module)
+        if self.student is not None:
+            self.wire(self.student)
 
     def wire(self, name: str) -> None:
         """Bind the teachers, and put taps on the student of this name."""
         self.student, strategy = name, self.trainer.strategy
         student = layer(self.module, name)
-        networks = [rehearsal.entry(teacher.network, name) for teacher in self.teachers]
+        networks = [rehearsal.entry(t.network, name, self.module) for t in self.teachers]
+        for teacher, network in zip(self.teachers, networks, strict=True):
+            if network is not teacher.network and is_overridden("forward", teacher.network):
+                rank_zero_info(
+                    f"The teacher {type(teacher.network).__name__} is called by its part `{name}`, as the student "
+                    "of this class is, and not by its own `forward`; pass a wrapper of it to have that called."
+                )
         self.engine.wire(student, list(zip(self.teachers, networks, strict=True)))
         for index, (teacher, network) in enumerate(zip(self.teachers, networks, strict=True)):
             device = strategy.root_device
@@ -139,10 +145,42 @@ class Course:
             tell(self.trainer, "on_model_hooks_change", self.module)
             torch._dynamo.reset()  # graphs that exist never call hooks that come later
 
-    def _finish(self) -> None:
+    def _prepare(self, record: Record, batch: Any, task: Tensor) -> None:
+        """Check everything that could fail later, and make what is missing, before the first lesson."""
+        engine, student = self.engine, layer(self.module, self.student or "")
+        rehearsal.refuse_without_gradient(student, record)
+        self._look_at(record, batch, task)
+        with preserve_rng():  # the lesson itself comes after, and draws what it draws
+            answer = engine.run(record)
+        optimizers, prefix = self.trainer.optimizers, self.student or ""
+        heads.narrow(engine, record, answer, self.edit, optimizers, prefix=prefix)
+        engine.prepare(record, answer, batch)
+        self._check_names()
         self.edit, self.ready = Receipt(), True
         self.join()
-        self._open_cache()
+        self._open_cache(record)
+
+    def _look_at(self, record: Record, batch: Any, task: Tensor) -> None:
+        """Let the engine note how the user's criteria take what the student gives."""
+        engine, student = self.engine, layer(self.module, self.student or "")
+        hearings, self.heard = [Hearing(record, self.heard, task)], []
+        if self.sharded or not is_compiled(student):
+            engine.look_at(record, batch, hearings)
+            return
+        # In compiled code nothing is heard, and nothing tells what is changed in place.
+        with rehearsal.again(self.trainer, self.module, engine, self.student or "", record) as once:
+            engine.look_at(record, batch, [*hearings, once.hearing])
+
+    def _check_names(self) -> None:
+        if not any(term.reads == LOGITS for term in self.engine.terms.values()):
+            self._order = None
+        if self._order is None or not self._compares_classes:
+            return
+        student, data = layer(self.module, self.student or ""), self.trainer.datamodule  # type: ignore[attr-defined]
+        own = rehearsal.class_names(self.module, student, data)
+        for teacher in self.teachers:
+            if teacher.classes is None:
+                evidence.check_names(own, rehearsal.class_names(teacher.network))
 
     def join(self) -> None:
         """Let the student's optimizer train the projectors."""
@@ -158,7 +196,7 @@ class Course:
         student = layer(self.module, self.student or "")
         join(self.trainer.optimizers, schedulers, self.engine.heads.parameters(), beside=student)
 
-    def _open_cache(self) -> None:
+    def _open_cache(self, record: Record) -> None:
         cache, temperature = self.engine.cache, self.engine.temperature()
         if cache is None:
             return
@@ -168,17 +206,43 @@ class Course:
                 "losses with several, or one that changes",
                 "use one temperature, or a cache without `top_k`",
             )
-        known = [teacher.fingerprint() for teacher in self.teachers]
-        num_views = max((views.views for views in seeded_views(self.trainer)), default=1)
-        cache.open(
-            "-".join([*known, self.engine.questions()]),
-            temperature=temperature or 1.0,
-            views=num_views,
-        )
+        if cache.top_k is not None:
+            check_top_classes(self.engine.terms, cache.top_k, self.engine.classes_at)
+        views = views_in(self.trainer.train_dataloader)
+        self.engine.open_cache(record, views=max((v.views for v in views), default=1))
 
-    def recording(self) -> AbstractContextManager[None]:
-        """Record the student's calls of a step; nothing while it is not known who that is."""
-        return nullcontext() if self.tape is None else self.tape.recording()
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the student's calls of a step; where it is not known yet, find out who that is."""
+        with ExitStack() as stack:
+            if not self.ready and not self.sharded:
+                listener = Listener(lambda: self.tape is not None and self.tape.has_answered())
+                self.heard = listener.calls
+                self._stand(stack, listener)
+                self._stand(stack, around_compiled(self.module, listener.aside))
+            if self.tape is not None:
+                stack.enter_context(self.tape.recording())
+            else:
+                met: list[str] = []
+                self._stand(stack, Watch(self.module, partial(self._meet, met, stack)))
+            yield
+
+    def _stand(self, stack: ExitStack, watch: Calls | Listener) -> None:
+        stack.enter_context(watch)
+        self._watches.append(watch)
+        stack.callback(self._watches.remove, watch)
+
+    def _meet(self, met: list[str], stack: ExitStack, name: str) -> None:
+        """Take the first network that a step calls for the student; there must be no second one."""
+        if name in met:
+            return
+        met.append(name)
+        if len(met) > 1:
+            self.student = None
+            raise rehearsal.unclear(met)
+        self.wire(name)
+        assert self.tape is not None
+        stack.enter_context(self.tape.recording())
 
     def records(self) -> list[Record]:
         """Return the calls of the student in this step that count."""
@@ -195,17 +259,58 @@ class Course:
 
     def teach(self, task: Tensor, records: list[Record], batch: Any) -> Tensor:
         """Return the total loss of a step."""
-        if not self.ready:  # there was no copy to rehearse on
-            record, answer = records[0], self.engine.run(records[0])
-            optimizers, prefix = self.trainer.optimizers, self.student or ""
-            heads.narrow(self.engine, record, answer, self.edit, optimizers, prefix=prefix)
-            self.engine.prepare(record, answer, batch)
-            self._finish()
-        lesson = self.engine.teach(task, records, batch, self.moment())
+        with ExitStack() as stack:
+            for watch in reversed(self._watches):
+                stack.enter_context(watch.aside())
+            return self._teach(task, records, batch)
+
+    def _teach(self, task: Tensor, records: list[Record], batch: Any) -> Tensor:
+        if not self.ready:
+            self._prepare(records[0], batch, task)
+        moment = self.moment()
+        lesson = self.engine.teach(task, records, batch, moment)
         self.num_lessons += 1
+        self._watch_order(lesson)
         if self.log_is_due():
             self._note(lesson)
+        if lesson.seen is not None and self._weighing_is_due():
+            self._weigh(task, lesson.seen, moment)
         return lesson.total
+
+    def _watch_order(self, lesson: Lesson) -> None:
+        """Keep what the teachers chose for the labels, in the first epoch."""
+        seen, order = lesson.seen, self._order
+        if order is None or seen is None or seen.chosen is None or seen.target is None:
+            return
+        if seen.target.is_floating_point() or seen.target.shape != seen.chosen.shape:
+            return
+        assert seen.logits is not None
+        order.note(seen.chosen, seen.target, seen.labelled, seen.logits.shape[-1])
+        if len(order) == _EARLY and self.trainer.world_size == 1:
+            self._judge(order)
+
+    def settle_order(self) -> None:
+        """Judge at the end of the first epoch, in all processes, by what was seen in it."""
+        order, self._order = self._order, None
+        if order is not None:
+            self._judge(order)
+
+    def _judge(self, order: evidence.Order) -> None:
+        """Raise when the teacher's classes come in another order, and warn once of one that guesses."""
+        found = order.verdict(whole=self._compares_classes)
+        device = self.trainer.strategy.root_device
+        pairs = torch.tensor([*found.moved.items()], dtype=torch.long, device=device)
+        moved = dict(all_rows(pairs.view(-1, 2)).tolist())
+        evidence.refuse_moved(moved, some=not found.guesses)
+        if found.guesses:
+            self._order = None
+            rank_zero_warn(
+                explain(
+                    "the teacher is hardly better than guessing on the training data",
+                    f"{found.right:.1%} right of {found.labels} samples in {found.classes} classes",
+                    "pass a trained teacher, and inputs prepared as it knows them",
+                )
+            )
 
     def _note(self, lesson: Lesson) -> None:
         values = {name: part.value for name, part in lesson.parts.items()}
@@ -215,27 +320,33 @@ class Course:
             values["agreement"] = share * evidence.agreement(seen.logits, seen.chosen, seen.valid)
         self.journal.note(values)
 
-    def weigh(self, batch: Any, every: int) -> None:
-        """Measure each loss's share of the gradient now and then, and warn when the teacher has none."""
+    def _weighing_is_due(self) -> bool:
         step = self.trainer.global_step
         if self._weighed_at is None and any(teacher.kind == EMA for teacher in self.teachers):
             self._weighed_at = step  # an average that has just begun is the student itself
-        recent = self._weighed_at is not None and step - self._weighed_at < every
-        if recent or self.sharded or not self.ready:
-            return
-        self._weighed_at, moment = step, self.moment()
-        shares = rehearsal.gradient_shares(
-            self.trainer,
-            self.module,
-            self.engine,
-            self.student or "",
-            batch,
-            self.batch_idx,
-            self.calls,
-            moment,
-        )
-        if not shares:
-            self._weighed_at = None
+        recent = self._weighed_at is not None and step - self._weighed_at < self.evidence_every
+        return bool(self.evidence_every) and not recent and not self.sharded
+
+    def _weigh(self, task: Tensor, seen: Seen, moment: Moment) -> None:
+        """Measure each loss's share of the gradient, and warn when the teacher has none."""
+        self._weighed_at = self.trainer.global_step
+        try:
+            shares = rehearsal.gradient_shares(
+                self.trainer, self.module, self.engine, self.student or "", task, seen, moment
+            )  # fmt: skip
+        except AccelError:
+            raise
+        except (
+            Exception
+        ) as error:  # a network that cannot be copied, or whose graph cannot be read twice
+            self.evidence_every = 0
+            rank_zero_warn(
+                explain(
+                    "the losses' shares of the gradient cannot be measured here",
+                    f"{type(error).__name__}: {error}",
+                    "pass evidence_every=0",
+                )
+            )
             return
         self.journal.shares = shares
         active = [n for n, term in self.engine.terms.items() if term.values(moment)[0] != 0]
@@ -268,11 +379,15 @@ class Course:
             share = max(share, trainer.global_step / trainer.max_steps)
         return Moment(trainer.global_step, epoch, min(share, 1.0))
 
-    def leave(self) -> None:
-        """Give the module its methods back, and take all hooks off."""
+    def stand_back(self) -> None:
+        """Give the module its methods back."""
         for around in reversed(self.around):
             around.remove()
         self.around = []
+
+    def leave(self) -> None:
+        """Give the module its methods back, and take all hooks off."""
+        self.stand_back()
         if self.tape is not None:
             self.tape.remove()
             self.tape = None
@@ -280,15 +395,3 @@ class Course:
             teacher.release()
         if self.engine.cache is not None:
             self.engine.cache.close()
-
-
-def seeded_views(trainer: Trainer) -> list[SeededViews]:
-    """Return the datasets of the training data that have a finite number of views."""
-    found = []
-    for loader in tree_leaves(trainer.train_dataloader):
-        dataset: Any = loader.dataset if isinstance(loader, DataLoader) else None
-        while dataset is not None and not isinstance(dataset, SeededViews):
-            dataset = getattr(dataset, "dataset", None)
-        if dataset is not None:
-            found.append(dataset)
-    return found

@@ -14,11 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.distillation.cache import TeacherCache
+from lightning_accel.distillation.checks import EXACT, SHORT
+from lightning_accel.distillation.criterion import Hearing, Usage, usage
+from lightning_accel.distillation.labels import Reading, read
 from lightning_accel.distillation.layers import Pair, pairs
-from lightning_accel.distillation.locate import IGNORED, Where, is_shifted, logits_of
+from lightning_accel.distillation.locate import Where, class_dim_of, classes_last, logits_of
 from lightning_accel.distillation.projector import Embedding, make_projector
 from lightning_accel.distillation.schedule import Moment, Number, now
-from lightning_accel.distillation.seen import IDS, LOGITS, Answer, Places, Seen, full
+from lightning_accel.distillation.seen import LOGITS, Answer, Places, Seen, full
+from lightning_accel.distillation.suitable import (
+    check_logits,
+    check_outputs,
+    picked,
+    warn_of_others,
+)
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.distillation.term import Term
@@ -48,6 +57,7 @@ class Engine:
         terms: The summands by name.
         task_weight: Factor of the user's own loss.
         logits: Layers that give the logits, as a pair; by default what the networks return.
+        class_dim: Their dimension that holds the classes; by default told at the first step.
         target: Where the labels are in the batch.
         mask: Where the mask of valid positions is.
         cache: Of the teachers' outputs.
@@ -59,21 +69,27 @@ class Engine:
         *,
         task_weight: Number = 1.0,
         logits: Any = None,
+        class_dim: int | None = None,
         target: Where = None,
         mask: Where = None,
         cache: TeacherCache | None = None,
     ) -> None:
         self.terms = dict(terms)
         self.task_weight = task_weight
-        self.logits = logits
+        self.logits, self.class_dim = logits, class_dim
         self.target, self.mask = target, mask
         self.cache = cache
         self.teachers: list[Teacher] = []
         self.heads = nn.ModuleDict()
         """Projectors and embeddings, trained with the student and never a part of it."""
-        self.shifted = False
-        """Whether the network shifts its own labels; found out on the first batch."""
+        self.usage = Usage()
+        """What the user's criteria take the logits for, as heard on the first batch."""
+        self.classes_at: int | None = None
+        """The dimension of the classes, found out on the first batch; `None` where nothing tells."""
+        self.reading = Reading()
+        """Which label belongs to which position; found out on the first batch."""
         self._pairs: dict[str, list[Pair]] = {}
+        self._views = 1
 
     def wire(self, student: nn.Module, teachers: Sequence[tuple[Teacher, nn.Module]]) -> None:
         """Find the pairs of layers between the student and each teacher's network."""
@@ -100,15 +116,45 @@ class Engine:
     def questions(self) -> str:
         """Return what is asked of the teachers, for the key of a cache."""
         taps = [self.teacher_taps(index) for index in range(len(self.teachers))]
-        return repr((taps, self._pairs.get(LOGITS)))
+        return repr((taps, self._pairs.get(LOGITS), self.classes_at))
 
     def ask(self, record: Record) -> Answer:
         """Return what the teachers say to the arguments of a student's call, from the cache where known."""
         if self.cache is not None:  # one that is off runs the teacher, and answers in the same form
+            if self.cache.enabled and any(teacher.has_changed() for teacher in self.teachers):
+                self._key()
             return self.cache.look_up(
                 record.args, record.kwargs, lambda args, kwargs: self._run((args, kwargs))
             )
         return self._run((record.args, record.kwargs))
+
+    def open_cache(self, record: Record, *, views: int) -> None:
+        """Use the cache, if the teachers are such that what they say depends on weights and arguments alone.
+
+        Args:
+            record: A call of the student, on which they are tried.
+            views: Epochs in which every row may be new.
+        """
+        assert self.cache is not None
+        self._views = views
+        self._key()
+        for index, teacher in enumerate(self.teachers):
+            reason = teacher.moves((record.args, record.kwargs))
+            if reason is not None:
+                self.cache.step_aside(
+                    f"teacher {index}, {type(teacher.network).__name__}, {reason}"
+                )
+
+    def _key(self) -> None:
+        """Open the cache for the teachers as they are now."""
+        assert self.cache is not None
+        known = [teacher.fingerprint() for teacher in self.teachers]
+        self.cache.open(
+            "-".join([*known, self.questions()]),
+            temperature=self.temperature() or 1.0,
+            views=self._views,
+            tolerance=SHORT if any(teacher.is_short for teacher in self.teachers) else EXACT,
+        )
 
     def run(self, record: Record) -> Answer:
         """Return what the teachers say, without the cache."""
@@ -117,11 +163,49 @@ class Engine:
     def see(self, record: Record, answer: Answer, batch: Any) -> Seen:
         """Put a call of the student beside the teachers' answer."""
         logits = next(iter(self._pairs.get(LOGITS, ())), None)
-        return Seen(record, answer, batch, Places(logits, self.target, self.mask, self.shifted))
+        places = Places(logits, self.target, self.mask, self.classes_at, self.reading)
+        return Seen(record, answer, batch, places)
 
-    def look_at(self, record: Record) -> None:
-        """Note from a first call what stays the same for all."""
-        self.shifted = is_shifted(record, self.see(record, {}, None).logits)
+    def look_at(self, record: Record, batch: Any, hearings: Sequence[Hearing] = ()) -> None:
+        """Note from a first call what stays the same for all.
+
+        Args:
+            record: The call.
+            batch: What the training step got.
+            hearings: What the user's criteria were called on; the first that says something counts.
+
+        Raises:
+            AccelError: The outputs are not what a loss compares, or `class_dim` is not among their dimensions.
+        """
+        logits = self.see(record, {}, batch).given_logits
+        found = (self._usage(hearing) for hearing in hearings)
+        self.usage = next((one for one in found if one.says_something), Usage())
+        self.classes_at = None if logits is None else self._class_dim(logits, record, batch)
+        moved = self.see(record, {}, batch).logits
+        self.reading, counted = read(self.target, batch, record, moved, self.usage)
+        seen = self.see(record, {}, batch)
+        check_outputs(self.terms, seen, self.usage)
+        if counted is not None and any(term.reads == LOGITS for term in self.terms.values()):
+            warn_of_others(seen, counted)
+
+    def _usage(self, hearing: Hearing) -> Usage:
+        logits = self.see(hearing.record, {}, None).given_logits
+        return usage(hearing.calls, logits, hearing.task)
+
+    def _class_dim(self, logits: Tensor, record: Record, batch: Any) -> int | None:
+        if self.class_dim is None:
+            heard = self.usage.class_dim
+            return class_dim_of(logits, batch, record) if heard is None else heard
+        if (
+            self.class_dim in (0, -logits.dim())
+            or not -logits.dim() < self.class_dim < logits.dim()
+        ):
+            raise AccelError(
+                "the logits have no classes in that dimension",
+                f"class_dim={self.class_dim} for logits {tuple(logits.shape)}",
+                "count dimensions as torch does; 0 is the batch",
+            )
+        return self.class_dim
 
     def prepare(self, record: Record, answer: Answer, batch: Any) -> None:
         """Check everything that could fail later, and make the projectors that are missing.
@@ -129,9 +213,8 @@ class Engine:
         Raises:
             AccelError: Logits do not match, labels are missing, or a loss cannot be computed.
         """
-        self.look_at(record)
         seen = self.see(record, answer, batch)
-        self._check_logits(seen)
+        check_logits(self.terms, seen)
         for name, term in self.terms.items():
             if term.needs_target and seen.target is None:
                 raise AccelError(
@@ -167,11 +250,11 @@ class Engine:
         return Lesson(total, parts, seen)
 
     def weighted(
-        self, task: Tensor | None, record: Record, batch: Any, moment: Moment
+        self, task: Tensor | None, record: Record, answer: Answer, batch: Any, moment: Moment
     ) -> dict[str, Tensor]:
         """Return each weighted loss of one call by name, on one graph."""
         found = {} if task is None else {"task": now(self.task_weight, moment) * task}
-        seen = self.see(record, self.run(record), batch)
+        seen = self.see(record, answer, batch)
         with _in_full(seen.answer):
             for name, term in self.terms.items():
                 weight, keywords = term.values(moment)
@@ -193,8 +276,9 @@ class Engine:
                 answer[f"{index}:{name}"] = value
             logits = self._teacher_logits(record, index, answer)
             if logits is not None:
+                logits = classes_last(logits, self.classes_at)
                 if teacher.classes is not None:
-                    logits = logits[..., list(teacher.classes)]
+                    logits = picked(logits, teacher.classes)
                 share = teacher.weight / whole
                 logits = logits if share == 1 else share * full(logits)
                 if LOGITS in answer and answer[LOGITS].shape != logits.shape:
@@ -225,10 +309,12 @@ class Engine:
         if term.reads == LOGITS:
             temperature = float(keywords.get("temperature", self.temperature() or 1.0))
             student, teacher, target = seen.both_logits(temperature)
+            if term.compares is None:
+                student, teacher = seen.as_given(student), seen.as_given(teacher)
             both = [(student, teacher)]
             valid = seen.valid
             if valid is None and term.needs_target and seen.target is not None:
-                valid = seen.target != IGNORED  # others learn from samples without a label as well
+                valid = seen.labelled  # others learn from samples without a label as well
             if "mask" in term.takes and valid is not None:
                 given["mask"] = valid
         else:
@@ -282,27 +368,6 @@ class Engine:
                 elif term.reads == "matched":
                     aligned = seen.aligned(term, pair, which)[0]
                     yield key, pair.student, aligned.shape[-1 if aligned.dim() < 4 else 1]
-
-    def _check_logits(self, seen: Seen) -> None:
-        needed = [name for name, term in self.terms.items() if term.reads == LOGITS]
-        student, teacher, ids = seen.logits, seen.answer.get(LOGITS), seen.answer.get(IDS)
-        if not needed:
-            return
-        if student is None or teacher is None:
-            raise AccelError(
-                f"`{needed[0]}` needs logits",
-                f"the {'student' if student is None else 'teacher'} returns no tensor, or several, of "
-                f"shape (batch, ..., classes) within a {type(seen.record.output).__name__}",
-                "name the layers that give them: logits='head: fc', or use losses on features",
-            )
-        shape = teacher.shape if ids is None else (*teacher.shape[:-1], student.shape[-1])
-        if student.shape != torch.Size(shape):
-            raise AccelError(
-                "the logits of the student and the teacher do not match",
-                f"{tuple(student.shape)} and {tuple(shape)}",
-                "use a teacher with the same classes or vocabulary, `Teacher(classes=)` to pick "
-                "them, or losses on features",
-            )
 
     def _which(self, term: Term) -> int:
         if term.teacher is None and len(self.teachers) > 1:

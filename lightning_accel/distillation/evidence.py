@@ -10,6 +10,7 @@ what the teacher answers for each of them tells whether its classes come in the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ NO_EFFECT = 1e-3
 """Below this share of the gradient, the teachers have no effect."""
 
 _SEEN = 5  # samples of a class before anything is said about it
+_SURE = 0.8  # of a class's samples, where the teacher is right about others
+_STEPS = 64
+_POSITIONS = 4096  # of each step
 
 
 def agreement(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -106,17 +110,133 @@ def check_order(chosen: Tensor, target: Tensor) -> None:
 
     >>> check_order(torch.arange(3).repeat(9), torch.arange(3).repeat(9))
     """
-    mapping, faithful = _mapping(chosen, target)
-    moved = {label: other for label, other in mapping.items() if label != other}
-    one_to_one = len(set(mapping.values())) == len(mapping)
-    if len(moved) >= 2 and one_to_one and faithful:
-        shown = ", ".join(f"{label} -> {other}" for label, other in list(moved.items())[:5])
+    refuse_moved(_permuted(chosen, target), some=False)
+
+
+class Verdict(NamedTuple):
+    """What is known of a teacher by what it chose for labels."""
+
+    moved: dict[int, int]
+    """Which other class is chosen for a label."""
+    guesses: bool
+    """Whether it is hardly better than guessing."""
+    right: float
+    """The share (0 to 1) of labels that it chose."""
+    labels: int
+    classes: int
+
+
+class Order:
+    """What a teacher chose for the labels of the first steps: are classes in another order, does it know any?
+
+    A teacher that is right about most classes may have some of them swapped, and one that is right about hardly any
+    may have all of them in another order. What it chooses anyway, step by step, is kept on the device and
+    counted once or twice.
+
+    >>> order = Order()
+    >>> order.note(torch.tensor([0, 2, 1]).repeat(6), torch.tensor([0, 1, 2]).repeat(6))
+    >>> order.swapped()
+    {1: 2, 2: 1}
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._classes = 1
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def note(
+        self, chosen: Tensor, target: Tensor, labelled: Tensor | None = None, classes: int = 1
+    ) -> None:
+        """Keep what was chosen in a step, of so many classes, -1 where there is no label."""
+        self._classes = classes
+        if len(self._kept) < _STEPS:
+            labels = target if labelled is None else target.where(labelled, -1)
+            pair = (side.detach().flatten()[:_POSITIONS].clone() for side in (chosen, labels))
+            self._kept.append((next(pair), next(pair)))
+
+    def verdict(self, *, whole: bool) -> Verdict:
+        """Judge by what was kept.
+
+        Args:
+            whole: Whether a teacher that was hardly better than guessing in the first step is judged as well.
+        """
+        chosen, labels = self._seen(len(self._kept))
+        if not len(labels):
+            return Verdict({}, False, 1.0, 0, self._classes)
+        doubtful = whole and is_at_chance(*self._seen(1), self._classes)
+        moved = (_permuted(chosen, labels) if doubtful else {}) or _swapped(chosen, labels)
+        right = float((chosen == labels).float().mean())
+        guesses = doubtful and is_at_chance(chosen, labels, self._classes)
+        return Verdict(moved, guesses, right, len(labels), self._classes)
+
+    def swapped(self) -> dict[int, int]:
+        """Return which other class is nearly always chosen for a label, where these go round in a circle."""
+        return _swapped(*self._seen(len(self._kept)))
+
+    def _seen(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Return what was chosen, and labels, where there are any in the first steps."""
+        if not self._kept:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        both = zip(*self._kept[:steps], strict=True)
+        chosen, labels = (torch.cat(side).cpu().long() for side in both)
+        return chosen[labels >= 0], labels[labels >= 0]
+
+
+def refuse_moved(moved: Mapping[int, int], *, some: bool) -> None:
+    """Raise for classes that a teacher has in another order than the labels.
+
+    Args:
+        moved: For a label, the class that it chooses.
+        some: Whether it has others where they belong.
+
+    Raises:
+        AccelError: There are any.
+    """
+    if moved:
+        shown = ", ".join(f"{label} -> {other}" for label, other in list(moved.items())[:6])
         raise AccelError(
-            "the teacher's classes come in another order than the labels",
+            f"{'some of ' if some else ''}the teacher's classes come in another order than the labels",
             f"label -> the class that the teacher chooses: {shown}",
             "pass Teacher(..., classes=[...]) with the teacher's index of each class, or a teacher that was "
             "trained on these labels",
         )
+
+
+def _permuted(chosen: Tensor, target: Tensor) -> dict[int, int]:
+    """Return which other classes are chosen where that is a permutation of nearly every label, not the labels."""
+    mapping, faithful = _mapping(chosen, target)
+    moved = {label: other for label, other in mapping.items() if label != other}
+    one_to_one = len(set(mapping.values())) == len(mapping)
+    nearly_every = 2 * len(mapping) >= len(target.unique())  # a few by chance are no order
+    return moved if len(moved) >= 2 and one_to_one and faithful and nearly_every else {}
+
+
+def _swapped(chosen: Tensor, target: Tensor) -> dict[int, int]:
+    """Return which other class is nearly always chosen for a label, where these go round in a circle."""
+    pairs, counts = torch.stack([target, chosen]).unique(dim=1, return_counts=True)
+    seen: dict[int, int] = {}
+    for label, count in zip(pairs[0].tolist(), counts.tolist(), strict=True):
+        seen[label] = seen.get(label, 0) + count
+    moved = {
+        label: other
+        for (label, other), count in zip(pairs.T.tolist(), counts.tolist(), strict=True)
+        if label != other and seen[label] >= _SEEN and count >= _SURE * seen[label]
+    }
+    return {label: other for label, other in moved.items() if _comes_back(moved, label)}
+
+
+def _comes_back(moved: Mapping[int, int], label: int) -> bool:
+    """Tell whether a label is met again when one goes from label to what was chosen for it."""
+    at = moved[label]
+    for _ in moved:
+        if at == label:
+            return True
+        if at not in moved:
+            return False
+        at = moved[at]
+    return False
 
 
 def is_at_chance(chosen: Tensor, target: Tensor, num_classes: int) -> bool:

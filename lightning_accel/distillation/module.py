@@ -14,8 +14,11 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+from lightning_accel.bridge.inert import Onlooker
 from lightning_accel.distillation.callback import Distillation
-from lightning_accel.distillation.locate import logits_of
+from lightning_accel.distillation.criterion import are_distributions
+from lightning_accel.distillation.locate import class_dim_of, classes_last, logits_of
+from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Source, Teacher
 from lightning_accel.errors import AccelError, explain
 
@@ -38,8 +41,9 @@ class DistillationModule(LightningModule):
             AdamW by default.
         scheduler: Makes the learning-rate scheduler of an optimizer.
         interval: When the scheduler steps: "epoch" or "step".
-        task_loss: The loss of (output, batch) without a teacher; by default the cross entropy of the logits
-            with the targets, or the output's own `.loss`. `None` learns from the teacher alone.
+        task_loss: The loss of (output, batch) without a teacher; by default the output's own `.loss`, or the
+            cross entropy of the logits with targets that are classes or distributions over them. `None`
+            learns from the teacher alone.
         task_weight: Factor of that loss.
         metrics: A metric of torchmetrics, a collection or a mapping, taken of (logits, targets) in
             validation and test, and logged as "val/..." and "test/...".
@@ -95,6 +99,8 @@ class DistillationModule(LightningModule):
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.interval, self.task_loss = interval, task_loss
         self.metrics = _metrics(metrics)
+        self.class_dim = settings.get("class_dim")
+        self._distributions_in: Any = None
         settings = {"losses": losses, "task_weight": task_weight, "student": "student", **settings}
         inspect.signature(Distillation).bind(teacher, **settings)  # also without a teacher
         self._held = _Held(None if teacher is None else Distillation(teacher, **settings))
@@ -120,6 +126,13 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self._call(batch)
         if self.task_loss is None:
+            tried = type(vars(self)["_trainer"]) is Onlooker  # a copy that somebody looks at
+            if not tried and (self.distillation is None or not self.distillation.teaches):
+                raise AccelError(
+                    "there is nothing to learn from here",
+                    "task_loss=None, and a step outside of a fit with the module's own callback",
+                    "call `trainer.fit` with this module, or pass a `task_loss`",
+                )
             return torch.zeros((), device=self.device, requires_grad=True)
         loss = self._task(output, batch)
         self.log("train/loss", loss.detach(), batch_size=_size(batch))
@@ -164,15 +177,46 @@ class DistillationModule(LightningModule):
         if isinstance(own, Tensor):
             return own
         logits, target = logits_of(output), _target(batch)
-        if logits is None or target is None:
+        if logits is None or logits.dim() < 2 or target is None:
             raise AccelError(
                 "the cross entropy needs logits and targets",
                 f"an output {type(output).__name__} and a batch {type(batch).__name__}",
                 "pass `task_loss=` as a function of output and batch, or None to learn from the teacher",
             )
-        if target.is_floating_point():
-            return F.cross_entropy(logits, target)
-        return F.cross_entropy(logits.flatten(0, -2), target.flatten())
+        return self._cross_entropy(logits, target)
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return that of classes, one per position or as distributions; refuse other targets."""
+        dim = self.class_dim
+        if dim is None:
+            dim = class_dim_of(logits, target, Record((), {}, None, {}))
+        if dim is None:
+            raise AccelError(
+                "the cross entropy cannot tell which dimension of the logits holds the classes",
+                f"logits {tuple(logits.shape)} and targets {tuple(target.shape)}",
+                "pass class_dim=1 for (batch, classes, ...) or class_dim=-1 for (batch, ..., classes)",
+            )
+        rows = classes_last(logits, dim)
+        whole = not target.is_floating_point() and target.dtype != torch.bool
+        if whole and target.shape == rows.shape[:-1]:
+            return F.cross_entropy(rows.flatten(0, -2), target.flatten())
+        if target.shape != logits.shape or not self._are_distributions(target, dim):
+            raise AccelError(
+                "the default `task_loss` takes targets for classes",
+                f"{target.dtype} targets {tuple(target.shape)} for outputs {tuple(logits.shape)}, which are "
+                "neither one class per position nor distributions over classes",
+                "pass `task_loss=` as a function of output and batch: binary cross entropy for labels of which "
+                "several may be true, a squared error for numbers",
+            )
+        shares = classes_last(target, dim).flatten(0, -2)
+        return F.cross_entropy(rows.flatten(0, -2), shares.to(rows.dtype))
+
+    def _are_distributions(self, target: Tensor, dim: int) -> bool:
+        """Tell whether targets are, of the first batch of a stage; to ask at each would wait for the device."""
+        stage = self.trainer.state.stage
+        if self._distributions_in != stage and are_distributions(target, dim):
+            self._distributions_in = stage
+        return self._distributions_in == stage
 
     def _evaluate(self, batch: Any, split: str) -> None:
         output, size = self._call(batch), _size(batch)

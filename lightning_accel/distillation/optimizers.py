@@ -73,6 +73,45 @@ def join(
             join([inner], schedulers, new, beside=beside)
 
 
+def part(
+    optimizers: Sequence[Any], schedulers: Sequence[Any], parameters: Iterable[nn.Parameter]
+) -> None:
+    """Take back what `join` did for these parameters.
+
+    >>> net, more = nn.Linear(2, 2), nn.Linear(1, 1)
+    >>> adam = torch.optim.Adam(net.parameters(), lr=0.5)
+    >>> join([adam], [], more.parameters(), beside=net)
+    >>> part([adam], [], more.parameters())
+    >>> len(adam.param_groups)
+    1
+    """
+    gone = {id(p): p for p in parameters}
+    for optimizer in optimizers:
+        for inner in within(optimizer):
+            count = len(inner.param_groups)
+            joined = [
+                i
+                for i, g in enumerate(inner.param_groups)
+                if {id(p) for p in g["params"]} & set(gone)
+            ]
+            for index in reversed(joined):
+                del inner.param_groups[index]
+                for scheduler in schedulers:
+                    _shrink(scheduler, inner, index, count)
+            for parameter in gone.values() if gone else ():
+                inner.state.pop(parameter, None)
+
+
+def _shrink(scheduler: Any, optimizer: Any, index: int, count: int) -> None:
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _shrink(inner, optimizer, index, count)
+    if getattr(scheduler, "optimizer", None) is optimizer:
+        for name in _OF_A_GROUP:
+            values = getattr(scheduler, name, None)
+            if isinstance(values, list) and len(values) == count:
+                del values[index]
+
+
 def _home(optimizers: Sequence[Any], ids: set[int]) -> tuple[Any, int]:
     for optimizer in optimizers:
         for index, group in enumerate(optimizer.param_groups):

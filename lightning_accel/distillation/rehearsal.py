@@ -1,54 +1,39 @@
-"""The first step on a copy, before the real one: who is the student, and does all fit together?
+"""Before the lessons: can this fit be taught at all, which network is called, and what does each loss do?
 
-A copy of the module without effects on anything (see `bridge.example`) runs the user's training step on
-the first batch. So every error comes before the first step, a tensor that is changed in place behind a
-tap is noticed even where the real network is compiled, and a share of the gradient can be measured
-without a second backward through the real graph.
+The user's code runs as often as without us, so all is made ready within the first step. Only where a network is
+compiled, or hooks of the user's would see a second backward, the call of the student that was seen is run again, on
+a copy without effects on anything (see `bridge.inert`): so a tensor that is changed in place behind a tap is
+noticed there too, and shares of the gradient can be measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_accel.bridge.data import ReadOnce, batches
-from lightning_accel.bridge.example import (
-    outermost_calls,
-    placed,
-    run_placed,
-)
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import load_from_checkpoint
 from lightning_accel.distillation import evidence
+from lightning_accel.distillation.criterion import Hearing, Listener
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.schedule import Moment
-from lightning_accel.distillation.seen import LOGITS, Answer
-from lightning_accel.distillation.steps import differentiable
-from lightning_accel.distillation.tape import INPUT, Record, Tape, layer
-from lightning_accel.distillation.teacher import Teacher
-from lightning_accel.errors import AccelError, UnsafeFile, explain
-from lightning_accel.surgery.call import Call
+from lightning_accel.distillation.seen import Seen
+from lightning_accel.distillation.tape import INPUT, Record, Tape, is_compiled, layer
+from lightning_accel.distillation.teacher import EMA, SELF, Teacher
+from lightning_accel.errors import AccelError, UnsafeFile, Unsupported
+from lightning_accel.surgery import Stage, twin
+from lightning_accel.surgery.call import tensors
 from lightning_accel.surgery.preserve import preserve_rng
-
-_BATCHES = 16  # to tell classes in another order from a teacher that knows nothing
-
-
-@contextmanager
-def stage(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
-    """Give a copy to rehearse on, without compiled code, and put the random state back."""
-    eager = torch.compiler.set_stance("force_eager")
-    with preserve_rng(), eager, inert_copy(trainer, pl_module) as copy:
-        yield copy
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -56,26 +41,9 @@ def is_sharded(trainer: Trainer) -> bool:
     return not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy))
 
 
-def find_student(trainer: Trainer, copy: LightningModule, batch: Any, batch_idx: int) -> str | None:
-    """Return the name of the one network that `training_step` calls; "" is the module itself.
-
-    `None` is no call, as when a user skips the batch.
-    """
-    calls = outermost_calls(trainer, copy, deepcopy(batch), batch_idx)
-    return _only(calls) if calls else None
-
-
 def view(batch: Any) -> Any:
     """Return a batch whose containers are our own, so that a step may take things out of it."""
     return tree_map(lambda leaf: leaf, batch)
-
-
-class Rehearsed(NamedTuple):
-    """The student's call on a copy, the user's loss where there is one, and the batch as it was."""
-
-    record: Record
-    task: Tensor | None
-    batch: Any
 
 
 def static_student(pl_module: LightningModule) -> str:
@@ -83,52 +51,118 @@ def static_student(pl_module: LightningModule) -> str:
     if is_overridden("forward", pl_module):
         return ""
     trainable = [n for n, m in pl_module.named_children() if any(True for _ in m.parameters())]
-    return _only([Call(name, (), {}) for name in trainable])
+    if len(trainable) != 1:
+        raise unclear(trainable)
+    return trainable[0]
 
 
-def record_on(
-    trainer: Trainer,
-    copy: LightningModule,
-    engine: Engine,
-    name: str,
-    batch: Any,
-    batch_idx: int,
-    calls: str,
-) -> Rehearsed | None:
-    """Run the step on copies of module and batch; `None` when the user skips this batch."""
-    losses: list[Any] = []
-    own = deepcopy(batch)  # a step may change its batch
-    before = view(own)
-    vars(copy)["manual_backward"] = lambda loss, *_, **__: losses.append(loss)
-    tape = Tape(layer(copy, name), engine.student_taps())
-    try:
-        with tape.recording():
-            output = run_placed(trainer, copy, own, batch_idx)
-        found = [record for record in tape.records() if differentiable(record.output)]
-    finally:
-        tape.remove()
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if losses:
-        loss = losses[-1]
-    if not found and loss is None:
-        return None
-    if not found:
-        raise AccelError(
-            "the student was not called in the first training step",
-            f"no call of `{name or type(copy).__name__}` whose output carries a gradient",
-            "call it as a module (not `.forward`) outside of `no_grad`, or name another `student=`",
+def refuse_impossible(
+    trainer: Trainer, pl_module: LightningModule, engine: Engine, kinds: set[str]
+) -> None:
+    """Raise before a fit begins in which nothing could be taught.
+
+    Args:
+        trainer: Of the fit.
+        pl_module: The user's module.
+        engine: Holds the losses and the cache.
+        kinds: Of the teachers.
+
+    Raises:
+        AccelError: A compiled training step, no prune for teacher='self', a cache of a moving teacher ...
+    """
+    step = vars(pl_module).get("training_step")
+    if getattr(pl_module, "_compiler_ctx", None) or hasattr(step, "_torchdynamo_orig_callable"):
+        raise Unsupported(
+            "a compiled training step cannot be added to",
+            f"torch.compile of {type(pl_module).__name__} or its `training_step`",
+            "pass the plain module, and compile the networks inside it or add `BlockCompile()`",
         )
-    if len(found) > 1 and calls == "error" and copy.automatic_optimization:
-        raise AccelError(
-            "the student was called several times in one training step",
-            f"{len(found)} calls of `{name or type(copy).__name__}`",
-            "say which count: calls='last', or calls='all' for their mean",
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise Unsupported(
+            "a training step that draws its own batches cannot be rehearsed",
+            "training_step(self, dataloader_iter)",
+            "take `batch` as its argument",
         )
-    _refuse_without_gradient(layer(copy, name), found[-1])
-    return Rehearsed(found[-1], loss if isinstance(loss, Tensor) else None, before)
+    edits = [c for c in trainer.callbacks if getattr(c, "stage", None) == Stage.SHAPE]  # type: ignore[attr-defined]
+    if SELF in kinds and not edits:
+        raise AccelError(
+            "teacher='self' is the network before a prune, and nothing prunes here",
+            "no StructuredPruning among the callbacks",
+            "add one, or pass a trained teacher, or 'ema'",
+        )
+    if kinds & {SELF, EMA} and is_sharded(trainer):
+        raise Unsupported(
+            "teacher='self' and 'ema' need whole parameters on every process",
+            type(trainer.strategy).__name__,
+            "pass a trained teacher",
+        )
+    if EMA in kinds and engine.cache is not None:
+        raise AccelError(
+            "what a moving teacher says cannot be cached",
+            "teacher='ema' with a cache",
+            "drop one of the two",
+        )
+    tensor_parallel = getattr(trainer.strategy, "_tensor_parallel_size", 1)
+    if tensor_parallel not in (1, "auto") and any(
+        term.across_rows for term in engine.terms.values()
+    ):
+        raise Unsupported(
+            "losses over all rows of a batch do not know tensor parallelism",
+            type(trainer.strategy).__name__,
+            "use a loss of single rows, such as 'kd' or 'fitnet'",
+        )
 
 
-def _refuse_without_gradient(student: nn.Module, record: Record) -> None:
+def searches(trainer: Trainer) -> bool:
+    """Tell whether the fit begins with trials of Lightning's tuners, in which it runs no other callback."""
+    finders = LearningRateFinder, BatchSizeFinder
+    return any(isinstance(callback, finders) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+class Again(NamedTuple):
+    """A copy of the student, its answer to the arguments of a call, and the criteria that it called itself."""
+
+    student: nn.Module
+    record: Record
+    hearing: Hearing
+
+
+@contextmanager
+def again(
+    trainer: Trainer, pl_module: LightningModule, engine: Engine, name: str, record: Record
+) -> Iterator[Again]:
+    """Run a call of the student once more, on a copy and without compiled code; random states come back."""
+    eager = torch.compiler.set_stance("force_eager")
+    with preserve_rng(), eager, _copy_of(trainer, pl_module, name) as student:
+        args, kwargs = tree_map(_apart, (record.args, record.kwargs))
+        tape = Tape(student, engine.student_taps())
+        try:
+            with tape.recording(), torch.enable_grad(), Listener(tape.has_answered) as listener:
+                student(*args, **kwargs)
+            # Labels are told from inputs by identity.
+            heard = tape.records()[-1]._replace(args=record.args, kwargs=record.kwargs)
+            yield Again(student, heard, Hearing(heard, listener.calls))
+        finally:
+            tape.remove()
+
+
+@contextmanager
+def _copy_of(trainer: Trainer, pl_module: LightningModule, name: str) -> Iterator[nn.Module]:
+    student = layer(pl_module, name)
+    if isinstance(student, LightningModule):  # which may log, and knows its Trainer
+        with inert_copy(trainer, student) as copy:
+            yield copy
+    else:
+        yield twin(student)
+
+
+def _apart(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
+
+
+def refuse_without_gradient(student: nn.Module, record: Record) -> None:
     """Raise when a layer that learns gave a tensor from which no gradient comes back to it."""
     for name, tapped in record.taps.items():
         if name.endswith(INPUT) or tapped.requires_grad:
@@ -141,78 +175,46 @@ def _refuse_without_gradient(student: nn.Module, record: Record) -> None:
             )
 
 
-def check_classes(
-    trainer: Trainer,
-    copy: LightningModule,
-    engine: Engine,
-    name: str,
-    record: Record,
-    answer: Answer,
-    batch: Any,
-) -> None:
-    """Raise when the teacher's classes come in another order, and warn when it knows nothing."""
-    if not any(term.reads == LOGITS for term in engine.terms.values()):
-        return
-    own = class_names(copy, layer(copy, name), trainer.datamodule)  # type: ignore[attr-defined]
-    for teacher in engine.teachers:
-        if teacher.classes is None:
-            evidence.check_names(own, class_names(teacher.network))
-    engine.look_at(record)
-    found = _chosen(engine, record, answer, batch)
-    if found is None or not evidence.is_at_chance(*found):
-        return
-    chosen, target, num_classes = [found[0]], [found[1]], found[2]
-    for index, other in enumerate(_more(trainer)):
-        moved = placed(trainer, copy, other)
-        again = record_on(trainer, copy, engine, name, moved, index, "last")
-        if again is None:
-            continue
-        more = _chosen(engine, again.record, engine.run(again.record), again.batch)
-        if more is not None:
-            chosen.append(more[0])
-            target.append(more[1])
-    choices, labels = torch.cat(chosen), torch.cat(target)
-    evidence.check_order(choices, labels)
-    if evidence.is_at_chance(choices, labels, num_classes):
-        right = float((choices == labels).float().mean())
-        rank_zero_warn(
-            explain(
-                "the teacher is hardly better than guessing on the training data",
-                f"{right:.1%} right of {len(labels)} samples in {num_classes} classes",
-                "pass a trained teacher, and inputs prepared as it knows them",
-            )
-        )
-
-
-def _more(trainer: Trainer) -> list[Any]:
-    """Return other batches; none of data that can be read only once."""
-    try:
-        return batches(trainer, _BATCHES)
-    except ReadOnce:
-        return []
-
-
 def gradient_shares(
     trainer: Trainer,
     pl_module: LightningModule,
     engine: Engine,
     name: str,
-    batch: Any,
-    batch_idx: int,
-    calls: str,
+    task: Tensor,
+    seen: Seen,
     moment: Moment,
 ) -> dict[str, float]:
     """Return each term's share of the gradient on the student, the user's own loss as "task".
 
-    Empty when the user skips this batch.
+    Measured on the graph of the step itself. Where that cannot be, what the user's loss asks of the student's
+    output is read from the part of the graph above it, and all below is computed on a copy.
     """
-    with stage(trainer, pl_module) as copy:
-        found = record_on(trainer, copy, engine, name, batch, batch_idx, calls)
-        if found is None or (found.task is None and not copy.automatic_optimization):
-            return {}  # a step without a loss, or one whose backward we cannot see
-        with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            weighted = engine.weighted(found.task, found.record, found.batch, moment)
-        return evidence.shares(weighted, layer(copy, name))
+    record, student = seen.record, layer(pl_module, name)
+    if not (is_compiled(student) or _watches_backward(student)):
+        with suppress(
+            RuntimeError
+        ):  # a reentrant checkpoint has no gradients but those of `backward`
+            return evidence.shares(
+                engine.weighted(task, record, seen.answer, seen.batch, moment), student
+            )
+    outputs = [tensor for tensor in tensors(record.output) if tensor.requires_grad]
+    asked = torch.autograd.grad(task, outputs, retain_graph=True, allow_unused=True)
+    with again(trainer, pl_module, engine, name, record) as (copy, heard, _), torch.enable_grad():
+        given = [tensor for tensor in tensors(heard.output) if tensor.requires_grad]
+        alike = zip(asked, given, strict=True)
+        parts = [
+            (gradient.detach() * output).sum() for gradient, output in alike if gradient is not None
+        ]
+        surrogate = torch.stack(parts).sum() if parts else None
+        return evidence.shares(
+            engine.weighted(surrogate, heard, seen.answer, seen.batch, moment), copy
+        )
+
+
+def _watches_backward(student: nn.Module) -> bool:
+    """Tell whether hooks would see a backward that is none of the fit's."""
+    on_modules = any(m._backward_hooks or m._backward_pre_hooks for m in student.modules())
+    return on_modules or any(p._backward_hooks for p in student.parameters())
 
 
 def load_teacher(teacher: Teacher, pl_module: LightningModule) -> nn.Module:
@@ -247,9 +249,16 @@ def load_teacher(teacher: Teacher, pl_module: LightningModule) -> nn.Module:
         ) from error
 
 
-def entry(network: nn.Module, name: str) -> nn.Module:
-    """Return the part of a teacher that gets the student's arguments."""
+def entry(network: nn.Module, name: str, pl_module: LightningModule) -> nn.Module:
+    """Return the part of a teacher that gets the student's arguments.
+
+    A LightningModule of the student's own class is called where the student is; any other one by its own
+    `forward`, which may prepare the inputs, and without one where the student is.
+    """
     if not isinstance(network, LightningModule):
+        return network
+    alike = isinstance(network, type(pl_module)) or isinstance(pl_module, type(network))
+    if is_overridden("forward", network) and not (alike and name):
         return network
     if name:
         try:
@@ -282,25 +291,10 @@ def class_names(*holders: Any) -> list[str] | None:
     return None
 
 
-def _chosen(
-    engine: Engine, record: Record, answer: Answer, batch: Any
-) -> tuple[Tensor, Tensor, int] | None:
-    """Return the teacher's classes, the labels, and how many classes there are."""
-    seen = engine.see(record, answer, batch)
-    if seen.logits is None or seen.chosen is None or seen.target is None:
-        return None
-    if seen.target.is_floating_point() or seen.target.shape != seen.chosen.shape:
-        return None
-    labelled = seen.target >= 0
-    return seen.chosen[labelled], seen.target[labelled], seen.logits.shape[-1]
-
-
-def _only(calls: Sequence[Call]) -> str:
-    if len(calls) != 1:
-        raise AccelError(
-            "it is not clear which network is the student",
-            f"{len(calls)} networks that are called one after another: "
-            + ", ".join(call.name for call in calls[:6]),
-            "name it: student='net'; call `self(x)` rather than `self.forward(x)`",
-        )
-    return calls[0].name
+def unclear(names: Sequence[str]) -> AccelError:
+    """Return the error that says that several networks could be the student."""
+    return AccelError(
+        "it is not clear which network is the student",
+        f"{len(names)} networks that are called one after another: " + ", ".join(names[:6]),
+        "name it: student='net'; call `self(x)` rather than `self.forward(x)`",
+    )

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_accel.distillation import topk
+from lightning_accel.distillation.labels import Reading, mask_of, target_of
 from lightning_accel.distillation.layers import Pair
-from lightning_accel.distillation.locate import Where, logits_of, mask_of, target_of
+from lightning_accel.distillation.locate import (
+    Where,
+    classes_back,
+    classes_last,
+    logits_of,
+)
 from lightning_accel.distillation.projector import align
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.term import Term
+from lightning_accel.surgery.call import tensors
 
 LOGITS, IDS = "logits", "logits_ids"
 
@@ -22,12 +29,13 @@ Answer = dict[str, Tensor]
 
 
 class Places(NamedTuple):
-    """Where things are: the layers that give logits, labels, mask; and whether labels are shifted."""
+    """Where things are: the layers that give logits, labels, mask, the dimension of the classes, shifts."""
 
     logits: Pair | None
     target: Where
     mask: Where
-    shifted: bool
+    class_dim: int | None
+    reading: Reading
 
 
 class Seen:
@@ -44,28 +52,54 @@ class Seen:
         self.record, self.answer, self.batch, self.places = record, answer, batch, places
 
     @cached_property
-    def logits(self) -> Tensor | None:
-        """The student's logits (B, ..., C), in the precision that they came in."""
+    def given_logits(self) -> Tensor | None:
+        """The student's logits as they came."""
         if self.places.logits is not None:
             return self.record.taps[self.places.logits.student]
         return logits_of(self.record.output)
 
     @cached_property
+    def logits(self) -> Tensor | None:
+        """The student's logits (B, ..., C), in the precision that they came in."""
+        given = self.given_logits
+        return None if given is None else classes_last(given, self.places.class_dim)
+
+    @cached_property
     def target(self) -> Tensor | None:
         """The labels of the logits' positions, where they can be found."""
-        place, shifted = self.places.target, self.places.shifted
-        return target_of(place, self.batch, self.record, self.logits, shifted=shifted)
+        at = self.places
+        return target_of(at.target, self.batch, self.record, self.logits, at.reading)
+
+    @cached_property
+    def of_outputs(self) -> list[Tensor]:
+        """The tensors in the batch of the shape of the student's output that are not its input."""
+        assert self.given_logits is not None
+        shape, inputs = self.given_logits.shape, tensors((self.record.args, self.record.kwargs))
+        used = {id(t) for t in inputs}
+        leaves = [t for t in tensors(self.batch) if not t.is_complex() and t.shape == shape]
+        found = [t for t in leaves if id(t) not in used]
+        known = {id(t) for t in leaves}
+        made = [t for t in inputs if id(t) not in known and t.shape == shape]  # of one of them
+        return found[len(made) :]
 
     @cached_property
     def valid(self) -> Tensor | None:
         """Which positions count, or `None` for all."""
-        return mask_of(self.places.mask, self.batch, self.record, self.logits, self.target)
+        at = self.places
+        return mask_of(at.mask, self.batch, self.record, self.logits, self.target, at.reading)
+
+    @cached_property
+    def labelled(self) -> Tensor | None:
+        """Where there is a label that counts, `None` without labels."""
+        return None if self.target is None else self.places.reading.counts(self.target)
 
     @cached_property
     def chosen(self) -> Tensor | None:
         """The teacher's class at each position of the student's logits, `None` without."""
         teacher, ids = self.answer.get(LOGITS), self.answer.get(IDS)
         if self.logits is None or teacher is None or teacher.shape[:-1] != self.logits.shape[:-1]:
+            return None
+        if self.places.class_dim is None:
             return None
         if ids is not None:
             return ids[..., 0].long()
@@ -82,6 +116,10 @@ class Seen:
                 hit = ids == target.unsqueeze(-1)
                 target = torch.where(hit.any(-1), hit.int().argmax(-1), ids.shape[-1])
         return student, teacher, target
+
+    def as_given(self, logits: Tensor) -> Tensor:
+        """Return logits with the classes where the network gave them, as a user's own loss knows them."""
+        return classes_back(logits, self.places.class_dim)
 
     def features(self, pair: Pair, teacher: int) -> tuple[Tensor, Tensor]:
         """Return what a pair of layers gave."""

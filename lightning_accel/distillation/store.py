@@ -4,12 +4,12 @@ A store is a folder of segments. A segment is one file: a header, an index of bu
 A key belongs to one bucket of each segment (its first half modulo the buckets) and to any of the 1 to
 32 slots in it. Each segment has twice the slots of the one before, so a look-up visits few.
 
-    index entry (24 bytes): key (16) | CRC-32 of key and value (4) | 1 where used (4)
+    index entry (24 bytes): key (16) | keyed hash of key and value, never 0 (8)
     value:                  as many bytes as the store was made for, in the same slot
 
-Nothing is believed that does not prove itself: a value counts only where key and checksum fit. What a
-killed process left half-written, what another one was just overwriting and what the disk flipped is a
-miss, and is written again. That is why there are no locks. Readers use a read-only memory map; writers
+Nothing is believed that does not prove itself: a value counts only where key and hash fit. What a killed
+process left half-written, what another one was just overwriting, what the disk flipped and what another
+user put there (`seal`) is a miss, and is written again. That is why there are no locks. Readers use a read-only memory map; writers
 use `pwrite` into space that was reserved when the segment was made, so a full disk is an `OSError`
 where a write through the map would have been a SIGBUS. The value goes first and its index entry after.
 
@@ -20,6 +20,7 @@ an epoch over more rows than fit would otherwise push out each row shortly befor
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import mmap
 import os
@@ -37,7 +38,9 @@ import numpy as np
 
 from lightning_accel.errors import explain
 
-SCHEMA = 1
+from .seal import is_own, open_own, own_folder, put
+
+SCHEMA = 2
 _MAGIC = b"accel-cache\0"
 _HEADER = struct.Struct("<12sIQQQI")  # magic, schema, value bytes, buckets, ways; CRC-32 of those
 _INDEX_AT = 4096
@@ -59,6 +62,7 @@ class Store:
         max_bytes: What all segments below `counted_in` may take together.
         about: What `meta.json` says besides; another text is another content.
         counted_in: A folder above, shared with other stores; `folder` itself when None.
+        key: Who does not have it can write no value that is believed; up to 64 bytes.
 
     Raises:
         OSError: The folder cannot be made or used.
@@ -80,7 +84,9 @@ class Store:
         max_bytes: int,
         about: Mapping[str, Any] | None = None,
         counted_in: str | Path | None = None,
+        key: bytes = b"",
     ) -> None:
+        self.key = key
         self.folder = Path(folder)
         self.value_bytes = value_bytes
         self.max_bytes = max_bytes
@@ -144,7 +150,7 @@ class Store:
         while True:
             path = self.folder / _name(len(self._segments))
             try:
-                self._segments.append(_Segment(path, self.value_bytes))
+                self._segments.append(_Segment(path, self.value_bytes, self.key))
             except FileNotFoundError:
                 return
             except _Damaged:
@@ -188,8 +194,9 @@ class _Damaged(Exception):
 class _Segment:
     """One file, open for writing at places and mapped for reading."""
 
-    def __init__(self, path: Path, value_bytes: int) -> None:
-        self._file = os.open(path, os.O_RDWR)
+    def __init__(self, path: Path, value_bytes: int, key: bytes) -> None:
+        self._key = key
+        self._file = open_own(path, os.O_RDWR)
         try:
             self.buckets, self.ways = _read_header(self._file, value_bytes)
             self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
@@ -212,7 +219,7 @@ class _Segment:
         values = self._values[buckets[rows] * self.ways + ways]  # a copy: checked, then used
         checks = entries[rows, ways, 2]
         proven = [
-            int(check) == _check(keys[row], value)
+            int(check) == self._check(keys[row], value)
             for row, value, check in zip(rows, values, checks, strict=True)
         ]
         if all(proven):
@@ -238,7 +245,7 @@ class _Segment:
     def write(self, slot: int, key: np.ndarray, value: np.ndarray) -> None:
         """Write the value first and its entry after, so that a free slot is never half true."""
         value = np.ascontiguousarray(value)
-        entry = np.array([key[0], key[1], _check(key, value)], "<u8")
+        entry = np.array([key[0], key[1], self._check(key, value)], "<u8")
         _write(self._file, value.tobytes(), self._values_at + slot * len(value))
         _write(self._file, entry.tobytes(), _INDEX_AT + slot * _ENTRY)
 
@@ -246,6 +253,12 @@ class _Segment:
         del self._index, self._values  # they hold the map open
         self._map.close()
         os.close(self._file)
+
+    def _check(self, key: np.ndarray, value: np.ndarray) -> int:
+        """Return the last word of an entry: a keyed hash, whose lowest bit says that the entry is used."""
+        seal = hashlib.blake2b(key.astype("<u8").tobytes(), key=self._key, digest_size=8)
+        seal.update(value.data)
+        return int.from_bytes(seal.digest(), "little") | 1
 
     def _entries(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         buckets = (keys[:, 0] % np.uint64(self.buckets)).astype(np.int64)
@@ -263,7 +276,7 @@ def bytes_in(folder: Path) -> int:
         for name in names:
             if name.endswith((".segment", ".part")):
                 try:
-                    total += os.stat(os.path.join(top, name)).st_size
+                    total += os.lstat(os.path.join(top, name)).st_size
                 except FileNotFoundError:
                     continue  # published or removed by another process in this moment
     return total
@@ -272,11 +285,6 @@ def bytes_in(folder: Path) -> int:
 def _same(entries: np.ndarray, keys: np.ndarray) -> np.ndarray:
     same = (entries[:, :, 0] == keys[:, None, 0]) & (entries[:, :, 1] == keys[:, None, 1])
     return same & (entries[:, :, 2] != 0)  # (n, ways)
-
-
-def _check(key: np.ndarray, value: np.ndarray) -> int:
-    """Return the checksum word of an entry: CRC-32 below, and a bit that says that it is used."""
-    return zlib.crc32(value.data, zlib.crc32(key.astype("<u8").tobytes())) | 1 << 32
 
 
 def _name(number: int) -> str:
@@ -303,7 +311,7 @@ def _read_header(file: int, value_bytes: int) -> tuple[int, int]:
 
 def _make(path: Path, size: int, head: bytes) -> None:
     """Make a file of `size` zero bytes that are reserved on the disk, and write its header."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file, 0, size)
@@ -344,7 +352,7 @@ def _claim(folder: Path, meta: Mapping[str, Any]) -> None:
         )
     path = folder / "meta.json"
     text = json.dumps(meta, indent=1, sort_keys=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     try:
         present = path.read_bytes()
     except FileNotFoundError:
@@ -360,17 +368,15 @@ def _claim(folder: Path, meta: Mapping[str, Any]) -> None:
             ),
             stacklevel=2,
         )
-        folder.mkdir(exist_ok=True)
+        own_folder(folder)
     if present != text.encode():
-        part = folder / f".{uuid.uuid4().hex}.part"
-        part.write_text(text)
-        os.replace(part, path)
+        put(path, text.encode())
 
 
 def _remove_orphans(folder: Path) -> None:
     for part in folder.glob(".*.part"):
         try:
-            if time.time() - part.stat().st_mtime > _ORPHAN_S:
+            if is_own(part) and time.time() - part.lstat().st_mtime > _ORPHAN_S:
                 part.unlink()
         except FileNotFoundError:
             continue  # another process published or removed it in this moment

@@ -6,11 +6,12 @@ they give more outputs; copies and pickles of the network have hooks that do not
 
 An operation that changes a tensor in place after its tap (`nn.ReLU(inplace=True)` behind a batch norm)
 silently changes what was tapped. The version counters of the tensors tell; within a compiled graph they
-do not, so `rehearse` runs the network once without its compiled code.
+do not, so a compiled network runs once more without its code, on a copy (`rehearsal.again`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,6 +24,11 @@ from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.surgery.call import tensors
 
 INPUT = "@input"
+_NAMED = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+)
 
 
 class Record(NamedTuple):
@@ -32,6 +38,16 @@ class Record(NamedTuple):
     kwargs: dict[str, Any]
     output: Any
     taps: dict[str, Tensor]
+    names: tuple[str, ...] = ()
+    """Of the parameters of the network's forward."""
+
+    def named(self) -> dict[str, Any]:
+        """Return the arguments by name, as far as the forward names them.
+
+        >>> Record((1, 2), {"labels": 3}, None, {}, ("ids", "mask", "labels")).named()
+        {'ids': 1, 'mask': 2, 'labels': 3}
+        """
+        return {**dict(zip(self.names, self.args, strict=False)), **self.kwargs}
 
 
 class Tape:
@@ -40,6 +56,7 @@ class Tape:
     Args:
         model: The network.
         taps: Layers by name whose outputs are kept; `"name@input"` keeps the first input instead.
+        role: Who the network is, in messages.
 
     Raises:
         NoEffect: There is no layer of that name.
@@ -52,10 +69,13 @@ class Tape:
     torch.Size([4, 3])
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[str] = ()) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, taps: Sequence[str] = (), *, role: str = "the student"
+    ) -> None:
+        self.model, self.role = model, role
         self.taps = tuple(dict.fromkeys(taps))
         self._state = _State()
+        self._names = parameter_names(model)
         self._handles = [*_root_hooks(model, self._state)]
         for name in self.taps:
             self._handles.append(_tap_hook(model, name, self._state))
@@ -70,6 +90,10 @@ class Tape:
         finally:
             self._state.on = False
 
+    def has_answered(self) -> bool:
+        """Tell whether a call of the network has come to its end."""
+        return bool(self._state.outputs)
+
     def records(self) -> list[Record]:
         """Return the recorded calls, after a check that nothing tapped was changed in place.
 
@@ -82,11 +106,11 @@ class Tape:
             self._state.inputs, self._state.outputs, strict=False
         ):
             seen = self._state.tapped[start:end]
-            records.append(Record(args, kwargs, output, self._by_name(seen)))
+            records.append(Record(args, kwargs, output, self._by_name(seen), self._names))
             start = end
         for what, value, version in self._state.versions:
             if value._version != version:
-                _raise_in_place(self.model, what)
+                _raise_in_place(self.model, self.role, what)
         return records
 
     def clear(self) -> None:
@@ -126,6 +150,22 @@ class Tape:
         return found
 
 
+def parameter_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a forward's parameters; of a wrapper that takes anything, those of the one inside.
+
+    >>> parameter_names(nn.Linear(1, 1))
+    ('input',)
+    """
+    try:
+        listed = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return ()
+    inside = [child for child in model.children() if type(child).forward is not nn.Module.forward]
+    if listed and listed[0].kind is inspect.Parameter.VAR_POSITIONAL and len(inside) == 1:
+        return parameter_names(inside[0])
+    return tuple(p.name for p in listed if p.kind in _NAMED)
+
+
 def layer(model: nn.Module, name: str) -> nn.Module:
     """Return the layer that a tap names, compiled networks included."""
     found: Any = model
@@ -142,10 +182,13 @@ def layer(model: nn.Module, name: str) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Tell whether any part runs compiled code, in which later hooks would never fire."""
-    return any(
-        m._compiled_call_impl is not None or isinstance(m, torch._dynamo.OptimizedModule)
-        for m in model.modules()
-    )
+    return any(map(runs_compiled, model.modules()))
+
+
+def runs_compiled(module: nn.Module) -> bool:
+    """Tell whether a call of this very module runs compiled code."""
+    compiled = module._compiled_call_impl is not None
+    return compiled or isinstance(module, torch._dynamo.OptimizedModule)
 
 
 class _State:
@@ -164,6 +207,8 @@ class _State:
 
 class _Hook:
     """A hook that writes to a tape; a copy or a pickle of the network gets one that does nothing."""
+
+    _accel_own = True
 
     def __init__(self, state: _State, name: str = "") -> None:
         self.state, self.name = state, name
@@ -236,12 +281,12 @@ def _note_versions(state: _State, what: str, value: Any) -> None:
             state.versions.append((what, tensor, tensor._version))
 
 
-def _raise_in_place(model: nn.Module, what: str) -> None:
+def _raise_in_place(model: nn.Module, role: str, what: str) -> None:
     suspects = [n for n, m in model.named_modules() if getattr(m, "inplace", False) is True]
     raise AccelError(
-        f"{what} was changed in place before it could be used",
+        f"{what} was changed in place, in {role} or after it, before it could be used",
         f"in-place layers: {', '.join(suspects[:6])}"
         if suspects
-        else "an operation such as `relu_` or `+=`",
+        else f"an operation such as `relu_` or `+=`, within {type(model).__name__} or after it",
         "set inplace=False there, or tap the layer after it",
     )

@@ -23,9 +23,14 @@ from lightning_accel import hardware
 from lightning_accel.distillation.arguments import flag, number, path_of, whole
 from lightning_accel.distillation.tape import Record, Tape
 from lightning_accel.errors import AccelError, explain, weights_alone
+from lightning_accel.surgery.call import tensors
+from lightning_accel.surgery.digest import digest
+from lightning_accel.surgery.footprint import Footprint, observe
+from lightning_accel.surgery.preserve import preserve_rng
 
 SELF, EMA = "self", "ema"
 _PRECISIONS = ("auto", "bf16", "fp32", "same")
+_OF_A_BINDING = ("_run", "_tape", "_footprint", "_as_it_stands")
 _CAST_ONCE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 Source = nn.Module | str | Path
@@ -85,6 +90,8 @@ class Teacher:
                     "pass the path as the source, or a module with it",
                 )
             )
+        if isinstance(source, (str, Path)):
+            path_of(source, "teacher")
         self.source = source
         self.checkpoint = None if checkpoint is None else path_of(checkpoint, "checkpoint")
         self.weight = weight
@@ -94,12 +101,22 @@ class Teacher:
         self.network: nn.Module = source if isinstance(source, nn.Module) else _Missing()
         """All of it, as it was given; a part of it may be what is bound."""
         self.bound: nn.Module = self.network
+        self.device = torch.device("cpu")
         self._run: Any = None
         self._tape: Tape | None = None
         self._versions: dict[str, int] = {}
+        self._footprint: Footprint | None = None
+        """What it reads in eval mode; and beside it the same in the mode that it is left in between calls."""
+        self._as_it_stands: Footprint | None = None
+        self._knew: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_run": None, "_tape": None}  # a copy is not bound
+        return {
+            **vars(self),
+            "_run": None,
+            "_tape": None,
+            "_footprint": None,
+        }  # a copy is not bound
 
     @property
     def has_network(self) -> bool:
@@ -131,7 +148,7 @@ class Teacher:
         if self._is_bf16() and self.kind != EMA and _can_cast(network):
             network = _cast(copy.deepcopy(network))
         self.bound = network.to(self.device)
-        self._tape = Tape(network, taps)
+        self._tape = Tape(network, taps, role="the teacher")
         self._run = torch.compile(network) if self.compile else network
         self._versions = self._buffer_versions()
         return self
@@ -140,8 +157,20 @@ class Teacher:
         """Run on the arguments of a student's call."""
         assert self._tape is not None, "bind the teacher first"
         args, kwargs = self._as_own(call)
+        before = [(t, t._version) for t in tensors(call) if not t.is_inference()]
         with in_eval_mode(self.bound), torch.no_grad(), self._context(), self._tape.recording():
-            self._run(*args, **kwargs)
+            try:
+                self._run(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise _cannot_take(self.bound, call, error) from error
+        if any(tensor._version != version for tensor, version in before):
+            raise AccelError(
+                "the teacher changed its arguments in place, and they are the student's as well",
+                f"{type(self.bound).__name__}",
+                "give it a forward without operations such as `mul_` or `ReLU(inplace=True)` on its inputs",
+            )
         record = self._tape.records()[-1]
         self._tape.clear()
         return record
@@ -185,7 +214,7 @@ class Teacher:
         """Take the hooks off, and let go of the bound network."""
         if self._tape is not None:
             self._tape.remove()
-        self._tape, self._run = None, None
+        vars(self).update(dict.fromkeys(_OF_A_BINDING))
 
     def resolved(self, device: torch.device | str) -> str:
         """Return the precision that "auto" is on a device.
@@ -198,22 +227,59 @@ class Teacher:
         return "bf16" if hardware.describe(device).is_fast(torch.bfloat16) else "fp32"
 
     def fingerprint(self) -> str:
-        """Return a digest of everything that its outputs depend on, down to single bits.
+        """Return a digest of everything that its outputs depend on, down to single bits; see `surgery.digest`.
+
+        Raises:
+            AccelError: Something that its forward may read has no content that can be told.
 
         >>> one, two = Teacher(nn.Linear(2, 2)), Teacher(nn.Linear(2, 2))
         >>> one.fingerprint() == two.fingerprint(), one.fingerprint() == one.fingerprint()
         (False, True)
         """
-        digest = hashlib.sha256(repr((self.precision, self.classes, self.weight)).encode())
-        for name, module in self.bound.named_modules():
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            numbers = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "training"}
-            digest.update(f"{name}:{kind}:{module.extra_repr()}:{sorted(numbers.items())}".encode())
-        for name, tensor in [*self.bound.named_parameters(), *self.bound.named_buffers()]:
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            plain = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(plain.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        settings = self.precision, self.classes, self.weight, self.compile, self.device.type
+        with in_eval_mode(self.bound):
+            self._knew = self._world()
+            text = repr((settings, self._knew, digest(self.bound)))
+            self._footprint = Footprint(self.bound)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def has_changed(self) -> bool:
+        """Tell whether anything that its outputs depend on is other than at the last `fingerprint`."""
+        if self._footprint is None:
+            return False
+        here = self.device.type == "cpu"  # on a GPU, versions alone are read: no waiting
+        same = self._as_it_stands is not None and self._as_it_stands.holds(content=here)
+        if not same:  # perhaps somebody only switched its mode
+            with in_eval_mode(self.bound):
+                same = self._footprint.holds(content=here)
+            self._as_it_stands = Footprint(self.bound)
+        return not same or self._knew != self._world()
+
+    def moves(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> str | None:
+        """Return what a call does besides answering, if anything: such a teacher may answer differently next time."""
+        with in_eval_mode(self.bound), preserve_rng():
+            found = observe(self.bound, lambda: self(call))
+        if found.drew:
+            return f"draws random numbers in eval mode, from {', '.join(found.drew)}"
+        return (
+            f"changes itself as it answers: `{'`, `'.join(found.wrote[:3])}`"
+            if found.wrote
+            else None
+        )
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it computes in 16 bits."""
+        short = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.bound.parameters())
+        return short or self._is_bf16() or self.precision == "same"
+
+    def _world(self) -> tuple[Any, ...]:
+        """Return what its outputs depend on outside of it."""
+        autocast: tuple[Any, ...] = ()
+        if self.precision == "same" and torch.amp.is_autocast_available(self.device.type):
+            kind = self.device.type
+            autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        return torch.get_float32_matmul_precision(), torch.get_default_dtype(), *autocast
 
     def _is_bf16(self) -> bool:
         return self.precision == "bf16" or (
@@ -294,6 +360,17 @@ def read_teachers(teacher: Source | Teacher | Sequence[Source | Teacher]) -> lis
     return [item if isinstance(item, Teacher) else Teacher(item) for item in listed]
 
 
+def _cannot_take(network: nn.Module, call: Any, error: Exception) -> AccelError:
+    got = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors(call)[:4])
+    told = (str(error).splitlines() or [""])[0]
+    return AccelError(
+        f"the teacher {type(network).__name__} cannot take what the student was called with",
+        f"{type(error).__name__}: {told}, for {got or 'no tensors'}",
+        "use a teacher of the same inputs: arguments, sizes, and at least the student's vocabulary; or wrap it in a "
+        "module that converts them",
+    )
+
+
 def _classes(classes: Any) -> tuple[int, ...]:
     listed = tuple(classes) if isinstance(classes, (list, tuple, range)) else ()
     if not listed:
@@ -305,12 +382,6 @@ def _classes(classes: Any) -> tuple[int, ...]:
 
 class _Missing(nn.Module):
     """Stands for a network that is not there yet."""
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 def shares_parameters(one: nn.Module, other: nn.Module) -> bool:

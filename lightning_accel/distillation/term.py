@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_accel.distillation import losses
 from lightning_accel.distillation.arguments import whole
+from lightning_accel.distillation.criterion import CLASSES, LABELS, NUMBERS
 from lightning_accel.distillation.projector import LAYOUTS
 from lightning_accel.distillation.schedule import Moment, Number, is_constant, now, read
 from lightning_accel.errors import explain
@@ -25,6 +26,7 @@ class Kind(NamedTuple):
     reads: str  # "logits", or of features: "matched", "maps", "rows", "embedded"
     weight: float
     across_rows: bool = False  # a statistic of the whole batch
+    compares: str | None = CLASSES  # what logits are to it; `None` is a function of the user's
 
 
 KNOWN = {
@@ -33,6 +35,8 @@ KNOWN = {
     "dkd": Kind(losses.dkd, "logits", 1.0),
     "dist": Kind(losses.dist, "logits", 1.0, across_rows=True),
     "jsd": Kind(losses.jsd, "logits", 1.0),
+    "bce": Kind(losses.bce, "logits", 1.0, compares=LABELS),
+    "mse": Kind(losses.mse, "logits", 1.0, compares=NUMBERS),
     "fitnet": Kind(losses.fitnet, "matched", 100.0),
     "attention_transfer": Kind(losses.attention_transfer, "maps", 1000.0),
     "rkd": Kind(losses.rkd, "rows", 1.0, across_rows=True),
@@ -40,6 +44,8 @@ KNOWN = {
     "crd": Kind(losses.crd, "embedded", 0.8, across_rows=True),
 }
 """The losses that are known by name."""
+
+_ALSO = {"bce_kd": "bce"}
 
 
 class Term:
@@ -50,7 +56,8 @@ class Term:
         weight: Its factor; by default the paper's. A number, a `Ramp`, or a function of the `Moment`.
         temperature: Of the softmax, where the loss has one; as `weight`.
         layers: Pairs of layers for a loss on features: `{"layer2": "layer4"}`, `"layer2: layer4"`, a list
-            of names, or a `Select`. A function of your own reads logits without it.
+            of names, or a `Select`. A function of your own reads logits without it, in the form that the
+            networks give them; all other losses get them with the classes last.
         student_layout: Of the student's features, where their dimensions do not tell: "BHWC", "BCL".
         teacher_layout: As `student_layout`.
         teacher: Whose features, among several teachers.
@@ -77,6 +84,7 @@ class Term:
     ) -> None:
         kind = _kind(loss, layers is not None)
         self.loss, self.reads, self.across_rows = kind.loss, kind.reads, kind.across_rows
+        self.compares = kind.compares if kind.reads == "logits" else None
         self.name = loss if isinstance(loss, str) else getattr(loss, "__name__", "loss")
         self.weight = read(kind.weight if weight is None else weight, "weight")
         self.temperature: Number | None = None
@@ -201,6 +209,7 @@ def _term(name: str, value: Any) -> Term:
 
 def _kind(loss: Any, on_layers: bool) -> Kind:
     if isinstance(loss, str):
+        loss = _ALSO.get(loss, loss)
         if loss not in KNOWN:
             raise ValueError(
                 explain(
@@ -212,5 +221,8 @@ def _kind(loss: Any, on_layers: bool) -> Kind:
         raise ValueError(
             explain("a loss is a name or a function", repr(loss), f"pass one of {', '.join(KNOWN)}")
         )
-    known = next((kind for kind in KNOWN.values() if kind.loss is loss), None)
-    return known or Kind(loss, "matched" if on_layers else "logits", 1.0)
+    plain = loss.func if isinstance(loss, partial) else loss
+    known = next((kind for kind in KNOWN.values() if kind.loss is plain), None)
+    if known is not None:
+        return known._replace(loss=loss)
+    return Kind(loss, "matched" if on_layers else "logits", 1.0, compares=None)

@@ -3,22 +3,47 @@
 Random augmentation makes every epoch new to the teacher, and a cache of its answers stays cold.
 Here item i of epoch e is drawn with random states that depend on (seed, i, e mod views) alone: after
 `views` epochs every view was seen once, and with V views in E epochs the teacher runs for a share V/E.
+
+Somebody has to say which epoch it is. `Distillation` does, for all views that it finds within the training data,
+however they are wrapped; a loop of one's own calls `set_epoch`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import islice
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_accel.distillation.arguments import whole
 from lightning_accel.errors import explain
+from lightning_accel.surgery.preserve import runs
+
+_MOST, _MANY = 100_000, 1000
+"""Objects that are looked at, and entries of one container."""
+_ENDS = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    type,
+    ModuleType,
+    Tensor,
+    np.ndarray,
+    nn.Module,
+)
 
 
 class SeededViews(Dataset):
@@ -26,6 +51,7 @@ class SeededViews(Dataset):
 
     What `random`, `numpy.random` and the CPU generator of torch draw inside the dataset is covered;
     a generator of the dataset's own is not. The states of the process are put back after each item.
+    When items are asked for a third time and nobody has ever set the epoch, there is a warning.
 
     Args:
         dataset: A dataset with `__getitem__` and `__len__`.
@@ -60,24 +86,78 @@ class SeededViews(Dataset):
         self.views = whole(views, "views", 1)
         self.seed = whole(seed, "seed", 0)
         # in shared memory: worker processes that live on see the epoch of the main process
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._state = torch.zeros(3, dtype=torch.int64).share_memory_()  # epoch, was it set, items
 
     @property
     def epoch(self) -> int:
         """The epoch whose views are drawn."""
-        return int(self._epoch)
+        return int(self._state[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the views of `epoch` from now on, in the workers of a running DataLoader as well."""
-        self._epoch.fill_(epoch)
+        self._state[0], self._state[1] = epoch, 1
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        if self.views > 1 and not self._state[1]:
+            self._count()
         number = int(index) % len(self) if int(index) < 0 else int(index)
         with _seeded(f"{self.seed} {number} {self.epoch % self.views}"):
             return self.dataset[index]
+
+    def _count(self) -> None:
+        """Count an item, and warn where one view is shown for ever; workers may miss some of each other's."""
+        self._state[2] += 1
+        if self._state[2] == 2 * len(self) + 1:
+            warnings.warn(
+                explain(
+                    f"`SeededViews` of {self.views} views shows one of them for ever",
+                    f"{2 * len(self)} items were drawn, and nobody has set the epoch",
+                    "call `set_epoch(epoch)` at the start of each, or keep the dataset where `Distillation` "
+                    "finds it: in an attribute of the loader's dataset",
+                ),
+                stacklevel=3,
+            )
+
+
+def views_in(*data: Any) -> list[SeededViews]:
+    """Return all `SeededViews` within loaders and datasets, behind whatever attributes and containers.
+
+    >>> views = SeededViews([1, 2], 2)
+    >>> views_in({"train": [torch.utils.data.ConcatDataset([[0], views])]}) == [views]
+    True
+    """
+    found, seen, ahead = [], set[int](), deque(data)
+    kept = []  # so that no id comes again
+    while ahead and len(seen) < _MOST:
+        value = ahead.popleft()
+        if isinstance(value, _ENDS) or id(value) in seen or runs(value):
+            continue
+        seen.add(id(value))
+        kept.append(value)
+        if isinstance(value, SeededViews):
+            found.append(value)
+        ahead.extend(_within(value))
+    return found
+
+
+def _within(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from islice(value.values(), _MANY)
+    elif isinstance(value, (list, tuple, set, deque)):
+        yield from islice(value, _MANY)
+    yield from getattr(value, "__dict__", {}).values()
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            yield getattr(value, name, None)
+    if callable(value):  # a collate function, a method, a partial, or what a function closes over
+        yield from (getattr(value, name, None) for name in ("__self__", "func", "args"))
+        for cell in getattr(value, "__closure__", None) or ():
+            with suppress(ValueError):  # a name that its function has not bound yet
+                yield cell.cell_contents
 
 
 @contextmanager

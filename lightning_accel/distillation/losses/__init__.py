@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from lightning_accel.distillation.losses.features import attention_transfer, fitnet
 from lightning_accel.distillation.losses.logits import dist, dkd, jsd, kd, logit_standardized_kd
+from lightning_accel.distillation.losses.outputs import bce, mse
 from lightning_accel.distillation.losses.relations import crd, rkd, similarity_preserving
 
 __all__ = [
     "attention_transfer",
+    "bce",
     "crd",
     "dist",
     "dkd",
@@ -23,6 +25,7 @@ __all__ = [
     "jsd",
     "kd",
     "logit_standardized_kd",
+    "mse",
     "rkd",
     "similarity_preserving",
 ]

@@ -1,0 +1,241 @@
+"""Whether losses on logits suit what student and teacher give: checked on the first batch, before it counts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_accel.distillation.criterion import (
+    CLASSES,
+    LABELS,
+    NUMBERS,
+    Usage,
+    are_distributions,
+)
+from lightning_accel.distillation.locate import is_whole
+from lightning_accel.distillation.seen import IDS, LOGITS, Seen
+from lightning_accel.distillation.term import Term
+from lightning_accel.errors import AccelError, explain
+from lightning_accel.surgery.call import tensors
+
+_FEW = 32  # numbers between 0 and 1 that may be so by chance
+_BOXES = {"boxes", "bboxes", "bbox", "box"}
+
+
+def picked(logits: Tensor, classes: Sequence[int]) -> Tensor:
+    """Return the teacher's logits of some of its classes, in their order.
+
+    >>> picked(torch.tensor([[5.0, 6.0, 7.0]]), [2, 0])
+    tensor([[7., 5.]])
+    """
+    if max(classes) >= logits.shape[-1]:
+        raise AccelError(
+            "`Teacher(classes=)` names a class that the teacher does not have",
+            f"{max(classes)}, of a teacher with {logits.shape[-1]} classes",
+            f"pass for each class of the student the teacher's index of it, from 0 to {logits.shape[-1] - 1}",
+        )
+    return logits[..., list(classes)]
+
+
+def check_outputs(terms: Mapping[str, Term], seen: Seen, usage: Usage) -> None:
+    """Raise where a softmax would make classes of what are labels, numbers, or boxes beside classes.
+
+    Args:
+        terms: The losses.
+        seen: The student's first call, with or without an answer.
+        usage: What the user's criteria take its logits for.
+    """
+    for name, term in terms.items():
+        if term.compares == CLASSES and seen.logits is not None:
+            _refuse_other_outputs(name, seen, usage)
+
+
+def check_logits(terms: Mapping[str, Term], seen: Seen) -> None:
+    """Raise when a loss on logits would compare what is not there, or not comparable.
+
+    Raises:
+        AccelError: No logits, other shapes, no telling which dimension holds the classes, or probabilities in
+            place of logits.
+    """
+    needed = {name: term for name, term in terms.items() if term.reads == LOGITS}
+    if not needed:
+        return
+    _require_logits(next(iter(needed)), seen)
+    for name, term in needed.items():
+        if term.compares == CLASSES:
+            _require_class_dim(name, seen)
+            _refuse_probabilities(name, seen)
+        if term.compares == LABELS:
+            _refuse_shares(name, seen)
+
+
+def check_top_classes(terms: Mapping[str, Term], top_k: int, class_dim: int | None) -> None:
+    """Raise where a cache that keeps the largest logits alone would lose what a loss compares."""
+    on_logits = {name: term for name, term in terms.items() if term.reads == LOGITS}
+    others = [name for name, term in on_logits.items() if term.compares in (LABELS, NUMBERS)]
+    if others:
+        raise AccelError(
+            "a cache of the top classes holds no labels and no numbers",
+            f"top_k={top_k} with the loss `{others[0]}`",
+            "use a cache without `top_k`",
+        )
+    if on_logits and class_dim is None:
+        raise AccelError(
+            "a cache of the top classes cannot tell which dimension of the logits holds them",
+            "no criterion or labels that say it",
+            "pass class_dim=1 or class_dim=-1, or a cache without `top_k`",
+        )
+
+
+def warn_of_others(seen: Seen, counted: Tensor) -> None:
+    """Warn where distillation counts positions of a sequence that the user's own criterion leaves out."""
+    if seen.places.mask is not None or seen.logits is None or seen.logits.dim() < 3:
+        return
+    others = ~counted if seen.valid is None else seen.valid & ~counted
+    if bool(others.any()):
+        warnings.warn(
+            explain(
+                "distillation counts positions that the training step's own criterion leaves out",
+                f"{int(others.sum())} of {others.numel()}",
+                "pass `mask=`: a key or an index into the batch, or a function of it",
+            ),
+            stacklevel=2,
+        )
+
+
+def _require_logits(name: str, seen: Seen) -> None:
+    student, teacher, ids = seen.logits, seen.answer.get(LOGITS), seen.answer.get(IDS)
+    if student is None or teacher is None:
+        raise AccelError(
+            f"`{name}` needs logits",
+            f"the {'student' if student is None else 'teacher'} returns no tensor, or several, of "
+            f"shape (batch, ..., classes) within a {type(seen.record.output).__name__}",
+            "name the layers that give them: logits='head: fc', or use losses on features",
+        )
+    shape = teacher.shape if ids is None else (*teacher.shape[:-1], student.shape[-1])
+    if student.shape != torch.Size(shape):
+        raise AccelError(
+            "the logits of the student and the teacher do not match",
+            f"{tuple(student.shape)} and {tuple(shape)}",
+            "use a teacher with the same classes or vocabulary, `Teacher(classes=)` to pick "
+            "them, or losses on features",
+        )
+
+
+def _require_class_dim(name: str, seen: Seen) -> None:
+    if seen.places.class_dim is None:
+        assert seen.given_logits is not None
+        raise AccelError(
+            f"`{name}` cannot tell which dimension of the logits holds the classes",
+            f"logits {tuple(seen.given_logits.shape)}, and no criterion or labels that say it",
+            "pass class_dim=1 for (batch, classes, ...) or class_dim=-1 for (batch, ..., classes)",
+        )
+
+
+def _refuse_other_outputs(name: str, seen: Seen, usage: Usage) -> None:
+    assert seen.logits is not None
+    shape = tuple(seen.logits.shape)
+    if shape[-1] == 1 and seen.places.class_dim is not None:
+        found, what = f"outputs {shape}: one class is always certain", "a single number"
+    elif usage.beside and usage.classes is not None:
+        found = f"{usage.classes} of {shape[-1]} outputs go into the criterion of classes"
+        what = "classes beside other numbers"
+    elif CLASSES in usage.kinds or usage.class_dim is not None:
+        return
+    elif usage.kinds and not usage.soft and not _is_penalty(seen, usage):
+        kinds = " and ".join(sorted(usage.kinds))
+        found, what = f"the training step's own criterion takes outputs {shape} for {kinds}", kinds
+    elif not usage.kinds and (target := _other_target(seen)) is not None:
+        found = f"targets {tuple(target.shape)} of {target.dtype} whose rows are no distributions"
+        what = f"{LABELS} or {NUMBERS}"
+    elif not usage.kinds and any(_is_of_rows(box, seen) for box in _boxes(seen.batch)):
+        found, what = f"boxes in the batch, and outputs {shape}", "classes beside other numbers"
+    else:
+        return
+    raise AccelError(
+        f"`{name}` compares classes, and these outputs are {what}",
+        found,
+        "use 'bce' for labels of which several may be true, 'mse' for numbers; where only some outputs are "
+        "classes, name the layers that give those: logits='class_head'",
+    )
+
+
+def _is_penalty(seen: Seen, usage: Usage) -> bool:
+    """Tell whether the criteria know nothing of the batch: targets all alike, or beside a class for each position."""
+    assert seen.logits is not None
+    if not all(_over_classes(target, seen) for target in seen.of_outputs):
+        return False
+    given = [t for t in tensors(seen.batch) if not is_whole(t) or t.dtype == torch.bool]
+    if any(_same(target, leaf) for target in usage.others for leaf in given):
+        return False
+    if seen.target is not None and is_whole(seen.target):
+        return seen.target.shape == seen.logits.shape[:-1]
+    return all(bool((target == target.flatten()[:1]).all()) for target in usage.others)
+
+
+def _same(target: Tensor, given: Tensor) -> bool:
+    return target.numel() == given.numel() and torch.equal(
+        target.flatten().double(), given.flatten().double()
+    )
+
+
+def _other_target(seen: Seen) -> Tensor | None:
+    """Return a target of the outputs' own shape that is no distribution over classes, if it is the only one."""
+    assert seen.given_logits is not None
+    found = [seen.target] if seen.target is not None and _may_be_classes(seen) else seen.of_outputs
+    alike = (t for t in found if t.shape == seen.given_logits.shape)
+    return next((target for target in alike if not _over_classes(target, seen)), None)
+
+
+def _may_be_classes(seen: Seen) -> bool:
+    """Tell whether labels that were found are numbers of classes, and not of samples, say."""
+    if seen.places.target is not None or seen.target is None or seen.labelled is None:
+        return True
+    assert seen.logits is not None
+    outside = (seen.target < 0) | (seen.target >= seen.logits.shape[-1])
+    return not bool((outside & seen.labelled).any())
+
+
+def _over_classes(target: Tensor, seen: Seen) -> bool:
+    dim = seen.places.class_dim
+    return any(are_distributions(target, d) for d in ((1, -1) if dim is None else (dim,)))
+
+
+def _boxes(node: object) -> list[Tensor]:
+    """Return the tensors that a batch calls boxes."""
+    if isinstance(node, Mapping):
+        named = [v for key, v in node.items() if str(key).lower() in _BOXES]
+        return tensors(named) + [box for value in node.values() for box in _boxes(value)]
+    return [b for value in node for b in _boxes(value)] if isinstance(node, (list, tuple)) else []
+
+
+def _is_of_rows(box: Tensor, seen: Seen) -> bool:
+    """Tell whether there is a box for each row of outputs, or no label that says what else these are."""
+    assert seen.logits is not None
+    return seen.target is None or box.shape[:-1] == seen.logits.shape[:-1]
+
+
+def _refuse_probabilities(name: str, seen: Seen) -> None:
+    assert seen.logits is not None
+    for who, logits in (("student", seen.logits), ("teacher", seen.answer[LOGITS])):
+        if IDS not in seen.answer and logits.numel() and are_distributions(logits.detach()):
+            raise AccelError(
+                f"`{name}` takes the softmax of logits, and the {who} gives probabilities",
+                f"outputs {tuple(logits.shape)} that are at least 0 and sum to 1",
+                "return what comes before the softmax, or name the layer that gives it: logits='head'",
+            )
+
+
+def _refuse_shares(name: str, seen: Seen) -> None:
+    assert seen.logits is not None
+    both = seen.logits.detach(), seen.answer[LOGITS]
+    within = all(bool(((side >= 0) & (side <= 1)).all()) for side in both)
+    if within and min(side.numel() for side in both) >= _FEW:
+        raise AccelError(
+            f"`{name}` takes the sigmoid of logits, and these outputs seem to be probabilities",
+            f"outputs {tuple(both[0].shape)}, all between 0 and 1, of student and teacher",
+            "return what comes before the sigmoid, or name the layer that gives it: logits='head'",
+        )
