@@ -20,9 +20,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_accel.compilation import WarmStart, pack, unpack
-from lightning_accel.compilation.warm import cache, seal
+from lightning_accel.compilation.warm import cache
 from lightning_accel.compilation.warm import callback as adapter
 from lightning_accel.errors import AccelError, NoEffect
+from lightning_accel.seal import seal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
@@ -66,7 +67,7 @@ def rewrite(path: Path, change: Any) -> None:
     manifest = json.loads(inside["manifest.json"])
     change(manifest, inside)
     inside["manifest.json"] = json.dumps(manifest).encode()
-    inside["seal.txt"] = seal.seal(inside["manifest.json"]).encode()
+    inside["seal.txt"] = seal(inside["manifest.json"]).encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in inside.items():
             archive.writestr(name, content)

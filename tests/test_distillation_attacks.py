@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_accel import Distillation, DistillationModule
 from lightning_accel.distillation import Teacher, TeacherCache
-from lightning_accel.distillation.seal import VARIABLE, secret
+from lightning_accel.seal import VARIABLE, secret
 
 X = torch.arange(24.0).reshape(4, 6)
 MARK = b"the victim's own"
@@ -80,7 +80,7 @@ def test_answers_of_another_user_are_never_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled(tmp_path / "c")
-    monkeypatch.setenv(VARIABLE, "another user's")
+    monkeypatch.setenv(VARIABLE, "another user's" * 3)
     cache = opened(tmp_path / "c")
     cache.look_up((X,), {}, says)
     assert cache.hits == 0
@@ -186,8 +186,8 @@ def test_a_cache_is_for_its_user_alone(tmp_path: Path) -> None:
 @pytest.fixture
 def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv(VARIABLE)
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "lightning_accel" / "cache.key"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "lightning_accel" / "key"
 
 
 def test_a_key_is_made_once_and_read_by_its_user_alone(at_home: Path) -> None:

@@ -29,12 +29,12 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.distillation.arguments import number, path_of, whole
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.seal import own_folder, put, sealed, secret
 
 from .answers import Answer, Layout, digest, short_ids
 from .checks import EXACT, Checks, alike, try_rows
 from .folder import layouts_in, remove_unused
 from .keys import row_keys
-from .seal import own_folder, put, sealed, secret
 from .store import SCHEMA, Store, bytes_in
 from .topk import compress
 
@@ -137,7 +137,7 @@ class TeacherCache:
         self._temperature = temperature if self.top_k else 1.0
         try:
             self._key = secret()
-        except OSError as error:
+        except AccelError as error:
             self._give_up(error)
         about = {
             "schema": SCHEMA,
@@ -351,7 +351,7 @@ class TeacherCache:
         """Return what proves that a row of this layout, of this teacher, was written by this user."""
         return sealed(self._key, self._salt, layout.digest.encode())
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, error: Exception) -> None:
         self._enabled = False
         warnings.warn(
             explain(

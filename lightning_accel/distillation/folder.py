@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from lightning_accel.seal import is_own
+
 from .answers import Entry, Layout
-from .seal import is_own
 from .store import bytes_in
 
 _HEX = set("0123456789abcdef")

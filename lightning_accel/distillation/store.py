@@ -37,8 +37,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.errors import explain
-
-from .seal import is_own, open_own, own_folder, put
+from lightning_accel.seal import is_own, open_own, own_folder, put
 
 SCHEMA = 2
 _MAGIC = b"accel-cache\0"

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import AccelError
-from lightning_accel.surgery.footprint import _EVERYWHERE, _IDLE, _OURS
+from lightning_accel.surgery.held import EVERYWHERE, IDLE, OURS
 from lightning_accel.surgery.origin import (
     function_of,
     is_a,
@@ -111,7 +111,7 @@ class _Reading:
         """Return the digest of a module and its world."""
         self.say(sys.version_info[:2], torch.__version__)
         self.take(module, "")
-        for what, hooks in _EVERYWHERE:
+        for what, hooks in EVERYWHERE:
             self.take([_plain(hook) for hook in hooks.values()], what)
         return self._sum.hexdigest()
 
@@ -292,7 +292,7 @@ class _Reading:
         for name in _HOOKS:
             hooks = map(_plain, held.pop(name, {}).values())
             self.take([hook for hook in hooks if not hasattr(hook, "_accel_own")], f"{where} hooks")
-        unread: tuple[str, ...] = (*_IDLE, *_OURS, *_OF_HOOKS)
+        unread: tuple[str, ...] = (*IDLE, *OURS, *_OF_HOOKS)
         unread += _OF_A_FIT if is_a(value, "lightning.") else ()
         unread += ("_graph",) if isinstance(value, torch.fx.GraphModule) else ()  # its code tells
         self._attributes(value, {k: v for k, v in held.items() if k not in unread}, where)

@@ -28,11 +28,11 @@ _LIBRARIES = (
     "collections",
 )
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
-_EVERYWHERE = (
+EVERYWHERE = (
     ("hooks of all modules", nn.modules.module._global_forward_hooks),
     ("hooks of all modules", nn.modules.module._global_forward_pre_hooks),
 )
-_OURS = ("_compiled_call_impl", "_trainer", "_fabric", "_accel_own")
+OURS = ("_compiled_call_impl", "_trainer", "_fabric", "_accel_own")
 _OF_THE_FIT = {
     *(
         "_trainer",
@@ -43,7 +43,7 @@ _OF_THE_FIT = {
     ),
     *("_fabric_optimizers", "_compiler_ctx", "_parameters", "_buffers", "_modules"),
 }
-_IDLE = (
+IDLE = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_non_persistent_buffers_set",
@@ -214,7 +214,7 @@ def held(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """Yield name, what can change, and a copy of it one level deep: attributes, containers, hooks."""
     kinds = dict.fromkeys(kind for one in module.modules() for kind in type(one).__mro__)
     users = [(k.__name__, k) for k in kinds if not k.__module__.startswith(_LIBRARIES)]
-    yield from held_by([*module.named_modules(), *users, *_EVERYWHERE])
+    yield from held_by([*module.named_modules(), *users, *EVERYWHERE])
 
 
 def held_by(level: list[tuple[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
@@ -237,7 +237,7 @@ def held_by(level: list[tuple[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
                 following += [
                     (f"{where}.{key}".strip("."), v)
                     for key, v in inside
-                    if leads_on(v) and key not in _IDLE and key not in _OURS
+                    if leads_on(v) and key not in IDLE and key not in OURS
                 ]
         level = following
 

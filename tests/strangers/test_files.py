@@ -26,11 +26,10 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_accel import Distillation, allowed, load_from_checkpoint
+from lightning_accel import Distillation, allowed, load_from_checkpoint, seal
 from lightning_accel._hydra_plugins import PresetFile, register
 from lightning_accel.cli import main
 from lightning_accel.compilation import WarmStart, pack, unpack
-from lightning_accel.compilation.warm import seal
 from lightning_accel.errors import AccelError, UnsafeFile
 from lightning_accel.job import job
 from lightning_accel.measure import Report

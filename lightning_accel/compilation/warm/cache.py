@@ -33,8 +33,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_accel.compilation.warm.seal import is_sealed, key_file, refuse_others, seal
 from lightning_accel.errors import AccelError, NoEffect, explain
+from lightning_accel.seal import is_sealed, key_file, refuse_others, seal
 
 _FORMAT = 3  # 1 could hold values of attributes that had changed since, 1 and 2 have no seal
 _MANIFEST, _SEAL, _ARTIFACTS, _FILES = "manifest.json", "seal.txt", "artifacts.bin", "files/"

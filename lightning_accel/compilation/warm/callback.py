@@ -25,8 +25,8 @@ from lightning_accel.compilation.warm.cache import (
     pack,
     unpack,
 )
-from lightning_accel.compilation.warm.seal import refuse_others
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.seal import refuse_others
 
 _COUNTERS = ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")
 
