@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -124,11 +125,14 @@ ROWS = (
     torch.arange(8) % 3,
 )  # inputs, boxes, classes
 SINGLE = (LABELLED[0], torch.ones(8, 1))
-REFUSED: dict[str, tuple[int, Any, Any]] = {
+HEARD: dict[str, tuple[int, Any, Any]] = {
     "labels": (3, lambda n, b: BCE(n(b[0]), b[1]), LABELLED),
     "a module": (3, lambda n, b: nn.BCEWithLogitsLoss()(n(b[0]), b[1]), LABELLED),
     "after a sigmoid": (3, lambda n, b: F.binary_cross_entropy(n(b[0]).sigmoid(), b[1]), LABELLED),
     "numbers": (3, lambda n, b: MSE(n(b[0]), b[1]), (LABELLED[0], LABELLED[0][:, :3])),
+    "one output": (1, lambda n, b: BCE(n(b[0]), b[1]), SINGLE),
+}  # fmt: skip
+REFUSED: dict[str, tuple[int, Any, Any]] = {
     "own criterion": (3, custom, LABELLED),
     "truth values": (3, custom, (LABELLED[0], LABELLED[0][:, :3] > 0)),
     "whole 0 and 1": (3, custom, (LABELLED[0], (LABELLED[0][:, :3] > 0).long())),
@@ -138,7 +142,6 @@ REFUSED: dict[str, tuple[int, Any, Any]] = {
     "numbers beside numbers of samples": (
         3, lambda n, b: (n(b[0]) - b[1]).square().mean(), (LABELLED[0], LABELLED[1], torch.arange(8)),
     ),
-    "one output": (1, lambda n, b: BCE(n(b[0]), b[1]), SINGLE),
     "boxes": (7, detection, ROWS),
     "boxes by overlap": (7, by_overlap, ROWS),
     "boxes by name": (
@@ -146,6 +149,22 @@ REFUSED: dict[str, tuple[int, Any, Any]] = {
         {"x": ROWS[0], "target": {"boxes": ROWS[1], "labels": ROWS[2]}},
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HEARD)
+def test_kd_is_computed_for_what_the_criterion_takes_the_outputs_for(fit: Fit, kind: str) -> None:
+    width, step, batch = HEARD[kind]
+    form = "mse" if kind == "numbers" else "bce"
+    found = []
+    for loss in ({"kd": {"weight": 1.0}}, {form: {"weight": 1.0}}):
+        torch.manual_seed(0)
+        net, guide = nets(lambda: nn.Linear(4, width))
+        said = pytest.warns(UserWarning, match=f"`kd` is computed as `{form}`.*Found.*Do")
+        with said if "kd" in loss else nullcontext():
+            found.append(fitted(fit, net, guide, step, batch, losses=loss).net)
+    assert apart(*found) == 0
+    with pytest.raises(AccelError, match=r"`dkd` compares classes.*Found.*'bce'.*'mse'"):
+        fitted(fit, net, guide, step, batch, losses="dkd")
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -26,6 +26,7 @@ from lightning_accel.distillation.suitable import (
     check_logits,
     check_outputs,
     picked,
+    suited,
     warn_of_others,
 )
 from lightning_accel.distillation.tape import Record
@@ -74,7 +75,8 @@ class Engine:
         mask: Where = None,
         cache: TeacherCache | None = None,
     ) -> None:
-        self.terms = dict(terms)
+        self.asked, self.terms = dict(terms), dict(terms)
+        """The summands as they were asked for, and as they suit what is taught."""
         self.task_weight = task_weight
         self.logits, self.class_dim = logits, class_dim
         self.target, self.mask = target, mask
@@ -184,6 +186,7 @@ class Engine:
         moved = self.see(record, {}, batch).logits
         self.reading, counted = read(self.target, batch, record, moved, self.usage)
         seen = self.see(record, {}, batch)
+        self.terms = suited(self.asked, seen, self.usage)
         check_outputs(self.terms, seen, self.usage)
         if counted is not None and any(term.reads == LOGITS for term in self.terms.values()):
             warn_of_others(seen, counted)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_accel.distillation import losses
 from lightning_accel.distillation.criterion import (
     CLASSES,
     LABELS,
@@ -21,6 +22,8 @@ from lightning_accel.distillation.term import Term
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery.call import tensors
 
+_FORMS = {LABELS: "bce", NUMBERS: "mse"}
+"""What soft labels are for outputs that are no classes."""
 _FEW = 32  # numbers between 0 and 1 that may be so by chance
 _BOXES = {"boxes", "bboxes", "bbox", "box"}
 
@@ -38,6 +41,39 @@ def picked(logits: Tensor, classes: Sequence[int]) -> Tensor:
             f"pass for each class of the student the teacher's index of it, from 0 to {logits.shape[-1] - 1}",
         )
     return logits[..., list(classes)]
+
+
+def suited(terms: Mapping[str, Term], seen: Seen, usage: Usage) -> dict[str, Term]:
+    """Return the losses, with `kd` for what the user's own criterion takes the outputs for, and a word of it.
+
+    Soft labels are one idea in three forms: of one class out of several, of labels of which several may be true
+    (`bce`), and of numbers (`mse`). Only a criterion that was heard decides; a loss that is made for classes stays.
+
+    Args:
+        terms: The losses as asked for.
+        seen: The student's first call.
+        usage: What the user's criteria take the logits for.
+    """
+    sure = len(usage.kinds) == 1 and not (usage.soft or usage.beside or usage.class_dim is not None)
+    if not sure or seen.logits is None or _is_penalty(seen, usage):
+        return dict(terms)
+    if not usage.others or any(t.numel() != seen.logits.numel() for t in usage.others):
+        return dict(terms)  # boxes beside labels, say
+    form = _FORMS.get(next(iter(usage.kinds)))
+    found = {}
+    for name, term in terms.items():
+        found[name] = term
+        if form is not None and term.loss is losses.kd:
+            found[name] = term.in_form(form)
+            warnings.warn(
+                explain(
+                    f"`{name}` is computed as `{form}`: a softmax would make classes of these outputs",
+                    f"a criterion of {next(iter(usage.kinds))} in the training step",
+                    f"say '{form}' to have it without this word",
+                ),
+                stacklevel=2,
+            )
+    return found
 
 
 def check_outputs(terms: Mapping[str, Term], seen: Seen, usage: Usage) -> None:

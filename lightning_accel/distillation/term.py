@@ -104,6 +104,13 @@ class Term:
         self.keywords = keywords
         self._check()
 
+    def in_form(self, name: str) -> Term:
+        """Return this summand with a known loss in the place of its own: same weight, and temperature where it has one."""
+        made = Term(name, weight=self.weight, teacher=self.teacher)
+        if "temperature" in made.takes:
+            made.temperature = self.temperature
+        return made
+
     @cached_property
     def takes(self) -> frozenset[str]:
         """Return the names of the keywords that the loss takes."""
