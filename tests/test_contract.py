@@ -202,6 +202,8 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 every_row = pytest.mark.parametrize("row", ROWS)
+each_alone = pytest.mark.parametrize("row", [row for row in ROWS if "+" not in row])
+"""Each technique alone, and all together: where pairs say no more."""
 
 
 class Fitted(NamedTuple):
@@ -276,7 +278,7 @@ def test_the_module_copies_and_pickles_after_a_fit(fitted: Any, row: str) -> Non
     torch.testing.assert_close(pickle.load(buffer)(x), model.net(x))  # noqa: S301
 
 
-@every_row
+@each_alone
 def test_every_parameter_still_learns_at_the_end(fit: Fit, row: str) -> None:
     class Last(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -287,7 +289,7 @@ def test_every_parameter_still_learns_at_the_end(fit: Fit, row: str) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(last.before, model.parameters(), strict=True))
 
 
-@every_row
+@each_alone
 def test_train_flags_and_requires_grad_are_the_users(fit: Fit, row: str) -> None:
     model = module()
     model.net.conv[1].eval()
@@ -336,7 +338,7 @@ def test_a_fresh_trainer_evaluates_the_checkpoint(
         assert found == expected, verb
 
 
-@every_row
+@each_alone
 def test_accumulation_and_clipping_work(fit: Fit, row: str) -> None:
     model = module()
     trainer = fit(model, row, accumulate_grad_batches=2, gradient_clip_val=0.5)
@@ -344,7 +346,7 @@ def test_accumulation_and_clipping_work(fit: Fit, row: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@every_row
+@each_alone
 def test_manual_optimization_works(fit: Fit, row: str) -> None:
     model = module(Manual)
     trainer = fit(model, row)
@@ -352,14 +354,14 @@ def test_manual_optimization_works(fit: Fit, row: str) -> None:
     assert len(model.orders) == 12
 
 
-@every_row
+@each_alone
 def test_a_moving_average_goes_along(fit: Fit, row: str) -> None:
     model = module()
     fit(model, row, EMAWeightAveraging(decay=0.9))
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@every_row
+@each_alone
 def test_it_learns_what_the_plain_run_learns(fitted: Any, row: str) -> None:
     plain, with_row = (
         float(fitted(name, 12).trainer.callback_metrics["val_loss"]) for name in (None, row)
@@ -368,7 +370,7 @@ def test_it_learns_what_the_plain_run_learns(fitted: Any, row: str) -> None:
     assert with_row < plain + 0.3
 
 
-@every_row
+@each_alone
 def test_fast_dev_run_works(fit: Fit, row: str) -> None:
     model = module()
     fit(model, row, fast_dev_run=True)

@@ -892,8 +892,7 @@ print(teacher.rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [MIB, 16_000])
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("processes", "limit"), [(2, 16_000), (4, MIB)])
 def test_processes_on_one_cache_at_once_get_the_bits_of_the_teacher(
     tmp_path: Path, processes: int, limit: int
 ) -> None:

@@ -519,7 +519,7 @@ def test_a_failed_write_leaves_the_old_file_whole(
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("lightning_accel.measure.report.os.fsync", fail)
+    monkeypatch.setattr("lightning_accel.places.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         Report(Side(params=2)).save(path)
     assert path.read_text() == old

@@ -23,11 +23,10 @@ CASES = [
     plain.Case("Draws", "own random", "resumed, both"),
     plain.Case("Manual", "two by name", "a step fails"),
 ]
-NAMES = ["prune", "masks", "sparsity", "distill", "loading", "measure", "lean", "optimizer"]
-NAMES += ["checkpointing", "compile", "tune, too short", "warm", "bf16", "together"]
+TEAMS = [plain.Team(tuple(n for n in team if n not in plain.DEAR)) for team in plain.TEAMS]
 
 
-def follow(case: plain.Case, name: str | None, beside: dict[str, Any], folder: Path) -> Any:
+def follow(case: plain.Case, team: plain.Team | None, beside: dict[str, Any], folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     kwargs = {
         "accelerator": "cpu",
@@ -39,7 +38,7 @@ def follow(case: plain.Case, name: str | None, beside: dict[str, Any], folder: P
         "num_sanity_val_steps": 0,
         "default_root_dir": str(folder),
     }
-    record = plain.follow(case, name, beside, kwargs)
+    record = plain.follow(case, team, beside, kwargs)
     torch.distributed.barrier()
     for left in record.values():
         if (
@@ -52,14 +51,13 @@ def follow(case: plain.Case, name: str | None, beside: dict[str, Any], folder: P
 if __name__ == "__main__":
     folder, failed, fits = Path(sys.argv[1]), {}, 0
     expected: dict[str, Any] = {}
-    for index, name in enumerate(NAMES):
-        case = CASES[index % len(CASES)]
-        beside = plain.TECHNIQUES[name].beside
+    for index, team in enumerate(TEAMS):
+        case, beside, name = CASES[index % len(CASES)], team.beside, "-".join(team.names)
         key = f"{'-'.join(case)}{len(beside)}"
         if key not in expected:
             expected[key] = follow(case, None, beside, folder / key)
         try:
-            plain.assert_same(follow(case, name, beside, folder / name), expected[key])
+            plain.assert_same(follow(case, team, beside, folder / name), expected[key])
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"[:600]
         fits += 1
