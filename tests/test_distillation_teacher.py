@@ -314,7 +314,7 @@ def said(lit: nn.Module, model: Module, caplog: Any, fit: Fit) -> Tensor:
         heard.append(teacher)
         return (student - teacher).square().mean()
 
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(model, Distillation(teacher(lit), {"spy": {"loss": spy}}, student="net"))
     return heard[0]
 
