@@ -179,6 +179,48 @@ def test_a_comparison_leaves_nothing_behind(name: str) -> None:
     assert found.samples is not None and found.samples.num_checked >= 3 and not found.samples.reason
 
 
+n = 1000
+GENERATOR = torch.Generator()
+
+
+class Tally(nn.Linear):
+    n = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Tally.n += 1
+        return super().forward(x) * Tally.n
+
+
+class Draws(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.rand((), generator=GENERATOR)
+
+
+class Clamps(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.weight.data.clamp_(-0.1, 0.1)
+        return out
+
+
+@pytest.mark.parametrize("kind", [Tally, Draws, Clamps])
+def test_a_comparison_leaves_nothing_behind_in_files_classes_and_weights(kind: Any) -> None:
+    net = nn.Sequential(kind(8, 8))
+    plain = copy.deepcopy(net)
+    compile_blocks(net, select="0", backend="eager")
+    found = region(net[0])
+    seen, inputs = [], [torch.randn(4, 8) for _ in range(6)]
+    for one in (net, plain):
+        Tally.n = 0
+        GENERATOR.manual_seed(0)
+        seen.append([step(one, x.clone()) for x in inputs])
+    for compiled, eager in zip(*seen, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+    assert n == 1000 and Tally.n in (0, 6)
+    assert found is not None and found.samples is not None
+    assert found.samples.num_checked or "weights" in found.samples.left_out
+
+
 @pytest.mark.parametrize(
     ("act", "what"),
     [

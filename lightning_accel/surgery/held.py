@@ -6,10 +6,12 @@ attributes and module-level names where the `forward` itself names them.
 
 from __future__ import annotations
 
+import dis
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from functools import lru_cache
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ _CALLS = 3
 MOST = 4096
 """Objects that are looked into, and entries of a container that are."""
 _CONTAINERS = (dict, list, set, deque)
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _LIBRARIES = (
     *("torch.", "torchmetrics.", "lightning.", "lightning_accel.", "numpy", "builtins", "typing"),
     "collections",
@@ -124,17 +126,21 @@ class _Named:
             named = [g[n] for g, n in [*found, *self.places]]
             functions = [f for f in named if isinstance(f, FunctionType) and _is_users(f)]
 
+        # By file and name: a class attribute and several files may each have one of the same name.
+        self.globals = {f"{g.get('__name__')}.{n}": (g, n) for g, n in self.places}
+
     def items(self) -> Any:
-        return [*((n, g[n]) for g, n in self.places if n in g), *vars(self.kind).items()]
+        found = [(key, g[n]) for key, (g, n) in self.globals.items() if n in g]
+        return [*found, *vars(self.kind).items()]
 
     def copy(self) -> dict[str, Any]:
         return dict(self.items())
 
     def put_back(self, copied: dict[str, Any]) -> None:
-        places = {n: g for g, n in self.places}
         for key in differing(self, copied):
-            if key in places:
-                places[key][key] = copied[key]
+            if key in self.globals:
+                names, name = self.globals[key]
+                names[name] = copied[key]
             elif key in copied:
                 setattr(self.kind, key, copied[key])
             else:
@@ -147,9 +153,16 @@ class _Named:
 
 
 def _names(function: Any) -> list[tuple[dict[str, Any], str]]:
-    """Return where the module-level names are that a function reads."""
+    """Return where the module-level names are that a function reads or writes."""
     code = getattr(function, "__code__", None)
-    return [(function.__globals__, n) for n in code.co_names] if code is not None else []
+    return [(function.__globals__, n) for n in _globals_of(code)] if code is not None else []
+
+
+@lru_cache(maxsize=4096)
+def _globals_of(code: CodeType) -> tuple[str, ...]:
+    """Return the names of a function that are not attributes of something."""
+    found = [i.argval for i in dis.get_instructions(code) if i.opname.endswith("_GLOBAL")]
+    return tuple(dict.fromkeys(found))
 
 
 def _is_users(value: Any) -> bool:
@@ -265,7 +278,7 @@ def leads_on(value: Any) -> bool:
         return len(value) <= MOST and any(map(leads_on, value))
     if isinstance(value, type):
         return not value.__module__.startswith(_LIBRARIES)
-    if isinstance(value, (*_GENERATORS, *_FUNCTIONS, ModuleType)):
+    if isinstance(value, (*GENERATORS, *_FUNCTIONS, ModuleType)):
         return False
     if isinstance(value, nn.Module):
         return True

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_accel.surgery.held import (
+    GENERATORS,
     MOST,
     behind,
     differing,
@@ -97,7 +98,9 @@ class Moments:
         parameters = {id(m._parameters) for m in module.modules()}
         self.live = [live for _, live, _ in found if id(live) not in parameters]
         self.copies = [copied for _, live, copied in found if id(live) not in parameters]
+        named = [v for live in self.live if hasattr(live, "globals") for _, v in live.items()]
         self.generators = generators(*(vars(inner) for inner in module.modules()))
+        self.generators += [v for v in named if isinstance(v, GENERATORS)]
         self._most = 2 * len(self.live) + 16
         self.count += 1
         self._find_tensors(module)
