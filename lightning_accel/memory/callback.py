@@ -250,7 +250,10 @@ class ActivationCheckpointing(ModelEdit):
     """Let blocks of the module recompute their activations in backward instead of keeping them.
 
     For training that is not compiled, or whose compiled parts shall not decide by themselves. Gradients
-    are equal to the last bit. After the fit the blocks keep their activations again.
+    are equal to the last bit, as some recomputations are compared to prove; what changes now and then between
+    a forward and its backward (weights through `.data`, the input's own numbers) is seen only there. Inside a block
+    that `torch.compile(backend="eager")` runs, torch itself draws dropout anew. After the fit the blocks keep their
+    activations again.
 
     Args:
         select: Which blocks: a `Select`, a name pattern or several; by default those that repeat.
