@@ -24,7 +24,7 @@ def compiled_names(model: nn.Module) -> list[str]:
     """Return the names of the modules in `model` that are compiled, by whom and how ever.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> net[0].compile()
+    >>> net[0].compile(backend="eager")
     >>> compiled_names(net)
     ['0']
     """
