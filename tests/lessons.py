@@ -189,3 +189,17 @@ def by_hand(name: str, *, accumulate: int = 1, clip: float = 0.0) -> tuple[nn.Mo
 def callback(name: str, **kwargs: Any) -> Distillation:
     term = {"weight": 0.5} | ({} if KNOWN[name].reads == "logits" else {"layers": "conv"})
     return Distillation(teacher(), {name: term}, task_weight=0.3, **kwargs)
+
+
+class User(LightningModule):
+    """The user's, with a step that is given."""
+
+    def __init__(self, net: nn.Module, step: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.net, self.step = copy.deepcopy(net), step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.step(self.net, batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.5)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import Fit, apart, fits
-from lightning.pytorch import LightningModule
+from lessons import Fit, User, apart, fits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,20 +27,6 @@ pytestmark = [
 @pytest.fixture
 def fit(trainer_kwargs: dict[str, Any]) -> Fit:
     return fits({**trainer_kwargs, "max_epochs": 1})
-
-
-class User(LightningModule):
-    """The user's, with a step that is given."""
-
-    def __init__(self, net: nn.Module, step: Callable[[nn.Module, Any], Tensor]) -> None:
-        super().__init__()
-        self.net, self.step = copy.deepcopy(net), step
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.step(self.net, batch)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.5)
 
 
 class Dict(nn.Module):

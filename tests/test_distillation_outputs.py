@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import Fit, apart, fits
-from lightning.pytorch import LightningModule
+from lessons import Fit, User, apart, fits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -30,18 +29,6 @@ BCE, MSE = F.binary_cross_entropy_with_logits, F.mse_loss
 @pytest.fixture
 def fit(trainer_kwargs: dict[str, Any]) -> Fit:
     return fits({**trainer_kwargs, "max_epochs": 1})
-
-
-class User(LightningModule):
-    def __init__(self, net: nn.Module, step: Callable[[nn.Module, Any], Tensor]) -> None:
-        super().__init__()
-        self.net, self.step = copy.deepcopy(net), step
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.step(self.net, batch)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.5)
 
 
 def nets(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
