@@ -6,7 +6,8 @@ use is accepted and does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy as shallow_copy
 from typing import Any
@@ -52,7 +53,8 @@ class Inert:
     """Stands for an optimizer, a scheduler or a logger: can be read, and every call does nothing.
 
     Args:
-        real: What it stands for; its plain values are copies.
+        real: What it stands for; its plain values are copies. It is not kept alive, and so not
+            counted as held by one who may keep state beside it.
 
     >>> stand_in = Inert(None)
     >>> stand_in.anything.at_all(1) is None, stand_in.param_groups[0]["lr"]
@@ -60,7 +62,14 @@ class Inert:
     """
 
     def __init__(self, real: Any = None) -> None:
-        self._real = real
+        try:
+            self._named: Callable[[], Any] = weakref.ref(real)
+        except TypeError:  # without a place for weak references, as `None` and classes with slots
+            self._named = lambda: real
+
+    @property
+    def _real(self) -> Any:
+        return self._named()
 
     def __call__(self, *_: Any, **__: Any) -> None:
         return None
