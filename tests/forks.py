@@ -9,18 +9,30 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
+import time
 import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["forks", "hydra", "lightning_accel", "torch._dynamo"])
 
 
+_PATIENCE = 900.0  # seconds
+
+
 def run_script(
-    script: Path, *arguments: str, cwd: Path, path: tuple[Path, ...] = ()
+    script: Path,
+    *arguments: str,
+    cwd: Path,
+    path: tuple[Path, ...] = (),
+    environ: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
     """Run a script as `python script arguments` does, with one thread, and return its status and all that it printed.
 
@@ -29,19 +41,56 @@ def run_script(
         arguments: What follows it.
         cwd: The folder it runs in.
         path: What PYTHONPATH holds.
+        environ: Variables beside the present ones.
     """
-    printed = cwd.parent / f"{cwd.name}-printed.txt"
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    process = _SERVER.Process(
-        target=_as_main,
-        args=(str(script), arguments, str(cwd), [*map(str, path)], environ, printed),
-    )
-    process.start()
-    process.join(900)
-    if process.exitcode is None:
-        process.kill()
+    return _run(script, arguments, cwd, path, [environ or {}])
+
+
+def run_ranks(
+    script: Path,
+    *arguments: str,
+    cwd: Path,
+    path: tuple[Path, ...] = (),
+    environ: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    """Run it in two processes that find each other as those of `torchrun` do; the end of one by an error ends both."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    ranks = [(environ or {}) | common | {"LOCAL_RANK": rank} for rank in "01"]
+    return _run(script, arguments, cwd, path, ranks)
+
+
+def _run(
+    script: Path,
+    arguments: tuple[str, ...],
+    cwd: Path,
+    path: tuple[Path, ...],
+    environs: list[Mapping[str, str]],
+) -> tuple[int, str]:
+    """Return the first status that is not 0, and what all printed."""
+    common = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    names = [cwd.parent / f"{cwd.name}-printed-{number}.txt" for number in range(len(environs))]
+    processes = [
+        _SERVER.Process(
+            target=_as_main,
+            args=(str(script), arguments, str(cwd), [*map(str, path)], common | own, printed),
+        )
+        for own, printed in zip(environs, names, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    status, deadline = 0, time.monotonic() + _PATIENCE
+    while status == 0 and (alive := [p for p in processes if p.exitcode is None]):
+        if not wait([p.sentinel for p in alive], deadline - time.monotonic()):
+            status = -1
+        status = status or next((p.exitcode for p in processes if p.exitcode), 0)
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
         process.join()
-    return process.exitcode or 0, printed.read_text()
+    return status, "".join(printed.read_text() for printed in names)
 
 
 def _as_main(
@@ -49,7 +98,7 @@ def _as_main(
     arguments: tuple[str, ...],
     cwd: str,
     path: list[str],
-    environ: dict[str, str],
+    environ: Mapping[str, str],
     printed: Path,
 ) -> None:
     with printed.open("w") as file:
@@ -58,7 +107,8 @@ def _as_main(
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
-    torch.set_num_threads(1)  # the server read the variable before
+    torch.set_num_threads(1)  # the server read the variables before
+    rank_zero_only.rank = int(environ.get("LOCAL_RANK", 0))
     sys.argv = [script, *arguments]
     sys.path[:0] = [str(Path(script).parent), *path]
     try:

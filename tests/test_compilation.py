@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import tiny
 import torch
@@ -899,20 +897,8 @@ def test_two_processes_compile_and_prune(tmp_path: Path, root: Path) -> None:
             json.dump([total, edit.totals], open(f"rank{rank}", "w"))
         """)
     )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, printed = forks.run_ranks(script, cwd=tmp_path, path=(root / "tests",))
+    assert status == 0, printed[-3000:]
     ranks = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     assert '"graphs": 2' in ranks[0]

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -366,22 +367,14 @@ def test_two_processes_start_from_what_one_compiled_before_it_died(
 ) -> None:
     found: dict[str, dict[str, Any]] = {}
     for number, (devices, *more) in enumerate((("1", "ERROR"), ("2",))):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(root),
-            "OMP_NUM_THREADS": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"own{number}"),
-        }
-        script = str(root / "tests" / "scripts" / "ddp_warm.py")
-        done = subprocess.run(
-            [sys.executable, script, str(tmp_path), devices, *more],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
+        run = forks.run_script if devices == "1" else forks.run_ranks
+        status, printed = run(
+            root / "tests" / "scripts" / "ddp_warm.py",
+            *(str(tmp_path), devices, *more),
+            cwd=tmp_path,
+            environ={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"own{number}")},
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert status == 0, printed[-3000:]
         for path in tmp_path.glob("rank*.json"):
             found[f"{number}{path.stem}"] = json.loads(path.read_text())
     alone, zero, one = found["0rank0"], found["1rank0"], found["1rank1"]

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 
-def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).resolve().parents[1]
-    return subprocess.run(
-        [sys.executable, str(root / "tests" / "scripts" / name), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def run_ranks(name: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run one of the scripts in two processes and return what each wrote."""
+    status, printed = forks.run_ranks(SCRIPTS / name, str(folder), *arguments, cwd=folder)
+    assert status == 0, printed[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def run_alone(name: str, folder: Path, *arguments: str) -> None:
+    status, printed = forks.run_script(SCRIPTS / name, str(folder), *arguments, cwd=folder)
+    assert status == 0, printed[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -31,9 +32,7 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     [("magnitude", "none"), ("taylor", "none"), ("random", "unused")],
 )
 def test_ranks_agree_through_prune_and_resume(tmp_path: Path, importance: str, unused: str) -> None:
-    done = run_script("ddp_prune.py", str(tmp_path), importance, unused)
-    assert done.returncode == 0, done.stderr[-3000:]
-    zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    zero, one = run_ranks("ddp_prune.py", tmp_path, importance, unused)
     assert zero == one
     assert len(zero["whole"]) == 4 + 2  # epochs and prunes
     assert zero["resumed"] == zero["whole"][-len(zero["resumed"]) :]
@@ -48,13 +47,9 @@ AROUND = "late,accumulate,manual,clip,masked,cache,ema,prune,self"
 
 @pytest.mark.parametrize("cases", [LOSSES, AROUND], ids=["losses", "around"])
 def test_two_processes_distil_as_one_and_resume_bit_equal(tmp_path: Path, cases: str) -> None:
-    for devices in "12":
-        done = run_script("ddp_distill.py", str(tmp_path), cases, devices)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, zero, other = (
-        json.loads((tmp_path / f"{name}.json").read_text())
-        for name in ("1-rank0", "2-rank0", "2-rank1")
-    )
+    run_alone("ddp_distill.py", tmp_path, cases, "1")
+    one = json.loads((tmp_path / "rank0.json").read_text())
+    zero, other = run_ranks("ddp_distill.py", tmp_path, cases, "2")
     assert zero == other
     for case in cases.split(","):
         assert zero[f"{case} resumed"] == zero[case], case
@@ -64,12 +59,9 @@ def test_two_processes_distil_as_one_and_resume_bit_equal(tmp_path: Path, cases:
 
 
 def test_a_sharded_student_learns_what_a_whole_one_does(tmp_path: Path) -> None:
-    for mode in ([], ["--alone"]):
-        done = run_script("fsdp_distill.py", str(tmp_path), *mode)
-        assert done.returncode == 0, done.stderr[-3000:]
-    alone, zero, one = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "rank0", "rank1")
-    )
+    zero, one = run_ranks("fsdp_distill.py", tmp_path)
+    run_alone("fsdp_distill.py", tmp_path, "--alone")
+    alone = json.loads((tmp_path / "alone.json").read_text())
     assert zero == one
     assert zero["equal"]["local"] == 8  # of 16, and so really sharded
     assert far(alone["equal"]["weights"], zero["equal"]["weights"]) < 1e-6
@@ -92,9 +84,7 @@ def _flat(value: Any) -> list[float]:
 @pytest.mark.parametrize("kind", ["fsdp", "tp"])
 def test_a_network_is_pruned_before_it_is_sharded(tmp_path: Path, kind: str) -> None:
     """Rank 0 decides for all; a resumed run takes the shape from the sharded checkpoint."""
-    done = run_script("fsdp_prune.py", str(tmp_path), kind)
-    assert done.returncode == 0, done.stderr[-3000:]
-    zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    zero, one = run_ranks("fsdp_prune.py", tmp_path, kind)
     assert zero == one
     assert len(zero["whole"]["weights"]["0.weight"]) == 16  # of 32
     assert zero["whole"]["local"] == 8  # and really sharded
@@ -103,8 +93,5 @@ def test_a_network_is_pruned_before_it_is_sharded(tmp_path: Path, kind: str) -> 
 
 
 def test_two_processes_do_not_tell_a_technique_that_has_not_acted(tmp_path: Path) -> None:
-    done = run_script("ddp_plain.py", str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in (0, 1):
-        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+    for found in run_ranks("ddp_plain.py", tmp_path):
         assert not found["failed"] and found["fits"] == 5

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import tiny
@@ -442,19 +440,9 @@ def test_a_trial_run_prunes_and_judges_nothing(fit: Fit) -> None:
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_processes_follow_the_first_ones_verdict(root: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(root / "tests" / "scripts" / "ddp_guard.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-        },
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = root / "tests" / "scripts" / "ddp_guard.py"
+    status, printed = forks.run_ranks(script, str(tmp_path), cwd=tmp_path)
+    assert status == 0, printed[-3000:]
     zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     for run in ("whole", "resumed"):
         assert zero[run]["state"] == one[run]["state"]

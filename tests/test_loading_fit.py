@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -436,13 +434,11 @@ torch.save([module.state_dict(), module.seen], f"{sys.argv[2]}{trainer.global_ra
 @pytest.mark.slow
 def test_two_processes_each_keep_their_share(root: Path, tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(DDP)
-    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     for kind in ("plain", "fast"):
-        command = [sys.executable, "run.py", str(root / "tests"), kind]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
+        status, printed = forks.run_ranks(
+            tmp_path / "run.py", str(root / "tests"), kind, cwd=tmp_path
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert status == 0, printed[-3000:]
     for rank in range(2):
         plain, fast = (
             torch.load(tmp_path / f"{k}{rank}.pt", weights_only=True) for k in ("plain", "fast")

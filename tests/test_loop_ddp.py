@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 
@@ -19,19 +17,12 @@ BATCHES = 120
 
 
 def run(folder: Path, who: int, when: int, every: int) -> list[dict[str, Any]]:
-    root = Path(__file__).resolve().parents[1]
-    script = root / "tests" / "scripts" / "ddp_loop.py"
+    script = Path(__file__).parent / "scripts" / "ddp_loop.py"
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), str(who), str(when), str(every)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    arguments = str(folder), str(who), str(when), str(every)
+    _, printed = forks.run_ranks(script, *arguments, cwd=folder)
     found = [folder / f"rank{rank}.json" for rank in (0, 1)]
-    assert all(path.exists() for path in found), done.stderr[-3000:]
+    assert all(path.exists() for path in found), printed[-3000:]
     return [json.loads(path.read_text()) for path in found]
 
 

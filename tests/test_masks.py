@@ -6,13 +6,11 @@ import copy
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import tiny
 import torch
@@ -516,16 +514,8 @@ found = [fit("a"), *(fit(f"b{e}", folder / "a" / f"epoch={e}.ckpt") for e in (0,
 def test_two_processes_mask_alike_and_resume_alike(tmp_path: Path, root: Path) -> None:
     script = tmp_path / "ddp_masks.py"
     script.write_text(_SCRIPT)
-    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, printed = forks.run_ranks(script, str(tmp_path), cwd=tmp_path, path=(root / "tests",))
+    assert status == 0, printed[-3000:]
     zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert zero == one and len(zero) == 4
     assert len(set(zero)) == 1  # resumed from each epoch, it ends as the whole run does

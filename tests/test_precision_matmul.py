@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -341,15 +339,8 @@ def test_ranks_agree_and_none_computes_shorter(
 ) -> None:
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(_DDP))
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), case],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, printed = forks.run_ranks(script, str(tmp_path), case, cwd=tmp_path)
+    assert status == 0, printed[-3000:]
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == [[expected, expected], "highest"]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import tiny
 import torch
@@ -788,15 +786,8 @@ _DDP = """
 def test_two_processes_agree_and_resume_bit_equal(tmp_path: Path, root: Path, kind: str) -> None:
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(_DDP))
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), kind],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, printed = forks.run_ranks(script, str(tmp_path), kind, cwd=tmp_path)
+    assert status == 0, printed[-3000:]
     zero, one = (json.loads((tmp_path / f"{kind}{rank}.json").read_text()) for rank in (0, 1))
     assert zero == one
     assert zero["whole"] == zero["resumed"] == zero["plain"] != zero["half"]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import yaml
 
@@ -16,16 +14,9 @@ pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 
 def run(folder: Path, case: str) -> list[dict[str, Any]]:
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, str(root / "tests" / "scripts" / "ddp_tune.py"), str(folder), case],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = Path(__file__).parent / "scripts" / "ddp_tune.py"
+    status, printed = forks.run_ranks(script, str(folder), case, cwd=folder)
+    assert status == 0, printed[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -156,4 +156,4 @@ if __name__ == "__main__":
             last = str(folder / case / str(devices) / "epoch=0.ckpt")
             results[f"{case} resumed"] = fit(folder / case / "resumed", case, devices, last)
     rank = torch.distributed.get_rank() if devices > 1 else 0
-    (folder / f"{devices}-rank{rank}.json").write_text(json.dumps(results))
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
