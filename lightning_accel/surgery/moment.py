@@ -12,8 +12,6 @@ by identity. Parameters and large tensors are not copied, but their versions not
 
 from __future__ import annotations
 
-import ctypes
-import random
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_accel.surgery.chance import Chance
 from lightning_accel.surgery.held import (
     GENERATORS,
     MOST,
@@ -35,12 +34,11 @@ from lightning_accel.surgery.held import (
     leads_on,
     put_back,
 )
-from lightning_accel.surgery.preserve import generator_state, generators, set_generator_state
+from lightning_accel.surgery.preserve import generators
 
 FEW = 65536
 """So many numbers of a tensor are copied each time."""
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
-_TWISTER_BYTES = 2500
 
 
 class Moments:
@@ -166,7 +164,7 @@ class Moment:
         self._tensors = [(t, t.detach().clone()) for t in copied]
         self._arrays = [(a, a.copy()) for a in moments.arrays]
         self._versions = [(t, t._version) for t in moments.many]
-        self._random: _Random | None = _Random(moments.generators, whole or moments.draws_numpy)
+        self._random: Chance | None = Chance(moments.generators, whole or moments.draws_numpy)
 
     def written(self) -> list[Tensor]:
         """Return parameters and large tensors that were written since, and of which there is no copy."""
@@ -204,7 +202,7 @@ class Moment:
     @torch.no_grad()
     def put_back(self) -> None:
         """Let everything be as it was, for good: numbers return to the storage that holds them."""
-        self._put_attributes()
+        self._put_attributes(not equal(self._live, self._copies))
         for tensor, before in self._tensors:
             if not _same(tensor, before):
                 # Without a new version, which an earlier graph would miss.
@@ -216,80 +214,35 @@ class Moment:
         """Let everything be as it was, and return what it is now, to `come_back` to it."""
         now = Moment.__new__(Moment)
         now._live, now._copies = self._live, self._copies
-        if not equal(self._live, self._copies):
+        moved = not equal(self._live, self._copies)
+        if moved:
             now._copies = [live.copy() for live in self._live]
         now._tensors = [(tensor, tensor.data) for tensor, _ in self._tensors]
         now._arrays = [(array, array.copy()) for array, _ in self._arrays]
         now._random = self._random.now() if self._random is not None else None
-        self.come_back(drawn=now._random is not None)
+        self._put_attributes(moved)
+        self._put_numbers(drawn=now._random is not None)
         return now
 
-    def come_back(self, *, drawn: bool = True) -> None:
-        """Let everything be as it was, until another moment comes back.
+    def come_back(self) -> None:
+        """Let everything be as it was, until another moment comes back."""
+        self._put_attributes(not equal(self._live, self._copies))
+        self._put_numbers(drawn=True)
 
-        Args:
-            drawn: Whether random states have moved.
-        """
-        self._put_attributes()
+    def _put_numbers(self, drawn: bool) -> None:
         for tensor, before in self._tensors:
             # Another storage, not other numbers: neither do versions change nor what others saved.
             tensor.data = before
         if drawn and self._random is not None:
             self._random.come_back()
 
-    def _put_attributes(self) -> None:
-        if not equal(self._live, self._copies):
+    def _put_attributes(self, moved: bool) -> None:
+        if moved:
             for live, copied in zip(self._live, self._copies, strict=True):
                 if differing(live, copied):
                     put_back(live, copied)
         for array, before in self._arrays:
             array[...] = before
-
-
-class _Random:
-    """The random states that torch's `checkpoint` does not see to."""
-
-    def __init__(self, own: list[Any], whole: bool) -> None:
-        self._own, self._whole = own, whole
-        self._states = [generator_state(generator) for generator in own]
-        self._python = random.getstate()
-        self._words = _numpy_words()
-        # All of numpy's state costs 50 us, its words 1. They show any draw but that of the second of a
-        # pair of normal numbers, and once a block has drawn, all is taken.
-        all_of_it = whole or self._words is None
-        self._numpy = np.random.get_state(legacy=False) if all_of_it else None
-
-    def drew(self) -> str:
-        """Say from whose global state somebody drew since."""
-        if self._python != random.getstate():
-            return "`random`"
-        return "`numpy.random`" if self.numpy_moved() else ""
-
-    def numpy_moved(self) -> bool:
-        """Tell whether somebody drew from numpy's since."""
-        if self._numpy is None:
-            return self._words != _numpy_words()
-        return not _is_state(self._numpy)
-
-    def now(self) -> _Random | None:
-        """Return what the states are, unless nobody drew, and so neither did the forward."""
-        if not self.numpy_moved() and not self._own and self._python == random.getstate():
-            return None
-        return _Random(self._own, self._whole)
-
-    def come_back(self) -> None:
-        """Let the states be what they were."""
-        random.setstate(self._python)
-        if self.numpy_moved():
-            self._set_numpy()
-        for generator, state in zip(self._own, self._states, strict=True):
-            set_generator_state(generator, state)
-
-    def _set_numpy(self) -> None:
-        if self._numpy is not None:
-            np.random.set_state(self._numpy)
-        elif self._words is not None and (address := _address()) is not None:
-            ctypes.memmove(address, self._words, _TWISTER_BYTES)
 
 
 def _is_seen_to(module: nn.Module) -> bool:
@@ -320,26 +273,3 @@ def _same(tensor: Tensor, before: Tensor) -> bool:
         return True
     now = tensor.detach()
     return now.shape == before.shape and bool(((now == before) | (now != now)).all())
-
-
-def _is_state(state: dict[str, Any]) -> bool:
-    now: Any = np.random.get_state(legacy=False)
-    same = [now[k] == state[k] for k in ("bit_generator", "has_gauss", "gauss")]
-    return all(same) and _plain(now["state"]) == _plain(state["state"])
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.tobytes() if isinstance(v, np.ndarray) else v for k, v in state.items()}
-
-
-def _numpy_words() -> bytes | None:
-    address = _address()
-    return ctypes.string_at(address, _TWISTER_BYTES) if address is not None else None
-
-
-def _address() -> int | None:
-    """Return where the state of numpy's global generator is, if that is the usual one."""
-    generator = np.random.mtrand._rand._bit_generator
-    if type(generator) is not np.random.MT19937:
-        return None
-    return int(generator.ctypes.state_address)
