@@ -29,6 +29,7 @@ _SAMPLES = 16
 _SMALL = 64
 """So small a tensor is looked at as a whole."""
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Observation(NamedTuple):
@@ -65,13 +66,19 @@ class Footprint:
         self._held = list(held(module))
         self._live = [live for _, live, _ in self._held]
         self._copies = [copied for _, _, copied in self._held]
-        self._tensors = list(_tensors(self._live))
+        tensors = sorted(_tensors(self._live), key=Tensor.is_inference)
+        # `int()` is 0, for what lies nowhere in particular.
+        addressed = [(t.data_ptr if t.layout == torch.strided else int, t) for t in tensors]
+        self._tensors = tensors
+        self._counted = [(address, t) for address, t in addressed if not t.is_inference()]
+        self._uncounted = [address for address, t in addressed if t.is_inference()]
         self._arrays = [(name, a, a.copy()) for name, a in _arrays(self._held)]
         self._stamps = self._stamp()
-        kinds = _views(self._tensors)
+        near, *kinds = _views(self._tensors)
+        self._near = [(tensor, view.view(_WORDS[view.itemsize]).numpy()) for tensor, view in near]
         self._owners = [[tensor for tensor, _ in kind] for kind in kinds]
         self._views = [[view for _, view in kind] for kind in kinds]
-        self._content = self._read()
+        self._content, self._bytes = self._read(), self._read_near()
 
     def holds(self, *, content: bool = True) -> bool:
         """Tell whether everything is as it was.
@@ -111,24 +118,26 @@ class Footprint:
         return [name for name, now, before in self._arrays if not np.array_equal(now, before)]
 
     def _stamp(self) -> list[tuple[int, int]]:
-        return [
-            (
-                t.data_ptr() if t.layout == torch.strided else 0,
-                -1 if t.is_inference() else t._version,
-            )
-            for t in self._tensors
-        ]
+        found = [(address(), t._version) for address, t in self._counted]
+        return found + [(address(), -1) for address in self._uncounted]
 
     def _read(self) -> list[Tensor]:
         with torch.no_grad():
             return [torch.cat(views) for views in self._views]
 
+    def _read_near(self) -> list[bytes]:
+        """Return the samples of what lies on the CPU, for which torch would take longer than to copy them."""
+        return [words.tobytes() for _, words in self._near]
+
     def _same_content(self) -> bool:
-        return all(map(_same_bits, self._content, self._read()))
+        return self._bytes == self._read_near() and all(
+            map(_same_bits, self._content, self._read())
+        )
 
     def _written(self) -> set[int]:
         """Return which tensors differ where they are looked at."""
-        found = set()
+        pairs = zip(self._near, self._bytes, self._read_near(), strict=True)
+        found = {id(tensor) for (tensor, _), before, now in pairs if now != before}
         for owners, views, before in zip(self._owners, self._views, self._content, strict=True):
             parts = before.split([view.numel() for view in views])
             for tensor, view, part in zip(owners, views, parts, strict=True):
@@ -187,8 +196,8 @@ def _arrays(held: list[tuple[str, Any, Any]]) -> Iterator[tuple[str, np.ndarray[
 
 
 def _views(tensors: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Return each tensor with a view of some of its numbers, those of one kind together."""
-    found: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    """Return each tensor with a view of some of its numbers: those on the CPU, and the others by kind."""
+    found: dict[Any, list[tuple[Tensor, Tensor]]] = {"near": []}
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
             continue
@@ -197,7 +206,9 @@ def _views(tensors: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
         count = tensor.numel() if tensor.numel() <= _SMALL else _SAMPLES
         step = tensor.numel() // count
         view = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
-        found.setdefault((tensor.dtype, tensor.device), []).append((tensor, view))
+        near = tensor.device.type == "cpu" and tensor.itemsize in _WORDS
+        kind = "near" if near else (tensor.dtype, tensor.device)
+        found.setdefault(kind, []).append((tensor, view))
     return list(found.values())
 
 
