@@ -365,14 +365,27 @@ def test_a_manual_step_may_return_any_mapping(fit: Fit) -> None:
     assert apart(model.net, by_hand("kd")[0]) == 0
 
 
-def test_a_manual_step_whose_losses_never_reach_us_is_an_error(fit: Fit) -> None:
+@pytest.mark.parametrize(
+    ("pass_back", "told"),
+    [
+        (Tensor.backward, r"calls `loss\.backward\(\)` itself.*manual_backward"),
+        (torch.autograd.backward, r"whole epoch.*manual_backward"),
+    ],
+)
+def test_a_manual_step_whose_losses_never_reach_us_is_an_error(
+    fit: Fit, pass_back: Any, told: str
+) -> None:
+    steps = []
+
     class Direct(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            F.cross_entropy(self.net(batch[0]), batch[1]).backward()
+            steps.append(batch_idx)
+            pass_back(F.cross_entropy(self.net(batch[0]), batch[1]))
             self.optimizers().step()
 
-    with pytest.raises(NoEffect, match=r"whole epoch.*manual_backward"):
+    with pytest.raises(NoEffect, match=told):
         fit(Direct(), Distillation(teacher(), "kd"))
+    assert len(steps) == (1 if pass_back is Tensor.backward else 3)
 
 
 # --- batches of all kinds -------------------------------------------------------------------------

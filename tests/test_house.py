@@ -16,8 +16,16 @@ PACKAGE = ROOT / "lightning_accel"
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "_hydra_plugins" not in p.parts)
 YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 
-ADAPTERS = {"callback.py", "plugin.py", "strategy.py", "module.py", "course.py", "rehearsal.py"}
-"""The last two: what a callback knows of a fit, and what it tries on a copy before it."""
+ADAPTERS = {
+    "callback.py",
+    "plugin.py",
+    "strategy.py",
+    "module.py",
+    "course.py",
+    "manual.py",
+    "rehearsal.py",
+}
+"""The last three: what a callback knows of a fit, of a step by hand, and what it tries on a copy before it."""
 FLOOR = {"surgery": 1, "measure": 1, "bridge": 3, "tuning": 4, "cli": 4}
 """Floors of the folders; every other folder is a technique on floor 2, its adapters on floor 3.
 Tuning chooses among all techniques, and so stands above them."""

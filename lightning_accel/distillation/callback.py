@@ -24,9 +24,9 @@ from lightning_accel.distillation.course import Course
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.locate import Where, check_where
+from lightning_accel.distillation.manual import ByHand
 from lightning_accel.distillation.optimizers import part
-from lightning_accel.distillation.schedule import now, read, require_some
-from lightning_accel.distillation.steps import depends_on
+from lightning_accel.distillation.schedule import read, require_some
 from lightning_accel.distillation.teacher import (
     EMA,
     SELF,
@@ -49,8 +49,9 @@ class Distillation(Callback):
 
     The student's logits and features are tapped in the one forward that happens anyway; the teacher runs
     on the very arguments that the student got, after augmentation and mixup. The loss of `training_step`
-    becomes `task_weight` times that loss plus the weighted losses of distillation. What is logged by the
-    user stays the user's. Projectors between features of different sizes are made on the first batch,
+    becomes `task_weight` times that loss plus the weighted losses of distillation; under manual optimization, what
+    is done to the criterion on its way to `manual_backward` (`loss / 4`) is done to these as well. What is logged by
+    the user stays the user's. Projectors between features of different sizes are made on the first batch,
     trained by the student's optimizer, kept on resume, and are no part of the module.
 
     Args:
@@ -121,9 +122,10 @@ class Distillation(Callback):
         self._loaded: dict[str, Any] = {}
         self._averaged_step = 0
         self._course: Course | None = None
+        self._by_hand: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_course": None}  # of a copy, no fit is under way
+        return {**vars(self), "_course": None, "_by_hand": None}  # of a copy, no fit is under way
 
     @property
     def shares(self) -> dict[str, float]:
@@ -214,6 +216,7 @@ class Distillation(Callback):
         if pl_module.automatic_optimization:
             work += [("training_step", self._step)]
         else:
+            self._by_hand = ByHand(course)
             work += [("training_step", self._manual_step), ("manual_backward", self._backward)]
         course.around = [Around(pl_module, name, method) for name, method in work]
 
@@ -258,28 +261,15 @@ class Distillation(Callback):
 
     def _manual_step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand around `training_step` of manual optimization, whose losses go to `manual_backward`."""
-        course = self._of_this_fit()
         if self._waits():
             return method(*args, **kwargs)
-        course.taught, course.batch = [], rehearsal.view(_batch(args, kwargs))
-        with course.recording():
-            result = method(*args, **kwargs)
-        course.could_teach = course.could_teach or bool(course.records())
-        return result
+        return self._by_hand.step(method, _batch(args, kwargs), *args, **kwargs)
 
     def _backward(self, method: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stand around `manual_backward`: add to the loss that hangs on the student's output."""
-        course = self._of_this_fit()
-        if not self._waits():
-            course.could_teach = True
-            fresh = [r for r in course.records() if all(r.output is not t for t in course.taught)]
-            records = [r for r in fresh if depends_on(loss, r.output)]
-            if records:
-                course.taught += [r.output for r in records]
-                loss = course.teach(loss, records, course.batch)
-            elif any(depends_on(loss, output) for output in course.taught):
-                loss = loss * now(self.engine.task_weight, course.moment())
-        return method(loss, *args, **kwargs)
+        """Stand around `manual_backward`."""
+        if self._waits():
+            return method(loss, *args, **kwargs)
+        return self._by_hand.backward(method, loss, *args, **kwargs)
 
     # --- after it -----------------------------------------------------------------------------------
 
@@ -294,7 +284,7 @@ class Distillation(Callback):
         course = self._of_this_fit()
         if course.tape is not None:
             course.tape.clear()
-        course.taught, course.batch, course.heard = [], None, []
+        course.heard, course.passed = [], []
         if self.average is not None and trainer.global_step != self._averaged_step:
             self._averaged_step = trainer.global_step
             self.average.update_parameters(pl_module)

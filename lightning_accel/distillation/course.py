@@ -7,7 +7,7 @@ user's step runs as often as without us, and every error still comes before the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -40,6 +40,7 @@ from lightning_accel.surgery.preserve import preserve_rng
 
 _EARLY = 16
 """Steps after which a teacher with classes in another order is told, and one that knows nothing."""
+ScaleOf = Callable[[bool], Tensor | float]
 
 
 class Course:
@@ -79,10 +80,7 @@ class Course:
         """Steps of this epoch in which something was taught."""
         self.could_teach = False
         """Whether in this epoch the student was called with a gradient, or something was learned."""
-        self.batch: Any = None
         self.batch_idx = 0
-        self.taught: list[Any] = []
-        """Outputs of the student in this step that a loss has been added for."""
         self.evidence_every = evidence_every
         trained = all(teacher.kind in ("module", "path") for teacher in teachers)
         self._order = evidence.Order() if trained else None
@@ -92,6 +90,8 @@ class Course:
         """What stands around the first step."""
         self.heard: list[Heard] = []
         """The criteria of the user's that were called in it."""
+        self.passed: list[Tensor] = []
+        """What `Tensor.backward` was called of in it."""
 
     @property
     def _compares_classes(self) -> bool:
@@ -163,7 +163,7 @@ class Course:
     def _look_at(self, record: Record, batch: Any, task: Tensor) -> None:
         """Let the engine note how the user's criteria take what the student gives."""
         engine, student = self.engine, layer(self.module, self.student or "")
-        hearings, self.heard = [Hearing(record, self.heard, task)], []
+        hearings = [Hearing(record, self.heard, task)]
         if self.sharded or not is_compiled(student):
             engine.look_at(record, batch, hearings)
             return
@@ -217,7 +217,7 @@ class Course:
         with ExitStack() as stack:
             if not self.ready and not self.sharded:
                 listener = Listener(lambda: self.tape is not None and self.tape.has_answered())
-                self.heard = listener.calls
+                self.heard, self.passed = listener.calls, listener.passed
                 self._stand(stack, listener)
                 self._stand(stack, around_compiled(self.module, listener.aside))
             if self.tape is not None:
@@ -257,24 +257,36 @@ class Course:
             )
         return found[-1:] if self.calls == "last" else found
 
-    def teach(self, task: Tensor, records: list[Record], batch: Any) -> Tensor:
-        """Return the total loss of a step."""
+    def teach(
+        self, task: Tensor, records: list[Record], batch: Any, scale: ScaleOf | None = None
+    ) -> Tensor:
+        """Return the total loss of a step.
+
+        Args:
+            task: The user's.
+            records: The calls of the student that count.
+            batch: What the training step got.
+            scale: Told whether all was just made ready, gives the factor of the losses of distillation.
+        """
         with ExitStack() as stack:
             for watch in reversed(self._watches):
                 stack.enter_context(watch.aside())
-            return self._teach(task, records, batch)
+            return self._teach(task, records, batch, scale)
 
-    def _teach(self, task: Tensor, records: list[Record], batch: Any) -> Tensor:
-        if not self.ready:
+    def _teach(
+        self, task: Tensor, records: list[Record], batch: Any, scale: ScaleOf | None
+    ) -> Tensor:
+        first = not self.ready
+        if first:
             self._prepare(records[0], batch, task)
-        moment = self.moment()
-        lesson = self.engine.teach(task, records, batch, moment)
+        moment, factor = self.moment(), 1.0 if scale is None else scale(first)
+        lesson = self.engine.teach(task, records, batch, moment, factor)
         self.num_lessons += 1
         self._watch_order(lesson)
         if self.log_is_due():
             self._note(lesson)
         if lesson.seen is not None and self._weighing_is_due():
-            self._weigh(task, lesson.seen, moment)
+            self._weigh(task, lesson.seen, moment, factor)
         return lesson.total
 
     def _watch_order(self, lesson: Lesson) -> None:
@@ -327,12 +339,12 @@ class Course:
         recent = self._weighed_at is not None and step - self._weighed_at < self.evidence_every
         return bool(self.evidence_every) and not recent and not self.sharded
 
-    def _weigh(self, task: Tensor, seen: Seen, moment: Moment) -> None:
+    def _weigh(self, task: Tensor, seen: Seen, moment: Moment, scale: Tensor | float) -> None:
         """Measure each loss's share of the gradient, and warn when the teacher has none."""
         self._weighed_at = self.trainer.global_step
         try:
             shares = rehearsal.gradient_shares(
-                self.trainer, self.module, self.engine, self.student or "", task, seen, moment
+                self.trainer, self.module, self.engine, self.student or "", task, seen, moment, scale
             )  # fmt: skip
         except AccelError:
             raise

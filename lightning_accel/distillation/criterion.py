@@ -58,6 +58,24 @@ class Heard(NamedTuple):
     target: Tensor | None
     dim: int
     ignored: int | None
+    summed: bool = False
+    """Whether it gives the sum over the positions."""
+    result: Tensor | None = None
+
+    @property
+    def judges(self) -> bool:
+        """Whether what it gives is a loss with a gradient, and not the softmax before one."""
+        result = self.result
+        if result is None or result.grad_fn is None:
+            return False
+        return self.kind != SOFTMAX or result.shape != self.input.shape
+
+    def num_positions(self) -> int:
+        """Return how many positions count."""
+        target = self.target
+        if self.kind != CLASSES or target is None or target.is_floating_point():
+            return self.input.numel() // (self.input.shape[self.dim] if self.kind == CLASSES else 1)
+        return int(torch.ne(target, -100 if self.ignored is None else self.ignored).sum())
 
     @classmethod
     def of(cls, kind: str, function: Any, given: dict[str, Any]) -> Heard | None:
@@ -70,7 +88,8 @@ class Heard(NamedTuple):
             dim = 1 if source.dim() > 1 else 0
         ignored = given.get("ignore_index", -100) if kind == CLASSES else None
         target = target if isinstance(target, Tensor) and kind != SOFTMAX else None
-        return cls(kind, source, target, dim if isinstance(dim, int) else -1, ignored)
+        summed = given.get("reduction") == "sum"
+        return cls(kind, source, target, dim if isinstance(dim, int) else -1, ignored, summed)
 
 
 class Listener(TorchFunctionMode):
@@ -88,6 +107,8 @@ class Listener(TorchFunctionMode):
     def __init__(self, called: Callable[[], bool] = lambda: True) -> None:
         super().__init__()
         self.calls: list[Heard] = []
+        self.passed: list[Tensor] = []
+        """What `Tensor.backward` was called of, by the user's own code or by `manual_backward`."""
         self._called = called
 
     @contextmanager
@@ -108,11 +129,16 @@ class Listener(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:
+            self.passed.append(args[0])
         kind = _CRITERIA.get(func) if _hashable(func) else None
         if kind is not None and (kind != SOFTMAX or self._called()):
             heard = Heard.of(kind, func, _by_name(func, args, kwargs))
+            result = func(*args, **kwargs)
             if heard is not None:
-                self.calls.append(heard)
+                known = result if isinstance(result, Tensor) else None
+                self.calls.append(heard._replace(result=known))
+            return result
         return func(*args, **kwargs)
 
 

@@ -236,8 +236,23 @@ class Engine:
                     "choose other layers or another loss",
                 ) from error
 
-    def teach(self, task: Tensor, records: Sequence[Record], batch: Any, moment: Moment) -> Lesson:
-        """Return the total loss of a step; several calls of the student are averaged."""
+    def teach(
+        self,
+        task: Tensor,
+        records: Sequence[Record],
+        batch: Any,
+        moment: Moment,
+        scale: Tensor | float = 1.0,
+    ) -> Lesson:
+        """Return the total loss of a step; several calls of the student are averaged.
+
+        Args:
+            task: The user's loss.
+            records: The calls.
+            batch: What the training step got.
+            moment: Where the fit is.
+            scale: Factor of all losses but the user's.
+        """
         weight = now(self.task_weight, moment)
         total, parts, seen = weight * task, {"task": Part(weight, task.detach())}, None
         settings = {name: term.values(moment) for name, term in self.terms.items()}
@@ -247,22 +262,28 @@ class Engine:
             with _in_full(seen.answer):
                 for name, (weight, keywords) in active.items():
                     value = self._value(name, self.terms[name], seen, keywords) / len(records)
-                    total = total + weight * value
+                    total = total + scale * weight * value
                     before = parts[name].value if name in parts else 0.0
                     parts[name] = Part(weight, before + value.detach())
         return Lesson(total, parts, seen)
 
     def weighted(
-        self, task: Tensor | None, record: Record, answer: Answer, batch: Any, moment: Moment
+        self,
+        task: Tensor | None,
+        record: Record,
+        answer: Answer,
+        batch: Any,
+        moment: Moment,
+        scale: Tensor | float = 1.0,
     ) -> dict[str, Tensor]:
-        """Return each weighted loss of one call by name, on one graph."""
+        """Return each weighted loss of one call by name, on one graph; see `teach`."""
         found = {} if task is None else {"task": now(self.task_weight, moment) * task}
         seen = self.see(record, answer, batch)
         with _in_full(seen.answer):
             for name, term in self.terms.items():
                 weight, keywords = term.values(moment)
                 if weight:
-                    found[name] = weight * self._value(name, term, seen, keywords)
+                    found[name] = scale * weight * self._value(name, term, seen, keywords)
         return found
 
     def temperature(self) -> float | None:

@@ -183,6 +183,7 @@ def gradient_shares(
     task: Tensor,
     seen: Seen,
     moment: Moment,
+    scale: Tensor | float = 1.0,
 ) -> dict[str, float]:
     """Return each term's share of the gradient on the student, the user's own loss as "task".
 
@@ -195,7 +196,7 @@ def gradient_shares(
             RuntimeError
         ):  # a reentrant checkpoint has no gradients but those of `backward`
             return evidence.shares(
-                engine.weighted(task, record, seen.answer, seen.batch, moment), student
+                engine.weighted(task, record, seen.answer, seen.batch, moment, scale), student
             )
     outputs = [tensor for tensor in tensors(record.output) if tensor.requires_grad]
     asked = torch.autograd.grad(task, outputs, retain_graph=True, allow_unused=True)
@@ -207,7 +208,7 @@ def gradient_shares(
         ]
         surrogate = torch.stack(parts).sum() if parts else None
         return evidence.shares(
-            engine.weighted(surrogate, heard, seen.answer, seen.batch, moment), copy
+            engine.weighted(surrogate, heard, seen.answer, seen.batch, moment, scale), copy
         )
 
 

@@ -19,7 +19,7 @@ def differentiable(output: Any) -> bool:
     return any(tensor.requires_grad for tensor in tensors(output))
 
 
-def depends_on(loss: Tensor, output: Any) -> bool:
+def depends_on(loss: Tensor | None, output: Any) -> bool:
     """Tell whether the graph of a loss reaches an output.
 
     >>> import torch
@@ -29,7 +29,7 @@ def depends_on(loss: Tensor, output: Any) -> bool:
     """
     wanted = {t.grad_fn for t in tensors(output) if t.grad_fn is not None}
     seen: set[Any] = set()
-    ahead = [loss.grad_fn]
+    ahead = [None if loss is None else loss.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:

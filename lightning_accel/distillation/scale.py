@@ -1,0 +1,252 @@
+"""How often a user's criterion counts in the loss that goes to `manual_backward`.
+
+Who accumulates by hand gives `loss / 4`, others `0.1 * loss` or a sum of which the criterion is a part. The losses of
+distillation stand beside the criterion, as in their papers, so what is done to it is done to them. How much that is says
+the gradient of the loss with respect to the criterion's result. The criterion is heard in the first step; how one gets to
+it through the graph of the loss is kept and gone again at each step, so that nobody has to listen any more and nothing
+below it is computed. Where a criterion gives a value for each position, these are means of some kind: what a mean over
+the positions that count is multiplied by is the sum of their gradients.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_accel.distillation.criterion import Heard
+from lightning_accel.distillation.steps import depends_on
+from lightning_accel.surgery.call import tensors
+
+_MOST = 10_000  # nodes that are looked at on the way to a criterion
+_CLOSE = 1e-3
+_SCALES = ("DivBackward0", "MulBackward0")
+
+
+class Way(NamedTuple):
+    """How one gets from a loss to a criterion's result: names of nodes, and which of their inputs is next."""
+
+    turns: tuple[tuple[str, int], ...]
+    end: str
+
+    @classmethod
+    def find(cls, loss: Tensor, result: Tensor) -> Way | None:
+        """Return the shortest one, `None` where the loss does not hang on the result."""
+        ahead: deque[tuple[Any, tuple[tuple[str, int], ...]]] = deque([(loss.grad_fn, ())])
+        seen: set[Any] = {loss.grad_fn}
+        while ahead and len(seen) < _MOST:
+            node, turns = ahead.popleft()
+            if node is result.grad_fn:
+                return cls(turns, node.name())
+            for index, (following, _) in enumerate(node.next_functions):
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    ahead.append((following, (*turns, (node.name(), index))))
+        return None
+
+    def follow(self, loss: Tensor) -> Node | None:
+        """Return the criterion's node in the graph of another loss, `None` where that is built otherwise."""
+        node: Any = loss.grad_fn
+        for name, index in self.turns:
+            if node is None or node.name() != name or index >= len(node.next_functions):
+                return None
+            node = node.next_functions[index][0]
+        return node if node is not None and node.name() == self.end else None
+
+
+class Count(NamedTuple):
+    """How the gradient at a criterion's result becomes a factor.
+
+    A result for each position was summed up by hand, and so may have been divided by the number of positions, by
+    that of rows, or by none: the first of them that leaves no more than one is taken for it.
+    """
+
+    way: Way
+    times: str
+    """Whether it is multiplied by the number of "positions" or of "rows", or by "one"."""
+    rows: int
+    whole: int | None
+    """The number of positions in a sum that torch took, or `None`."""
+
+    @classmethod
+    def learn(cls, loss: Tensor, heard: Heard) -> Count | None:
+        """Return it for a criterion, `None` where the loss does not hang on it, or on positions in proportions."""
+        result = heard.result
+        way = None if result is None else Way.find(loss, result)
+        if way is None or result is None:
+            return None
+        given = _gradient(loss, way.follow(loss))
+        if given is None:
+            return None
+        made = cls(way, "one", len(heard.input), heard.num_positions() if heard.summed else None)
+        if not result.dim() and made.whole is None:
+            return made
+        nonzero = given[given != 0]
+        if not len(nonzero) or bool((nonzero - nonzero[0]).abs().max() > _CLOSE * nonzero[0].abs()):
+            return None
+        found = (made._replace(times=times) for times in ("positions", "rows", "one"))
+        return next((one for one in found if bool(one.of(given).abs() <= 1 + _CLOSE)), made)
+
+    def of(self, gradient: Tensor) -> Tensor:
+        """Return the factor."""
+        size = (gradient != 0).sum().clamp(min=1)
+        each = gradient.sum() / size  # of positions that count, all alike
+        if self.times == "rows":
+            return each * self.rows
+        if self.times == "one":
+            return each
+        if self.whole is not None:
+            return each * self.whole
+        is_mean = any(name.startswith("MeanBackward") for name, _ in self.way.turns)
+        return each * gradient.numel() if is_mean else gradient.sum()
+
+
+class Scale:
+    """What the losses of distillation are multiplied by, loss after loss.
+
+    Args:
+        counts: Of the criteria that tell it.
+        own: Whether the student's output holds the criterion's result itself, as in transformers.
+        adds: Whether several criteria are parts of one, as in mixup, or each is a whole.
+    """
+
+    def __init__(
+        self, counts: Sequence[Count] = (), *, own: bool = False, adds: bool = True
+    ) -> None:
+        self._counts, self._own, self._adds = tuple(counts), own, adds
+
+    @classmethod
+    def learn(
+        cls, loss: Tensor, outputs: Sequence[Any], heard: Sequence[Heard], kinds: frozenset[str]
+    ) -> Scale:
+        """Return how it is told, from the first loss and what was heard on the way to it.
+
+        Args:
+            loss: As it was given to `manual_backward`.
+            outputs: The student's.
+            heard: The criteria that were called.
+            kinds: Of those that the losses of distillation stand beside; empty for any.
+
+        >>> logits = torch.zeros(2, 3, requires_grad=True) * 1.0
+        >>> loss = logits.log_softmax(1)[:, 0].mean() / 4
+        >>> Scale.learn(loss, [logits], [], frozenset())(loss, [logits]) is None
+        True
+        """
+        if loss.numel() != 1 or loss.grad_fn is None:
+            return cls()
+        own = [_gradient(loss, t) for t in _own_losses(loss, outputs)]
+        if own:
+            return cls(
+                own=True, adds=abs(sum(float(g) for g in own if g is not None)) <= 1 + _CLOSE
+            )
+        learnt = [
+            (one.kind, count)
+            for one in heard
+            if one.judges and any(depends_on(one.result, output) for output in outputs)
+            if (count := Count.learn(loss, one)) is not None
+        ]
+        chosen = [pair for pair in learnt if pair[0] in kinds] or learnt
+        values = [float(count.of(_at(loss, count))) for _, count in chosen]
+        if len({kind for kind, _ in chosen}) > 1 and max(values) - min(values) > _CLOSE:
+            return cls()  # which of them the losses stand beside, nothing tells
+        return cls([count for _, count in chosen], adds=abs(sum(values)) <= 1 + _CLOSE)
+
+    @property
+    def tells(self) -> bool:
+        """Whether a criterion was found."""
+        return self._own or bool(self._counts)
+
+    def __call__(self, loss: Tensor, outputs: Sequence[Any]) -> Tensor | None:
+        """Return the factor, `None` where nothing tells it."""
+        if loss.numel() != 1 or loss.grad_fn is None:
+            return None
+        if self._own:
+            return self._together([_gradient(loss, t) for t in _own_losses(loss, outputs)])
+        found = [_gradient(loss, count.way.follow(loss)) for count in self._counts]
+        if any(gradient is None for gradient in found):
+            return self._anywhere(loss)
+        return self._together(
+            [count.of(g) for count, g in zip(self._counts, found, strict=True) if g is not None]
+        )
+
+    def _anywhere(self, loss: Tensor) -> Tensor | None:
+        """Return the factor in a loss that is built otherwise than the first, by the criterion's name."""
+        ends = {count.way.end: count for count in self._counts}
+        name = next(iter(ends)) if len(ends) == 1 else ""
+        if "Loss" not in name and "CrossEntropy" not in name:
+            return None
+        nodes = [node for node in _nodes(loss) if node.name() == name]
+        return self._together(
+            [ends[name].of(g) for n in nodes if (g := _gradient(loss, n)) is not None]
+        )
+
+    def _together(self, found: Sequence[Tensor | None]) -> Tensor | None:
+        factors = [factor.detach() for factor in found if factor is not None]
+        if not factors:
+            return None
+        stacked = torch.stack([factor.reshape(()) for factor in factors])
+        return stacked.sum() if self._adds or len(factors) == 1 else stacked.max()
+
+
+def outermost(loss: Tensor) -> float:
+    """Return the number that a loss was multiplied or divided by last.
+
+    >>> loss = torch.ones(2, requires_grad=True).sum()
+    >>> outermost(loss / 4), outermost(0.5 * loss), outermost(loss)
+    (0.25, 0.5, 1.0)
+    """
+    node: Any = loss.grad_fn
+    if node is None or node.name() not in _SCALES:
+        return 1.0
+    sides = [following for following, _ in node.next_functions]
+    if sum(side is not None for side in sides) != 1:
+        return 1.0
+    given = _gradient(loss, next(side for side in sides if side is not None))
+    return 1.0 if given is None or given.numel() != 1 else float(given)
+
+
+def _at(loss: Tensor, count: Count) -> Tensor:
+    found = _gradient(loss, count.way.follow(loss))
+    assert found is not None
+    return found
+
+
+def _gradient(loss: Tensor, place: Any) -> Tensor | None:
+    """Return the gradient of a loss at a tensor or a node above the student's output."""
+    if place is None:
+        return None
+    if place is loss.grad_fn or place is loss:
+        return torch.ones_like(loss).detach()
+    at: Any = place if isinstance(place, Tensor) else GradientEdge(place, 0)
+    try:
+        return torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True)[0]
+    except RuntimeError:  # the user has let go of the graph
+        return None
+
+
+def _own_losses(loss: Tensor, outputs: Sequence[Any]) -> list[Tensor]:
+    """Return the loss in each of a student's outputs that another loss hangs on: `.loss`, or the only single number."""
+    found = []
+    for output in outputs:
+        named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        within = [t for t in tensors(output) if not t.dim() and t.grad_fn is not None]
+        own = [named] if isinstance(named, Tensor) else within
+        if len(own) == 1 and not own[0].dim() and depends_on(loss, own[0]):
+            found += own
+    return found
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    ahead: deque[Any] = deque([loss.grad_fn])
+    seen = {loss.grad_fn}
+    while ahead and len(seen) < _MOST:
+        node = ahead.popleft()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                ahead.append(following)
