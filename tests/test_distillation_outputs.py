@@ -106,6 +106,17 @@ def by_overlap(net: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(z[:, 4:], batch[2]) + (z[:, :4] - batch[1]).abs().sqrt().mean()
 
 
+def ordinal(net: nn.Module, batch: Any) -> Tensor:
+    """One output for each "more than this", as CORAL has it."""
+    return BCE(net(batch[0]), (batch[1].unsqueeze(1) > torch.arange(3)).float())
+
+
+def pinball(net: nn.Module, batch: Any) -> Tensor:
+    """Quantiles of one number."""
+    at, error = torch.tensor([0.1, 0.5, 0.9]), batch[1].unsqueeze(1) - net(batch[0])
+    return torch.maximum(at * error, (at - 1) * error).mean()
+
+
 ROWS = (
     torch.randn(8, 4, generator=_G),
     torch.rand(8, 4, generator=_G),
@@ -117,6 +128,7 @@ HEARD: dict[str, tuple[int, Any, Any]] = {
     "a module": (3, lambda n, b: nn.BCEWithLogitsLoss()(n(b[0]), b[1]), LABELLED),
     "after a sigmoid": (3, lambda n, b: F.binary_cross_entropy(n(b[0]).sigmoid(), b[1]), LABELLED),
     "numbers": (3, lambda n, b: MSE(n(b[0]), b[1]), (LABELLED[0], LABELLED[0][:, :3])),
+    "ordinal, made in the step": (3, ordinal, (LABELLED[0], torch.arange(8) % 4)),
     "one output": (1, lambda n, b: BCE(n(b[0]), b[1]), SINGLE),
 }  # fmt: skip
 REFUSED: dict[str, tuple[int, Any, Any]] = {
@@ -128,6 +140,11 @@ REFUSED: dict[str, tuple[int, Any, Any]] = {
     ),
     "numbers beside numbers of samples": (
         3, lambda n, b: (n(b[0]) - b[1]).square().mean(), (LABELLED[0], LABELLED[1], torch.arange(8)),
+    ),
+    "quantiles": (3, pinball, (LABELLED[0], torch.rand(8, generator=_G))),
+    "its own input": (4, lambda n, b: (n(b[0]) - b[0]).square().mean(), LABELLED[:1]),
+    "a forecast of the input's end": (
+        2, lambda n, b: (n(b[0][:, :2].repeat(1, 2)) - b[0][:, 2:]).abs().mean(), LABELLED[:1],
     ),
     "boxes": (7, detection, ROWS),
     "boxes by overlap": (7, by_overlap, ROWS),
@@ -186,7 +203,7 @@ def test_distributions_and_one_class_out_of_several_are_classes(fit: Fit) -> Non
 
 def test_an_input_that_looks_like_a_target_is_none(fit: Fit) -> None:
     net, guide = nn.Linear(4, 4), nn.Linear(4, 4)
-    step = lambda n, b: n(b[0] + torch.randn(8, 4)).exp().mean()  # noqa: E731
+    step = lambda n, b: n(b[0] + torch.randn(8, 4)).var(1).mean()  # noqa: E731
     fitted(fit, net, guide, step, (torch.randn(8, 4),))
 
 
@@ -266,3 +283,44 @@ def test_the_default_loss_takes_distributions_and_the_classes_of_maps(fit: Fit) 
         F.cross_entropy(net(x), y).backward()
         torch.optim.SGD(net.parameters(), 0.5).step()
         assert apart(learner.student, net) < 1e-6
+
+
+# --- what the loss's gradient says where no criterion was heard -------------------------------------
+
+
+def told(caplog: pytest.LogCaptureFixture) -> str:
+    return " ".join(m for m in caplog.messages if "No criterion of torch" in m)
+
+
+def test_what_is_only_supposed_of_the_outputs_is_said(
+    fit: Fit, caplog: pytest.LogCaptureFixture
+) -> None:
+    net, guide = nn.Linear(4, 3), nn.Linear(4, 3)
+    with caplog.at_level("INFO"):
+        fitted(fit, net, guide, lambda n, b: 0.0 * n(b[0]).sum(), LABELLED[:1])
+    assert "outputs (8, 3): `kd` takes dimension -1 of them for classes, as shapes" in told(caplog)
+
+
+def test_the_gradient_says_which_dimension_holds_the_classes(
+    fit: Fit, caplog: pytest.LogCaptureFixture
+) -> None:
+    maps = (torch.randn(2, 5, 5, 5),)  # where no shape could
+    for dim in (1, 3):
+        net, guide = nn.Conv2d(5, 5, 1), nn.Conv2d(5, 5, 1)
+        with caplog.at_level("INFO"):
+            model = fitted(fit, net, guide, lambda n, b, d=dim: n(b[0]).var(d).mean(), maps)
+        assert f"dimension {dim} of them for classes, as the gradient" in told(caplog)
+        hand = copy.deepcopy(net)
+        losses.kd(hand(*maps).movedim(dim, -1), guide(*maps).movedim(dim, -1)).backward()
+        torch.optim.SGD(hand.parameters(), 0.5).step()
+        assert apart(model.net, hand) < 1e-6
+        caplog.clear()
+
+
+def test_labels_of_classes_under_a_loss_that_is_none_are_a_warning(fit: Fit) -> None:
+    net, guide = nn.Linear(4, 3), nn.Linear(4, 3)
+    step = lambda n, b: (n(b[0]) - F.one_hot(b[1], 3)).abs().mean()  # noqa: E731
+    with pytest.warns(
+        UserWarning, match="compares classes, and these outputs are labels or numbers"
+    ):
+        fitted(fit, net, guide, step, (LABELLED[0], torch.arange(8) % 3))

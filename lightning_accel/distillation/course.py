@@ -164,12 +164,16 @@ class Course:
         """Let the engine note how the user's criteria take what the student gives."""
         engine, student = self.engine, layer(self.module, self.student or "")
         hearings = [Hearing(record, self.heard, task)]
-        if self.sharded or not is_compiled(student):
-            engine.look_at(record, batch, hearings)
-            return
-        # In compiled code nothing is heard, and nothing tells what is changed in place.
-        with rehearsal.again(self.trainer, self.module, engine, self.student or "", record) as once:
-            engine.look_at(record, batch, [*hearings, once.hearing])
+        with ExitStack() as stack:
+            if not self.sharded and is_compiled(student):
+                # In compiled code nothing is heard, and nothing tells what is changed in place.
+                once = rehearsal.again(
+                    self.trainer, self.module, engine, self.student or "", record
+                )
+                hearings.append(stack.enter_context(once).hearing)
+            supposed = engine.look_at(record, batch, hearings)
+        if supposed is not None:
+            rank_zero_info(supposed)
 
     def _check_names(self) -> None:
         if not any(term.reads == LOGITS for term in self.engine.terms.values()):

@@ -45,8 +45,10 @@ _CRITERIA: dict[Any, str] = {
     F.log_softmax: SOFTMAX,
     torch.softmax: SOFTMAX,
     torch.log_softmax: SOFTMAX,
+    torch.logsumexp: SOFTMAX,
     Tensor.softmax: SOFTMAX,
     Tensor.log_softmax: SOFTMAX,
+    Tensor.logsumexp: SOFTMAX,
 }
 
 
@@ -172,6 +174,8 @@ class Usage(NamedTuple):
     """The label that the criterion leaves out."""
     origin: int | None = None
     """Where the storage of the labels lies."""
+    rest: str | None = None
+    """What the part of the loss that no criterion was heard for takes the logits for; see `asked.takes`."""
 
     @property
     def says_something(self) -> bool:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.distillation.asked import class_dim_in, takes, unheard
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.checks import EXACT, SHORT
-from lightning_accel.distillation.criterion import Hearing, Usage, usage
+from lightning_accel.distillation.criterion import CLASSES, Hearing, Usage, usage
 from lightning_accel.distillation.labels import Reading, read
 from lightning_accel.distillation.layers import Pair, pairs
 from lightning_accel.distillation.locate import Where, class_dim_of, classes_last, logits_of
@@ -23,6 +24,7 @@ from lightning_accel.distillation.projector import Embedding, make_projector
 from lightning_accel.distillation.schedule import Moment, Number, now
 from lightning_accel.distillation.seen import LOGITS, Answer, Places, Seen, full
 from lightning_accel.distillation.suitable import (
+    account,
     check_logits,
     check_outputs,
     picked,
@@ -168,8 +170,8 @@ class Engine:
         places = Places(logits, self.target, self.mask, self.classes_at, self.reading)
         return Seen(record, answer, batch, places)
 
-    def look_at(self, record: Record, batch: Any, hearings: Sequence[Hearing] = ()) -> None:
-        """Note from a first call what stays the same for all.
+    def look_at(self, record: Record, batch: Any, hearings: Sequence[Hearing] = ()) -> str | None:
+        """Note from a first call what stays the same for all, and return what is only supposed.
 
         Args:
             record: The call.
@@ -182,7 +184,9 @@ class Engine:
         logits = self.see(record, {}, batch).given_logits
         found = (self._usage(hearing) for hearing in hearings)
         self.usage = next((one for one in found if one.says_something), Usage())
-        self.classes_at = None if logits is None else self._class_dim(logits, record, batch)
+        rest = self._unheard(logits, hearings)
+        self.classes_at = None if logits is None else self._class_dim(logits, record, batch, rest)
+        self.usage = self.usage._replace(rest=takes(rest, self.classes_at))
         moved = self.see(record, {}, batch).logits
         self.reading, counted = read(self.target, batch, record, moved, self.usage)
         seen = self.see(record, {}, batch)
@@ -190,15 +194,26 @@ class Engine:
         check_outputs(self.terms, seen, self.usage)
         if counted is not None and any(term.reads == LOGITS for term in self.terms.values()):
             warn_of_others(seen, counted)
+        return account(self.terms, seen, self.usage)
 
     def _usage(self, hearing: Hearing) -> Usage:
         logits = self.see(hearing.record, {}, None).given_logits
         return usage(hearing.calls, logits, hearing.task)
 
-    def _class_dim(self, logits: Tensor, record: Record, batch: Any) -> int | None:
+    def _unheard(self, logits: Tensor | None, hearings: Sequence[Hearing]) -> Tensor | None:
+        """Return what the user's loss asks of the logits, but for what criteria of labels and numbers do."""
+        if logits is None or self.usage.class_dim is not None or CLASSES in self.usage.kinds:
+            return None
+        return next(
+            (unheard(h.task, logits, h.calls) for h in hearings if h.task is not None), None
+        )
+
+    def _class_dim(
+        self, logits: Tensor, record: Record, batch: Any, rest: Tensor | None
+    ) -> int | None:
         if self.class_dim is None:
-            heard = self.usage.class_dim
-            return class_dim_of(logits, batch, record) if heard is None else heard
+            known = self.usage.class_dim if rest is None else class_dim_in(rest)
+            return class_dim_of(logits, batch, record) if known is None else known
         if (
             self.class_dim in (0, -logits.dim())
             or not -logits.dim() < self.class_dim < logits.dim()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.distillation import losses
+from lightning_accel.distillation.asked import NOTHING, OTHERS
 from lightning_accel.distillation.criterion import (
     CLASSES,
     LABELS,
@@ -87,6 +88,23 @@ def check_outputs(terms: Mapping[str, Term], seen: Seen, usage: Usage) -> None:
     for name, term in terms.items():
         if term.compares == CLASSES and seen.logits is not None:
             _refuse_other_outputs(name, seen, usage)
+
+
+def account(terms: Mapping[str, Term], seen: Seen, usage: Usage) -> str | None:
+    """Return what losses of classes take the outputs for where no criterion says it, and why."""
+    names = [name for name, term in terms.items() if term.compares == CLASSES]
+    if not names or usage.says_something or seen.given_logits is None:
+        return None
+    dim = seen.places.class_dim
+    why = (
+        "as the gradient of the step's own loss sums to zero along it"
+        if usage.rest == CLASSES
+        else "as shapes or `class_dim` say, and the step's own loss says nothing"
+    )
+    return (
+        f"No criterion of torch was heard on the student's outputs {tuple(seen.given_logits.shape)}: `{names[0]}` takes "
+        f"dimension {dim} of them for classes, {why}. For labels or numbers say 'bce' or 'mse'."
+    )
 
 
 def check_logits(terms: Mapping[str, Term], seen: Seen) -> None:
@@ -189,19 +207,40 @@ def _refuse_other_outputs(name: str, seen: Seen, usage: Usage) -> None:
         what = f"{LABELS} or {NUMBERS}"
     elif not usage.kinds and any(_is_of_rows(box, seen) for box in _boxes(seen.batch)):
         found, what = f"boxes in the batch, and outputs {shape}", "classes beside other numbers"
+    elif usage.rest == OTHERS and not (usage.kinds and usage.soft) and not _are_shares(seen):
+        found = (
+            f"a loss that changes when one number is added to all of a position's outputs {shape}, as it would not "
+            "behind a softmax; and no criterion of torch that says more"
+        )
+        what = f"{LABELS} or {NUMBERS} to the training step"
+        if seen.target is not None and is_whole(seen.target) and _may_be_classes(seen):
+            warnings.warn(_not_classes(name, what, found), stacklevel=2)  # labels speak for classes
+            return
     else:
         return
-    raise AccelError(
+    raise AccelError(_not_classes(name, what, found))
+
+
+def _not_classes(name: str, what: str, found: str) -> str:
+    return explain(
         f"`{name}` compares classes, and these outputs are {what}",
         found,
         "use 'bce' for labels of which several may be true, 'mse' for numbers; where only some outputs are "
-        "classes, name the layers that give those: logits='class_head'",
+        "classes, name the layers that give those: logits='class_head'; or pass a function of your own",
     )
+
+
+def _are_shares(seen: Seen) -> bool:
+    """Tell whether outputs are probabilities, of which there is a word of its own."""
+    assert seen.logits is not None
+    return are_distributions(seen.logits.detach())
 
 
 def _is_penalty(seen: Seen, usage: Usage) -> bool:
     """Tell whether the criteria know nothing of the batch: targets all alike, or beside a class for each position."""
     assert seen.logits is not None
+    if usage.rest == NOTHING and not all(map(_is_constant, usage.others)):
+        return False  # they are all there is
     if not all(_over_classes(target, seen) for target in seen.of_outputs):
         return False
     given = [t for t in tensors(seen.batch) if not is_whole(t) or t.dtype == torch.bool]
@@ -209,7 +248,11 @@ def _is_penalty(seen: Seen, usage: Usage) -> bool:
         return False
     if seen.target is not None and is_whole(seen.target):
         return seen.target.shape == seen.logits.shape[:-1]
-    return all(bool((target == target.flatten()[:1]).all()) for target in usage.others)
+    return all(map(_is_constant, usage.others))
+
+
+def _is_constant(target: Tensor) -> bool:
+    return bool((target == target.flatten()[:1]).all())
 
 
 def _same(target: Tensor, given: Tensor) -> bool:
