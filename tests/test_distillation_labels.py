@@ -210,14 +210,61 @@ def test_a_place_that_is_given_is_shifted_as_the_criterion_does(fit: Fit) -> Non
     assert mask is not None and torch.equal(mask, ahead(PROMPT) != NO)
 
 
-def test_positions_that_only_the_criterion_leaves_out_are_told(fit: Fit) -> None:
-    def odd(n: nn.Module, b: Any) -> Tensor:  # every second one
-        return F.cross_entropy(n(b[0])[:, ::2].mT, b[1][:, ::2])
+def each(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.mT, labels, reduction="none")
 
+
+def mean(values: Tensor, keep: Tensor) -> Tensor:
+    return (values * keep).sum() / keep.sum()
+
+
+LEFT_OUT: dict[str, tuple[Any, Tensor]] = {
+    "every second one": (
+        lambda n, b: F.cross_entropy(n(b[0])[:, ::2].mT, b[1][:, ::2]),
+        torch.arange(6).expand(4, 6) % 2 == 0,
+    ),
+    "by a product": (lambda n, b: mean(each(n(b[0]), b[1]), KEEP), KEEP),
+    "of what comes next": (
+        lambda n, b: mean(each(n(b[0])[:, :-1], b[0][:, 1:]), KEEP[:, 1:]),
+        F.pad(KEEP[:, 1:], (0, 1), value=False),
+    ),
+    "by hand": (
+        lambda n, b: -mean(n(b[0]).log_softmax(-1).gather(-1, b[1][..., None])[..., 0], KEEP), KEEP,
+    ),
+    "no class at all": (
+        lambda n, b: mean(each(n(b[0]), b[1].where(KEEP, 255).clamp(max=C - 1)), KEEP), KEEP,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_positions_that_the_loss_leaves_out_are_left_out(fit: Fit, case: str) -> None:
+    step, counted = LEFT_OUT[case]
+    mask, _ = seen(fit, step, (IDS, MIXED))
+    assert mask is not None and torch.equal(mask, counted)
+    assert seen(fit, step, (IDS, MIXED), mask=lambda b: KEEP)[0] is KEEP
+
+
+def test_whole_samples_without_a_loss_learn_from_the_teacher_and_that_is_said(fit: Fit) -> None:
+    step = lambda n, b: mean(each(n(b[0])[:2], b[1][:2]), KEEP[:2])  # noqa: E731
     with pytest.warns(UserWarning, match="counts positions.*12 of 24.*pass `mask=`"):
-        seen(fit, odd, (IDS, MIXED))
-    half = torch.arange(6).expand(4, 6) % 2 == 0
-    assert seen(fit, odd, (IDS, MIXED), mask=lambda b: half)[0] is half
+        mask, _ = seen(fit, step, (IDS, MIXED))
+    assert mask is not None and torch.equal(mask[:2], KEEP[:2]) and bool(mask[2:].all())
+
+
+def test_positions_that_are_left_out_later_are_said_and_left_out(fit: Fit) -> None:
+    def spy(s: Tensor, t: Tensor, *, mask: Any = None) -> Tensor:
+        got.append(mask)
+        return (s - t).square().mean()
+
+    got: list[Any] = []
+    step = lambda n, b: mean(each(n(b[0]), b[1]), b[2])  # noqa: E731
+    batches = [(IDS, MIXED, keep) for keep in (KEEP | True, KEEP, KEEP | True, ~KEEP | (IDS == 1))]
+    distillation = Distillation(Teacher(Net()), {"spy": {"loss": spy}}, evidence_every=0)
+    with pytest.warns(UserWarning, match="6 positions in batch 1.*pass `mask=`"):
+        fit(User(Net(), step), distillation, batches=DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    for mask, (*_, keep) in zip(got[-3:], batches[1:], strict=True):
+        assert torch.equal(mask[keep.any(1)], keep[keep.any(1)])
 
 
 def test_a_language_whose_next_token_is_certain_is_no_other_order_of_classes(fit: Fit) -> None:

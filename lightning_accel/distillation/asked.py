@@ -89,20 +89,23 @@ def class_dim_in(rest: Tensor | None) -> int | None:
 
 
 def left_out(loss: Tensor | None, outputs: Tensor | None, dim: int) -> Tensor | None:
-    """Return the positions (B, ...) of outputs at which a loss asks nothing; `None` where it asks nothing anywhere.
+    """Return the positions (B, ...) of sequences or maps at which a loss asks nothing; `None` where nothing tells.
+
+    Samples of which it asks nothing at all are not among them: what has no label may learn from a teacher.
 
     >>> outputs = torch.ones(1, 2, 3, requires_grad=True) * 1.0
     >>> left_out((outputs.log_softmax(-1)[..., 0] * torch.tensor([1.0, 0.0])).sum(), outputs, -1)
     tensor([[False,  True]])
     """
     found = None
-    if outputs is not None and loss is not None and loss.numel() == 1:
+    if outputs is not None and outputs.dim() > 2 and loss is not None and loss.numel() == 1:
         up = torch.full_like(loss, _UP if outputs.dtype in _HALF else 1.0)
         found = gradient(loss, outputs, up)
     if found is None:
         return None
     none = (found == 0).all(dim)
-    return none & ~none.all()
+    whole = none.flatten(1).all(1)
+    return none & ~whole.view(-1, *[1] * (none.dim() - 1))
 
 
 def _vanishes(rest: Tensor, dim: int) -> bool:

@@ -154,7 +154,7 @@ class Course:
             answer = engine.run(record)
         optimizers, prefix = self.trainer.optimizers, self.student or ""
         heads.narrow(engine, record, answer, self.edit, optimizers, prefix=prefix)
-        engine.prepare(record, answer, batch)
+        engine.prepare(record, answer, batch, task)
         self._check_names()
         self.edit, self.ready = Receipt(), True
         self.join()
@@ -174,6 +174,11 @@ class Course:
             supposed = engine.look_at(record, batch, hearings)
         if supposed is not None:
             rank_zero_info(supposed)
+        if engine.reads_loss:
+            rank_zero_info(
+                "The training step's own loss leaves positions out, and distillation leaves out the same, as its gradient "
+                "says at each step; `mask=` says it at once."
+            )
 
     def _check_names(self) -> None:
         if not any(term.reads == LOGITS for term in self.engine.terms.values()):
@@ -283,6 +288,8 @@ class Course:
         first = not self.ready
         if first:
             self._prepare(records[0], batch, task)
+        elif self.num_lessons < _EARLY or self.log_is_due():
+            self._look_for_left_out(task, records[0], batch)
         moment, factor = self.moment(), 1.0 if scale is None else scale(first)
         lesson = self.engine.teach(task, records, batch, moment, factor)
         self.num_lessons += 1
@@ -292,6 +299,16 @@ class Course:
         if lesson.seen is not None and self._weighing_is_due():
             self._weigh(task, lesson.seen, moment, factor)
         return lesson.total
+
+    def _look_for_left_out(self, task: Tensor, record: Record, batch: Any) -> None:
+        if num := self.engine.look_for_left_out(task, record, batch):
+            rank_zero_warn(
+                explain(
+                    "the training step's own loss leaves positions out that distillation has counted so far",
+                    f"{num} positions in batch {self.batch_idx}, and none in those looked at before",
+                    "pass `mask=` to leave them out from the beginning; from now on they are",
+                )
+            )
 
     def _watch_order(self, lesson: Lesson) -> None:
         """Keep what the teachers chose for the labels, in the first epoch."""

@@ -34,7 +34,7 @@ from lightning_accel.distillation.suitable import (
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.distillation.term import Term
-from lightning_accel.distillation.world import all_rows, num_processes, share_of_all
+from lightning_accel.distillation.world import any_of_all
 from lightning_accel.errors import AccelError
 
 
@@ -88,6 +88,8 @@ class Engine:
         """Projectors and embeddings, trained with the student and never a part of it."""
         self.usage = Usage()
         """What the user's criteria take the logits for, as heard on the first batch."""
+        self.reads_loss = False
+        """Whether the user's loss is asked at each step which positions it leaves out."""
         self.classes_at: int | None = None
         """The dimension of the classes, found out on the first batch; `None` where nothing tells."""
         self.reading = Reading()
@@ -164,11 +166,21 @@ class Engine:
         """Return what the teachers say, without the cache."""
         return self._run((record.args, record.kwargs))
 
-    def see(self, record: Record, answer: Answer, batch: Any) -> Seen:
-        """Put a call of the student beside the teachers' answer."""
+    def see(self, record: Record, answer: Answer, batch: Any, task: Tensor | None = None) -> Seen:
+        """Put a call of the student beside the teachers' answer, and the user's loss where that says what counts."""
         logits = next(iter(self._pairs.get(LOGITS, ())), None)
         places = Places(logits, self.target, self.mask, self.classes_at, self.reading)
-        return Seen(record, answer, batch, places)
+        return Seen(record, answer, batch, places, task if self.reads_loss else None)
+
+    def look_for_left_out(self, task: Tensor | None, record: Record, batch: Any) -> int:
+        """Begin to read from each step's loss which positions count, where that leaves out more; return how many."""
+        masked = any(t.reads == LOGITS and "mask" in t.takes for t in self.terms.values())
+        if self.reads_loss or self.mask is not None or self.classes_at is None or not masked:
+            return 0
+        seen = Seen(record, {}, batch, self.see(record, {}, batch).places, task)
+        num = seen.num_left_out
+        self.reads_loss = any_of_all(num > 0, record.output)
+        return num
 
     def look_at(self, record: Record, batch: Any, hearings: Sequence[Hearing] = ()) -> str | None:
         """Note from a first call what stays the same for all, and return what is only supposed.
@@ -181,6 +193,7 @@ class Engine:
         Raises:
             AccelError: The outputs are not what a loss compares, or `class_dim` is not among their dimensions.
         """
+        self.reads_loss = False
         logits = self.see(record, {}, batch).given_logits
         found = (self._usage(hearing) for hearing in hearings)
         self.usage = next((one for one in found if one.says_something), Usage())
@@ -192,6 +205,9 @@ class Engine:
         seen = self.see(record, {}, batch)
         self.terms = suited(self.asked, seen, self.usage)
         check_outputs(self.terms, seen, self.usage)
+        task = next((hearing.task for hearing in hearings if hearing.task is not None), None)
+        self.look_for_left_out(task, record, batch)
+        seen = self.see(record, {}, batch, task)
         if counted is not None and any(term.reads == LOGITS for term in self.terms.values()):
             warn_of_others(seen, counted)
         return account(self.terms, seen, self.usage)
@@ -225,13 +241,13 @@ class Engine:
             )
         return self.class_dim
 
-    def prepare(self, record: Record, answer: Answer, batch: Any) -> None:
+    def prepare(self, record: Record, answer: Answer, batch: Any, task: Tensor) -> None:
         """Check everything that could fail later, and make the projectors that are missing.
 
         Raises:
             AccelError: Logits do not match, labels are missing, or a loss cannot be computed.
         """
-        seen = self.see(record, answer, batch)
+        seen = self.see(record, answer, batch, task)
         check_logits(self.terms, seen)
         for name, term in self.terms.items():
             if term.needs_target and seen.target is None:
@@ -273,7 +289,7 @@ class Engine:
         settings = {name: term.values(moment) for name, term in self.terms.items()}
         active = {name: setting for name, setting in settings.items() if setting[0] != 0}
         for record in records if active else ():
-            seen = self.see(record, self.ask(record), batch)
+            seen = self.see(record, self.ask(record), batch, task)
             with _in_full(seen.answer):
                 for name, (weight, keywords) in active.items():
                     value = self._value(name, self.terms[name], seen, keywords) / len(records)
@@ -293,7 +309,7 @@ class Engine:
     ) -> dict[str, Tensor]:
         """Return each weighted loss of one call by name, on one graph; see `teach`."""
         found = {} if task is None else {"task": now(self.task_weight, moment) * task}
-        seen = self.see(record, answer, batch)
+        seen = self.see(record, answer, batch, task)
         with _in_full(seen.answer):
             for name, term in self.terms.items():
                 weight, keywords = term.values(moment)
@@ -362,7 +378,7 @@ class Engine:
             given["target"] = seen.target if target is None else target
         value = torch.zeros((), device=both[0][0].device)
         for student, teacher in both:
-            value = value + _evaluate(term, student, teacher, given)
+            value = value + term.over_all(student, teacher, given)
         return value
 
     def _pair(self, name: str, term: Term, index: int, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -419,26 +435,6 @@ class Engine:
 
     def _is_of(self, name: str, index: int) -> bool:
         return name == LOGITS or self._which(self.terms[name]) == index
-
-
-def _evaluate(term: Term, student: Tensor, teacher: Tensor, given: dict[str, Any]) -> Tensor:
-    """Compute one loss over the rows of all processes."""
-    if term.across_rows and student.shape[:-1].numel() * num_processes() < 2:
-        return 0.0 * student.sum()  # a last batch of one row has no relations
-    if num_processes() == 1:
-        return term.loss(student, teacher, **given)
-    if term.across_rows:
-        if term.reads == LOGITS:  # each position is a row; sequences may differ in length
-            student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
-            given = {k: v.flatten() if isinstance(v, Tensor) else v for k, v in given.items()}
-        student, teacher = all_rows(student), all_rows(teacher)
-        given = {k: all_rows(v) if isinstance(v, Tensor) else v for k, v in given.items()}
-        value = term.loss(student, teacher, **given)
-        # Each process has the gradient of its own rows only, and gradients are averaged.
-        return value + (num_processes() - 1) * (value - value.detach())
-    value = term.loss(student, teacher, **given)
-    mask = given.get("mask")
-    return value if mask is None else value * share_of_all(mask)
 
 
 def _in_full(answer: Answer) -> Any:

@@ -36,11 +36,12 @@ class Way(NamedTuple):
     @classmethod
     def find(cls, loss: Tensor, result: Tensor) -> Way | None:
         """Return the shortest one, `None` where the loss does not hang on the result."""
+        end: Any = result.grad_fn
         ahead: deque[tuple[Any, tuple[tuple[str, int], ...]]] = deque([(loss.grad_fn, ())])
         seen: set[Any] = {loss.grad_fn}
         while ahead and len(seen) < _MOST:
             node, turns = ahead.popleft()
-            if node is result.grad_fn:
+            if node is end:
                 return cls(turns, node.name())
             for index, (following, _) in enumerate(node.next_functions):
                 if following is not None and following not in seen:

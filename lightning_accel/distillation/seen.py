@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.distillation import topk
+from lightning_accel.distillation.asked import left_out
 from lightning_accel.distillation.labels import Reading, mask_of, target_of
 from lightning_accel.distillation.layers import Pair
 from lightning_accel.distillation.locate import (
@@ -46,10 +47,19 @@ class Seen:
         answer: What the teachers said.
         batch: What the training step got.
         places: Where labels and masks are.
+        task: The user's loss, where it says which positions count.
     """
 
-    def __init__(self, record: Record, answer: Answer, batch: Any, places: Places) -> None:
+    def __init__(
+        self,
+        record: Record,
+        answer: Answer,
+        batch: Any,
+        places: Places,
+        task: Tensor | None = None,
+    ) -> None:
         self.record, self.answer, self.batch, self.places = record, answer, batch, places
+        self._task = task
 
     @cached_property
     def given_logits(self) -> Tensor | None:
@@ -85,8 +95,30 @@ class Seen:
     @cached_property
     def valid(self) -> Tensor | None:
         """Which positions count, or `None` for all."""
+        valid = self._valid
+        if self._task is None or self.logits is None:
+            return valid
+        if valid is None:  # in all processes there is a mask, or in none
+            valid = torch.ones(self.logits.shape[:-1], dtype=torch.bool, device=self.logits.device)
+        return valid if self._left_out is None else valid & ~self._left_out
+
+    @property
+    def num_left_out(self) -> int:
+        """How many positions the user's loss leaves out that would count without it."""
+        if self._left_out is None:
+            return 0
+        return int((self._left_out if self._valid is None else self._left_out & self._valid).sum())
+
+    @cached_property
+    def _valid(self) -> Tensor | None:
         at = self.places
         return mask_of(at.mask, self.batch, self.record, self.logits, self.target, at.reading)
+
+    @cached_property
+    def _left_out(self) -> Tensor | None:
+        """The positions of a sequence or a map that the user's loss asks nothing of; `None` where nothing tells."""
+        logits, dim = self.given_logits, self.places.class_dim
+        return None if logits is None or dim is None else left_out(self._task, logits, dim)
 
     @cached_property
     def labelled(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from lightning_accel.distillation.arguments import whole
 from lightning_accel.distillation.criterion import CLASSES, LABELS, NUMBERS
 from lightning_accel.distillation.projector import LAYOUTS
 from lightning_accel.distillation.schedule import Moment, Number, is_constant, now, read
+from lightning_accel.distillation.world import all_rows, num_processes, share_of_all
 from lightning_accel.errors import explain
 
 Loss = Callable[..., Tensor]
@@ -137,6 +138,31 @@ class Term:
             default = inspect.signature(self.loss).parameters["temperature"].default
             return float(default)
         return now(self.temperature, Moment()) if is_constant(self.temperature) else None
+
+    def over_all(self, student: Tensor, teacher: Tensor, given: dict[str, Any]) -> Tensor:
+        """Compute the loss over the rows of all processes.
+
+        Args:
+            student: What it reads of the student.
+            teacher: Likewise.
+            given: The keywords.
+        """
+        if self.across_rows and student.shape[:-1].numel() * num_processes() < 2:
+            return 0.0 * student.sum()  # a last batch of one row has no relations
+        if num_processes() == 1:
+            return self.loss(student, teacher, **given)
+        if self.across_rows:
+            if self.reads == "logits":  # each position is a row; sequences may differ in length
+                student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+                given = {k: v.flatten() if isinstance(v, Tensor) else v for k, v in given.items()}
+            student, teacher = all_rows(student), all_rows(teacher)
+            given = {k: all_rows(v) if isinstance(v, Tensor) else v for k, v in given.items()}
+            value = self.loss(student, teacher, **given)
+            # Each process has the gradient of its own rows only, and gradients are averaged.
+            return value + (num_processes() - 1) * (value - value.detach())
+        value = self.loss(student, teacher, **given)
+        mask = given.get("mask")
+        return value if mask is None else value * share_of_all(mask)
 
     def _check(self) -> None:
         if self.reads == "logits" and self.layers is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
 from lightning_accel.errors import AccelError
+from lightning_accel.surgery.call import tensors
 
 
 def num_processes() -> int:
@@ -49,6 +52,24 @@ def all_rows(value: Tensor) -> Tensor:
     rows = [part[: size[0]] for part, size in zip(gathered, sizes, strict=True)]
     rows[distributed.get_rank()] = value
     return torch.cat(rows)
+
+
+def any_of_all(here: bool, beside: Any) -> bool:
+    """Tell whether something is so in any process.
+
+    Args:
+        here: In this one.
+        beside: What lies on the device that the processes talk through.
+
+    >>> any_of_all(True, torch.ones(1))
+    True
+    """
+    if num_processes() == 1:
+        return here
+    device = next(tensor.device for tensor in tensors(beside))
+    found = torch.tensor(float(here), device=device)
+    distributed.all_reduce(found)
+    return bool(found > 0)
 
 
 def share_of_all(mask: Tensor) -> Tensor:
