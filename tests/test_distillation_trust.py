@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lessons import At, Fit, Module, apart, fits, master, teacher
+from lessons import At, Fit, Module, apart, data, fits, master, teacher
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_accel import Distillation
-from lightning_accel.distillation import TeacherCache
+from lightning_accel.distillation import TeacherCache, losses
 from lightning_accel.errors import AccelError
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Tensor]]
@@ -206,6 +207,40 @@ def test_a_teacher_that_answers_differently_next_time_is_not_cached(
     with pytest.warns(UserWarning, match=f"cannot be cached.*Found: teacher 0, Guide, {said}.*Do:"):
         fit(Module(), lesson)
     assert not list(tmp_path.rglob("*.segment"))
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:the teacher's answers cannot be cached")
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", ["dropout", "generator", "counter", "buffer"])
+def test_a_teacher_that_moves_answers_each_batch_once(
+    fit: Fit, tmp_path: Path, kind: str, cached: bool
+) -> None:
+    cache = TeacherCache(tmp_path / "c", dtype="float32") if cached else None
+
+    class Seeds(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            torch.manual_seed(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    guide, model, called = Guide(kind), Seeds(), []
+    guide.register_forward_hook(lambda *_: called.append(1))
+    lesson = Distillation(teacher(guide), "kd", cache=cache, evidence_every=1)
+    student, hand = copy.deepcopy(model.net), Guide(kind).eval()
+    fit(model, lesson)
+    sgd = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9)
+    for _ in range(2):
+        for step, (x, y) in enumerate(data()):
+            torch.manual_seed(step)
+            logits = student(x)
+            loss = F.cross_entropy(logits, y) + 0.9 * losses.kd(logits, hand(x).detach())
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+    assert apart(model.net, student) < 1e-6
+    assert guide.calls == hand.calls and torch.equal(guide.shift, hand.shift)
+    assert torch.equal(guide.generator.get_state(), hand.generator.get_state())
+    assert len(called) == 6 or cached
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

@@ -26,7 +26,7 @@ from lightning_accel.distillation.engine import Engine, Lesson
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.optimizers import join
 from lightning_accel.distillation.schedule import Moment
-from lightning_accel.distillation.seen import LOGITS, Seen
+from lightning_accel.distillation.seen import LOGITS, Answer, Seen
 from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.suitable import check_top_classes
 from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
@@ -36,7 +36,6 @@ from lightning_accel.distillation.watch import Calls, Watch, around_compiled
 from lightning_accel.distillation.world import all_rows, share_of_all
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery import Receipt
-from lightning_accel.surgery.preserve import preserve_rng
 
 _EARLY = 16
 """Steps after which a teacher with classes in another order is told, and one that knows nothing."""
@@ -145,13 +144,15 @@ class Course:
             tell(self.trainer, "on_model_hooks_change", self.module)
             torch._dynamo.reset()  # graphs that exist never call hooks that come later
 
-    def _prepare(self, record: Record, batch: Any, task: Tensor) -> None:
-        """Check everything that could fail later, and make what is missing, before the first lesson."""
+    def _prepare(self, record: Record, batch: Any, task: Tensor) -> Answer | None:
+        """Check everything that could fail later, and make what is missing, before the first lesson.
+
+        Returns what the teachers said, for that lesson; `None` where a cache knows it.
+        """
         engine, student = self.engine, layer(self.module, self.student or "")
         rehearsal.refuse_without_gradient(student, record)
         self._look_at(record, batch, task)
-        with preserve_rng():  # the lesson itself comes after, and draws what it draws
-            answer = engine.run(record)
+        answer = engine.run(record)
         optimizers, prefix = self.trainer.optimizers, self.student or ""
         heads.narrow(engine, record, answer, self.edit, optimizers, prefix=prefix)
         engine.prepare(record, answer, batch, task)
@@ -159,6 +160,7 @@ class Course:
         self.edit, self.ready = Receipt(), True
         self.join()
         self._open_cache(record)
+        return answer if engine.cache is None else None
 
     def _look_at(self, record: Record, batch: Any, task: Tensor) -> None:
         """Let the engine note how the user's criteria take what the student gives."""
@@ -285,13 +287,13 @@ class Course:
     def _teach(
         self, task: Tensor, records: list[Record], batch: Any, scale: ScaleOf | None
     ) -> Tensor:
-        first = not self.ready
+        first, known = not self.ready, None
         if first:
-            self._prepare(records[0], batch, task)
+            known = self._prepare(records[0], batch, task)
         elif self.num_lessons < _EARLY or self.log_is_due():
             self._look_for_left_out(task, records[0], batch)
         moment, factor = self.moment(), 1.0 if scale is None else scale(first)
-        lesson = self.engine.teach(task, records, batch, moment, factor)
+        lesson = self.engine.teach(task, records, batch, moment, factor, known)
         self.num_lessons += 1
         self._watch_order(lesson)
         if self.log_is_due():

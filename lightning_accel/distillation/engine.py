@@ -8,6 +8,7 @@ a mean over valid positions counts those of all, so that two processes give what
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -163,8 +164,11 @@ class Engine:
         )
 
     def run(self, record: Record) -> Answer:
-        """Return what the teachers say, without the cache."""
-        return self._run((record.args, record.kwargs))
+        """Return what the teachers say, without the cache, which is asked again: so without a trace beside one."""
+        with ExitStack() as stack:
+            for teacher in self.teachers if self.cache is not None else ():
+                stack.enter_context(teacher.aside())
+            return self._run((record.args, record.kwargs))
 
     def see(self, record: Record, answer: Answer, batch: Any, task: Tensor | None = None) -> Seen:
         """Put a call of the student beside the teachers' answer, and the user's loss where that says what counts."""
@@ -274,6 +278,7 @@ class Engine:
         batch: Any,
         moment: Moment,
         scale: Tensor | float = 1.0,
+        known: Answer | None = None,
     ) -> Lesson:
         """Return the total loss of a step; several calls of the student are averaged.
 
@@ -283,13 +288,15 @@ class Engine:
             batch: What the training step got.
             moment: Where the fit is.
             scale: Factor of all losses but the user's.
+            known: What the teachers have just said to the first call.
         """
         weight = now(self.task_weight, moment)
         total, parts, seen = weight * task, {"task": Part(weight, task.detach())}, None
         settings = {name: term.values(moment) for name, term in self.terms.items()}
         active = {name: setting for name, setting in settings.items() if setting[0] != 0}
         for record in records if active else ():
-            seen = self.see(record, self.ask(record), batch, task)
+            answer, known = self.ask(record) if known is None else known, None
+            seen = self.see(record, answer, batch, task)
             with _in_full(seen.answer):
                 for name, (weight, keywords) in active.items():
                     value = self._value(name, self.terms[name], seen, keywords) / len(records)

@@ -3,7 +3,7 @@
 A teacher is no module of the student and no attribute that Lightning sees, so that it is in no optimizer,
 state dict, weight average, DDP or FSDP wrapper. It runs under `no_grad`, in eval mode before every
 call (users, Lightning and `module.train()` flip it), in a precision of its own, on the arguments that
-the student received. Batch-norm statistics and all other buffers are proved unchanged.
+the student received, once for each call that teaches; looks beside leave no trace. Batch-norm statistics and all other buffers are proved unchanged.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lightning_accel.errors import AccelError, explain, weights_alone
 from lightning_accel.surgery.call import tensors
 from lightning_accel.surgery.digest import digest
 from lightning_accel.surgery.footprint import Footprint, observe
+from lightning_accel.surgery.moment import Moments
 from lightning_accel.surgery.preserve import preserve_rng
 
 SELF, EMA = "self", "ema"
@@ -175,6 +176,16 @@ class Teacher:
         self._tape.clear()
         return record
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave generators, counters and buffers as they were after calls that are no lesson."""
+        moment = Moments(self.bound).take()
+        try:
+            with preserve_rng():
+                yield
+        finally:
+            moment.put_back()
+
     def load_weights(self) -> None:
         """Load `checkpoint` into the module that was passed: a Lightning checkpoint or a state dict."""
         assert isinstance(self.source, nn.Module) and self.checkpoint is not None
@@ -257,7 +268,7 @@ class Teacher:
 
     def moves(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> str | None:
         """Return what a call does besides answering, if anything: such a teacher may answer differently next time."""
-        with in_eval_mode(self.bound), preserve_rng():
+        with self.aside(), in_eval_mode(self.bound):
             found = observe(self.bound, lambda: self(call))
         if found.drew:
             return f"draws random numbers in eval mode, from {', '.join(found.drew)}"
