@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from lightning_accel.distillation.arguments import whole
 from lightning_accel.errors import explain
@@ -31,6 +31,7 @@ from lightning_accel.surgery.preserve import runs
 
 _MOST, _MANY = 100_000, 1000
 """Objects that are looked at, and entries of one container."""
+_MAIN, _WORKERS = 3, 4
 _ENDS = (
     str,
     bytes,
@@ -51,7 +52,8 @@ class SeededViews(Dataset):
 
     What `random`, `numpy.random` and the CPU generator of torch draw inside the dataset is covered;
     a generator of the dataset's own is not. The states of the process are put back after each item.
-    When items are asked for a third time and nobody has ever set the epoch, there is a warning.
+    When items are asked for a third time and nobody has ever set the epoch, there is a warning; of items that workers
+    make, one worker gives it, and the main process when a sampler asks for the length.
 
     Args:
         dataset: A dataset with `__getitem__` and `__len__`.
@@ -86,7 +88,8 @@ class SeededViews(Dataset):
         self.views = whole(views, "views", 1)
         self.seed = whole(seed, "seed", 0)
         # in shared memory: worker processes that live on see the epoch of the main process
-        self._state = torch.zeros(3, dtype=torch.int64).share_memory_()  # epoch, was it set, items
+        # epoch, was it set, items, and who has warned
+        self._state = torch.zeros(5, dtype=torch.int64).share_memory_()
 
     @property
     def epoch(self) -> int:
@@ -98,28 +101,38 @@ class SeededViews(Dataset):
         self._state[0], self._state[1] = epoch, 1
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        size = len(self.dataset)
+        if self.views > 1 and not self._state[1] and self._state[2] > 2 * size:
+            self._warn()
+        return size
 
     def __getitem__(self, index: int) -> Any:
         if self.views > 1 and not self._state[1]:
             self._count()
-        number = int(index) % len(self) if int(index) < 0 else int(index)
+        number = int(index) % len(self.dataset) if int(index) < 0 else int(index)
         with _seeded(f"{self.seed} {number} {self.epoch % self.views}"):
             return self.dataset[index]
 
     def _count(self) -> None:
         """Count an item, and warn where one view is shown for ever; workers may miss some of each other's."""
         self._state[2] += 1
-        if self._state[2] == 2 * len(self) + 1:
-            warnings.warn(
-                explain(
-                    f"`SeededViews` of {self.views} views shows one of them for ever",
-                    f"{2 * len(self)} items were drawn, and nobody has set the epoch",
-                    "call `set_epoch(epoch)` at the start of each, or keep the dataset where `Distillation` "
-                    "finds it: in an attribute of the loader's dataset",
-                ),
-                stacklevel=3,
-            )
+        if self._state[2] > 2 * len(self.dataset):
+            self._warn()
+
+    def _warn(self) -> None:
+        here = _MAIN if get_worker_info() is None else _WORKERS
+        if self._state[here]:
+            return
+        self._state[here] = 1
+        warnings.warn(
+            explain(
+                f"`SeededViews` of {self.views} views shows one of them for ever",
+                f"{2 * len(self.dataset)} items were drawn, and nobody has set the epoch",
+                "call `set_epoch(epoch)` at the start of each, or keep the dataset where `Distillation` "
+                "finds it: in an attribute of the loader's dataset",
+            ),
+            stacklevel=4,
+        )
 
 
 def views_in(*data: Any) -> list[SeededViews]:
