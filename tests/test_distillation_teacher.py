@@ -167,6 +167,17 @@ def test_classes_that_are_confused_one_way_are_no_other_order() -> None:
     assert order.swapped() == {}
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_few_samples_tell_two_classes_apart_where_the_teacher_knows_the_others(
+    known: bool,
+) -> None:
+    labels = torch.tensor([0, 1, 2]).repeat_interleave(8)
+    chosen = labels if known else (labels + torch.arange(24) % 2) % 3
+    order = evidence.Order()
+    order.note(torch.cat([chosen, torch.tensor([4] * 3 + [3] * 5)]), torch.cat([labels, torch.tensor([3] * 3 + [4] * 5)]))  # fmt: skip
+    assert order.swapped() == ({3: 4, 4: 3} if known else {})
+
+
 def test_a_weak_teacher_in_another_order_is_told_where_classes_are_compared() -> None:
     order, labels = evidence.Order(), torch.arange(4).repeat(20)
     chosen = (labels + 1) % 4

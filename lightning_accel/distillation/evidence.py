@@ -21,7 +21,9 @@ NO_EFFECT = 1e-3
 """Below this share of the gradient, the teachers have no effect."""
 
 _SEEN = 5  # samples of a class before anything is said about it
+_LEAST = 3  # likewise, of classes that go round in a circle, where the teacher knows the others
 _SURE = 0.8  # of a class's samples, where the teacher is right about others
+_KNOWS = 0.9
 _STEPS = 64
 _POSITIONS = 4096  # of each step
 
@@ -222,21 +224,28 @@ def _swapped(chosen: Tensor, target: Tensor) -> dict[int, int]:
     moved = {
         label: other
         for (label, other), count in zip(pairs.T.tolist(), counts.tolist(), strict=True)
-        if label != other and seen[label] >= _SEEN and count >= _SURE * seen[label]
+        if label != other and seen[label] >= _LEAST and count >= _SURE * seen[label]
     }
-    return {label: other for label, other in moved.items() if _comes_back(moved, label)}
+    circles = {label: circle for label in moved if (circle := _circle(moved, label))}
+    others = ~torch.isin(target, torch.tensor([*circles], dtype=target.dtype))
+    right = (chosen == target)[others].float()
+    knows = len(right) >= 2 * _SEEN and bool(right.mean() >= _KNOWS)
+    least = _LEAST if knows else _SEEN
+    return {
+        label: moved[label]
+        for label, circle in circles.items()
+        if sum(seen[one] for one in circle) >= least * len(circle)
+    }
 
 
-def _comes_back(moved: Mapping[int, int], label: int) -> bool:
-    """Tell whether a label is met again when one goes from label to what was chosen for it."""
-    at = moved[label]
-    for _ in moved:
+def _circle(moved: Mapping[int, int], label: int) -> list[int]:
+    """Return the labels that one meets from label to what was chosen for it until it comes again; none if it does not."""
+    met = [label]
+    while (at := moved.get(met[-1])) is not None and len(met) <= len(moved):
         if at == label:
-            return True
-        if at not in moved:
-            return False
-        at = moved[at]
-    return False
+            return met
+        met.append(at)
+    return []
 
 
 def is_at_chance(chosen: Tensor, target: Tensor, num_classes: int) -> bool:
