@@ -204,3 +204,26 @@ def test_a_student_that_comes_in_a_later_step_is_found(fit: Fit) -> None:
     plain = Blank()
     fit(plain)
     assert apart(model, plain) > 1e-4
+
+
+def test_what_a_forward_does_to_its_inputs_reaches_the_teacher_where_the_network_inside_is_named(
+    fit: Fit,
+) -> None:
+    class Augments(Module):
+        def forward(self, x: Any) -> Any:
+            return self.net(x.flip(-1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    got: list[Any] = []
+    for student in (None, "net"):
+        guide = teacher()
+        guide.network.register_forward_hook(lambda m, args, out: got.append(args[0]))
+        fit(
+            Augments(),
+            Distillation(guide, "kd", student=student),
+            max_epochs=1,
+            limit_train_batches=1,
+        )
+    assert torch.equal(got[0].flip(-1), got[1]) and not torch.equal(*got)

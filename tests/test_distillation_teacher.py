@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -538,3 +539,48 @@ def test_convolutions_and_tokens_learn_from_each_other(fit: Fit, name: str) -> N
         fit(model, distillation, max_epochs=1)
         assert distillation.shares[name] > 1e-3
         assert all(p.isfinite().all() for p in model.parameters())
+
+
+class Gap(nn.Module):
+    """Gives no number for one row of the third batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls = master(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        gap = self.calls == 3 and (torch.arange(len(x)) == 2).unsqueeze(1)
+        return self.net(x).masked_fill(torch.as_tensor(gap), float("nan"))
+
+
+def test_a_teacher_that_gives_no_numbers_is_told_before_the_student_learns_it(fit: Fit) -> None:
+    model = Module()
+    with pytest.raises(
+        AccelError,
+        match=r"teacher Gap gives what is no number.*Found: 4 of 32 numbers of its `logits` \(8, 4\), in batch 2 of "
+        r"epoch 0.*'fp32'.*Do: .*precision",
+    ):
+        fit(model, Distillation(teacher(Gap()), "kd"))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_checkpoint_that_does_not_fit_names_its_keys(fit: Fit, tmp_path: Any) -> None:
+    torch.save({"state_dict": Module().state_dict()}, tmp_path / "wrapped.ckpt")
+    lesson = Distillation(teacher(tiny.ConvNet(8), checkpoint=tmp_path / "wrapped.ckpt"), "kd")
+    with pytest.raises(AccelError) as told:
+        fit(Module(), lesson)
+    assert re.search(r"\d+ keys missing: [a-z.0-9]+weight, .* and \d+ more; ", str(told.value))
+    assert "keys begin with 'net.', without that" in str(told.value)
+    torch.save(tiny.ConvNet(12).state_dict(), tmp_path / "wide.ckpt")
+    lesson = Distillation(teacher(tiny.ConvNet(8), checkpoint=tmp_path / "wide.ckpt"), "kd")
+    with pytest.raises(AccelError, match=r"of another size: .*weight \(12, .*for \(8, "):
+        fit(Module(), lesson)
+    with pytest.raises(AccelError, match=r"is not one of.*size mismatch for net.stem.1.bias"):
+        fit(Module(), Distillation(_saved_module(tmp_path), "kd"))
+
+
+def _saved_module(folder: Any) -> str:
+    trainer_like = {"state_dict": Wide().state_dict(), "pytorch-lightning_version": "2.6.0"}
+    torch.save(trainer_like, folder / "module.ckpt")
+    return str(folder / "module.ckpt")

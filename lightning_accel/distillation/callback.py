@@ -48,7 +48,8 @@ class Distillation(Callback):
     """Let the network inside a LightningModule learn from a teacher, in the training step it has.
 
     The student's logits and features are tapped in the one forward that happens anyway; the teacher runs
-    on the very arguments that the student got, after augmentation and mixup. The loss of `training_step`
+    on the very arguments that the student got, after augmentation and mixup; not after what the student's own `forward`
+    does to them (to augment there, name the network inside: `student="net"`). The loss of `training_step`
     becomes `task_weight` times that loss plus the weighted losses of distillation; under manual optimization, what
     is done to the criterion on its way to `manual_backward` (`loss / 4`) is done to these as well. What is logged by
     the user stays the user's. Projectors between features of different sizes are made on the first batch,

@@ -22,6 +22,7 @@ from lightning_accel.bridge.model_edit import tell
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import evidence, heads, rehearsal
 from lightning_accel.distillation.criterion import LABELS, NUMBERS, Heard, Hearing, Listener
+from lightning_accel.distillation.doubts import lacks_numbers, not_a_number
 from lightning_accel.distillation.engine import Engine, Lesson
 from lightning_accel.distillation.journal import Journal
 from lightning_accel.distillation.optimizers import join
@@ -85,6 +86,8 @@ class Course:
         self._order = evidence.Order() if trained else None
         """What the teachers chose for the labels of the first epoch; `None` when settled."""
         self._weighed_at: int | None = None
+        self._nan = torch.tensor(False)
+        """Whether a teacher gave what is no number."""
         self._watches: list[Calls | Listener] = []
         """What stands around the first step."""
         self.heard: list[Heard] = []
@@ -295,6 +298,7 @@ class Course:
         moment, factor = self.moment(), 1.0 if scale is None else scale(first)
         lesson = self.engine.teach(task, records, batch, moment, factor, known)
         self.num_lessons += 1
+        self._look_for_nan(lesson)
         self._watch_order(lesson)
         if self.log_is_due():
             self._note(lesson)
@@ -311,6 +315,18 @@ class Course:
                     "pass `mask=` to leave them out from the beginning; from now on they are",
                 )
             )
+
+    def _look_for_nan(self, lesson: Lesson) -> None:
+        """Raise where losses are no numbers because answers are none; a GPU is not waited for in every step."""
+        values = [part.value for name, part in lesson.parts.items() if name != "task"]
+        if lesson.seen is None or not values:
+            return
+        answer = lesson.seen.answer
+        self._nan = lacks_numbers(answer, values) | self._nan.to(values[0].device)
+        if (self._nan.device.type == "cpu" or self.log_is_due()) and bool(self._nan):
+            names = [type(teacher.network).__name__ for teacher in self.teachers]
+            where = f"batch {self.batch_idx} of epoch {self.trainer.current_epoch}"
+            raise not_a_number(answer, names, self.teachers[0].precision, where)
 
     def _watch_order(self, lesson: Lesson) -> None:
         """Keep what the teachers chose for the labels, in the first epoch."""

@@ -284,9 +284,7 @@ class Engine:
 
         Args:
             task: The user's loss.
-            records: The calls.
-            batch: What the training step got.
-            moment: Where the fit is.
+            records: The calls, what the training step got, and where the fit is.
             scale: Factor of all losses but the user's.
             known: What the teachers have just said to the first call.
         """

@@ -35,6 +35,8 @@ from lightning_accel.surgery import Stage, twin
 from lightning_accel.surgery.call import tensors
 from lightning_accel.surgery.preserve import preserve_rng
 
+_LONG = 600  # letters of another library's error
+
 
 def is_sharded(trainer: Trainer) -> bool:
     """Tell whether a strategy shards parameters, so that there is nothing to copy."""
@@ -245,7 +247,7 @@ def load_teacher(teacher: Teacher, pl_module: LightningModule) -> nn.Module:
     except Exception as error:
         raise AccelError(
             f"the teacher's checkpoint is not one of {type(pl_module).__name__}",
-            f"{path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:_LONG]}",
             "pass Teacher(module, checkpoint=path) with a module of the right class and size",
         ) from error
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_accel import hardware
 from lightning_accel.distillation.arguments import flag, number, path_of, whole
+from lightning_accel.distillation.doubts import misfit
 from lightning_accel.distillation.tape import Record, Tape
 from lightning_accel.errors import AccelError, explain, weights_alone
 from lightning_accel.surgery.call import tensors
@@ -196,13 +197,14 @@ class Teacher:
         try:
             self.source.load_state_dict(stored)
         except RuntimeError as error:
+            found, do = misfit(self.source, stored)
             raise AccelError(
                 f"the checkpoint does not fit the teacher {type(self.source).__name__}",
-                f"{self.checkpoint}: {str(error).splitlines()[0]}",
+                f"{self.checkpoint}: {found or error}",
                 "it holds a pruned network: pass what `lightning_accel.load_from_checkpoint` makes of it, "
                 "without `checkpoint=`"
                 if pruned
-                else "pass the module that the checkpoint was saved from",
+                else do,
             ) from error
 
     def check_buffers(self) -> None:
