@@ -40,6 +40,8 @@ from lightning_accel.surgery import Receipt
 
 _EARLY = 16
 """Steps after which a teacher with classes in another order is told, and one that knows nothing."""
+_LEFT_OUT = "The training step's own loss leaves positions out, and distillation the same, as its gradient says at each step."
+# Told whether all was just made ready, returns the factor of the losses of distillation.
 ScaleOf = Callable[[bool], Tensor | float]
 
 
@@ -88,6 +90,8 @@ class Course:
         self._weighed_at: int | None = None
         self._nan = torch.tensor(False)
         """Whether a teacher gave what is no number."""
+        self._unseen = 0
+        """Steps in which nobody looked for positions that the loss leaves out."""
         self._watches: list[Calls | Listener] = []
         """What stands around the first step."""
         self.heard: list[Heard] = []
@@ -148,10 +152,7 @@ class Course:
             torch._dynamo.reset()  # graphs that exist never call hooks that come later
 
     def _prepare(self, record: Record, batch: Any, task: Tensor) -> Answer | None:
-        """Check everything that could fail later, and make what is missing, before the first lesson.
-
-        Returns what the teachers said, for that lesson; `None` where a cache knows it.
-        """
+        """Get ready for the first lesson; return what the teachers said, `None` where a cache knows it."""
         engine, student = self.engine, layer(self.module, self.student or "")
         rehearsal.refuse_without_gradient(student, record)
         self._look_at(record, batch, task)
@@ -180,10 +181,7 @@ class Course:
         if supposed is not None:
             rank_zero_info(supposed)
         if engine.reads_loss:
-            rank_zero_info(
-                "The training step's own loss leaves positions out, and distillation leaves out the same, as its gradient "
-                "says at each step; `mask=` says it at once."
-            )
+            rank_zero_info(_LEFT_OUT)
 
     def _check_names(self) -> None:
         if not any(term.reads == LOGITS for term in self.engine.terms.values()):
@@ -274,14 +272,7 @@ class Course:
     def teach(
         self, task: Tensor, records: list[Record], batch: Any, scale: ScaleOf | None = None
     ) -> Tensor:
-        """Return the total loss of a step.
-
-        Args:
-            task: The user's.
-            records: The calls of the student that count.
-            batch: What the training step got.
-            scale: Told whether all was just made ready, gives the factor of the losses of distillation.
-        """
+        """Return the total loss of a step, with the losses of distillation times a factor."""
         with ExitStack() as stack:
             for watch in reversed(self._watches):
                 stack.enter_context(watch.aside())
@@ -293,7 +284,7 @@ class Course:
         first, known = not self.ready, None
         if first:
             known = self._prepare(records[0], batch, task)
-        elif self.num_lessons < _EARLY or self.log_is_due():
+        else:
             self._look_for_left_out(task, records[0], batch)
         moment, factor = self.moment(), 1.0 if scale is None else scale(first)
         lesson = self.engine.teach(task, records, batch, moment, factor, known)
@@ -307,11 +298,20 @@ class Course:
         return lesson.total
 
     def _look_for_left_out(self, task: Tensor, record: Record, batch: Any) -> None:
-        if num := self.engine.look_for_left_out(task, record, batch):
+        """Look in the first steps of an epoch, and in those that are logged, for what the loss leaves out."""
+        if self.engine.reads_loss:
+            return
+        if self.num_lessons >= _EARLY and not self.log_is_due():
+            self._unseen += 1
+            return
+        num = self.engine.look_for_left_out(task, record, batch)
+        if num and not self._unseen:
+            rank_zero_info(_LEFT_OUT)
+        elif num:
             rank_zero_warn(
                 explain(
-                    "the training step's own loss leaves positions out that distillation has counted so far",
-                    f"{num} positions in batch {self.batch_idx}, and none in those looked at before",
+                    "the training step's own loss leaves positions out, and distillation may have counted such before",
+                    f"{num} positions in batch {self.batch_idx}, after {self._unseen} steps that were not looked at",
                     "pass `mask=` to leave them out from the beginning; from now on they are",
                 )
             )

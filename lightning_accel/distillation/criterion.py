@@ -72,13 +72,6 @@ class Heard(NamedTuple):
             return False
         return self.kind != SOFTMAX or result.shape != self.input.shape
 
-    def num_positions(self) -> int:
-        """Return how many positions count."""
-        target = self.target
-        if self.kind != CLASSES or target is None or target.is_floating_point():
-            return self.input.numel() // (self.input.shape[self.dim] if self.kind == CLASSES else 1)
-        return int(torch.ne(target, -100 if self.ignored is None else self.ignored).sum())
-
     @classmethod
     def of(cls, kind: str, function: Any, given: dict[str, Any]) -> Heard | None:
         """Read a call; `None` where its input is no tensor."""

@@ -182,6 +182,8 @@ class Engine:
         if self.reads_loss or self.mask is not None or self.classes_at is None or not masked:
             return 0
         seen = Seen(record, {}, batch, self.see(record, {}, batch).places, task)
+        if seen.given_logits is None or seen.given_logits.dim() < 3:
+            return 0
         num = seen.num_left_out
         self.reads_loss = any_of_all(num > 0, record.output)
         return num
@@ -209,7 +211,7 @@ class Engine:
         seen = self.see(record, {}, batch)
         self.terms = suited(self.asked, seen, self.usage)
         check_outputs(self.terms, seen, self.usage)
-        task = next((hearing.task for hearing in hearings if hearing.task is not None), None)
+        task = hearings[0].task if hearings else None
         self.look_for_left_out(task, record, batch)
         seen = self.see(record, {}, batch, task)
         if counted is not None and any(term.reads == LOGITS for term in self.terms.values()):
@@ -224,9 +226,7 @@ class Engine:
         """Return what the user's loss asks of the logits, but for what criteria of labels and numbers do."""
         if logits is None or self.usage.class_dim is not None or CLASSES in self.usage.kinds:
             return None
-        return next(
-            (unheard(h.task, logits, h.calls) for h in hearings if h.task is not None), None
-        )
+        return unheard(hearings[0].task, logits, hearings[0].calls) if hearings else None
 
     def _class_dim(
         self, logits: Tensor, record: Record, batch: Any, rest: Tensor | None
@@ -284,7 +284,7 @@ class Engine:
 
         Args:
             task: The user's loss.
-            records: The calls, what the training step got, and where the fit is.
+            records: The student's calls, in a step that got `batch` at that `moment`.
             scale: Factor of all losses but the user's.
             known: What the teachers have just said to the first call.
         """

@@ -10,6 +10,7 @@ the positions that count is multiplied by is the sum of their gradients.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -69,9 +70,8 @@ class Count(NamedTuple):
     way: Way
     times: str
     """Whether it is multiplied by the number of "positions" or of "rows", or by "one"."""
-    rows: int
-    whole: int | None
-    """The number of positions in a sum that torch took, or `None`."""
+    summed: bool
+    """Whether torch took the sum over the positions."""
 
     @classmethod
     def learn(cls, loss: Tensor, heard: Heard) -> Count | None:
@@ -80,28 +80,39 @@ class Count(NamedTuple):
         way = None if result is None else Way.find(loss, result)
         if way is None or result is None:
             return None
-        given = _gradient(loss, way.follow(loss))
-        if given is None:
-            return None
-        made = cls(way, "one", len(heard.input), heard.num_positions() if heard.summed else None)
-        if not result.dim() and made.whole is None:
-            return made
+        made = cls(way, "one", heard.summed)
+        node = way.follow(loss)
+        given = _gradient(loss, node)
+        if given is None or not (result.dim() or heard.summed):
+            return made if given is not None else None
         nonzero = given[given != 0]
         if not len(nonzero) or bool((nonzero - nonzero[0]).abs().max() > _CLOSE * nonzero[0].abs()):
             return None
         found = (made._replace(times=times) for times in ("positions", "rows", "one"))
-        return next((one for one in found if bool(one.of(given).abs() <= 1 + _CLOSE)), made)
+        return next((one for one in found if bool(one.of(given, node).abs() <= 1 + _CLOSE)), made)
 
-    def of(self, gradient: Tensor) -> Tensor:
-        """Return the factor."""
+    def find(self, loss: Tensor) -> Tensor | None:
+        """Return the factor in a loss, `None` where that is built otherwise than the first."""
+        node = self.way.follow(loss)
+        given = _gradient(loss, node)
+        return None if given is None else self.of(given, node)
+
+    def of(self, gradient: Tensor, node: Any) -> Tensor:
+        """Return the factor.
+
+        Args:
+            gradient: Of the loss at the criterion's result.
+            node: The criterion's, which knows how many positions it summed up.
+        """
         size = (gradient != 0).sum().clamp(min=1)
         each = gradient.sum() / size  # of positions that count, all alike
-        if self.times == "rows":
-            return each * self.rows
         if self.times == "one":
             return each
-        if self.whole is not None:
-            return each * self.whole
+        if self.summed:
+            positions, rows = _summed(node)
+            return each * (rows if self.times == "rows" else positions)
+        if self.times == "rows":
+            return each * len(gradient)
         is_mean = any(name.startswith("MeanBackward") for name, _ in self.way.turns)
         return each * gradient.numel() if is_mean else gradient.sum()
 
@@ -151,7 +162,7 @@ class Scale:
             if (count := Count.learn(loss, one)) is not None
         ]
         chosen = [pair for pair in learnt if pair[0] in kinds] or learnt
-        values = [float(count.of(_at(loss, count))) for _, count in chosen]
+        values = [float(made) for _, count in chosen if (made := count.find(loss)) is not None]
         if len({kind for kind, _ in chosen}) > 1 and max(values) - min(values) > _CLOSE:
             return cls()  # which of them the losses stand beside, nothing tells
         return cls([count for _, count in chosen], adds=abs(sum(values)) <= 1 + _CLOSE)
@@ -167,12 +178,8 @@ class Scale:
             return None
         if self._own:
             return self._together([_gradient(loss, t) for t in _own_losses(loss, outputs)])
-        found = [_gradient(loss, count.way.follow(loss)) for count in self._counts]
-        if any(gradient is None for gradient in found):
-            return self._anywhere(loss)
-        return self._together(
-            [count.of(g) for count, g in zip(self._counts, found, strict=True) if g is not None]
-        )
+        found = [count.find(loss) for count in self._counts]
+        return self._anywhere(loss) if None in found else self._together(found)
 
     def _anywhere(self, loss: Tensor) -> Tensor | None:
         """Return the factor in a loss that is built otherwise than the first, by the criterion's name."""
@@ -182,7 +189,7 @@ class Scale:
             return None
         nodes = [node for node in _nodes(loss) if node.name() == name]
         return self._together(
-            [ends[name].of(g) for n in nodes if (g := _gradient(loss, n)) is not None]
+            [ends[name].of(g, n) for n in nodes if (g := _gradient(loss, n)) is not None]
         )
 
     def _together(self, found: Sequence[Tensor | None]) -> Tensor | None:
@@ -210,10 +217,12 @@ def outermost(loss: Tensor) -> float:
     return 1.0 if given is None or given.numel() != 1 else float(given)
 
 
-def _at(loss: Tensor, count: Count) -> Tensor:
-    found = _gradient(loss, count.way.follow(loss))
-    assert found is not None
-    return found
+def _summed(node: Any) -> tuple[Tensor | int, int]:
+    """Return over how many positions, as a mean counts them, and over how many rows a criterion's sum is."""
+    given = getattr(node, "_saved_self", None)
+    shape = given.shape if given is not None else getattr(node, "_saved_self_sym_sizes", (1,))
+    weight = getattr(node, "_saved_total_weight", None)  # of classes
+    return (weight if isinstance(weight, Tensor) else math.prod(shape)), shape[0]
 
 
 def _gradient(loss: Tensor, place: Any) -> Tensor | None:
