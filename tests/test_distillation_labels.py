@@ -246,6 +246,18 @@ def test_positions_that_the_loss_leaves_out_are_left_out(fit: Fit, case: str) ->
     assert seen(fit, step, (IDS, MIXED), mask=lambda b: KEEP)[0] is KEEP
 
 
+def test_a_hook_on_the_outputs_sees_one_backward(fit: Fit) -> None:
+    called: list[int] = []
+
+    def step(n: nn.Module, b: Any) -> Tensor:
+        z = n(b[0])
+        z.register_hook(lambda gradient: called.append(1))
+        return -mean(z.log_softmax(-1)[..., 0], KEEP)
+
+    seen(fit, step, (IDS, MIXED), class_dim=-1)
+    assert len(called) == 1
+
+
 def test_whole_samples_without_a_loss_learn_from_the_teacher_and_that_is_said(fit: Fit) -> None:
     step = lambda n, b: mean(each(n(b[0])[:2], b[1][:2]), KEEP[:2])  # noqa: E731
     with pytest.warns(UserWarning, match="counts positions.*12 of 24.*pass `mask=`"):

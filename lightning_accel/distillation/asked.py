@@ -37,7 +37,9 @@ def gradient(
     """
     if loss is None or place is None or not (loss.requires_grad and place.requires_grad):
         return None
-    if asked is None and loss.numel() != 1:
+    if loss._backward_hooks or place._backward_hooks:  # the user's, who would see another backward
+        return None
+    if loss.numel() != 1 and (asked is None or asked.shape != loss.shape):
         return None
     given = torch.ones_like(loss) if asked is None else asked
     try:
@@ -52,13 +54,14 @@ def unheard(loss: Tensor | None, outputs: Tensor, calls: Sequence[Heard]) -> Ten
 
     `None` where the loss asks nothing; zeros where they are all there is.
     """
-    whole = gradient(loss, outputs)
+    up = None if loss is None else _up(loss, outputs)
+    whole = gradient(loss, outputs, up)
     if whole is None or not bool(whole.isfinite().all() & (whole != 0).any()):
         return None
     rest = whole.clone()
     for call in calls:
         if call.kind in (LABELS, NUMBERS) and call.judges:
-            part = gradient(call.result, outputs, gradient(loss, call.result))
+            part = gradient(call.result, outputs, gradient(loss, call.result, up))
             rest = rest if part is None else rest - part
     little = 1e-3 * whole.abs().double().sum()
     return rest if bool(rest.abs().double().sum() > little) else torch.zeros_like(rest)
@@ -99,13 +102,16 @@ def left_out(loss: Tensor | None, outputs: Tensor | None, dim: int) -> Tensor | 
     """
     found = None
     if outputs is not None and outputs.dim() > 2 and loss is not None and loss.numel() == 1:
-        up = torch.full_like(loss, _UP if outputs.dtype in _HALF else 1.0)
-        found = gradient(loss, outputs, up)
+        found = gradient(loss, outputs, _up(loss, outputs))
     if found is None:
         return None
     none = (found == 0).all(dim)
     whole = none.flatten(1).all(1)
     return none & ~whole.view(-1, *[1] * (none.dim() - 1))
+
+
+def _up(loss: Tensor, outputs: Tensor) -> Tensor:
+    return torch.full_like(loss, _UP if outputs.dtype in _HALF else 1.0)
 
 
 def _vanishes(rest: Tensor, dim: int) -> bool:

@@ -231,6 +231,9 @@ def _gradient(loss: Tensor, place: Any) -> Tensor | None:
         return None
     if place is loss.grad_fn or place is loss:
         return torch.ones_like(loss).detach()
+    hooks = getattr(place, "_backward_hooks", None)
+    if hooks or loss._backward_hooks:  # the user's, who would see another backward
+        return None
     at: Any = place if isinstance(place, Tensor) else GradientEdge(place, 0)
     try:
         return torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True)[0]
