@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from lightning_accel import Distillation
 from lightning_accel.distillation import Teacher
+from lightning_accel.distillation.criterion import Listener
+from lightning_accel.distillation.scale import Scale
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -137,6 +139,14 @@ SCALED: dict[str, tuple[Loss, Callable[[int], float]]] = {
         lambda o, b, i: (ce(o, b[1], reduction="none") * (b[1] > 0)).sum() / (b[1] > 0).sum() / 4,
         lambda i: 0.25,
     ),
+    "written out": (lambda o, b, i: -o.log_softmax(1).gather(1, b[1][:, None]).mean() / 4, lambda i: 0.25),
+    "written out for rows that count": (
+        lambda o, b, i: -(o.log_softmax(1)[:, 0] * (b[1] > 0)).sum() / (b[1] > 0).sum() / 4, lambda i: 0.25,
+    ),
+    "smoothed by hand": (
+        lambda o, b, i: -(o.log_softmax(1) * (0.9 * F.one_hot(b[1], 3) + 0.1 / 3)).sum(1).mean() / 4,
+        lambda i: 0.25,
+    ),
     "a mean of rows": (lambda o, b, i: ce(o, b[1], reduction="none").mean() / 4, lambda i: 0.25),
 }  # fmt: skip
 
@@ -146,6 +156,21 @@ def factors() -> list[float]:
 
 
 @pytest.mark.parametrize("case", SCALED)
+def test_how_often_the_criterion_counts_is_told_loss_after_loss(case: str) -> None:
+    loss, factor = SCALED[case]
+    student, scale = net(), None
+    for index, batch in enumerate(batches()):
+        with Listener() as listener:
+            logits = student(batch[0])
+            given = loss(logits, batch, index)
+        scale = scale or Scale.learn(given, [logits], listener.calls, frozenset({"classes"}))
+        found = scale(given, [logits])
+        assert found is not None and float(found) == pytest.approx(factor(index), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", ["weighted by the batch", "another sum each time", "masked by hand"]
+)
 def test_what_is_done_to_the_criterion_is_done_to_the_lesson(fit: Fit, case: str) -> None:
     loss, factor = SCALED[case]
     assert off(fit, loss, factor) < 1e-6
@@ -166,7 +191,7 @@ def focal(logits: Tensor, y: Tensor) -> Tensor:
     return ((1 - (-each).exp()) ** 2 * each).mean()
 
 
-@pytest.mark.parametrize("criterion", [focal, lambda o, y: -o.log_softmax(1)[:, 0].mean()])
+@pytest.mark.parametrize("criterion", [focal, lambda o, y: o.var(1).mean()])
 def test_a_scale_that_nothing_tells_is_said(fit: Fit, criterion: Any) -> None:
     with pytest.warns(UserWarning, match=r"not clear.*given 0\.25 times.*weights"):
         assert off(fit, lambda o, b, i: criterion(o, b[1]) / 4) < 1e-6

@@ -52,6 +52,9 @@ _CRITERIA: dict[Any, str] = {
 }
 
 
+_LOGS = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
+
+
 class Heard(NamedTuple):
     """One call of a criterion: what it was called for, on what, and which dimension holds classes."""
 
@@ -62,15 +65,17 @@ class Heard(NamedTuple):
     ignored: int | None
     summed: bool = False
     """Whether it gives the sum over the positions."""
+    logs: bool = False
+    """Whether it gives log-probabilities, of which a cross entropy by hand takes a sum."""
     result: Tensor | None = None
 
     @property
     def judges(self) -> bool:
-        """Whether what it gives is a loss with a gradient, and not the softmax before one."""
+        """Whether what it gives is a loss with a gradient, or what one is made of, and not the softmax before."""
         result = self.result
         if result is None or result.grad_fn is None:
             return False
-        return self.kind != SOFTMAX or result.shape != self.input.shape
+        return self.logs or self.kind != SOFTMAX or result.shape != self.input.shape
 
     @classmethod
     def of(cls, kind: str, function: Any, given: dict[str, Any]) -> Heard | None:
@@ -84,7 +89,8 @@ class Heard(NamedTuple):
         ignored = given.get("ignore_index", -100) if kind == CLASSES else None
         target = target if isinstance(target, Tensor) and kind != SOFTMAX else None
         summed = given.get("reduction") == "sum"
-        return cls(kind, source, target, dim if isinstance(dim, int) else -1, ignored, summed)
+        dim = dim if isinstance(dim, int) else -1
+        return cls(kind, source, target, dim, ignored, summed, function in _LOGS)
 
 
 class Listener(TorchFunctionMode):

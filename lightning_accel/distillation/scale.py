@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_accel.distillation.criterion import Heard
+from lightning_accel.distillation.criterion import SOFTMAX, Heard
 from lightning_accel.distillation.steps import depends_on
 from lightning_accel.surgery.call import tensors
 
@@ -72,6 +72,8 @@ class Count(NamedTuple):
     """Whether it is multiplied by the number of "positions" or of "rows", or by "one"."""
     summed: bool
     """Whether torch took the sum over the positions."""
+    logs: int | None = None
+    """The dimension of the classes, where the result is log-probabilities and its negative is the loss."""
 
     @classmethod
     def learn(cls, loss: Tensor, heard: Heard) -> Count | None:
@@ -80,9 +82,9 @@ class Count(NamedTuple):
         way = None if result is None else Way.find(loss, result)
         if way is None or result is None:
             return None
-        made = cls(way, "one", heard.summed)
+        made = cls(way, "one", heard.summed, heard.dim if heard.logs else None)
         node = way.follow(loss)
-        given = _gradient(loss, node)
+        given = made.weights(_gradient(loss, node))
         if given is None or not (result.dim() or heard.summed):
             return made if given is not None else None
         nonzero = given[given != 0]
@@ -94,18 +96,23 @@ class Count(NamedTuple):
     def find(self, loss: Tensor) -> Tensor | None:
         """Return the factor in a loss, `None` where that is built otherwise than the first."""
         node = self.way.follow(loss)
-        given = _gradient(loss, node)
+        given = self.weights(_gradient(loss, node))
         return None if given is None else self.of(given, node)
+
+    def weights(self, gradient: Tensor | None) -> Tensor | None:
+        """Return how much each position's loss counts, by the gradient at the result."""
+        return gradient if gradient is None or self.logs is None else -gradient.sum(self.logs)
 
     def of(self, gradient: Tensor, node: Any) -> Tensor:
         """Return the factor.
 
         Args:
-            gradient: Of the loss at the criterion's result.
+            gradient: Of the loss at the criterion's result, see `weights`.
             node: The criterion's, which knows how many positions it summed up.
         """
-        size = (gradient != 0).sum().clamp(min=1)
-        each = gradient.sum() / size  # of positions that count, all alike
+        each = gradient
+        if gradient.dim():  # of positions that count, all alike
+            each = gradient.sum() / (gradient != 0).sum().clamp(min=1)
         if self.times == "one":
             return each
         if self.summed:
@@ -143,10 +150,12 @@ class Scale:
             heard: The criteria that were called.
             kinds: Of those that the losses of distillation stand beside; empty for any.
 
+        >>> from lightning_accel.distillation.criterion import Listener
         >>> logits = torch.zeros(2, 3, requires_grad=True) * 1.0
-        >>> loss = logits.log_softmax(1)[:, 0].mean() / 4
-        >>> Scale.learn(loss, [logits], [], frozenset())(loss, [logits]) is None
-        True
+        >>> with Listener() as listener:
+        ...     loss = -logits.log_softmax(1)[:, 0].mean() / 4
+        >>> Scale.learn(loss, [logits], listener.calls, frozenset())(loss, [logits])
+        tensor(0.2500)
         """
         if loss.numel() != 1 or loss.grad_fn is None:
             return cls()
@@ -161,7 +170,8 @@ class Scale:
             if one.judges and any(depends_on(one.result, output) for output in outputs)
             if (count := Count.learn(loss, one)) is not None
         ]
-        chosen = [pair for pair in learnt if pair[0] in kinds] or learnt
+        judged = [pair for pair in learnt if pair[0] != SOFTMAX] or learnt
+        chosen = [pair for pair in judged if pair[0] in kinds] or judged
         values = [float(made) for _, count in chosen if (made := count.find(loss)) is not None]
         if len({kind for kind, _ in chosen}) > 1 and max(values) - min(values) > _CLOSE:
             return cls()  # which of them the losses stand beside, nothing tells
@@ -194,10 +204,10 @@ class Scale:
 
     def _together(self, found: Sequence[Tensor | None]) -> Tensor | None:
         factors = [factor.detach() for factor in found if factor is not None]
-        if not factors:
-            return None
+        if len(factors) < 2:
+            return factors[0].reshape(()) if factors else None
         stacked = torch.stack([factor.reshape(()) for factor in factors])
-        return stacked.sum() if self._adds or len(factors) == 1 else stacked.max()
+        return stacked.sum() if self._adds else stacked.max()
 
 
 def outermost(loss: Tensor) -> float:
