@@ -81,7 +81,7 @@ def off(
     student, guide = make(), net()
     model = module(copy.deepcopy(student), loss)
     losses = losses or {"kd": {"weight": WEIGHT, "temperature": 2.0}}
-    own = Distillation(Teacher(guide, precision="fp32"), losses, task_weight=TASK)
+    own = Distillation(Teacher(guide, precision="fp32"), losses, task_weight=TASK, evidence_every=0)
     fit(model, own, batches=DataLoader(batches(), batch_size=None), **kwargs)
     sgd = torch.optim.SGD(student.parameters(), 0.1)
     for index, batch in enumerate(batches()):
@@ -219,3 +219,38 @@ def test_a_criterion_that_comes_after_another_loss_is_said(fit: Fit) -> None:
     own = Distillation(Teacher(net(), precision="fp32"), "kd")
     with pytest.warns(UserWarning, match=r"another loss first, and then the criterion"):
         fit(Twice(student, ce), own, batches=DataLoader(batches(), batch_size=None))
+
+
+class CompiledFunction(torch.autograd.Function):
+    """Named as the node of compiled code is."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def test_a_criterion_is_found_again_in_its_compiled_code() -> None:
+    (x, y), student = batches()[0], net()
+    with Listener() as listener:  # as it runs without its code for once
+        loss = ce(logits := student(x), y) / 4
+    scale = Scale.learn(loss, [logits], listener.calls, frozenset({"classes"}))
+    again = ce(student(x), y)
+    found = [scale(made(again) / 8, []) for made in (CompiledFunction.apply, torch.exp)]
+    assert found[0] == 0.125 and found[1] is not None and float(found[1]) != 0.125
+
+
+def test_a_hook_on_the_loss_is_not_called_for_a_look(fit: Fit) -> None:
+    called: list[int] = []
+
+    def hooked(o: Any, b: Any, i: int) -> Tensor:
+        loss = ce(o, b[1]) / 4
+        loss.register_hook(lambda gradient: called.append(i))
+        return loss
+
+    with pytest.warns(UserWarning, match="a loss with hooks of your own"):
+        assert off(fit, hooked) < 1e-6
+    assert sorted(called) == [0, 0, 1, 1, 2, 2, 3, 3]  # in the fit and in the loop

@@ -85,7 +85,9 @@ class ByHand:
                     "the losses of distillation are taken as often, in each step as it is there."
                 )
             return found
-        if self._scale.tells:
+        if loss._backward_hooks:
+            self._warn("a loss with hooks of your own, which another look would call")
+        elif self._scale.tells:
             self._warn("a loss that is built otherwise than in the first step")
         elif first or self.course.log_is_due():
             last = outermost(loss)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from lightning_accel.distillation.criterion import SOFTMAX, Heard
 from lightning_accel.distillation.steps import depends_on
@@ -25,6 +25,9 @@ from lightning_accel.surgery.call import tensors
 
 _MOST = 10_000  # nodes that are looked at on the way to a criterion
 _CLOSE = 1e-3
+_COMPILED = (
+    "CompiledFunction"  # a criterion of the user's that was heard as it ran without its code
+)
 _SCALES = ("DivBackward0", "MulBackward0")
 
 
@@ -50,14 +53,17 @@ class Way(NamedTuple):
                     ahead.append((following, (*turns, (node.name(), index))))
         return None
 
-    def follow(self, loss: Tensor) -> Node | None:
-        """Return the criterion's node in the graph of another loss, `None` where that is built otherwise."""
+    def follow(self, loss: Tensor) -> GradientEdge | None:
+        """Return the criterion's result in the graph of another loss, `None` where that is built otherwise."""
         node: Any = loss.grad_fn
+        at = 0
         for name, index in self.turns:
             if node is None or node.name() != name or index >= len(node.next_functions):
                 return None
-            node = node.next_functions[index][0]
-        return node if node is not None and node.name() == self.end else None
+            node, at = node.next_functions[index]
+        if node is None or not (node.name() == self.end or node.name().startswith(_COMPILED)):
+            return None
+        return GradientEdge(node, at)
 
 
 class Count(NamedTuple):
@@ -83,32 +89,32 @@ class Count(NamedTuple):
         if way is None or result is None:
             return None
         made = cls(way, "one", heard.summed, heard.dim if heard.logs else None)
-        node = way.follow(loss)
-        given = made.weights(_gradient(loss, node))
+        edge = way.follow(loss)
+        given = made.weights(_gradient(loss, edge))
         if given is None or not (result.dim() or heard.summed):
             return made if given is not None else None
         nonzero = given[given != 0]
         if not len(nonzero) or bool((nonzero - nonzero[0]).abs().max() > _CLOSE * nonzero[0].abs()):
             return None
         found = (made._replace(times=times) for times in ("positions", "rows", "one"))
-        return next((one for one in found if bool(one.of(given, node).abs() <= 1 + _CLOSE)), made)
+        return next((one for one in found if bool(one.of(given, edge).abs() <= 1 + _CLOSE)), made)
 
     def find(self, loss: Tensor) -> Tensor | None:
         """Return the factor in a loss, `None` where that is built otherwise than the first."""
-        node = self.way.follow(loss)
-        given = self.weights(_gradient(loss, node))
-        return None if given is None else self.of(given, node)
+        edge = self.way.follow(loss)
+        given = self.weights(_gradient(loss, edge))
+        return None if given is None else self.of(given, edge)
 
     def weights(self, gradient: Tensor | None) -> Tensor | None:
         """Return how much each position's loss counts, by the gradient at the result."""
         return gradient if gradient is None or self.logs is None else -gradient.sum(self.logs)
 
-    def of(self, gradient: Tensor, node: Any) -> Tensor:
+    def of(self, gradient: Tensor, edge: GradientEdge | None) -> Tensor:
         """Return the factor.
 
         Args:
             gradient: Of the loss at the criterion's result, see `weights`.
-            node: The criterion's, which knows how many positions it summed up.
+            edge: The result in the graph, where the criterion knows how many positions it summed up.
         """
         each = gradient
         if gradient.dim():  # of positions that count, all alike
@@ -116,7 +122,7 @@ class Count(NamedTuple):
         if self.times == "one":
             return each
         if self.summed:
-            positions, rows = _summed(node)
+            positions, rows = _summed(None if edge is None else edge.node)
             return each * (rows if self.times == "rows" else positions)
         if self.times == "rows":
             return each * len(gradient)
@@ -197,9 +203,9 @@ class Scale:
         name = next(iter(ends)) if len(ends) == 1 else ""
         if "Loss" not in name and "CrossEntropy" not in name:
             return None
-        nodes = [node for node in _nodes(loss) if node.name() == name]
+        edges = [GradientEdge(node, 0) for node in _nodes(loss) if node.name() == name]
         return self._together(
-            [ends[name].of(g, n) for n in nodes if (g := _gradient(loss, n)) is not None]
+            [ends[name].of(g, edge) for edge in edges if (g := _gradient(loss, edge)) is not None]
         )
 
     def _together(self, found: Sequence[Tensor | None]) -> Tensor | None:
@@ -220,10 +226,10 @@ def outermost(loss: Tensor) -> float:
     node: Any = loss.grad_fn
     if node is None or node.name() not in _SCALES:
         return 1.0
-    sides = [following for following, _ in node.next_functions]
-    if sum(side is not None for side in sides) != 1:
+    sides = [GradientEdge(*side) for side in node.next_functions if side[0] is not None]
+    if len(sides) != 1:
         return 1.0
-    given = _gradient(loss, next(side for side in sides if side is not None))
+    given = _gradient(loss, sides[0])
     return 1.0 if given is None or given.numel() != 1 else float(given)
 
 
@@ -236,17 +242,16 @@ def _summed(node: Any) -> tuple[Tensor | int, int]:
 
 
 def _gradient(loss: Tensor, place: Any) -> Tensor | None:
-    """Return the gradient of a loss at a tensor or a node above the student's output."""
+    """Return the gradient of a loss at a tensor or an edge above the student's output."""
     if place is None:
         return None
-    if place is loss.grad_fn or place is loss:
+    if place is loss or getattr(place, "node", None) is loss.grad_fn:
         return torch.ones_like(loss).detach()
     hooks = getattr(place, "_backward_hooks", None)
     if hooks or loss._backward_hooks:  # the user's, who would see another backward
         return None
-    at: Any = place if isinstance(place, Tensor) else GradientEdge(place, 0)
     try:
-        return torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True)[0]
+        return torch.autograd.grad(loss, place, retain_graph=True, allow_unused=True)[0]
     except RuntimeError:  # the user has let go of the graph
         return None
 
