@@ -40,7 +40,7 @@ from lightning_accel.surgery import Receipt
 
 _EARLY = 16
 """Steps after which a teacher with classes in another order is told, and one that knows nothing."""
-_LEFT_OUT = "The training step's own loss leaves positions out, and distillation the same, as its gradient says at each step."
+_LEFT_OUT = "The training step's own loss leaves positions out, and so does distillation; whole samples learn all the same."
 # Told whether all was just made ready, returns the factor of the losses of distillation.
 ScaleOf = Callable[[bool], Tensor | float]
 
