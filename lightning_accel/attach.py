@@ -29,8 +29,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_mirror
-from lightning_accel.errors import AccelError, explain
+from lightning_accel.errors import AccelError
 from lightning_accel.surgery.preserve import preserve_rng
+from lightning_accel.unread import attach_of
 
 _OURS = "lightning_accel."
 _OWN = "trainer"
@@ -76,7 +77,7 @@ class Asked(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         held = {base.__name__ for callback in callbacks for base in type(callback).__mro__}
         missing = {n: t for n, t in _asked(self.config).items() if t.rpartition(".")[2] not in held}
-        attach = _attach(self.config)
+        attach = attach_of(self.config.get("accel"))
         if not missing:
             _served.append(weakref.ref(self.config))
             return
@@ -155,20 +156,6 @@ def _asked(config: Any) -> dict[str, str]:
         return {}
     targets = {str(name): _target(node) for name, node in nodes.items_ex(resolve=False)}
     return {name: target for name, target in targets.items() if target.startswith(_OURS)}
-
-
-def _attach(config: Any) -> bool | None:
-    marks = config.get("accel")
-    found = marks.get("attach") if isinstance(marks, Mapping) else None
-    if found is not None and not isinstance(found, bool):
-        raise ValueError(
-            explain(
-                "`accel.attach` is true or false",
-                repr(found),
-                "say `+accel.attach=true`, or leave it out",
-            )
-        )
-    return found
 
 
 def _built(config: Any, names: Mapping[str, str]) -> list[Callback]:

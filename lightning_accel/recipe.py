@@ -19,20 +19,18 @@ import random
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import XLAAccelerator
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils._pytree import tree_leaves
 
-import lightning_accel
 from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_roots, typed_words, walk
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.errors import AccelError, Unsupported, explain
@@ -41,8 +39,7 @@ from lightning_accel.provenance import withheld
 from lightning_accel.redact import below_secrets, redacted, unsaid
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.targets import OURS
-
-_GROUPS = ("accel", "accelerator", "callbacks", "data", "experiment", "logger", "model", "trainer")
+from lightning_accel.unread import check_arguments, check_keys, check_teacher
 
 
 class Run(NamedTuple):
@@ -81,8 +78,8 @@ def build(cfg: Any, *, allow: Sequence[str] = (), outputs: Sequence[str | Path] 
         outputs: More folders that files may be written to, beside the present one and Hydra's of this run.
 
     Raises:
-        ValueError: A group was not found, a node has no `_target_`, a target is not allowed, or an argument
-            names a place or a server that is not the user's.
+        ValueError: A group was not found, nothing reads a key, a node has no `_target_`, a target is not allowed,
+            or an argument names a place or a server that is not the user's.
         Unsupported: The accelerator cannot work on this machine.
 
     >>> logging = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
@@ -101,6 +98,7 @@ def build(cfg: Any, *, allow: Sequence[str] = (), outputs: Sequence[str | Path] 
     with unsaid(found.secrets):
         tree = _plain(cfg)
         config = redacted(found.of(tree), known=found.secrets)
+        check_keys(tree, _unresolved(cfg))
         return _built(tree, config, found.secrets, allow, outputs)
 
 
@@ -111,11 +109,13 @@ def _built(
     allow: Sequence[str],
     outputs: Sequence[str | Path],
 ) -> Run:
-    _check_groups(tree)
-    for key in ("trainer", "model"):
+    _refuse_remote(tree)
+    for key in ("trainer", "model", *(["data"] if tree.get("data") else [])):
         _check_node(tree.get(key), key)
     places = (allow,) if isinstance(allow, str) else tuple(allow)
     check_nodes(tree, places, outputs)
+    _refuse_partials(tree)
+    check_arguments(tree)
     _check_teachers(tree)
     with _whitelist(places):
         trainer = _trainer(tree)
@@ -146,8 +146,10 @@ def build_callbacks(
     tree = {"callbacks": dict(nodes)}
     with unsaid(below_secrets(tree)), _whitelist(tuple(allow)):
         check_nodes(tree, tuple(allow), outputs)
+        _refuse_partials(tree)
+        check_arguments(tree)
         _check_teachers(tree)
-        return _in_order(_all(tree["callbacks"], "callbacks"))
+        return _in_order(_all(tree["callbacks"], "callbacks", Callback))
 
 
 def prepare_teacher(
@@ -186,6 +188,7 @@ def _prepared(cfg: Any, allow: Sequence[str], outputs: Sequence[str | Path]) -> 
     teacher = tree.get("teacher")
     if not isinstance(teacher, dict):
         return None
+    check_teacher(teacher, _unresolved(cfg))
     if teacher.get("ckpt_path") is not None:
         return Path(teacher["ckpt_path"])
     _check_node(teacher.get("model"), "teacher.model")
@@ -244,6 +247,12 @@ def _train_teacher(
     rank_zero_info(f"The teacher is ready: {', '.join(found)}")
 
 
+def _unresolved(cfg: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
+
+
 def _plain(cfg: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
@@ -254,29 +263,7 @@ def _plain(cfg: Any) -> dict[str, Any]:
     return tree
 
 
-def _check_groups(tree: Mapping[str, Any]) -> None:
-    techniques = [m.name for m in iter_modules(lightning_accel.__path__) if m.ispkg]
-    marks = tree.get("accel")
-    below = {f"accel/{key}": v for key, v in marks.items()} if isinstance(marks, dict) else {}
-    known = (*_GROUPS, *techniques, *below)
-    for key, value in {**tree, **below}.items():
-        meant = key if key in known else next(iter(get_close_matches(key, known, 1, 0.8)), None)
-        words = value if isinstance(value, list) else [value]
-        if meant is None or not all(isinstance(word, str) for word in words):
-            continue
-        if meant in techniques:
-            if key == meant and not all(_is_variant(key, word) for word in words):
-                continue  # a setting of the user's own, such as `precision: 16-mixed`
-            meant = f"accel/{meant}"
-        raise ValueError(
-            explain(
-                f"the config group `{key}` was not found, so `{key}={value}` would do nothing",
-                f"the plain value {value!r} where a group sets a mapping",
-                f"say `{meant}`"
-                if meant != key
-                else "install lightning-accel, or add `hydra.searchpath: [pkg://lightning_accel.conf]`",
-            )
-        )
+def _refuse_remote(tree: Mapping[str, Any]) -> None:
     url = str(tree.get("ckpt_path") or "")
     if "://" in url:
         raise ValueError(
@@ -284,12 +271,6 @@ def _check_groups(tree: Mapping[str, Any]) -> None:
                 "a checkpoint from a URL is loaded as a program", url, "download and pass a file"
             )
         )
-
-
-def _is_variant(technique: str, name: str) -> bool:
-    package = Path(lightning_accel.__path__[0])
-    folders = (package / "conf", package.parent / "conf")
-    return any((folder / "accel" / technique / f"{name}.yaml").is_file() for folder in folders)
 
 
 def _check_node(node: Any, where: str) -> None:
@@ -301,6 +282,21 @@ def _check_node(node: Any, where: str) -> None:
                 f"choose a group that sets it, or drop the overrides of `{where}`",
             )
         )
+
+
+def _refuse_partials(tree: Mapping[str, Any]) -> None:
+    named = {key: tree[key] for key in ("trainer", "model", "data") if tree.get(key)}
+    for group in ("callbacks", "logger"):
+        named |= {f"{group}.{k}": node for k, node in _by_name(tree.get(group), group).items()}
+    for where, node in named.items():
+        if node.get("_partial_"):
+            raise ValueError(
+                explain(
+                    f"`{where}` would not be built, only prepared to be",
+                    f"`_partial_: {node['_partial_']}`, which gives a function in its place",
+                    "leave `_partial_` out; it is for arguments that take a function, such as `optimizer`",
+                )
+            )
 
 
 def _check_teachers(tree: Mapping[str, Any]) -> None:
@@ -332,8 +328,10 @@ def _trainer(tree: Mapping[str, Any]) -> Trainer:
             "say accelerator=auto; or on a TPU machine, install the torch_xla that is made for this "
             f"torch, {torch.__version__}",
         )
-    loggers = _all(tree.get("logger"), "logger")
-    arguments: dict[str, Any] = {"callbacks": _in_order(_all(tree.get("callbacks"), "callbacks"))}
+    loggers = _all(tree.get("logger"), "logger", Logger)
+    arguments: dict[str, Any] = {
+        "callbacks": _in_order(_all(tree.get("callbacks"), "callbacks", Callback))
+    }
     if isinstance(node.get("plugins"), dict):
         arguments["plugins"] = _all(node.pop("plugins"), "trainer.plugins")
     if loggers or "logger" not in node:
@@ -341,15 +339,39 @@ def _trainer(tree: Mapping[str, Any]) -> Trainer:
     return _make(node, partial=True)(**arguments)
 
 
-def _all(nodes: Any, where: str) -> list[Any]:
+def _all(nodes: Any, where: str, kind: type = object) -> list[Any]:
+    given = _by_name(nodes, where)
+    found = {name: _make(node) for name, node in given.items()}
+    for name, thing in found.items():
+        if not isinstance(thing, kind):
+            raise ValueError(
+                explain(
+                    f"`{where}.{name}` gave no {kind.__name__}",
+                    f"a {type(thing).__name__} from `{given[name]['_target_']}`",
+                    f"name a class or a function that makes one of `{kind.__module__}`",
+                )
+            )
+    return list(found.values())
+
+
+def _by_name(nodes: Any, where: str) -> dict[str, Any]:
+    """Return the nodes of a group that are to be built, checked: a dict, whose names lead to nodes."""
     if nodes is not None and not isinstance(nodes, dict):
         raise ValueError(
             explain(f"`{where}` is a dict of nodes by name", repr(nodes), "name each node")
         )
+    if nodes and "_target_" in nodes:
+        raise ValueError(
+            explain(
+                f"`{where}` is a dict of nodes by name",
+                f"one node, {nodes['_target_']}, without a name",
+                f"write it one level deeper: `{where}: {{mine: {{_target_: ...}}}}`",
+            )
+        )
     given = {name: node for name, node in (nodes or {}).items() if node is not None}
     for name, node in given.items():
         _check_node(node, f"{where}.{name}")
-    return [_make(node) for node in given.values()]
+    return given
 
 
 def _in_order(callbacks: list[Callback]) -> list[Callback]:

@@ -112,6 +112,15 @@ def test_attach_is_true_or_false(folder: Path, word: str) -> None:
         fit(trainer)
 
 
+def test_attach_misspelt_is_refused_whoever_has_the_callbacks(folder: Path) -> None:
+    cfg = compose("train", ["+accel=prune", "+accel.attch=true", *BARE])
+    trainer = hydra.utils.instantiate(
+        cfg.trainer, callbacks=list(hydra.utils.instantiate(cfg.callbacks).values())
+    )
+    with pytest.raises(ValueError, match=r"`accel\.attch`.*Do: say `\+accel\.attach=true`"):
+        trainer.fit(Tiny())
+
+
 def test_attach_keeps_to_the_order_of_stages_and_to_the_list_of_users(folder: Path) -> None:
     eager = "+callbacks.compilation.backend=eager"
     cfg = compose("train", ["+accel=[compile,prune]", "+accel.attach=true", eager, *BARE])

@@ -212,6 +212,82 @@ def test_a_misspelt_group_is_an_error_that_names_the_right_one(
         built(config(**{key: "amp_prune"}))
 
 
+CSV = {"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "."}}
+METER = {"meter": {"_target_": "lightning_accel.StepMeter"}}
+MISREAD = {
+    "`callback`": ({"callback": METER}, "say `callbacks`"),
+    "`Callbacks`": ({"Callbacks": METER}, "say `callbacks`"),
+    "`loggers`": ({"loggers": CSV}, "say `logger`"),
+    "`trainr`": ({"trainr": {"max_epochs": 3}}, "say `trainer`"),
+    "`datas`": ({"datas": {"_target_": "house.parts.Ones"}}, "say `data`"),
+    "`modle`": ({"modle": {"_target_": "house.parts.Toy"}}, "say `model`"),
+    "`ckpt_pth`": ({"ckpt_pth": "last.ckpt"}, "say `ckpt_path`"),
+    "`teachr`": ({"teachr": {"ckpt_path": "t.ckpt"}}, "say `teacher`"),
+    "`accel.atach`": ({"accel": {"atach": True}, "callbacks": METER}, r"say `\+accel.attach=true`"),
+    "`accel.attach`": ({"accel": {"attach": "yes"}}, "say `"),
+    "`accel.prune`": ({"accel": {"prune": True}}, r"say `\+accel=prune`"),
+    "`accel.amp`": ({"accel": {"amp": False}, "callbacks": METER}, "leave it out"),
+    "`accel.pruning`": ({"accel": {"pruning": {"ratio": 0.3}}}, "`callbacks.NAME.ratio=`"),
+    "`accel.ratio`": ({"accel": {"ratio": 0.3}}, "leave it out"),
+    "`trainer.max_epoch`": ({"trainer": {"max_epoch": 3}}, "say `trainer.max_epochs`"),
+    "`callbacks.m.evry_n_steps`": (
+        {"callbacks": {"m": {"_target_": "lightning_accel.StepMeter", "evry_n_steps": 3}}},
+        "say `callbacks.m.every_n_steps`",
+    ),
+    "`callbacks.p.target.shar`": (
+        {
+            "callbacks": {
+                "p": {
+                    "_target_": "lightning_accel.StructuredPruning",
+                    "target": {"_target_": "lightning_accel.Macs", "shar": 0.5},
+                }
+            }
+        },
+        "say `callbacks.p.target.share`",
+    ),
+    "`logger`": ({"logger": CSV["csv"]}, "one level deeper"),
+    "`data`": ({"data": {"width": 3}}, "choose a group"),
+}
+
+
+@pytest.mark.parametrize("key", MISREAD)
+def test_a_key_that_nothing_reads_is_an_error(house: types.ModuleType, key: str) -> None:
+    changes, do = MISREAD[key]
+    with pytest.raises(ValueError, match=rf"{key}.*Do: .*{do}"):
+        built(config(**changes))
+
+
+def test_a_key_that_an_interpolation_reads_is_not_misspelt(house: types.ModuleType) -> None:
+    models = {"small": {"_target_": "house.parts.Toy", "width": 4}}
+    tree = config(models=models) | {"model": "${models.small}"}
+    assert built(OmegaConf.create(tree)).model.given == {"width": 4}
+    with pytest.raises(ValueError, match="nothing reads `models`"):
+        built(config(models=models["small"]))
+
+
+@pytest.mark.parametrize("place", ["trainer", "model", "data", "callbacks.x", "logger.csv"])
+def test_a_partial_where_an_object_is_needed_is_refused(
+    house: types.ModuleType, place: str
+) -> None:
+    nodes: dict[str, Any] = {
+        "trainer": {},
+        "data": {"_target_": "house.parts.Ones"},
+        "callbacks": {"x": {"_target_": "house.parts.Plain"}},
+        "logger": CSV,
+    }
+    tree = OmegaConf.create(config(**nodes))
+    OmegaConf.update(tree, f"{place}._partial_", True, force_add=True)
+    with pytest.raises(
+        ValueError, match=f"`{place}` would not be built.*Do: leave `_partial_` out"
+    ):
+        built(tree)
+
+
+def test_what_is_no_callback_is_refused(house: types.ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"`callbacks\.x` gave no Callback.*a Toy"):
+        built(config(callbacks={"x": {"_target_": "house.parts.make_toy"}}))
+
+
 @pytest.mark.parametrize("key", ["pruning", "accel.pruning"])
 def test_a_technique_that_was_not_found_is_an_error(house: types.ModuleType, key: str) -> None:
     tree = {"accel": {"pruning": "taylor"}} if "." in key else {"pruning": "taylor"}
@@ -222,7 +298,7 @@ def test_a_technique_that_was_not_found_is_an_error(house: types.ModuleType, key
 
 def test_a_users_own_keys_are_left_alone(house: types.ModuleType) -> None:
     mine = {"train": True, "tags": ["dev"], "task_name": "train", "paths": {"root": "."}, "lr": 0.1}
-    mine |= {"precision": "16-mixed", "memory": "8GB", "accel": {"amp": True}}
+    mine |= {"precision": "16-mixed", "memory": "8GB", "accel": {"mine": True}}
     found = built(config(**mine)).config
     assert {key: found[key] for key in mine} == mine
 
@@ -528,6 +604,14 @@ def test_no_teacher_is_trained_that_no_callback_asks_for(
     assert not (tmp_path / "kept").exists()
 
 
+def test_a_key_of_the_teacher_that_nothing_reads_is_an_error(house: types.ModuleType) -> None:
+    tree = config(teacher={"model": {"_target_": "house.parts.Toy"}, "ckptpath": "t.ckpt"})
+    with pytest.raises(ValueError, match=r"`teacher\.ckptpath`.*say `teacher\.ckpt_path`"):
+        prepare_teacher(tree, allow=("house.",))
+    tree = config(note="${teacher.warmth}", teacher={"ckpt_path": "t.ckpt", "warmth": 4.0})
+    assert prepare_teacher(OmegaConf.create(tree), allow=("house.",)) == Path("t.ckpt")
+
+
 def test_a_checkpoint_that_is_given_is_the_teacher(house: types.ModuleType, tmp_path: Path) -> None:
     cfg = with_teacher(tmp_path / "kept", ckpt_path="mine.ckpt")
     assert prepared(cfg) == Path("mine.ckpt") and cfg.teacher.ckpt_path == "mine.ckpt"
@@ -665,11 +749,11 @@ def test_a_logger_gets_the_configuration_without_its_secrets(
 ) -> None:
     monkeypatch.setenv("SERVICE_TOKEN", CANARY)
     logger = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(tmp_path)}
-    tree = config(logger={"csv": logger}, note="${oc.env:SERVICE_TOKEN}", accel={"amp": True})
+    tree = config(logger={"csv": logger}, note="${oc.env:SERVICE_TOKEN}", accel={"none": True})
     run = built(OmegaConf.create(tree))
     run.trainer.logger.save()
     saved = (Path(run.trainer.logger.log_dir) / "hparams.yaml").read_text()
-    assert CANARY not in saved and "amp: true" in saved
+    assert CANARY not in saved and "none: true" in saved
     assert run.config["note"] == HIDDEN
 
 
