@@ -542,6 +542,25 @@ def test_a_resumed_run_is_bit_equal_and_searches_no_more(
     assert stored["callbacks"]["AutoTune"]["report"]["settings"] == MANY.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("asked", "searches"), [({"numerics": "exact"}, 2), ({"budget_s": 5.0}, 1)], ids=str
+)
+def test_a_run_that_is_resumed_under_other_terms_is_tuned_anew(
+    picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path, asked: Any, searches: int
+) -> None:
+    """Nothing of bf16 may go on when the numbers are to be exact from now on."""
+    picks.wanted = Settings(precision="bf16")
+    for epochs, given in ((1, {}), (2, asked)):
+        tuning = tuner(**given)
+        saver = ModelCheckpoint(tmp_path, filename="a", enable_version_counter=False)
+        kwargs = {**trainer_kwargs, "enable_checkpointing": True, "max_epochs": epochs}
+        trainer = Trainer(**kwargs, callbacks=[tuning, saver])
+        trainer.fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt" if epochs == 2 else None)
+        picks.wanted = Settings()
+    assert picks.searches == searches
+    assert tuning.settings == (Settings() if searches == 2 else Settings(precision="bf16"))
+
+
 @pytest.mark.parametrize("damage", [{"format": 99}, {"settings": []}, {"bars": None}])
 def test_a_checkpoint_of_another_version_searches_anew(
     picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path, damage: dict[str, Any]

@@ -69,6 +69,11 @@ def refuse_twin(trainer: Trainer, callback: Any, asked: str) -> None:
         )
 
 
+def is_trial(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, in which all that a fit would do is tried in one epoch."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 def is_built(pl_module: LightningModule) -> bool:
     """Whether all weights are there: none waits for `configure_model`, or for a first forward."""
     parameters = list(pl_module.parameters())

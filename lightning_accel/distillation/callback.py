@@ -187,7 +187,7 @@ class Distillation(Callback):
         guards.refuse_lazy(pl_module, type(self).__name__)
         course = self._of_this_fit()
         state, self._loaded = self._loaded, {}
-        course.student = state.get("student", self.student)
+        course.student = state.get("student") if self.student is None else self.student
         if any(teacher.kind == EMA for teacher in self.teachers):
             self._set_average(trainer, pl_module, state.get("ema"))
         if SELF in state:
@@ -196,7 +196,7 @@ class Distillation(Callback):
             network.load_state_dict(state[SELF]["weights"])
             self._keep(network)
         if "heads" in state:
-            heads.load(self.engine.heads, state["heads"], trainer.strategy.root_device)
+            heads.load(self.engine, state["heads"], trainer.strategy.root_device)
             course.join()
 
     @override
@@ -350,7 +350,7 @@ class Distillation(Callback):
         if self._course is not None and self._course.student is not None:
             state["student"] = self._course.student
         if len(self.engine.heads):
-            state["heads"] = heads.state(self.engine.heads)
+            state["heads"] = heads.state(self.engine)
         if self.average is not None:
             state["ema"] = self.average.state_dict()
         for teacher in self.teachers:

@@ -6,26 +6,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_accel.changed import changed, written
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.projector import Embedding, Projector, from_spec, narrowed, spec
 from lightning_accel.distillation.seen import Answer
 from lightning_accel.distillation.tape import INPUT, Record
+from lightning_accel.errors import AccelError
 from lightning_accel.surgery import Receipt, follow
 from lightning_accel.surgery.optimizers import within
 
 
-def state(heads: nn.ModuleDict) -> dict[str, Any]:
-    """Return specifications and weights as plain data."""
+def state(engine: Engine) -> dict[str, Any]:
+    """Return specifications, weights and what they were made for as plain data."""
+    heads = engine.heads
     return {
+        "layers": _layers(engine),
         "specs": {name: spec(head) for name, head in heads.items()},  # type: ignore[arg-type]
         "weights": heads.state_dict(),
     }
 
 
-def load(heads: nn.ModuleDict, stored: Mapping[str, Any], device: torch.device) -> None:
-    """Make the heads again as `state` described them."""
+def load(engine: Engine, stored: Mapping[str, Any], device: torch.device) -> None:
+    """Make the heads again as `state` described them.
+
+    Raises:
+        AccelError: They were made for other layers than those that are asked for now.
+    """
+    difference = changed(stored.get("layers"), _layers(engine))
+    if difference:
+        raise AccelError(
+            "the projectors of the checkpoint belong to other layers",
+            f"layers of {difference}",
+            "give the former layers, name the loss anew (`{'hint2': {'loss': 'fitnet', ...}}`), or begin a new "
+            "fit from the weights of the checkpoint",
+        )
+    heads = engine.heads
     for name, plain in stored["specs"].items():
         heads[name] = from_spec(plain)
     heads.load_state_dict(stored["weights"])
@@ -69,6 +86,11 @@ def narrow(
             anew.append(key)
             _renew(head, width, optimizers)
     return anew
+
+
+def _layers(engine: Engine) -> dict[str, str]:
+    """Return which layers each loss reads, as text: a projector fits one pair of them."""
+    return written({n: t.layers for n, t in engine.terms.items() if t.layers is not None})
 
 
 def _kept(edit: Receipt, prefix: str, old: int, new: int) -> Tensor | None:

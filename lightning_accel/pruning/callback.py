@@ -21,6 +21,7 @@ from lightning_accel.bridge.model_edit import ModelEdit, commit
 from lightning_accel.bridge.parts import note_parts
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.bridge.rewind import remember_fit, rewind
+from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.pruning import guard as guarding
 from lightning_accel.pruning import schedule as scheduling
@@ -141,9 +142,10 @@ class StructuredPruning(ModelEdit):
         self._key = self._generate_state_key(select=str(self.select))
         self._is_set_up = False
         self.recalibrate = recalibrate
-        self.guard = guarding.guard(
-            max_drop=max_drop, monitor=monitor, mode=mode, patience=patience, when=self._when
-        )
+        guarded = {"max_drop": max_drop, "monitor": monitor, "mode": mode, "patience": patience}
+        self.guard = guarding.guard(**guarded, when=self._when)
+        self._settings = written({"when": self._when, **self.request.settings(), **guarded})
+        self._before: dict[str, str] = {}  # settings of the fit that a checkpoint comes from
         self.example = example
         self.receipt = Receipt()
         self.history: list[dict[str, Any]] = []
@@ -167,7 +169,10 @@ class StructuredPruning(ModelEdit):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"history": [dict(step) for step in self.history]}
+        state: dict[str, Any] = {
+            "history": [dict(step) for step in self.history],
+            "settings": dict(self._settings),
+        }
         if self._start is not None and self._start.tensors:
             state["start"] = self._start.to_dict()
         return state if self.guard is None else {**state, "guard": self.guard.state_dict()}
@@ -175,6 +180,7 @@ class StructuredPruning(ModelEdit):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
+        self._before = dict(state_dict.get("settings", {}))
         start = state_dict.get("start")
         self._start = Structure() if start is None else Structure.from_dict(start)
         if self.guard is not None and "guard" in state_dict:
@@ -191,7 +197,7 @@ class StructuredPruning(ModelEdit):
         guards.refuse_sharded(trainer.strategy, what)
         guards.refuse_spawn(trainer.strategy, what)
         self._epochs = scheduling.epochs(self._when, trainer.max_epochs)
-        if not _is_trial(trainer):
+        if not guards.is_trial(trainer):
             scheduling.require_reached(self._epochs, trainer.max_epochs)
         importance = self.request.importance
         if importance in READ_THE_LOSS and not pl_module.automatic_optimization:
@@ -205,7 +211,7 @@ class StructuredPruning(ModelEdit):
         if (trainer, pl_module) != (self._trainer(), self._module()):
             # Another fit; a second `trainer.fit` of the same model goes on where the first ended.
             self._trainer, self._module = weakref.ref(trainer), weakref.ref(pl_module)
-            self.receipt, self.history, self._start = Receipt(), [], None
+            self.receipt, self.history, self._start, self._before = Receipt(), [], None, {}
             if self.guard is not None:
                 self.guard.reset()
 
@@ -213,6 +219,7 @@ class StructuredPruning(ModelEdit):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         guards.require_optimizer(trainer, type(self).__name__)
         self.select.require(pl_module)
+        self._tell_changed()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -257,7 +264,7 @@ class StructuredPruning(ModelEdit):
                 self._at_hand = None
 
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trial = _is_trial(trainer)  # of everything in one epoch
+        trial = guards.is_trial(trainer)  # of everything in one epoch
         due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
         if due <= self._done() or (self._at_hand is None and reads_once(trainer)):
             return  # of a stream, the fit's own first batch will do
@@ -267,7 +274,7 @@ class StructuredPruning(ModelEdit):
             bests.keep_cut(trainer, kept)
 
     def _prune_as_guarded(self, trainer: Trainer, pl_module: LightningModule, due: int) -> bool:
-        if self.guard is None or _is_trial(trainer):
+        if self.guard is None or guards.is_trial(trainer):
             return self._prune(trainer, pl_module, due)
         if not self._may_go_on(trainer, pl_module):
             return False
@@ -305,8 +312,19 @@ class StructuredPruning(ModelEdit):
         # `current_epoch` counts on before this hook; with a guard, steps that are past may be put off.
         late = trainer.current_epoch if self.guard is None else 0
         missed = [epoch for epoch in self.when[self._done() :] if epoch >= late]
-        if missed and not _is_trial(trainer):
+        if missed and not guards.is_trial(trainer):
             rank_zero_warn(scheduling.unfinished(self.when, missed))
+
+    def _tell_changed(self) -> None:
+        """Say what of the settings is given in vain, because the network was cut already."""
+        difference = changed(self._before, self._settings)
+        if not difference or not self.history:
+            return
+        if self._done() == len(self.when) or (self.guard is not None and self.guard.stopped):
+            happens = "every step is done or taken back, and nothing more is pruned"
+            rank_zero_warn(in_vain(type(self).__name__, difference, happens))
+        elif self.request.target is not None:
+            self.request.refuse_other_unit(self._before["target"])
 
     def _done(self) -> int:
         return min(int(self.history[-1]["step"]), len(self.when)) if self.history else 0
@@ -339,7 +357,7 @@ class StructuredPruning(ModelEdit):
             rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.text}")
             return False
         earlier = bests.bests(trainer)
-        if not trainer.global_step and not _is_trial(trainer) and looks_untrained(pl_module):
+        if not trainer.global_step and not guards.is_trial(trainer) and looks_untrained(pl_module):
             rank_zero_warn(UNTRAINED)
         receipt = commit(trainer, pl_module, found.cut, lambda: self._renew(trainer, pl_module))
         after = sum(p.numel() for p in pl_module.parameters())
@@ -428,7 +446,3 @@ def _unfrozen(pl_module: LightningModule) -> LightningModule:
     for parameter in copy.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return copy
-
-
-def _is_trial(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.errors import explain
+from lightning_accel.errors import AccelError, explain
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import schedule as scheduling
 from lightning_accel.pruning import selection
@@ -70,6 +70,32 @@ class Request:
         scoring.check(self.importance)
         selection.check_scope(self.scope)
         scheduling.check(self.schedule, self.steps)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what is asked, by the names of the arguments of `StructuredPruning`."""
+        left_out = ("select", "steps")  # the state's key, and `when`
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in left_out
+        }
+
+    def refuse_other_unit(self, before: str) -> None:
+        """Raise when the steps that are done were counted in another unit than the target's.
+
+        Args:
+            before: The target of those steps, as it is written.
+
+        Raises:
+            AccelError: They were.
+        """
+        name = type(self.target).__name__
+        if before.partition("(")[0] != name:
+            raise AccelError(
+                "a schedule that has begun goes on in the unit in which it began",
+                f"target={before} in the checkpoint, {self.target} now",
+                f"give the former kind of target, or `{name}` in a new fit from the weights of the checkpoint",
+            )
 
     def plan(
         self,

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.bridge.paced import report_path
+from lightning_accel.changed import changed, written
 from lightning_accel.errors import explain
 from lightning_accel.places import free
 from lightning_accel.tuning import store
@@ -116,6 +117,7 @@ class AutoTune(Callback):
         plugin = self._applied.precision if self._applied is not None else None
         return {
             "report": self.report.to_dict(),
+            "settings": self._settings(),
             "precision": plugin.state_dict() if plugin is not None else {},
         }
 
@@ -127,6 +129,10 @@ class AutoTune(Callback):
         """Return what the run that is resumed was trained with."""
         if "report" not in self._resumed:
             return None
+        difference = changed(self._resumed.get("settings"), self._settings())
+        if difference:
+            rank_zero_info(f"AutoTune searches anew: {difference}.")
+            return None
         try:
             report = TuneReport.from_dict(self._resumed["report"])
         except ValueError as error:
@@ -134,6 +140,17 @@ class AutoTune(Callback):
             return None
         report.cached = True
         return report
+
+    def _settings(self) -> dict[str, str]:
+        """Return what decides which settings may be found; how long to search does not."""
+        techniques = None if self.techniques is None else sorted(self.techniques)
+        return written(
+            {
+                "numerics": self.numerics,
+                "techniques": techniques,
+                "batch_sizes": list(self.batch_sizes),
+            }
+        )
 
     def _search(self, trainer: Trainer, pl_module: LightningModule) -> TuneReport:
         """Search on the first process while the others wait for its answer."""

@@ -181,6 +181,10 @@ class Bf16Precision(HalfPrecision):
             rank_zero_info(
                 "The checkpoint has no float32 masters: they start from its bfloat16 weights."
             )
+        if self.weights.kind != "master" and masters:
+            rank_zero_info(
+                "The float32 masters of the checkpoint are left behind: its bfloat16 weights go on, rounded by chance."
+            )
 
     @override
     def teardown(self) -> None:

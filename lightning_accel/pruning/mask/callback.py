@@ -20,6 +20,7 @@ from lightning_accel.bridge.optimizers import (
     shadows_of,
 )
 from lightning_accel.bridge.restore import averages
+from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import explain
 from lightning_accel.pruning import masks as masking
 from lightning_accel.pruning.schedule import require_reached
@@ -79,6 +80,10 @@ class WeightMasks(Callback):
         self.select = Select.of(select)
         # Lightning asks for the key on every hook of every step.
         self._key = self._generate_state_key(select=str(self.select))
+        self._settings = written(
+            {"amount": amount, "pattern": pattern, "scope": scope, "when": when}
+        )
+        self._before: dict[str, str] = {}  # settings of the fit that a checkpoint comes from
         self.masks: dict[str, Tensor] = {}
         self.receipt = Receipt()
         self._handles: list[RemovableHandle] = []
@@ -91,11 +96,13 @@ class WeightMasks(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"masks": {name: keep.cpu() for name, keep in self.masks.items()}}
+        masks = {name: keep.cpu() for name, keep in self.masks.items()}
+        return {"masks": masks, "settings": dict(self._settings)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.masks = dict(state_dict["masks"])
+        self._before = dict(state_dict.get("settings", {}))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,15 +110,19 @@ class WeightMasks(Callback):
             return
         guards.refuse_mirror(trainer)
         guards.refuse_sharded(trainer.strategy, type(self).__name__)
-        if not _is_trial(trainer):
+        if not guards.is_trial(trainer):
             require_reached((self.when,), trainer.max_epochs)
-        self.masks, self.receipt = {}, Receipt()
+        self.masks, self.receipt, self._before = {}, Receipt(), {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.select.require(pl_module)
         self._hold(trainer, pl_module)
         if self.masks:  # resumed
+            difference = changed(self._before, self._settings)
+            if difference:
+                happens = "the masks of the checkpoint stay as they are"
+                rank_zero_warn(in_vain(type(self).__name__, difference, happens))
             self._apply(trainer, pl_module, self.masks)
 
     @override
@@ -177,7 +188,7 @@ class WeightMasks(Callback):
         self._apply(trainer, pl_module, keep)
 
     def _decide_when_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = trainer.current_epoch >= self.when or _is_trial(trainer)
+        due = trainer.current_epoch >= self.when or guards.is_trial(trainer)
         if due and not self.masks:
             self._decide(trainer, pl_module)
 
@@ -252,7 +263,3 @@ class WeightMasks(Callback):
         rank_zero_info(text)
         for logger in trainer.loggers:
             logger.log_metrics({"pruning/weights_masked": share}, trainer.global_step)
-
-
-def _is_trial(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))

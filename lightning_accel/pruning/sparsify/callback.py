@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_accel.bridge import guards
 from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import Hand
+from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.pruning import sparsity
 from lightning_accel.pruning.graph import Graph, Group
@@ -88,6 +89,7 @@ class SparsityTraining(Callback):
         self.example = example
         # Lightning asks for the key on every hook of every step.
         self._key = self._generate_state_key(penalty=penalty, select=str(self.select))
+        self._before: dict[str, str] = {}  # settings of the fit that a checkpoint comes from
         self.groups: list[Group] = []
         self.picked: dict[str, Tensor] = {}
         self._began = -1
@@ -102,11 +104,16 @@ class SparsityTraining(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"picked": dict(self.picked), "began": self._began}
+        return {
+            "picked": dict(self.picked),
+            "began": self._began,
+            "settings": self._settings(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.picked, self._began = dict(state_dict["picked"]), int(state_dict["began"])
+        self._before = dict(state_dict.get("settings", {}))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -114,12 +121,17 @@ class SparsityTraining(Callback):
             return
         guards.refuse_mirror(trainer)
         guards.refuse_sharded(trainer.strategy, type(self).__name__)
-        self.groups, self.picked, self._began = [], {}, -1
+        self.groups, self.picked, self._began, self._before = [], {}, -1, {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         guards.require_optimizer(trainer, type(self).__name__)
         guards.refuse_lazy(pl_module, type(self).__name__)
+        if self.picked:  # resumed
+            difference = changed(self._before, self._settings())
+            if difference:
+                happens = "the units that were picked stay"
+                rank_zero_warn(in_vain(type(self).__name__, difference, happens))
         self._release()
         self._hand.do(partial(self._begin, trainer, pl_module))
 
@@ -203,6 +215,10 @@ class SparsityTraining(Callback):
                     "start the fit anew to pick units of the smaller network",
                 )
             )
+
+    def _settings(self) -> dict[str, str]:
+        """Return what is decided once; the other settings hold from the next step on."""
+        return written({"ratio": self.ratio})
 
     def _note_step(self, _: Any) -> None:
         self._stepped = True
