@@ -30,6 +30,14 @@ _TRAINER = {
     "reload_dataloaders_every_n_epochs",
 }  # fmt: skip
 """What of the Trainer decides how it computes; not what it writes, and where."""
+_WHOLE: dict[str, tuple[Any, ...]] = {
+    "fast_dev_run": (False,),
+    "overfit_batches": (0, 0.0),
+    "barebones": (False,),
+    "enable_checkpointing": (True,),
+    **{f"limit_{name}_batches": (None, 1.0) for name in ("train", "val", "test", "predict")},
+}
+"""What would leave a part of the training, or nothing to keep: such a fit looks very fast, and never is what was meant."""
 _INPUTS = ("teacher", "source", "checkpoint")
 """Keys of files that are read, and only as weights; they may lie anywhere."""
 _KEY = r"[A-Za-z_]\w*(?:\.\w+)*"
@@ -96,6 +104,66 @@ def speaks_of_us(tree: Any, defaults: Any) -> bool:
     return ours or bool({"accel", "callbacks", "hydra"} & set(tree)) or bool(defaults)
 
 
+def settle(merged: Any, presets: Any, app: Any) -> list[str]:
+    """Let presets and an app's own configuration stand beside each other where both name one callback.
+
+    What Hydra merges last wins, key by key, so that of two classes under one name a third thing would come, and the
+    app's settings of a callback would be lost to the defaults of a preset. Here a preset's callback that meets
+    another class takes a name of its own, and of the same class the app's values stay. Settings of `trainer` are
+    replaced, for that is what a preset is chosen for.
+
+    Args:
+        merged: All of it, as Hydra merges; changed in place.
+        presets: The presets alone.
+        app: All the rest alone.
+
+    Returns:
+        What is to be told, a line for each.
+    """
+    from omegaconf import DictConfig, OmegaConf, open_dict
+
+    told = []
+    nodes: list[Any] = [node_of(config, "callbacks") for config in (merged, presets, app)]
+    both, mine, theirs = (n if isinstance(n, DictConfig) else OmegaConf.create() for n in nodes)
+    for name in map(str, mine if theirs else ()):
+        brought, own = node_of(mine, name), node_of(theirs, name)
+        if not all(isinstance(n, DictConfig) and not n._is_none() for n in (brought, own)):
+            continue
+        classes = [_plain(node).get("_target_") for node in (own, brought)]
+        with open_dict(both):
+            if None not in classes and _class(classes[0]) != _class(classes[1]):
+                other = f"accel_{name}"
+                both[name], both[other] = own, brought
+                told.append(
+                    f"`callbacks.{name}` is this app's {classes[0]}; the {classes[1]} of the preset is "
+                    f"`callbacks.{other}`."
+                )
+                continue
+            before, both[name] = _plain(node_of(both, name)), OmegaConf.merge(brought, own)
+        lost = _differences(before, _plain(node_of(both, name)), f"callbacks.{name}")
+        if lost:
+            told.append(
+                f"`callbacks.{name}` is in this app's configuration and in a preset. The app's values stay: "
+                f"{', '.join(f'{key}={now!r} (not {then!r})' for key, then, now in lost)}; the command line "
+                "sets others."
+            )
+    asked, had, now = (_plain(node_of(config, "trainer")) for config in (presets, app, merged))
+    changed = [
+        f"trainer.{key}={now[key]!r}" + (f" (not {had[key]!r})" if key in had else "")
+        for key in asked
+        if asked[key] == now.get(key) != had.get(key)
+    ]
+    return [*told, *([f"A preset sets {', '.join(changed)}."] if changed else [])]
+
+
+def node_of(mapping: Any, name: str) -> Any:
+    """Return what a mapping of OmegaConf holds under a name, unresolved, or `None`."""
+    from omegaconf import DictConfig
+
+    found = isinstance(mapping, DictConfig) and not mapping._is_none()
+    return mapping._get_node(name, validate_access=False) if found else None
+
+
 def count(tree: Any) -> int:
     """Return how many values there are when every alias of yaml is written out.
 
@@ -160,6 +228,13 @@ def _check_trainer(node: Any) -> None:
                 f"`trainer.{key}`",
                 "say it on the command line, or in the app's own configuration",
             )
+        whole, value = _WHOLE.get(key), node[key]
+        if whole is not None and (type(value), value) not in [(type(v), v) for v in whole]:
+            raise _refusal(
+                "a preset makes a training faster, and does not leave out a part of it or what it keeps",
+                f"`trainer.{key}: {value}`",
+                f"say trainer.{key}={value} on the command line, or in the app's own configuration",
+            )
 
 
 def _check_target(where: str, value: Any) -> None:
@@ -193,6 +268,34 @@ def _check_text(where: str, key: str, value: str) -> None:
             f"`{where}: {value}`",
             "say it on the command line, or name a place below the present folder",
         )
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    from omegaconf import DictConfig, OmegaConf
+
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation():
+        return {}
+    found: Any = OmegaConf.to_container(node, resolve=False)
+    return found
+
+
+def _class(target: Any) -> str:
+    """Return the name of a class; one of ours has several homes."""
+    return str(target).rpartition(".")[2] if is_ours(target) else str(target)
+
+
+def _differences(before: Any, now: Any, where: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = {key: (before.get(key), now.get(key)) for key in {**before, **now}}
+        return [
+            found
+            for key, (a, b) in pairs.items()
+            if key != "_target_"
+            for found in _differences(a, b, f"{where}.{key}")
+        ]
+    hidden = names_secret(where.rpartition(".")[2])
+    shown = ("***", "***") if hidden else (before, now)
+    return [] if before == now else [(where, *shown)]
 
 
 def _is_of_us(value: Any) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import iter_modules
@@ -46,7 +46,7 @@ def check_keys(tree: Mapping[str, Any], unresolved: Any = None) -> None:
     """
     read = set(_read(unresolved))
     _refuse_lost_groups(tree)
-    _check_accel(tree.get("accel"), tree.get("callbacks"))
+    _check_accel(tree.get("accel"), tree.get("callbacks"), read)
     for key, value in tree.items():
         meant = nearest(key, _READ)
         if key in (*_GROUPS, *_READ, *read) or meant is None or not _looks_like(value, meant):
@@ -165,14 +165,14 @@ def _refuse_lost_groups(tree: Mapping[str, Any]) -> None:
         )
 
 
-def _check_accel(marks: Any, callbacks: Any) -> None:
+def _check_accel(marks: Any, callbacks: Any, read: Collection[str]) -> None:
     """Refuse what nothing reads below `accel`, which holds `attach` and the marks of presets."""
     if not isinstance(marks, Mapping):
         return
     for key, value in marks.items():
         if key == "attach":
             _refuse_odd_attach(value)
-        elif value is not True or nearest(key, ("attach",)):
+        elif key not in read and (value is not True or nearest(key, ("attach",))):
             raise ValueError(
                 explain(
                     f"`accel.{key}` is read by nothing", f"{key}: {value!r}", _instead(key, value)

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
@@ -18,6 +20,7 @@ from omegaconf import OmegaConf
 
 from lightning_accel._hydra_plugins import PresetFile, register
 
+pytestmark = pytest.mark.filterwarnings("ignore:A preset sets trainer.max_epochs=7")
 TUNED = """# @package _global_
 # What a tuner found.
 defaults:
@@ -79,6 +82,99 @@ def test_a_value_on_the_command_line_wins(root: Path, tuned: Path) -> None:
     assert (
         composed(root, "+accel=./tuned.yaml", "trainer.max_epochs=2")["trainer"]["max_epochs"] == 2
     )
+
+
+# --- beside an app's own configuration ---------------------------------------------------------------
+
+WITH_OWN = """
+trainer: {_target_: lightning.pytorch.Trainer, max_epochs: 20, precision: 32-true}
+callbacks:
+  report: {_target_: lightning.pytorch.callbacks.DeviceStatsMonitor}
+  stop: {_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, patience: 3}
+  pruning: {_target_: lightning_accel.StructuredPruning, ratio: 0.3, when: [2, 4]}
+"""
+
+
+def of_app(tmp_path: Path, preset: str, *overrides: str) -> tuple[dict[str, Any], list[str]]:
+    """Compose an app with a preset; return the configuration, and what was told."""
+    conf = tmp_path / "conf"
+    conf.mkdir(exist_ok=True)
+    (conf / "app.yaml").write_text(WITH_OWN)
+    (tmp_path / "p.yaml").write_text(f"# @package _global_\n{preset}\n")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            found = OmegaConf.to_container(compose("app", ["+accel=./p.yaml", *overrides]))
+    assert isinstance(found, dict)
+    return found, [str(w.message) for w in heard]
+
+
+def test_a_preset_replaces_no_callback_of_another_class(tmp_path: Path) -> None:
+    text = "callbacks: {report: {_target_: lightning_accel.AccelReport}, stop: {_target_: lightning_accel.StepMeter}}"
+    found, told = of_app(tmp_path, text, "+callbacks.accel_report.path=r.json")
+    plain = yaml.safe_load(WITH_OWN)["callbacks"]
+    assert {name: found["callbacks"][name] for name in plain} == plain
+    assert found["callbacks"]["accel_report"]["path"] == "r.json"
+    assert found["callbacks"]["accel_stop"] == {"_target_": "lightning_accel.StepMeter"}
+    assert "`callbacks.report` is this app's" in told[0] and "`callbacks.accel_stop`" in told[1]
+
+
+def test_the_apps_values_of_a_callback_stay_and_the_preset_adds(tmp_path: Path) -> None:
+    preset = "defaults: [{/accel/pruning: taylor}]"
+    found, told = of_app(tmp_path, preset)
+    pruning = found["callbacks"]["pruning"]
+    assert (pruning["ratio"], pruning["when"]) == (0.3, [2, 4]), "of the app"
+    assert pruning["importance"] == "taylor", "of the preset"
+    (line,) = told
+    assert (
+        "callbacks.pruning.ratio=0.3 (not 0.5)" in line and "pruning.when=[2, 4] (not 0.4)" in line
+    )
+    found, _ = of_app(tmp_path, preset, "callbacks.pruning.ratio=0.75")
+    assert found["callbacks"]["pruning"]["ratio"] == 0.75, "the command line comes last"
+    same = "callbacks: {pruning: {_target_: lightning_accel.pruning.StructuredPruning, ratio: 0.3}}"
+    assert of_app(tmp_path, same)[1] == []
+
+
+def test_an_experiment_that_builds_on_a_preset_is_not_worth_a_word(root: Path) -> None:
+    found = composed(root, "experiment=digits_prune")
+    assert found["callbacks"]["pruning"]["when"] == [4, 7, 10]
+
+
+def test_what_a_preset_changes_of_the_trainer_is_told(tmp_path: Path) -> None:
+    found, told = of_app(
+        tmp_path, "trainer: {max_epochs: 2, gradient_clip_val: 1.0, precision: 32-true}"
+    )
+    assert found["trainer"]["max_epochs"] == 2
+    assert told == ["A preset sets trainer.max_epochs=2 (not 20), trainer.gradient_clip_val=1.0."]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "whole"),
+    [
+        ("fast_dev_run", "true", "false"),
+        ("fast_dev_run", "3", "false"),
+        ("limit_train_batches", "1", "1.0"),
+        ("limit_val_batches", "0", "null"),
+        ("overfit_batches", "1", "0.0"),
+        ("barebones", "true", "false"),
+        ("enable_checkpointing", "false", "true"),
+        ("limit_test_batches", "${trainer.max_epochs}", "1.0"),
+    ],
+)
+def test_a_preset_makes_no_trial_of_a_training(
+    tmp_path: Path, key: str, value: str, whole: str
+) -> None:
+    with pytest.raises(
+        ConfigCompositionException, match=f"`trainer.{key}: .*Do: say trainer.{key}="
+    ):
+        of_app(
+            tmp_path,
+            f"trainer: {{{key}: '{value}'}}" if "$" in value else f"trainer: {{{key}: {value}}}",
+        )
+    assert of_app(tmp_path, f"trainer: {{{key}: {whole}}}")[0]["trainer"]["max_epochs"] == 20
+
+
+# --- names ----------------------------------------------------------------------------------------------
 
 
 def test_presets_by_name_stay_what_they_are(root: Path, tmp_path: Path) -> None:

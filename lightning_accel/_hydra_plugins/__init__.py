@@ -8,6 +8,7 @@ typed, such as the one that a tuner wrote: `+accel=./tuned.yaml`. Nothing of tor
 import builtins
 import copy
 import importlib.util
+import warnings
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -175,20 +176,24 @@ def _look_before_merging() -> None:
         return
 
     @wraps(merge)
-    def looked(self: Any, defaults: Any, repo: Any) -> DictConfig:
+    def looked(self: Any, defaults: Any, repo: Any) -> Any:
         ours = [_travels(default.config_path or "") for default in defaults]
         if any(ours):
             pairs = list(zip(defaults, ours, strict=True))
             for default in (default for default, own in pairs if own):
                 _check_loaded(default, repo)
             mine = merge(self, [default for default, own in pairs if own], _reading_anew(repo))
-            if "callbacks" in mine:
+            if "callbacks" in mine or "trainer" in mine:
                 theirs = [default for default, own in pairs if not own]
                 app = merge(self, theirs, _reading_anew(repo))
-                _refuse_unnamed(app)
-                _refuse_meddling(mine, app)
-        merged: DictConfig = merge(self, defaults, repo)
-        return merged
+                if "callbacks" in mine:
+                    _refuse_unnamed(app)
+                    _refuse_meddling(mine, app)
+                merged = merge(self, defaults, repo)
+                for line in _rules().settle(merged, mine, app):
+                    warnings.warn(line, stacklevel=2)
+                return merged
+        return merge(self, defaults, repo)
 
     ConfigLoaderImpl._compose_config_from_defaults_list = looked  # type: ignore[method-assign]
 
@@ -236,12 +241,13 @@ def _rules() -> Any:
 
 def _refuse_meddling(presets: DictConfig, app: DictConfig) -> None:
     """Refuse presets that change arguments of a callback which is the app's own."""
+    node_of = _rules().node_of
     theirs = app._get_node("callbacks", validate_access=False)
     mine = presets._get_node("callbacks", validate_access=False)
     for name in map(str, mine.keys() if isinstance(mine, DictConfig) else ()):
-        own = _node(theirs, name)
-        node = _node(mine, name)
-        found: Any = _node(own, "_target_")
+        own = node_of(theirs, name)
+        node = node_of(mine, name)
+        found: Any = node_of(own, "_target_")
         target = found._value() if found is not None else None
         changed = not isinstance(node, DictConfig) or "_target_" not in node
         if changed and isinstance(target, str) and not target.startswith("lightning_accel."):
@@ -250,12 +256,6 @@ def _refuse_meddling(presets: DictConfig, app: DictConfig) -> None:
                 target,
                 "change it on the command line, or in the app's own configuration",
             )
-
-
-def _node(mapping: Any, name: Any) -> Any:
-    return (
-        mapping._get_node(name, validate_access=False) if isinstance(mapping, DictConfig) else None
-    )
 
 
 def _reading_anew(repo: Any) -> Any:

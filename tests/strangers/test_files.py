@@ -213,6 +213,7 @@ def test_a_group_of_that_name_which_is_the_apps_own_stays_its_own(app: Path) -> 
     assert composed(app, "+accel=big")["model"] == {"width": 9}
 
 
+@pytest.mark.filterwarnings("ignore:A preset sets trainer.max_epochs=4, trainer.precision")
 def test_what_a_preset_is_for_stays_possible(app: Path) -> None:
     (app / "tuned.yaml").write_text("""# @package _global_
 defaults: [amp, {/accel/pruning: taylor}, {override /accel/precision: bf16}]
