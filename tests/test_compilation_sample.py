@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel import BlockCompile
-from lightning_accel.compilation import captures, compile_blocks
+from lightning_accel import ActivationCheckpointing, BlockCompile, FrozenPredict, TeacherCache
+from lightning_accel.compilation import captures, compile_blocks, frozen
 from lightning_accel.compilation.region import Region, ask, region
+from lightning_accel.memory import checkpoint_activations
 
 pytestmark = [
     pytest.mark.usefixtures("clean_dynamo"),
@@ -273,12 +276,35 @@ def test_nothing_is_compared_where_nobody_wants_it() -> None:
     assert region(net[0]).samples is None  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, "64", float("nan")])
-def test_wrong_numbers_of_calls_are_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"Found: .* Do: "):
-        BlockCompile(check_every=value)
-    with pytest.raises(ValueError, match=r"Found: .* Do: "):
-        compile_blocks(nn.Linear(2, 2), check_every=value)
+@pytest.mark.parametrize("value", [0, False, -1, 1.5, True, "64", float("nan"), []])
+def test_wrong_numbers_of_calls_are_refused(value: Any, tmp_path: Path) -> None:
+    """Nought could be meant as never or as always, so never has a word of its own everywhere."""
+    do = "say None" if value in (0, False) else "pass 64"
+    for takes in (
+        BlockCompile,
+        FrozenPredict,
+        ActivationCheckpointing,
+        partial(TeacherCache, tmp_path),
+        partial(compile_blocks, nn.Linear(2, 2)),
+        partial(checkpoint_activations, nn.Linear(2, 2)),
+    ):
+        with pytest.raises(ValueError, match=rf"None for never\. Found: .* Do: {do}"):
+            takes(check_every=value)
+
+
+def test_never_is_none_everywhere(tmp_path: Path) -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])
+    with frozen(net, backend="eager", check_every=None) as networks, torch.no_grad():
+        for _ in range(8):
+            net.eval()(x)
+    assert [network.num_checked for network in networks] == [1], "as its copy was made"
+    assert TeacherCache(tmp_path, check_every=None).check_every is None
+    numbers = iter(range(100))
+    turning = nn.Sequential(*[Block(lambda b, x: x.roll(next(numbers), 1)) for _ in range(2)])
+    checkpoint_activations(turning, check_every=None)
+    for _ in range(8):  # recomputed otherwise each time, and nobody looks
+        turning(torch.randn(3, 8)).sum().backward()
 
 
 class User(LightningModule):

@@ -68,7 +68,7 @@ def test_what_cannot_be_meant_is_refused_in_three_parts(name: str) -> None:
             build(value)
 
 
-@pytest.mark.parametrize("name", ["max_bytes", "top_k", "min_hit_rate", "dtype", "check_every"])
+@pytest.mark.parametrize("name", ["max_bytes", "top_k", "min_hit_rate", "dtype"])
 def test_a_cache_is_not_made_of_nonsense(name: str, tmp_path: Path) -> None:
     for value in (*NOT_NUMBERS, -1):
         with pytest.raises((ValueError, TypeError), match=r"Found: .*Do: "):

@@ -28,7 +28,7 @@ def says(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def opened(folder: Path, **options: Any) -> TeacherCache:
-    cache = TeacherCache(folder, dtype="float32", check_every=0, **options)
+    cache = TeacherCache(folder, dtype="float32", check_every=None, **options)
     cache.open("teacher")
     return cache
 

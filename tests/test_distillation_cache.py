@@ -69,7 +69,7 @@ class Teacher:
 
 def opened(folder: Path, fingerprint: str = "teacher", **options: Any) -> TeacherCache:
     """Return a cache that believes its teacher; what it tries otherwise is in test_distillation_trust.py."""
-    cache = TeacherCache(folder, **{"check_every": 0, **options})
+    cache = TeacherCache(folder, **{"check_every": None, **options})
     cache.open(fingerprint)
     return cache
 
@@ -665,12 +665,12 @@ def test_one_changed_bit_another_teacher_and_other_settings_are_misses(tmp_path:
         teacher.rows = 0
         opened(tmp_path / "c", fingerprint, **options).look_up((x,), {}, teacher)
         assert teacher.rows == 4, (fingerprint, options)
-    cache = TeacherCache(tmp_path / "c", top_k=2, check_every=0)
+    cache = TeacherCache(tmp_path / "c", top_k=2, check_every=None)
     cache.open("teacher", temperature=4.0)
     teacher.rows = 0
     cache.look_up((x,), {}, teacher)
     assert teacher.rows == 4, "the tail belongs to a temperature"
-    cache = TeacherCache(tmp_path / "c", check_every=0)
+    cache = TeacherCache(tmp_path / "c", check_every=None)
     cache.open("teacher", temperature=4.0)
     teacher.rows = 0
     cache.look_up((x,), {}, teacher)
@@ -786,7 +786,7 @@ def test_the_cache_gives_the_device_and_no_gradient(tmp_path: Path) -> None:
 
 
 def test_a_hit_rate_below_the_minimum_after_the_first_views_switches_it_off(tmp_path: Path) -> None:
-    cache, teacher = TeacherCache(tmp_path / "c", min_hit_rate=0.5, check_every=0), Teacher()
+    cache, teacher = TeacherCache(tmp_path / "c", min_hit_rate=0.5, check_every=None), Teacher()
     cache.open("teacher", views=2)
     for _ in range(2):
         cache.look_up((torch.randn(4, 6),), {}, teacher)

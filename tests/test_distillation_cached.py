@@ -42,7 +42,7 @@ def counting(network: nn.Module) -> Counted:
 
 
 def exact(folder: Path, **kwargs: Any) -> TeacherCache:
-    return TeacherCache(folder, dtype="float32", check_every=0, **kwargs)
+    return TeacherCache(folder, dtype="float32", check_every=None, **kwargs)
 
 
 def test_a_fit_with_an_exact_cache_equals_one_without_and_asks_each_row_once(

@@ -143,7 +143,7 @@ def test_the_teacher_runs_now_and_then_and_never_when_told_so(tmp_path: Path) ->
         return {"logits": args[0]}
 
     for every, expected in (
-        (0, 1),
+        (None, 1),
         (8, 2 * 4 + 2 * 1),
     ):  # 1, 2, 4, 8 and 16, on the whole and a part
         rows.clear()
@@ -260,7 +260,7 @@ def test_a_teacher_that_is_changed_between_steps_gives_its_new_answers(
 ) -> None:
     students = []
     before = torch.get_float32_matmul_precision()
-    for cache in (None, TeacherCache(tmp_path / "c", dtype="float32", check_every=0)):
+    for cache in (None, TeacherCache(tmp_path / "c", dtype="float32", check_every=None)):
         guide, model = Guide(), Module()
         at = At(lambda trainer, *_, guide=guide: trainer.global_step == 3 and change(guide))
         lesson = Distillation(teacher(guide), "kd", cache=cache, evidence_every=0)

@@ -22,8 +22,8 @@ from lightning_accel.compilation.region import (
     region,
     signature,
 )
-from lightning_accel.compilation.sample import check_every_or_none
 from lightning_accel.errors import NoEffect
+from lightning_accel.seldom import check_seldom
 from lightning_accel.surgery import Receipt, Select
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -68,7 +68,7 @@ def compile_blocks(
     """
     check(backend, mode)
     targets = find_blocks(model, select=select, blocks=blocks, itself=itself)
-    every = check_every_or_none(check_every)
+    every = check_seldom(check_every)
     return attach(targets, Settings(backend, mode, dynamic, fullgraph, every))
 
 

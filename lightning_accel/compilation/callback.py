@@ -26,9 +26,9 @@ from lightning_accel.compilation.region import (
     unsettle,
     without_effect,
 )
-from lightning_accel.compilation.sample import check_every_or_none
 from lightning_accel.errors import AccelError, NoEffect, explain
 from lightning_accel.measure.table import Table
+from lightning_accel.seldom import check_seldom
 from lightning_accel.surgery import Receipt, Select, Stage
 
 _ANSWERS = ("warn", "raise", "ignore")
@@ -125,7 +125,7 @@ class BlockCompile(ModelEdit):
         self.on_recompile = on_recompile
         self.warmup_steps = warmup_steps
         self.ragged = ragged
-        self.check_every = check_every_or_none(check_every)
+        self.check_every = check_seldom(check_every)
         self._loader = 0
         self.receipt = Receipt()
         self.captures: list[Capture] = []

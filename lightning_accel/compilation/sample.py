@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_accel.compilation.difference import difference
 from lightning_accel.errors import explain
+from lightning_accel.seldom import is_due
 from lightning_accel.surgery.moment import Moment, Moments
 
 _ROUNDING = {
@@ -77,9 +78,7 @@ class Samples:
             return False
         mode = self.module.training
         number = self._count[mode] = self._count[mode] + 1
-        due = self._asked or number % self.check_every == 0
-        due |= number < self.check_every and number & (number - 1) == 0
-        due |= self._has_changed(number)
+        due = self._asked or is_due(number, self.check_every) or self._has_changed(number)
         return due and _is_plain_world()
 
     def compare(self, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
@@ -166,25 +165,6 @@ class Samples:
             ),
             stacklevel=2,
         )
-
-
-def check_every_or_none(check_every: Any) -> int | None:
-    """Return how often to compare, or raise.
-
-    >>> check_every_or_none(64)
-    64
-    """
-    if check_every is None:
-        return None
-    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
-        raise ValueError(
-            explain(
-                "`check_every` is a whole number from 1 on, or None for never",
-                repr(check_every),
-                "pass 64",
-            )
-        )
-    return check_every
 
 
 def _not_comparable(module: nn.Module) -> str:

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from lightning_accel.distillation.arguments import number, path_of, whole
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.seal import own_folder, put, sealed, secret
+from lightning_accel.seldom import check_seldom
 
 from .answers import Answer, Layout, digest, short_ids
 from .checks import EXACT, Checks, alike, try_rows
@@ -59,7 +60,7 @@ class TeacherCache:
         dtype: What floating-point answers are rounded to: "float16", "bfloat16" or "float32".
         min_hit_rate: Share of rows, 0..1, below which an epoch switches the cache off.
         check_every: At how many look-ups the teacher runs all the same, on the whole batch and on a part of it,
-            besides the first, second, fourth, eighth ...; 0 is never.
+            besides the first, second, fourth, eighth ... None for never.
 
     Raises:
         ValueError: An argument is out of range.
@@ -83,7 +84,7 @@ class TeacherCache:
         top_k: int | None = None,
         dtype: str = "float16",
         min_hit_rate: float = 0.05,
-        check_every: int = 1000,
+        check_every: int | None = 1000,
     ) -> None:
         _check_arguments(max_bytes, top_k, dtype, min_hit_rate)
         self.folder = path_of(folder, "folder")
@@ -91,7 +92,7 @@ class TeacherCache:
         self.top_k = top_k
         self.dtype = dtype
         self.min_hit_rate = min_hit_rate
-        self.check_every = whole(check_every, "check_every", 0)
+        self.check_every = check_seldom(check_every)
         self.hits = 0
         self.rows = 0
         self._enabled = True

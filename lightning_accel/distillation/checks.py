@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_accel.seldom import is_due
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.surgery.snapshot import random_state
 
@@ -32,20 +33,19 @@ class Checks:
     [True, True, False, True, False, False, False, True]
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int | None) -> None:
         self.every, self._count = every, 0
         self._forms: set[Any] = set()
 
     def are_due(self, form: Any, rows: int) -> bool:
         """Count one look-up of `rows` rows, and tell whether to look at it."""
-        if not self.every:
+        if self.every is None:
             return False
         self._count += 1
-        first = self._count < self.every and not self._count & (self._count - 1)
         fresh = rows > 1 and form not in self._forms
         if fresh:
             self._forms.add(form)
-        return first or fresh or self._count % self.every == 0
+        return fresh or is_due(self._count, self.every)
 
 
 class Tried(NamedTuple):

@@ -261,6 +261,7 @@ class ActivationCheckpointing(ModelEdit):
             convolutions and attention as well, so that recomputing is cheap.
         check_every: At how many calls of a block its recomputation is compared with its forward, besides
             the first, second, fourth, eighth ... One that begins to differ keeps its activations, with a warning.
+            None for never.
 
     Raises:
         ValueError: Unknown policy, or `check_every` is below 1.
@@ -278,7 +279,7 @@ class ActivationCheckpointing(ModelEdit):
         select: Select | str | Iterable[str] | dict[str, Any] | None = None,
         *,
         policy: str = "full",
-        check_every: int = 64,
+        check_every: int | None = 64,
     ) -> None:
         check_arguments(policy, check_every)
         self.select = None if select is None else Select.of(select)

@@ -44,6 +44,7 @@ from lightning_accel.errors import NoEffect, explain
 from lightning_accel.memory.draws import draws
 from lightning_accel.memory.recompute import Calls, Recomputation
 from lightning_accel.memory.saved import note_kept
+from lightning_accel.seldom import check_seldom
 from lightning_accel.surgery import Change, Receipt, Select
 from lightning_accel.surgery.moment import Moment
 
@@ -65,7 +66,7 @@ def checkpoint_activations(
     *,
     select: Select | str | Iterable[str] | dict[str, Any] | None = None,
     policy: str = "full",
-    check_every: int = 64,
+    check_every: int | None = 64,
 ) -> Receipt:
     """Let blocks recompute their activations in backward instead of keeping them, in place.
 
@@ -79,7 +80,7 @@ def checkpoint_activations(
             and attention as well, so that recomputing is cheap. There, an operation that changes a
             kept result in place raises in backward.
         check_every: At how many calls of a block its recomputation is compared with its forward, besides the
-            first, second, fourth, eighth ...
+            first, second, fourth, eighth ... None for never.
 
     Raises:
         ValueError: Unknown policy, or `check_every` is below 1.
@@ -156,10 +157,7 @@ def check_arguments(policy: Any, check_every: Any) -> None:
     """Raise unless these can be arguments of `checkpoint_activations`."""
     if policy not in POLICIES:
         raise ValueError(explain("unknown `policy`", repr(policy), f"pass one of {POLICIES}"))
-    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
-        raise ValueError(
-            explain("`check_every` is a whole number from 1 on", repr(check_every), "pass 64")
-        )
+    check_seldom(check_every)
 
 
 def uncalled(model: nn.Module) -> list[str]:
@@ -222,7 +220,7 @@ _HOOKS: dict[str, Any] = (
 _selecting: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False, **_HOOKS)
 
 
-def _recomputing(module: nn.Module, policy: str, check_every: int) -> Callable[..., Any]:
+def _recomputing(module: nn.Module, policy: str, check_every: int | None) -> Callable[..., Any]:
     """Make a function of the module, which holds no instance, so that copies get one of their own.
 
     (What it knows of the calls is of the instance that called last: copies rarely learn in turns.) As a method that is called "forward" it pickles as the attribute of that name, which is the class's own.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.errors import Unsupported, explain
+from lightning_accel.seldom import is_due
 from lightning_accel.surgery.moment import Moment, Moments
 
 _ALIKE = 1e-3
@@ -31,14 +32,14 @@ class Calls:
     Args:
         block: The module.
         check_every: At how many calls a result is compared with its recomputation, besides the first, second,
-            fourth, eighth ..., and the first after a change of its structure.
+            fourth, eighth ..., and the first after a change of its structure; None for never.
 
     Attributes:
         reason: Why it keeps its activations after all, or "".
         num_checked: Recomputations that were compared.
     """
 
-    def __init__(self, block: nn.Module, check_every: int) -> None:
+    def __init__(self, block: nn.Module, check_every: int | None) -> None:
         self.block = weakref.ref(block)
         self.check_every = check_every
         self.reason = ""
@@ -52,17 +53,15 @@ class Calls:
         """Note what is before a call."""
         self._count += 1
         moment = self._moments.take(*arguments, whole=self._count == 1)
-        number = self._count
-        rare = number % self.check_every == 0
-        self.is_due = rare or (number < self.check_every and number & (number - 1) == 0)
-        self.is_due |= self._moments.count != self._structure
+        changed = self.check_every is not None and self._moments.count != self._structure
+        self.is_due = changed or is_due(self._count, self.check_every)
         self._structure = self._moments.count
         return moment
 
     @property
     def stops_early(self) -> bool:
         """Whether a recomputation may end as soon as all is there that was saved."""
-        return not (self.is_due or self._fills_late)
+        return not (self.is_due or self._count == 1 or self._fills_late)
 
     def end(self, moment: Moment, out: Any) -> None:
         """Look at what a call wrote and what its graph saved.
@@ -70,7 +69,7 @@ class Calls:
         Raises:
             Unsupported: It wrote what is too large to be copied each time, and had not done so before.
         """
-        if self.is_due:
+        if self.is_due or self._count == 1:
             self._fills_late = "RreluWithNoiseBackward0" in _graph(out)
         if self._count == 1:
             moment.note_written()

@@ -192,7 +192,10 @@ def test_a_teacher_with_another_temperature_inside_is_another_teacher(
         {"temperature": 3.0, "act": F.relu},
         {"temperature": 3.0, "act": lambda x: F.relu(x) + 1},
     ):
-        for cache in (None, TeacherCache(tmp_path / "one place", dtype="float32", check_every=0)):
+        for cache in (
+            None,
+            TeacherCache(tmp_path / "one place", dtype="float32", check_every=None),
+        ):
             students.append(Module())
             guide = teacher(Sharpened(options))
             fit(students[-1], Distillation(guide, "kd", cache=cache), batches=DataLoader(rows(), 8))

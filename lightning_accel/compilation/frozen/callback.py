@@ -32,7 +32,7 @@ class FrozenPredict(Callback):
         tolerance: How far outputs may be off: norm of the difference by norm. By default 1e-4, with
             bfloat16 weights 3e-2.
         check_every: At how many calls both run and are compared, besides the first, second, fourth, eighth ...,
-            and the first of each dataloader.
+            and the first of each dataloader. None for never but at the first of a new copy, which is part of making it.
         backend: As in `torch.compile`; only inductor freezes.
 
     Raises:
@@ -50,7 +50,7 @@ class FrozenPredict(Callback):
         weights: str | None = None,
         channels_last: bool = False,
         tolerance: float | None = None,
-        check_every: int = 64,
+        check_every: int | None = 64,
         backend: Backend = "inductor",
     ) -> None:
         check_arguments(weights, channels_last, tolerance, check_every)

@@ -27,6 +27,7 @@ from lightning_accel.compilation.difference import difference
 from lightning_accel.compilation.guard import Code
 from lightning_accel.compilation.region import Backend, check
 from lightning_accel.errors import explain
+from lightning_accel.seldom import check_seldom, is_due
 from lightning_accel.surgery import Select
 from lightning_accel.surgery.footprint import Footprint, observe
 from lightning_accel.surgery.preserve import preserve_rng
@@ -58,7 +59,7 @@ class Frozen:
         weights: str | None,
         channels_last: bool,
         tolerance: float,
-        check_every: int,
+        check_every: int | None,
         backend: Backend,
     ) -> None:
         self.module = module
@@ -134,10 +135,7 @@ class Frozen:
 
     def _is_due(self) -> bool:
         """Tell whether this call is one to compare: the second, fourth, eighth, and then now and then."""
-        number = self.num_calls
-        return number % self.check_every == 0 or (
-            number < self.check_every and number & (number - 1) == 0
-        )
+        return is_due(self.num_calls, self.check_every)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         converts = self.weights is not None or self.channels_last
@@ -206,7 +204,7 @@ def frozen(
     weights: str | None = None,
     channels_last: bool = False,
     tolerance: float | None = None,
-    check_every: int = 64,
+    check_every: int | None = 64,
     itself: bool = True,
     backend: Backend = "inductor",
 ) -> Iterator[list[Frozen]]:
@@ -222,6 +220,7 @@ def frozen(
         channels_last: Whether copies and their inputs of four dimensions are channels last.
         tolerance: Of `Frozen.error`; by default 1e-4, with bfloat16 weights 3e-2.
         check_every: At how many calls both run and are compared, besides the first, second, fourth, eighth ...
+            None for never but at the first of a new copy, which is part of making it.
         itself: Whether `model` may be frozen as a whole, or only parts of it.
         backend: A name known to `torch.compile`, or a backend function; only inductor freezes.
 
@@ -265,10 +264,7 @@ def check_arguments(weights: Any, channels_last: Any, tolerance: Any, check_ever
         raise ValueError(explain("unknown `weights`", repr(weights), "pass None or 'bf16'"))
     if not isinstance(channels_last, bool):
         raise TypeError(explain("`channels_last` is a bool", repr(channels_last), "pass True"))
-    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
-        raise ValueError(
-            explain("`check_every` is a whole number from 1 on", repr(check_every), "pass 64")
-        )
+    check_seldom(check_every)
     if tolerance is None:
         return
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):

@@ -1,0 +1,46 @@
+"""At which calls a technique looks at itself: often at first, then now and then, or never.
+
+What replaces a computation (a compiled block, a frozen copy, a recomputation, answers from a cache) is right as long
+as what it rests on is as it was. So some calls are computed plainly as well and compared: the first, second, fourth,
+eighth ..., where most mistakes show, and every `check_every`-th. `None` is never.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_accel.errors import explain
+
+
+def check_seldom(check_every: Any) -> int | None:
+    """Return how often to look, or raise.
+
+    Raises:
+        ValueError: It is neither a whole number from 1 on nor `None`.
+
+    >>> check_seldom(64), check_seldom(None)
+    (64, None)
+    """
+    if check_every is None:
+        return None
+    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
+        never = check_every in (0, False)
+        raise ValueError(
+            explain(
+                "`check_every` is a whole number from 1 on, or None for never",
+                repr(check_every),
+                "say None (in yaml: null)" if never else "pass 64",
+            )
+        )
+    return check_every
+
+
+def is_due(number: int, check_every: int | None) -> bool:
+    """Tell whether call `number`, from 1, is one to look at.
+
+    >>> [number for number in range(1, 21) if is_due(number, 10)]
+    [1, 2, 4, 8, 10, 20]
+    """
+    if check_every is None:
+        return False
+    return number % check_every == 0 or (number < check_every and number & (number - 1) == 0)
