@@ -146,6 +146,18 @@ def test_a_digest_changes_with_code_wherever_a_forward_leads(
     assert len(prints) == 6
 
 
+def test_code_below_a_decorator_of_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its wrapper lies in torch's own files; what it wraps does not."""
+    net, prints = Net(), set[str]()
+    for function in (lambda x: x + FACTOR, lambda x: x - FACTOR):
+        net.act = torch.no_grad()(function)
+        prints.add(digest(net))
+        monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+        prints.add(digest(net))
+        monkeypatch.undo()
+    assert len(prints) == 4
+
+
 def test_what_no_output_depends_on_changes_no_digest() -> None:
     net = Net()
     before = digest(net)

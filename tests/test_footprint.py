@@ -4,20 +4,60 @@ from __future__ import annotations
 
 import random
 import sys
+import types
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_accel.surgery.footprint import Footprint, observe
 
 SCALE = 1.0
+GAINS = [1.0]
+KNOBS = {"slope": 0.1, "order": [1, 2]}
+SETTINGS = types.ModuleType("settings_of_the_user")
+SETTINGS.slope = 0.1  # type: ignore[attr-defined]
+
+
+def leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, KNOBS["slope"])
+
+
+def through_another(x: Tensor) -> Tensor:
+    return torch.stack([leaky(part) for part in x.unbind()])
+
+
+def by_a_module(x: Tensor) -> Tensor:
+    return x * SETTINGS.slope
+
+
+def by_default(x: Tensor, scales: list[float] = [1.0]) -> Tensor:  # noqa: B006
+    return x * scales[0]
+
+
+def closing_over(scales: list[float]) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * scales[0]
+
+
+class Act:
+    """A function with a state of its own."""
+
+    def __init__(self) -> None:
+        self.gain, self.unread = 2.0, 0
+
+    def run(self, x: Tensor) -> Tensor:
+        return x * self.gain * SCALE
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * GAINS[0]
 
 
 class World:
@@ -44,6 +84,23 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers[0](x) * self.rate * SCALE * World.factor
+
+
+def dressed(net: Net) -> Any:
+    """Give a network functions that its class does not name."""
+    net.act, net.outer, net.by_module, net.default = (
+        leaky,
+        through_another,
+        by_a_module,
+        by_default,
+    )
+    net.scales, net.object = [1.0], Act()
+    net.closure = closing_over([1.0])
+    net.acts = {"lrelu": closing_over([1.0])}
+    net.part = partial(F.leaky_relu, negative_slope=0.1)
+    net.method = net.object.run
+    net.decorated = torch.no_grad()(closing_over([1.0]))
+    return net
 
 
 class Square(nn.Module):
@@ -98,6 +155,20 @@ CHANGES: dict[str, tuple[Callable[[Net], Any], str]] = {
     "array in place": (lambda n: n.array.__setitem__(0, 1.0), "array"),
     "module held aside": (lambda n: setattr(n.aside[0], "in_features", 3), "aside.0.in_features"),
     "weight held aside": (lambda n: n.aside[0].weight.data.add_(1), "a tensor among the attributes"),
+    "global of a function held": (lambda n: monkey.setitem(KNOBS, "slope", 0.2), "act.test_footprint.KNOBS"),
+    "list behind one": (lambda n: monkey.setitem(KNOBS, "order", []), "act.test_footprint.KNOBS"),
+    "function that one calls": (lambda n: monkey.setitem(globals(), "leaky", F.relu), "outer.test_footprint.leaky"),
+    "module that one names": (lambda n: monkey.setattr(SETTINGS, "slope", 0.2), "by_module.settings_of_the_user.slope"),
+    "default of one": (lambda n: monkey.setattr(by_default, "__defaults__", ([2.0],)), "default.__defaults__"),
+    "list as a default": (lambda n: n.default.__defaults__[0].append(2.0), "default.__defaults__.0"),
+    "closure": (lambda n: n.closure.__closure__[0].cell_contents.__setitem__(0, 2.0), "closure.scales"),
+    "cell of a closure": (lambda n: setattr(n.closure.__closure__[0], "cell_contents", [1.5]), "closure.scales"),
+    "closure in a dict": (lambda n: n.acts["lrelu"].__closure__[0].cell_contents.append(1), "acts.lrelu.scales"),
+    "closure below a decorator": (lambda n: n.decorated.__wrapped__.__closure__[0].cell_contents.append(1), "decorated.scales"),
+    "keyword of a partial": (lambda n: n.part.keywords.update(negative_slope=0.2), "part.2"),
+    "attribute behind a method": (lambda n: setattr(n.method.__self__, "gain", 3.0), "method.Act.gain"),
+    "global behind a method": (lambda n: monkey.setitem(globals(), "SCALE", 3.0), "method.test_footprint.SCALE"),
+    "global of an object's call": (lambda n: GAINS.append(2.0), "object.__call__.test_footprint.GAINS"),
     "frozen": (lambda n: n.layers[0].requires_grad_(False), ""),
 }  # fmt: skip
 
@@ -105,7 +176,7 @@ CHANGES: dict[str, tuple[Callable[[Net], Any], str]] = {
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_whatever_a_forward_reads_is_noticed(change: str) -> None:
     torch.manual_seed(0)
-    net = Net()
+    net = dressed(Net())
     footprint = Footprint(net)
     assert footprint.holds() and footprint.changed() == ()
     act, name = CHANGES[change]

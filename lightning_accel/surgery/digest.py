@@ -214,6 +214,8 @@ class _Reading:
     def _function(self, value: FunctionType, where: str) -> None:
         if is_installed(value):
             self.say(name_of(value), version_of(value.__module__))
+            if hasattr(value, "__wrapped__"):  # a decorator of torch's around code of the user's
+                self.take(value.__wrapped__, where)
             return
         self.say("function")
         self._code(value.__code__)

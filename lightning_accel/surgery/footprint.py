@@ -7,8 +7,9 @@ list, a dict), training flags, hooks, the modules themselves, and random states.
 
 `Footprint` notes all of it and tells in tens of microseconds whether it still holds; `observe` runs a call and
 tells what it wrote and which random states it moved. Class attributes and module-level names are noted where the
-`forward` itself names them; what it calls may read others, and closures, so whoever relies on a footprint also
-compares results now and then.
+`forward` names them, and so are the names, closures and defaults of functions that it names or that are held by
+modules, a few calls deep. What is found by a text, in a file or in the environment is not, so whoever relies on a
+footprint also compares results now and then.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.surgery.held import MOST, behind, differing, equal, held
+from lightning_accel.surgery.held import MOST, behind, held
+from lightning_accel.surgery.named import differing, equal
 from lightning_accel.surgery.preserve import generator_state, generators
 from lightning_accel.surgery.snapshot import random_state
 

@@ -27,13 +27,12 @@ from lightning_accel.surgery.held import (
     GENERATORS,
     MOST,
     behind,
-    differing,
-    equal,
     held,
     held_by,
     leads_on,
     put_back,
 )
+from lightning_accel.surgery.named import differing, equal
 from lightning_accel.surgery.preserve import generators
 
 FEW = 65536

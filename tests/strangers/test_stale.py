@@ -6,7 +6,9 @@ The truth is the same prediction by a plain Trainer.
 from __future__ import annotations
 
 import copy
+import os
 import random
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -242,8 +244,11 @@ def test_a_cache_that_is_filled_once_does_not_end_it() -> None:
     assert edit.networks[0].reason == "" and edit.networks[0].num_checked > 1
 
 
-def test_a_change_that_no_attribute_shows_is_found_by_a_later_comparison() -> None:
-    """What a helper of the forward reads is out of reach of any stamp; the fourth call is compared."""
+@pytest.mark.parametrize("held", [True, False], ids=["in a closure", "in the environment"])
+def test_a_change_behind_a_helper_is_seen_or_found_by_a_later_comparison(
+    held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a helper of the forward closes over is seen at once, and the environment is out of reach of any stamp."""
     world = {"scale": 1.0}
 
     class Reads(nn.Module):
@@ -256,12 +261,17 @@ def test_a_change_that_no_attribute_shows_is_found_by_a_later_comparison() -> No
 
     @torch._dynamo.assume_constant_result
     def _helper() -> float:
-        return world["scale"]
+        return world["scale"] if held else float(os.environ["SCALE"])
 
     def act(net: Any, index: int, loader: int, user: Any) -> None:
-        world["scale"] = 2.0 if index + loader else 1.0
+        scale = 2.0 if index + loader else 1.0
+        monkeypatch.setenv("SCALE", str(scale))
+        if held:
+            world["scale"] = scale
 
     edit = FrozenPredict("net", backend="eager")
-    with pytest.warns(UserWarning, match="off by .* at call 2"):
+    monkeypatch.setenv("SCALE", "1.0")
+    with nullcontext() if held else pytest.warns(UserWarning, match="off by .* at call 2"):
         found = predict(User(act, Reads), edit)
+    monkeypatch.setenv("SCALE", "1.0")
     assert all(map(torch.equal, found, predict(User(act, Reads))))
