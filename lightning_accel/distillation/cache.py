@@ -243,7 +243,8 @@ class TeacherCache:
         return explain(
             "the teacher cache switched itself off, as too few rows were known",
             f"{rate:.1%} of {rows} rows in epoch {self._epochs}, {size:.0f} MiB on disk",
-            "give each sample a finite number of views (`SeededViews`), or raise `max_bytes`",
+            "give each sample a finite number of views (`SeededViews`), give the teacher no argument that differs from "
+            "step to step beside its rows, or raise `max_bytes`",
         )
 
     def close(self) -> None:

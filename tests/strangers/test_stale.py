@@ -226,6 +226,37 @@ def test_features_that_a_forward_keeps_are_those_of_the_batch() -> None:
     assert "`features`" in edit.networks[0].reason
 
 
+class Turning(Net):
+    """Reads an iterator, which no copy can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = iter(range(10**6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).roll(next(self.turns), 1)
+
+
+@pytest.mark.parametrize(
+    ("act", "make", "options", "do"),
+    [
+        (_hook, Net, {}, "remove them for this time, or leave it out"),
+        (_per_batch, Net, {}, "leave it as it is, or leave it out"),
+        (lambda *_: None, Turning, {}, "leave it out.*iterator"),
+        (lambda *_: None, Net, {"tolerance": 1e-9, "weights": "bf16"}, "keep weights in float32.*raise `tolerance`"),
+    ],
+    ids=["hooks", "changes", "an iterator", "rounding"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("always:`net` runs as it is")
+def test_advice_is_about_the_cause(act: Any, make: Any, options: Any, do: str) -> None:
+    """To raise `tolerance` mends none of these but the last."""
+    edit = FrozenPredict("net", backend="eager", **options)
+    with pytest.warns(UserWarning, match=f"`net` runs as it is.*Do: {do}") as told:
+        predict(User(act, make), edit)
+    (line,) = [str(w.message) for w in told if "runs as it is" in str(w.message)]
+    assert ("tolerance`" in line) == bool(options)
+
+
 class Cached(nn.Module):
     """Rotary tables, masks: made at the first call, and kept."""
 

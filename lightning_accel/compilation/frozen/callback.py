@@ -197,7 +197,7 @@ class FrozenPredict(Callback):
                     explain(
                         f"`{network.name}` runs as it is, not frozen",
                         network.reason,
-                        "exclude it by `select`, raise `tolerance`, or keep weights in float32",
+                        network.advice,
                     )
                 )
 

@@ -35,6 +35,9 @@ from lightning_accel.surgery.preserve import preserve_rng
 TOLERANCES = {None: 1e-4, "bf16": 3e-2}
 """How far the copy may be off by default, per kind of weights: norm of the difference by norm."""
 _WINDOW = 64
+_OUT = "leave it out by `select=Select(exclude=...)`"
+_NOT_ROUNDING = 0.1
+"""So far off is no copy by its short weights alone."""
 _OFTEN = 3
 """Copies of one network, after which it is taken to change all the time."""
 _SERIAL = iter(range(2**62))
@@ -46,6 +49,7 @@ class Frozen:
     Attributes:
         error: Norm of the difference on the first call, relative to the norm of the true output.
         reason: Why the network runs as it is, or "" where the frozen copy does.
+        advice: What to do about that.
         num_calls: Calls in evaluation without gradients.
         num_missed: Those that ran on the copy without a graph, being of another size.
         num_checked: Those that ran both and were compared.
@@ -73,7 +77,7 @@ class Frozen:
         self.eager: Callable[..., Any] = self.before or module._call_impl
         self.capture = getattr(self.before, "capture", None)  # compiled by us: stays visible
         self.error: float | None = None
-        self.reason = ""
+        self.reason = self.advice = ""
         self.num_calls = self.num_missed = self.num_checked = 0
         self._unchecked = True
         self._on_host = all(p.device.type == "cpu" for p in module.parameters())
@@ -106,7 +110,7 @@ class Frozen:
         if not self.reason and not self._footprint.holds(content=content):
             if self._copies > _OFTEN:
                 names = ", ".join(f"`{name}`" for name in self._footprint.changed()[:4])
-                self.reason = f"{names} changes again and again"
+                self._give_up(f"{names} changes again and again", f"leave it as it is, or {_OUT}")
                 return
             self._start()
 
@@ -117,14 +121,15 @@ class Frozen:
     def _start(self) -> None:
         self._footprint = Footprint(self.module)
         if _has_hooks(self.module):
-            self.reason = "it has hooks, which a copy would not call"
+            do = f"remove them for this time, or {_OUT}"
+            self._give_up("it has hooks, which a copy would not call", do)
             return
         self._copies += 1
         self._unchecked, self._dtypes = True, []
         try:
             self._copy = copy.deepcopy(self.module).requires_grad_(False)
         except Exception as error:  # whatever modules hold that cannot be copied
-            self.reason = f"it cannot be copied: {' '.join(str(error).split())[:200]}"
+            self._give_up(f"it cannot be copied: {' '.join(str(error).split())[:200]}", _OUT)
             return
         if self.weights == "bf16":
             self._copy.to(torch.bfloat16)
@@ -155,19 +160,20 @@ class Frozen:
         inputs = tree_map(_clone, (args, kwargs))
         wanted, wrote, drew = observe(self.module, lambda: self.eager(*args, **kwargs))
         if drew:
-            self.reason = (
-                f"its forward draws random numbers ({', '.join(drew)}), and a copy draws others"
-            )
+            drawn = f"its forward draws random numbers ({', '.join(drew)}), and a copy draws others"
+            self._give_up(drawn, f"{_OUT}, or draw outside of its forward")
         elif wrote and self._copies >= _OFTEN:
             names = ", ".join(f"`{name}`" for name in wrote[:4])
-            self.reason = f"its forward writes {names}, which a copy would write elsewhere"
+            wrote_names = f"its forward writes {names}, which a copy would write elsewhere"
+            self._give_up(wrote_names, f"{_OUT}, or write outside of its forward")
         if self.reason or wrote:  # a cache that is filled once: the next call takes a new copy
             return wanted
         try:
             with preserve_rng():
                 found = self._run(*inputs)
         except Exception as error:
-            self.reason = f"compiling it failed: {' '.join(str(error).split())[:200]}"
+            failed = f"compiling it failed: {' '.join(str(error).split())[:200]}"
+            self._give_up(failed, f"{_OUT}, or mend what the compiler names")
             return wanted
         first, self._unchecked = self._unchecked, False
         if first:
@@ -176,12 +182,22 @@ class Frozen:
         off = difference(found, wanted)
         self.error = off if self.error is None else max(self.error, off)
         if not off <= self.tolerance:
-            self.reason = (
+            far = (
                 f"the frozen copy is off by {off:.2g} of the norm of its output at call {self.num_calls}, "
                 f"where {self.tolerance:.2g} is tolerated"
             )
+            self._give_up(far, self._advice(off))
             return wanted
         return wanted if first else found
+
+    def _give_up(self, reason: str, advice: str) -> None:
+        self.reason, self.advice = reason, advice
+
+    def _advice(self, off: float) -> str:
+        if not off <= _NOT_ROUNDING:
+            return f"{_OUT}: its result hangs on something that no copy sees, such as an iterator or a file"
+        shorter = "keep weights in float32 (`weights=None`), or " if self.weights else ""
+        return f"{shorter}raise `tolerance` if that is near enough"
 
     def _missed(self, *_: Any) -> None:
         self.num_missed += 1
