@@ -52,6 +52,11 @@ class BlockCompile(ModelEdit):
     The CUDA graphs of mode="reduce-overhead" pay where the host cannot launch kernels as fast as they
     run, which is small batches of small networks on a GPU; they need one shape and more memory.
 
+    What is compared are results of forward, at some calls: what a helper of yours reads from a file or the environment,
+    and what changes between a forward and its backward, is not seen at the others. And backend="eager" draws dropout anew
+    in whatever is recomputed (`torch.utils.checkpoint`, `ActivationCheckpointing`), which is torch's own doing and
+    shows in gradients alone: train with "inductor" or "aot_eager" there.
+
     Args:
         select: Networks or blocks to compile: a `Select`, a name pattern or several; by default all
             networks of the module. What is named here must be called in the first training step.

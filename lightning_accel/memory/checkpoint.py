@@ -19,6 +19,10 @@ training alone. Copies recompute as well; pickles hold the user's own forward. W
 - what an operation fills after it was saved (the slopes of RReLU) is there before backward reads it;
 - attention that draws its dropout within is recomputed also by the selective policy: kept, it would leave
   the random state behind, and each later dropout of the block would get another mask than in forward.
+
+Not seen, but at the calls that are compared, is what changes between a forward and its backward without a trace: the
+numbers of an input that is filled anew, weights written through `.data`. And inside of
+`torch.compile(backend="eager")` torch draws dropout anew in any recomputation, ours and its own.
 """
 
 from __future__ import annotations
