@@ -7,7 +7,7 @@ nothing any more, and the fit would go on as if nobody had said it. So a state k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning_accel.errors import explain
@@ -22,8 +22,10 @@ def written(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: _text(value) for name, value in settings.items()}
 
 
-def changed(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
-    """Write which settings of a checkpoint are others now; "" for none, and for a checkpoint that has none.
+def changed(
+    before: Mapping[str, str] | None, now: Mapping[str, str], *, but: Collection[str] = ()
+) -> str:
+    """Write which settings of a checkpoint are others now, `but` some; "" for none, and for a checkpoint that has none.
 
     >>> changed({"ratio": "0.5", "when": "(1,)"}, {"ratio": "0.75", "when": "(1,)"})
     'ratio=0.5 in the checkpoint, 0.75 now'
@@ -32,7 +34,7 @@ def changed(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
     return "; ".join(
         f"{name}={known[name]} in the checkpoint, {value} now"
         for name, value in now.items()
-        if known.get(name, value) != value
+        if known.get(name, value) != value and name not in but
     )
 
 

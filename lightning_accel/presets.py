@@ -139,7 +139,7 @@ def settle(merged: Any, presets: Any, app: Any) -> list[str]:
                     f"`callbacks.{other}`."
                 )
                 continue
-            before, both[name] = _plain(node_of(both, name)), OmegaConf.merge(brought, own)
+            before, both[name] = _plain(node_of(both, name)), _beneath(brought, own)
         lost = _differences(before, _plain(node_of(both, name)), f"callbacks.{name}")
         if lost:
             told.append(
@@ -277,6 +277,24 @@ def _plain(node: Any) -> dict[str, Any]:
         return {}
     found: Any = OmegaConf.to_container(node, resolve=False)
     return found
+
+
+def _beneath(brought: Any, own: Any) -> Any:
+    """Merge a preset's node beneath one of the app's; of two classes deeper inside, the app's is taken as a whole.
+
+    Merging would leave it the other's arguments (hydra#1896).
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    merged: Any = OmegaConf.merge(brought, own)
+    for name in map(str, own):
+        inner = [node_of(node, name) for node in (brought, own)]
+        if not all(isinstance(node, DictConfig) and not node._is_none() for node in inner):
+            continue
+        classes = [_plain(node).get("_target_") for node in inner]
+        other = None not in classes and _class(classes[0]) != _class(classes[1])
+        merged[name] = inner[1] if other else _beneath(*inner)
+    return merged
 
 
 def _class(target: Any) -> str:

@@ -317,7 +317,9 @@ class StructuredPruning(ModelEdit):
 
     def _tell_changed(self) -> None:
         """Say what of the settings is given in vain, because the network was cut already."""
-        difference = changed(self._before, self._settings)
+        judges = self.guard is not None and self.guard.pruned_at is not None  # by what is said now
+        heard = guarding.SETTINGS if judges else ()
+        difference = changed(self._before, self._settings, but=heard)
         if not difference or not self.history:
             return
         if self._done() == len(self.when) or (self.guard is not None and self.guard.stopped):

@@ -18,6 +18,7 @@ from typing import Any
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery.snapshot import Snapshot
 
+SETTINGS = ("max_drop", "monitor", "mode", "patience")
 MODES = ("max", "min")
 _ROUNDING = 1e-6  # metrics are float32: 0.95 - 0.94 is a little more than 0.01
 
