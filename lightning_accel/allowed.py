@@ -262,6 +262,11 @@ def typed_words() -> tuple[str, ...]:
     return tuple(value for _, value in _overrides())
 
 
+def typed_keys() -> tuple[str, ...]:
+    """Return the keys that were typed on the command line, without their signs."""
+    return tuple(key.lstrip("+") for key, _ in _overrides())
+
+
 def _overrides() -> Iterator[tuple[str, str]]:
     hydra = _hydra()
     for word in [] if hydra is None else hydra.overrides.task:

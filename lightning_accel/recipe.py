@@ -119,7 +119,9 @@ def _built(
     _check_teachers(tree)
     with _whitelist(places):
         trainer = _trainer(tree)
+        _require(trainer, Trainer, "trainer", tree["trainer"]["_target_"])
         model = _make(tree["model"])
+        _require(model, LightningModule, "model", tree["model"]["_target_"])
         data = _make(tree["data"]) if tree.get("data") else None
     for logger in trainer.loggers:
         # Lightning itself logs the hyper-parameters of model and data when a fit starts.
@@ -343,15 +345,19 @@ def _all(nodes: Any, where: str, kind: type = object) -> list[Any]:
     given = _by_name(nodes, where)
     found = {name: _make(node) for name, node in given.items()}
     for name, thing in found.items():
-        if not isinstance(thing, kind):
-            raise ValueError(
-                explain(
-                    f"`{where}.{name}` gave no {kind.__name__}",
-                    f"a {type(thing).__name__} from `{given[name]['_target_']}`",
-                    f"name a class or a function that makes one of `{kind.__module__}`",
-                )
-            )
+        _require(thing, kind, f"{where}.{name}", given[name]["_target_"])
     return list(found.values())
+
+
+def _require(thing: Any, kind: type, where: str, target: str) -> None:
+    if not isinstance(thing, kind):
+        raise ValueError(
+            explain(
+                f"`{where}` gave no {kind.__name__}",
+                f"a {type(thing).__name__} from `{target}`",
+                f"name a class or a function that makes one of `{kind.__module__}`",
+            )
+        )
 
 
 def _by_name(nodes: Any, where: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 import lightning_accel
-from lightning_accel.allowed import walk
+from lightning_accel.allowed import typed_keys, walk
 from lightning_accel.errors import explain
 from lightning_accel.targets import is_ours
 
@@ -178,13 +178,16 @@ def _check_accel(marks: Any, callbacks: Any, read: Collection[str]) -> None:
                     f"`accel.{key}` is read by nothing", f"{key}: {value!r}", _instead(key, value)
                 )
             )
-    meant = next((m for m in marks if m not in ("attach", "none") and nearest(m, _presets())), None)
+    # A preset of the user's own may leave a mark that is nearly one of ours; on the command line nobody does.
+    typed, presets = typed_keys(), set(_presets()) - {"none"}
+    near = (m for m in marks if m in presets or (f"accel.{m}" in typed and nearest(m, presets)))
+    meant = next(near, None)
     if meant is not None and not any(is_ours(node.get("_target_")) for _, node in walk(callbacks)):
         raise ValueError(
             explain(
                 f"`accel.{meant}` is the mark that a preset leaves, and adds nothing by itself",
                 "no callback of lightning_accel",
-                f"say `+accel={nearest(meant, _presets())}`",
+                f"say `+accel={nearest(meant, presets)}`",
             )
         )
 

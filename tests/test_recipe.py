@@ -286,6 +286,18 @@ def test_a_partial_where_an_object_is_needed_is_refused(
 def test_what_is_no_callback_is_refused(house: types.ModuleType) -> None:
     with pytest.raises(ValueError, match=r"`callbacks\.x` gave no Callback.*a Toy"):
         built(config(callbacks={"x": {"_target_": "house.parts.make_toy"}}))
+    with pytest.raises(ValueError, match=r"`model` gave no LightningModule.*a Plain"):
+        built(config(model={"_target_": "house.parts.Plain"}))
+
+
+def test_marks_of_presets_of_the_users_own_are_left_alone(
+    house: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = config(accel={"compiled": True})
+    assert built(marked).config["accel"] == {"compiled": True}
+    monkeypatch.setattr("lightning_accel.unread.typed_keys", lambda: ("accel.compiled",))
+    with pytest.raises(ValueError, match=r"say `\+accel=compile`"):
+        built(marked)
 
 
 @pytest.mark.parametrize("key", ["pruning", "accel.pruning"])
