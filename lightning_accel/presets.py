@@ -120,33 +120,15 @@ def settle(merged: Any, presets: Any, app: Any) -> list[str]:
     Returns:
         What is to be told, a line for each.
     """
-    from omegaconf import DictConfig, OmegaConf, open_dict
+    from omegaconf import DictConfig, open_dict
 
     told = []
     nodes: list[Any] = [node_of(config, "callbacks") for config in (merged, presets, app)]
-    both, mine, theirs = (n if isinstance(n, DictConfig) else OmegaConf.create() for n in nodes)
-    for name in map(str, mine if theirs else ()):
-        brought, own = node_of(mine, name), node_of(theirs, name)
-        if not all(isinstance(n, DictConfig) and not n._is_none() for n in (brought, own)):
-            continue
-        classes = [_plain(node).get("_target_") for node in (own, brought)]
+    if all(isinstance(node, DictConfig) for node in nodes):
+        both, mine, theirs = nodes
         with open_dict(both):
-            if None not in classes and _class(classes[0]) != _class(classes[1]):
-                other = f"accel_{name}"
-                both[name], both[other] = own, brought
-                told.append(
-                    f"`callbacks.{name}` is this app's {classes[0]}; the {classes[1]} of the preset is "
-                    f"`callbacks.{other}`."
-                )
-                continue
-            before, both[name] = _plain(node_of(both, name)), _beneath(brought, own)
-        lost = _differences(before, _plain(node_of(both, name)), f"callbacks.{name}")
-        if lost:
-            told.append(
-                f"`callbacks.{name}` is in this app's configuration and in a preset. The app's values stay: "
-                f"{', '.join(f'{key}={now!r} (not {then!r})' for key, then, now in lost)}; the command line "
-                "sets others."
-            )
+            for name in map(str, mine):
+                told += _settled(both, name, node_of(mine, name), node_of(theirs, name))
     asked, had, now = (_plain(node_of(config, "trainer")) for config in (presets, app, merged))
     changed = [
         f"trainer.{key}={now[key]!r}" + (f" (not {had[key]!r})" if key in had else "")
@@ -154,6 +136,31 @@ def settle(merged: Any, presets: Any, app: Any) -> list[str]:
         if asked[key] == now.get(key) != had.get(key)
     ]
     return [*told, *([f"A preset sets {', '.join(changed)}."] if changed else [])]
+
+
+def _settled(both: Any, name: str, brought: Any, own: Any) -> list[str]:
+    """Settle one name, which a preset brings and an app may have."""
+    from omegaconf import DictConfig
+
+    if not all(isinstance(n, DictConfig) and not n._is_none() for n in (brought, own)):
+        return []
+    classes = [_plain(node).get("_target_") for node in (own, brought)]
+    if None not in classes and _class(classes[0]) != _class(classes[1]):
+        other = f"accel_{name}"
+        both[name], both[other] = own, brought
+        return [
+            f"`callbacks.{name}` is this app's {classes[0]}; the {classes[1]} of the preset is "
+            f"`callbacks.{other}`."
+        ]
+    before, both[name] = _plain(node_of(both, name)), _beneath(brought, own)
+    lost = _differences(before, _plain(node_of(both, name)), f"callbacks.{name}")
+    if not lost:
+        return []
+    values = ", ".join(f"{key}={now!r} (not {then!r})" for key, then, now in lost)
+    return [
+        f"`callbacks.{name}` is in this app's configuration and in a preset. The app's values stay: "
+        f"{values}; the command line sets others."
+    ]
 
 
 def node_of(mapping: Any, name: str) -> Any:
