@@ -147,6 +147,8 @@ def _settled(both: Any, name: str, brought: Any, own: Any) -> list[str]:
     classes = [_plain(node).get("_target_") for node in (own, brought)]
     if None not in classes and _class(classes[0]) != _class(classes[1]):
         other = f"accel_{name}"
+        while other in both:
+            other = f"accel_{other}"
         both[name], both[other] = own, brought
         return [
             f"`callbacks.{name}` is this app's {classes[0]}; the {classes[1]} of the preset is "
