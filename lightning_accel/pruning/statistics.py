@@ -4,29 +4,34 @@ A layer norm, or a user's own one made of `mean` and `rsqrt`, divides by the num
 changes its statistics by design; fine-tuning repairs that. Everything else a cut must leave as it was. So
 the masked network's statistics are written down and used again, one after another, in the cut one: what
 is left to differ is an error. No norm has to be known by name for that.
+
+A statistic that is put in another's place hides all that it was taken over. So it is, only where a dimension
+that it reduces was cut, and only if the cut network's input there is the masked one's, place by place, at
+some places of the dimensions that were cut. Which ones, the values say: no plan is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_accel.surgery import Cut
-
 _REDUCTIONS = {"mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min"}
 _NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"}
 _NORMS |= {"_native_batch_norm_legit", "cudnn_batch_norm"}
 
+_Places = Mapping[int, Tensor]
+"""By dimension that was cut, the place in the masked network of each one that is left."""
+
 
 class Note(NamedTuple):
-    """One statistic of the masked network: the operation, its input's shape and its results."""
+    """One statistic of the masked network: the operation, its input and its results."""
 
     name: str
-    shape: tuple[int, ...]
+    input: Tensor
     results: tuple[Tensor, ...]
 
 
@@ -42,99 +47,168 @@ class Record(TorchDispatchMode):
         name = _name(func)
         if _is_statistic(name, args):
             results = result if isinstance(result, tuple) else (result,)
-            self.notes.append(Note(name, tuple(args[0].shape), tuple(results)))
+            self.notes.append(Note(name, args[0].clone(), tuple(results)))
         return result
 
 
 class Replay(TorchDispatchMode):
-    """Uses the statistics written down wherever the dimension that they run over was cut.
+    """Uses the statistics written down wherever a dimension that they reduce was cut.
 
     Args:
         notes: What `Record` wrote down in the masked network.
-        cut: Which places are left of a dimension that the results still have.
-        stack: The modules now running, innermost last.
+        tolerance: How far two inputs that are the same may be apart, over their scale.
     """
 
-    def __init__(self, notes: Sequence[Note], cut: Cut, stack: Sequence[str]) -> None:
+    def __init__(self, notes: Sequence[Note], tolerance: float) -> None:
         super().__init__()
         self._notes = iter(notes)
-        self._cut = cut
-        self._stack = stack
+        self._tolerance = tolerance
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         name = _name(func)
-        if not _is_statistic(name, args):
+        note = next(self._notes, None) if _is_statistic(name, args) else None
+        x = args[0].clone() if note is not None else None  # some write into what they read
+        result = func(*args, **kwargs)
+        if note is None or x is None or note.name != name or note.input.dim() != x.dim():
             return result
-        note = next(self._notes, None)
-        if note is None or note.name != name or note.shape == tuple(args[0].shape):
+        given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
+        own = result if isinstance(result, tuple) else (result,)
+        if not _cut_where_reduced(name, note, x, given):
+            return result
+        places = same_places(note.input, x, self._tolerance)
+        if places is None:
             return result
         if name in _NORMS:
-            return self._normalized(func, name, args, kwargs, result, note)
-        if isinstance(result, tuple):
-            return tuple(self._as(n, r) for n, r in zip(note.results, result, strict=True))
-        return self._as(note.results[0], result)
+            return _normalized(name, x, given, own, note, places)
+        kept = _left_by(x.dim(), given)
+        new = [_at(n, r, kept, places) for n, r in zip(note.results, own, strict=True)]
+        return tuple(new) if isinstance(result, tuple) else new[0]
 
-    def _normalized(
-        self, func: Any, name: str, args: Any, kwargs: Any, result: Any, note: Note
-    ) -> Any:
-        given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-        x, weight, bias = given["input"], given.get("weight"), given.get("bias")
-        out, *old = result
-        new = [self._as(n, r) for n, r in zip(note.results[1:], old, strict=True)]
-        if name == "native_group_norm":
-            if given["group"] != note.results[1].shape[1] and new[0] is old[0]:
-                return result
-            shape = (x.shape[0], given["group"], -1)
-            grouped = x.reshape(shape)
-            y = ((grouped - new[0].unsqueeze(-1)) * new[1].unsqueeze(-1)).reshape(x.shape)
-            per_channel = (1, -1, *[1] * (x.dim() - 2))
-        elif "batch_norm" in name:
-            per_channel = (1, -1, *[1] * (x.dim() - 2))
-            y = (x - new[0].view(per_channel)) * new[1].view(per_channel)
-        elif name == "_fused_rms_norm":
-            y, per_channel = x * new[0], None
-        else:
-            y, per_channel = (x - new[0]) * new[1], None
-        if weight is not None:
-            y = y * (weight if per_channel is None else weight.view(per_channel))
-        if bias is not None:
-            y = y + (bias if per_channel is None else bias.view(per_channel))
-        return (y.to(out.dtype), *new)
 
-    def _as(self, noted: Tensor, own: Tensor) -> Tensor:
-        """Return the noted statistic with the places that `own` still has, or `own`."""
-        for dim in range(own.dim()):
-            if noted.dim() == own.dim() and noted.shape[dim] != own.shape[dim]:
-                positions = self._places(dim, noted.shape[dim], own.shape[dim])
-                if positions is None:
-                    return own
-                noted = noted.index_select(dim, positions.to(noted.device))
-        return noted if noted.shape == own.shape else own
+def same_places(old: Tensor, new: Tensor, tolerance: float) -> _Places | None:
+    """Return at which places of the smaller dimensions `new` holds what `old` does; `None` if it does not.
 
-    def _places(self, at: int, old: int, new: int) -> Tensor | None:
-        """Return the places left of a dimension of this size, if the module running has one such cut.
-
-        Where several tensors of it are cut from and to these sizes, the same dimension counts.
-        """
-        for module in reversed(self._stack):
-            prefix = f"{module}." if module else ""
-            cut = [
-                (dim, positions)
-                for name, kept in self._cut.kept.items()
-                if name.startswith(prefix)
-                for dim, positions in enumerate(kept.dims)
-                if positions is not None
-                and len(positions) == new
-                and self._cut.before.tensors[name][dim] == old
-            ]
-            for found in ([p for _, p in cut], [p for dim, p in cut if dim == at]):
-                if found and all(torch.equal(found[0], other) for other in found):
-                    return found[0]
-            if cut:
-                return None
+    >>> x = torch.randn(2, 5, 3)
+    >>> same_places(x, x[:, [4, 1]], 1e-6)
+    {1: tensor([4, 1])}
+    >>> same_places(x, x[:, [4, 1]] + 1, 1e-6) is None
+    True
+    """
+    old, new = (torch.view_as_real(t) if t.is_complex() else t for t in (old, new))
+    cut = [d for d in range(old.dim()) if old.shape[d] != new.shape[d]]
+    if any(new.shape[d] > old.shape[d] for d in cut) or not new.numel():
         return None
+    old, new = (t.nan_to_num().to(_widest(t)) for t in (old, new))
+    places = _guessed(old, new, cut)
+    there = old
+    for dim, positions in places.items():
+        there = there.index_select(dim, positions)
+    scale = old.abs().max().clamp_min(torch.finfo(old.dtype).tiny)
+    return places if bool((there - new).abs().max() <= tolerance * scale) else None
+
+
+def _guessed(old: Tensor, new: Tensor, cut: Sequence[int]) -> dict[int, Tensor]:
+    """Guess where each place of `new` is in `old`, by the nearest of random sums over all other dimensions."""
+    rest = [d for d in range(old.dim()) if d not in cut]
+    have, want = (t.permute(*cut, *rest).unsqueeze(-1).flatten(len(cut)) for t in (old, new))
+    generator = torch.Generator().manual_seed(0)
+    along = torch.randn(have.shape[-1], generator=generator, dtype=torch.float64).to(have)
+    sums, order = (have @ along).flatten().sort()
+    wanted = (want @ along).flatten()
+    above = (
+        torch.searchsorted(sums, wanted).clamp(1, max(len(sums) - 1, 1)).clamp_max(len(sums) - 1)
+    )
+    below = (above - 1).clamp_min(0)
+    nearer = (sums[above] - wanted).abs() < (sums[below] - wanted).abs()
+    found = order[torch.where(nearer, above, below)]
+    if len(cut) == 1:
+        return {cut[0]: found}
+    # Each pair of places votes for where its parts are; zeros, of which there may be many, do not.
+    weights = (wanted != 0).to(wanted)
+    there = torch.unravel_index(found, have.shape[:-1])
+    here = torch.unravel_index(torch.arange(len(wanted)).to(found), want.shape[:-1])
+    places = {}
+    for dim, at, own in zip(cut, there, here, strict=True):
+        votes = weights.new_zeros(new.shape[dim], old.shape[dim])
+        places[dim] = votes.index_put_((own, at), weights, accumulate=True).argmax(1)
+    return places
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _cut_where_reduced(name: str, note: Note, x: Tensor, given: Mapping[str, Any]) -> bool:
+    """Whether a dimension over which the statistic runs has another size than in the masked network."""
+    old, new = note.input.shape, x.shape
+    if name == "native_group_norm":
+        groups = note.results[1].shape[1]
+        return old[1] // groups != new[1] // given["group"] or old[2:] != new[2:]
+    if name in ("native_layer_norm", "_fused_rms_norm"):
+        gone = set(range(x.dim() - len(given["normalized_shape"]), x.dim()))
+    elif name in _NORMS:
+        gone = set(range(x.dim())) - {1}
+    else:
+        gone = set(range(x.dim())) - set(_left_by(x.dim(), given, keeps=False))
+    return any(old[d] != new[d] for d in gone)
+
+
+def _left_by(dims: int, given: Mapping[str, Any], *, keeps: bool = True) -> list[int]:
+    """Return which dimension of the input each one of a reduction's result is."""
+    gone = given.get("dim")
+    gone = [gone] if isinstance(gone, int) else gone or range(dims)
+    if keeps and given.get("keepdim"):
+        return list(range(dims))
+    reduced = {d % max(dims, 1) for d in gone}
+    return [d for d in range(dims) if d not in reduced]
+
+
+def _at(noted: Tensor, own: Tensor, kept: Sequence[int], places: _Places) -> Tensor:
+    """Return the noted statistic at the places that `own` still has; `own` where it counts places."""
+    if noted.dim() != len(kept) or not (noted.is_floating_point() or noted.is_complex()):
+        return own
+    for dim, source in enumerate(kept):
+        if noted.shape[dim] != own.shape[dim]:
+            noted = noted.index_select(dim, places[source])
+    return noted
+
+
+def _normalized(
+    name: str,
+    x: Tensor,
+    given: Mapping[str, Any],
+    own: Sequence[Tensor],
+    note: Note,
+    places: _Places,
+) -> tuple[Tensor, ...]:
+    out, *old = own
+    shape: Sequence[int] = (1, -1, *[1] * (x.dim() - 2))  # of one value per channel
+    if name == "native_group_norm":
+        new = _of_groups(note, x, given["group"], places)
+        grouped = x.reshape(x.shape[0], given["group"], -1)
+        y = ((grouped - new[0].unsqueeze(-1)) * new[1].unsqueeze(-1)).reshape(x.shape)
+    elif "batch_norm" in name:
+        new = [_at(n, r, [1], places) for n, r in zip(note.results[1:], old, strict=True)]
+        y = (x - new[0].view(shape)) * new[1].view(shape)
+    else:
+        kept = range(x.dim())
+        new = [_at(n, r, kept, places) for n, r in zip(note.results[1:], old, strict=True)]
+        y = x * new[0] if name == "_fused_rms_norm" else (x - new[0]) * new[1]
+        shape = given["normalized_shape"]
+    if given.get("weight") is not None:
+        y = y * given["weight"].view(shape)
+    if given.get("bias") is not None:
+        y = y + given["bias"].view(shape)
+    return (y.to(out.dtype), *new)
+
+
+def _of_groups(note: Note, x: Tensor, groups: int, places: _Places) -> list[Tensor]:
+    """Return the noted statistics of the groups in which the channels left are."""
+    dense = note.results[1].shape[1]
+    channels = places.get(1, torch.arange(x.shape[1], device=x.device))
+    firsts = channels.view(groups, -1)[:, 0] // (note.input.shape[1] // dense)
+    return [result.index_select(1, firsts) for result in note.results[1:]]
 
 
 def _name(func: Any) -> str:
@@ -144,4 +218,4 @@ def _name(func: Any) -> str:
 def _is_statistic(name: str, args: Any) -> bool:
     if name in _NORMS:
         return "batch_norm" not in name or any(a is True for a in args[3:6])
-    return name in _REDUCTIONS and len(args) > 1 and not isinstance(args[1], Tensor)
+    return name in _REDUCTIONS and not (len(args) > 1 and isinstance(args[1], Tensor))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_accel.errors import BrokenModel
 from lightning_accel.measure.flops import unfused
+from lightning_accel.pruning.blank import Blank
 from lightning_accel.pruning.statistics import Record, Replay
 from lightning_accel.surgery import Cut, twin
 from lightning_accel.surgery.call import (
@@ -77,10 +78,14 @@ class Verifier:
             self.exact = converted(twin(model), self.dtype).eval()
             self.exact_calls = cast(calls, self.dtype)
 
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE if self.dtype == torch.float64 else 1e-3
+
     def equivalence(self, cut: Cut) -> None:
         """Raise `BrokenModel` unless the cut network equals the masked one."""
         error = self.difference(cut)
-        if not error <= (TOLERANCE if self.dtype == torch.float64 else 1e-3):
+        if not error <= self.tolerance:
             raise BrokenModel(
                 "the cut network does not compute what the masked one computes",
                 f"a relative difference of {error:.1e}",
@@ -94,15 +99,15 @@ class Verifier:
             BrokenModel: The cut network fails, or its outputs have another shape.
         """
         dense, small = twin(self.exact), twin(self.exact)
-        cut.masked(dense, _NOTHING if self.dtype == torch.float64 else 0.0)
+        blank = Blank(dense, cut, _NOTHING if self.dtype == torch.float64 else 0.0)
         cut.apply(small)
         record = Record()
-        with torch.no_grad(), same_random_state(dense), unfused(dense), record:
+        with torch.no_grad(), same_random_state(dense), unfused(dense), record, blank:
             torch.manual_seed(0)
             expected = self._numbers(run(dense, self.exact_calls))
-        with torch.no_grad(), same_random_state(small), unfused(small), _located(small) as stack:
+        with torch.no_grad(), same_random_state(small), unfused(small), _located(small):
             torch.manual_seed(0)
-            with Replay(record.notes, cut, stack):
+            with Replay(record.notes, self.tolerance):
                 found = self._numbers(run(small, self.exact_calls))
         if [t.shape for t in expected] != [t.shape for t in found]:
             raise BrokenModel("the cut changes the shape of the network's output", "", _REMEDY)
@@ -137,8 +142,8 @@ _REMEDY = "exclude the module with `select=Select(exclude=...)`"
 
 
 @contextmanager
-def _located(model: nn.Module) -> Iterator[list[str]]:
-    """Give the list of modules now running; an error says in which one it happened."""
+def _located(model: nn.Module) -> Iterator[None]:
+    """Let an error say in which module it happened."""
     stack: list[str] = []
 
     def leave(*_: Any) -> None:
@@ -149,7 +154,7 @@ def _located(model: nn.Module) -> Iterator[list[str]]:
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
         handles.append(module.register_forward_hook(leave))
     try:
-        yield stack
+        yield
     except Exception as error:
         raise BrokenModel(
             f"the cut network fails in `{stack[-1] if stack else ''}`",

@@ -1,0 +1,112 @@
+"""The proof of a cut refuses what is wrong: right cuts, made wrong on purpose, and whether they pass."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_accel.errors import BrokenModel, NoEffect
+from lightning_accel.pruning import prune, statistics
+from lightning_accel.pruning.statistics import same_places
+
+NETS = ["mixer", "vit_average", "residual_convolutions", "global_response", "llama", "octave_convolution", "grouped_convolutions", "mean_over_channels_only", "spread_over_channels_only", "norms_of_heads", "normed_weights", "two_means"]
+"""Those whose statistics differ; `benchmarks/proof_mutations.py` tries all."""
+
+
+@pytest.fixture
+def mutations(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("proof_mutations")
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_no_wrong_cut_passes_and_the_right_one_does(mutations: Any, name: str) -> None:
+    found = mutations.tried(*mutations.made(name), each=1)
+    assert found["passed"] == []
+    assert sum(found["wrong"].values()) >= 6
+    assert not found["refused"], found
+    assert float(found["note"].partition("%")[0]) >= 30  # of the 40 % asked for, in whole channels
+
+
+def test_a_proof_that_replays_too_much_is_found_out(
+    mutations: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the proof of 0.1.0 was: the masked network's statistic, wherever its input is smaller."""
+    made = mutations.made("sets")
+    monkeypatch.setattr(statistics, "_cut_where_reduced", lambda *_: True)
+    monkeypatch.setattr(
+        statistics,
+        "same_places",
+        lambda old, new, _: {
+            d: torch.arange(new.shape[d]) for d in range(old.dim()) if old.shape[d] != new.shape[d]
+        },
+    )
+    found = mutations.tried(*made, each=2)
+    assert found["passed"] or found["refused"]
+
+
+class Widths(nn.Module):
+    """Divides by a width that its layer has as an attribute, and averages over pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Conv2d(3, 24, 3, padding=1), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o((F.relu(self.a(x)) / self.a.out_channels**0.5).mean((2, 3)))
+
+
+def test_a_width_that_the_forward_divides_by_is_seen_through_a_mean() -> None:
+    net, x = Widths(), torch.randn(2, 3, 8, 8)
+    with pytest.raises((BrokenModel, NoEffect)):
+        prune(net, example=x, ratio=0.3)
+
+
+@pytest.mark.parametrize("cut", [(1,), (2,), (1, 3), (0, 1, 2, 3)])
+def test_places_are_found_by_their_values(cut: tuple[int, ...]) -> None:
+    old = torch.relu(torch.randn(4, 7, 6, 5, dtype=torch.float64))
+    kept = {d: torch.tensor([3, 0, 2][: 2 + d % 2]) for d in cut}
+    new = old
+    for dim, places in kept.items():
+        new = new.index_select(dim, places)
+    found = same_places(old, new + 1e-14, 1e-9)
+    assert found is not None
+    assert {d: p.tolist() for d, p in found.items()} == {d: p.tolist() for d, p in kept.items()}
+    assert same_places(old, new + 1e-6, 1e-9) is None
+
+
+def test_equal_slices_are_found_at_any_of_their_places() -> None:
+    old = torch.zeros(2, 6, 3)
+    old[:, 4] = 1.0
+    found = same_places(old, old[:, [0, 4, 5]], 1e-9)
+    assert found is not None and found[1].tolist()[1] == 4
+
+
+def test_a_zero_is_not_nothing_behind_a_softplus() -> None:
+    """Input-convex networks make their weights positive so: what is cut must be what is made of them."""
+
+    class Convex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.i, self.o = nn.Linear(6, 16), nn.Linear(12, 3)
+            self.w = nn.Parameter(torch.randn(12, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(F.softplus(F.linear(F.softplus(self.i(x)), F.softplus(self.w))))
+
+    net, x = Convex().double(), torch.randn(5, 6, dtype=torch.float64)
+    dense = {name: p.detach().clone() for name, p in net.named_parameters()}
+    prune(net, example=x, ratio=0.5)
+    assert net.w.shape == (6, 8)
+    rows = [int((dense["i.bias"] == b).nonzero()) for b in net.i.bias]
+    outs = [int((dense["o.weight"][0] == w).nonzero()) for w in net.o.weight[0]]
+    hidden = F.softplus(F.linear(x, dense["i.weight"], dense["i.bias"]))[:, rows]
+    hidden = F.softplus(hidden @ F.softplus(dense["w"])[outs][:, rows].T)
+    by_hand = F.linear(hidden, dense["o.weight"][:, outs], dense["o.bias"])
+    torch.testing.assert_close(net(x), by_hand, rtol=1e-12, atol=1e-12)
