@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_accel.errors import BrokenModel, NoEffect
-from lightning_accel.pruning import prune, statistics
+from lightning_accel.pruning import mask_equivalence, plan, prune, statistics
 from lightning_accel.pruning.statistics import same_places
+from lightning_accel.surgery.call import as_call
 
-NETS = ["mixer", "vit_average", "residual_convolutions", "global_response", "llama", "octave_convolution", "grouped_convolutions", "mean_over_channels_only", "spread_over_channels_only", "norms_of_heads", "normed_weights", "two_means"]
+NETS = [
+    "mixer",
+    "vit_average",
+    "residual_convolutions",
+    "global_response",
+    "llama",
+    "octave_convolution",
+    "grouped_convolutions",
+    "mean_over_channels_only",
+    "spread_over_channels_only",
+    "norms_of_heads",
+    "normed_weights",
+    "two_means",
+]
 """Those whose statistics differ; `benchmarks/proof_mutations.py` tries all."""
 
 
@@ -110,3 +125,32 @@ def test_a_zero_is_not_nothing_behind_a_softplus() -> None:
     hidden = F.softplus(hidden @ F.softplus(dense["w"])[outs][:, rows].T)
     by_hand = F.linear(hidden, dense["o.weight"][:, outs], dense["o.bias"])
     torch.testing.assert_close(net(x), by_hand, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("example", [torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)])
+def test_nothing_hides_behind_a_weight_or_an_input_of_zeros(example: Tensor) -> None:
+    """Residual branches begin at zero, and examples are zeros: all of them wrong would be right today."""
+    norm = nn.BatchNorm2d(8)
+    nn.init.zeros_(norm.weight)
+    inner = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 8, 1), norm)
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner, self.head = (
+                nn.Conv2d(3, 8, 1, bias=False),
+                inner,
+                nn.Linear(8, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head((x + self.inner(x)).mean((2, 3)))
+
+    net = Residual().eval()
+    cut = plan(net, calls=(as_call(example),), ratio=0.5)
+    assert mask_equivalence(net, cut, example=example) < 1e-10
+    places = cut.kept["inner.2.weight"]
+    wrong = places._replace(dims=(places.dims[0], (places.dims[1] + 1) % 12, *places.dims[2:]))
+    wrong = dataclasses.replace(cut, kept={**cut.kept, "inner.2.weight": wrong})
+    assert mask_equivalence(net, wrong, example=example) > 1e-4

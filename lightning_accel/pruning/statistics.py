@@ -109,30 +109,49 @@ def same_places(old: Tensor, new: Tensor, tolerance: float) -> _Places | None:
 
 
 def _guessed(old: Tensor, new: Tensor, cut: Sequence[int]) -> dict[int, Tensor]:
-    """Guess where each place of `new` is in `old`, by the nearest of random sums over all other dimensions."""
+    """Guess where each place of `new` is in `old`: where the same random sum of all else is."""
     rest = [d for d in range(old.dim()) if d not in cut]
     have, want = (t.permute(*cut, *rest).unsqueeze(-1).flatten(len(cut)) for t in (old, new))
-    generator = torch.Generator().manual_seed(0)
-    along = torch.randn(have.shape[-1], generator=generator, dtype=torch.float64).to(have)
-    sums, order = (have @ along).flatten().sort()
-    wanted = (want @ along).flatten()
-    above = (
-        torch.searchsorted(sums, wanted).clamp(1, max(len(sums) - 1, 1)).clamp_max(len(sums) - 1)
-    )
-    below = (above - 1).clamp_min(0)
-    nearer = (sums[above] - wanted).abs() < (sums[below] - wanted).abs()
-    found = order[torch.where(nearer, above, below)]
-    if len(cut) == 1:
-        return {cut[0]: found}
-    # Each pair of places votes for where its parts are; zeros, of which there may be many, do not.
-    weights = (wanted != 0).to(wanted)
-    there = torch.unravel_index(found, have.shape[:-1])
-    here = torch.unravel_index(torch.arange(len(wanted)).to(found), want.shape[:-1])
+    along = _direction(have)
+    have, want = have @ along, want @ along
+    # Begin with the one pair of places that is the surest, and look along each dimension in turn; what is
+    # found there helps in the next. Zeros say nothing of where they are.
+    here = torch.unravel_index(want.abs().argmax(), want.shape)
+    there = torch.unravel_index((have - want[here]).abs().argmin(), have.shape)
+    mine, theirs = ([place.view(1) for place in pair] for pair in (here, there))
     places = {}
-    for dim, at, own in zip(cut, there, here, strict=True):
-        votes = weights.new_zeros(new.shape[dim], old.shape[dim])
-        places[dim] = votes.index_put_((own, at), weights, accumulate=True).argmax(1)
+    for number in [*range(len(cut))] * min(2, len(cut)):
+        wanted, known = _lines(want, mine, number), _lines(have, theirs, number)
+        along = _direction(known)
+        wanted, known = wanted @ along, known @ along
+        found = _nearest(known, wanted)
+        places[cut[number]] = found
+        sure = wanted.nonzero()[:, 0]
+        if len(sure):
+            mine[number], theirs[number] = sure, found[sure]
     return places
+
+
+def _direction(lines: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = lines.shape[-1]
+    return torch.randn(size, generator=generator, dtype=torch.float64).to(lines)
+
+
+def _lines(sums: Tensor, at: Sequence[Tensor], dim: int) -> Tensor:
+    """Return one line per place of a dimension: all sums at the places given of the others."""
+    for other, places in enumerate(at):
+        if other != dim:
+            sums = sums.index_select(other, places)
+    return sums.movedim(dim, 0).reshape(sums.shape[dim], -1)
+
+
+def _nearest(known: Tensor, wanted: Tensor) -> Tensor:
+    ascending, order = known.sort()
+    above = torch.searchsorted(ascending, wanted).clamp_max(len(known) - 1)
+    below = (above - 1).clamp_min(0)
+    nearer = (ascending[above] - wanted).abs() < (ascending[below] - wanted).abs()
+    return order[torch.where(nearer, above, below)]
 
 
 def _widest(tensor: Tensor) -> torch.dtype:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_accel.errors import BrokenModel
 from lightning_accel.measure.flops import unfused
@@ -70,13 +71,20 @@ class Verifier:
         self.calls = calls
         device_has_float64 = next(model.parameters()).device.type != "mps"
         self.dtype = torch.float64 if device_has_float64 else torch.float32
-        self.exact = converted(twin(model), self.dtype).eval()
-        self.exact_calls = cast(calls, self.dtype)
+        self._convert()
         if self.dtype == torch.float64 and not runs(self.exact, self.exact_calls):
             # Some kernels, such as those of grouped experts, know no float64.
             self.dtype = torch.float32
-            self.exact = converted(twin(model), self.dtype).eval()
-            self.exact_calls = cast(calls, self.dtype)
+            self._convert()
+
+    def _convert(self) -> None:
+        """Take copies of network and calls in the dtype of the proof, with no constants to hide behind."""
+        self.exact = converted(twin(self.model), self.dtype).eval()
+        self.exact_calls = cast(self.calls, self.dtype)
+        varied, calls = twin(self.exact), _varied_calls(self.exact_calls)
+        _vary(varied)
+        if runs(varied, calls, finite=True):
+            self.exact, self.exact_calls = varied, calls
 
     @property
     def tolerance(self) -> float:
@@ -166,15 +174,41 @@ def _located(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def runs(model: nn.Module, calls: Sequence[Call]) -> bool:
-    """Whether a copy of the model runs on these calls in eval mode."""
+def runs(model: nn.Module, calls: Sequence[Call], *, finite: bool = False) -> bool:
+    """Whether a copy of the model runs on these calls in eval mode, and gives numbers if it has to."""
     copy = twin(model).eval()
     try:
         with torch.no_grad(), same_random_state(copy), unfused(copy):
-            run(copy, calls)
+            outputs = run(copy, calls)
     except Exception:  # whatever a forward may raise
         return False
-    return True
+    return not finite or all(bool(t.isfinite().all()) for t in tensors(outputs))
+
+
+def _vary(model: nn.Module) -> None:
+    """Give parameters whose values are all the same different ones, in place.
+
+    Behind a norm whose weights begin as zeros, any cut would be right, until it learns.
+    """
+    for parameter in model.parameters():
+        parameter.data = _varied(parameter.data)
+
+
+def _varied_calls(calls: Sequence[Call]) -> tuple[Call, ...]:
+    def vary(value: Any) -> Any:
+        return _varied(value) if isinstance(value, Tensor) else value
+
+    return tuple(Call(c.name, *tree_map(vary, (c.args, c.kwargs))) for c in calls)
+
+
+def _varied(tensor: Tensor) -> Tensor:
+    if tensor.numel() < 2 or not tensor.is_floating_point() or tensor.min() != tensor.max():
+        return tensor
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) + 0.5
+    constant = float(tensor.flatten()[0])
+    size = min(max(abs(constant), 0.1), 10.0)
+    return shares * (-size if constant < 0 else size)
 
 
 def _trains(model: nn.Module, calls: Sequence[Call]) -> bool:
