@@ -24,6 +24,7 @@ from lightning_accel.pruning.ranking import Ranking
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.verify import Verifier, in_dtype_of, runs
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
+from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.call import Call, as_call, batch_size, first
 from lightning_accel.surgery.mirrors import with_mirrors
 
@@ -147,37 +148,39 @@ def plan(
         raise AccelError(
             "an example without samples proves nothing", "a batch of 0", "pass one sample or more"
         )
-    small = _small(model, calls)
-    frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
-    graph = Graph(
-        twin(model),
-        small,
-        select=select,
-        frozen=frozen,
-        dense=dense,
-        attention=attention,
-    )
-    data = list(batches) or [in_dtype_of(calls, model)]
-    ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
-    found = _choose(
-        graph,
-        ranking,
-        Verifier(model, small),
-        partial(
-            rounding.reach,
+    with nothing_heard(model):
+        model = _with_acting_hooks(model, calls)
+        small = _small(model, calls)
+        frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
+        graph = Graph(
+            twin(model),
+            small,
+            select=select,
+            frozen=frozen,
+            dense=dense,
+            attention=attention,
+        )
+        data = list(batches) or [in_dtype_of(calls, model)]
+        ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
+        found = _choose(
             graph,
-            ratio=ratio,
-            target=target,
-            round_to=round_to,
-            batch_size=batch_size(calls),
-        ),
-        scope=scope,
-        until=until,
-    )
-    cut = graph.cut(found.gone)
-    if compensate:
-        cut = _compensated(graph, cut, found.gone, data)
-    cut = with_mirrors(model, cut)
+            ranking,
+            Verifier(model, small),
+            partial(
+                rounding.reach,
+                graph,
+                ratio=ratio,
+                target=target,
+                round_to=round_to,
+                batch_size=batch_size(calls),
+            ),
+            scope=scope,
+            until=until,
+        )
+        cut = graph.cut(found.gone)
+        if compensate:
+            cut = _compensated(graph, cut, found.gone, data)
+        cut = with_mirrors(model, cut)
     note = _reached(graph, found.gone, ratio, target)
     return dataclasses.replace(
         cut, skipped=(*graph.skipped, *found.refused), notes=(note, *cut.notes)
@@ -285,6 +288,18 @@ def _reached(graph: Graph, gone: Gone, ratio: float | None, target: Target | Non
     dense = sum(group.dense for group in graph.groups)
     left = sum(group.units - len(gone.get(group.name, ())) for group in graph.groups)
     return f"{1 - left / dense:.1%} of the channels and heads are gone (asked: {ratio:.3g})"
+
+
+def _with_acting_hooks(model: nn.Module, calls: Sequence[Call]) -> nn.Module:
+    """Return a copy with the hooks that take part in the forward."""
+    try:
+        return twin(model, calls)
+    except Exception as error:  # whatever a forward may raise
+        raise AccelError(
+            "the network cannot be traced: its forward fails on the example",
+            f"{type(error).__name__}: {error}",
+            "pass an `example` that the network accepts",
+        ) from error
 
 
 def _small(model: nn.Module, calls: Sequence[Call]) -> tuple[Call, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def mask_equivalence(model: nn.Module, cut: Cut, *, example: Any) -> float:
     >>> mask_equivalence(net, plan(net, calls=(as_call(x),), ratio=0.5), example=x) < 1e-10
     True
     """
-    return Verifier(model, (as_call(example),)).difference(cut)
+    calls = (as_call(example),)
+    return Verifier(twin(model, calls), calls).difference(cut)
 
 
 class Verifier:
@@ -159,7 +161,8 @@ def _located(model: nn.Module) -> Iterator[None]:
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        push = partial(_push, stack, name)
+        handles.append(module.register_forward_pre_hook(push, prepend=True))
         handles.append(module.register_forward_hook(leave))
     try:
         yield
@@ -172,6 +175,10 @@ def _located(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _push(stack: list[str], name: str, *_: Any) -> None:
+    stack.append(name)
 
 
 def runs(model: nn.Module, calls: Sequence[Call], *, finite: bool = False) -> bool:

@@ -7,11 +7,14 @@ which cannot fail. So no trace's autograd graph, train flag or hook of the origi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from lightning_accel.surgery.acting import Acting, is_of_torch, rebound, sort_out, users_hooks
+from lightning_accel.surgery.call import Call
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -27,11 +30,12 @@ _HOOKS = (
 )
 
 
-def twin(model: ModuleT) -> ModuleT:
+def twin(model: ModuleT, calls: Sequence[Call] = ()) -> ModuleT:
     """Return an independent copy of `model`: weights, gradients, flags and ties, but not its hooks.
 
     Hooks of `torch.nn.utils` (weight and spectral norm, masks) stay, because the weights depend on
-    them; a user's own hooks would write into the user's objects and are left out. Tensors that still
+    them; a user's own hooks would write into the user's objects and are left out. With `calls`, those
+    that take part in the forward stay as well, in this copy and in copies of it. Tensors that still
     hang on an autograd graph, such as a stored loss, are copied detached. Modules compiled in place
     come out uncompiled.
 
@@ -48,11 +52,17 @@ def twin(model: ModuleT) -> ModuleT:
         original = originals[name]
         if original.grad is not None:
             parameter.grad = original.grad.detach().clone()
+    if calls:
+        for hooks, key in users_hooks(copied):
+            if not isinstance(hooks[key], Acting):
+                hooks[key] = Acting(rebound(hooks[key], memo), acts=False)
     for module in copied.modules():
         for registry in _HOOKS:
             hooks = module.__dict__.get(registry, {})
-            for key in [k for k, hook in hooks.items() if not _is_of_torch(hook)]:
+            for key in [k for k, hook in hooks.items() if not _stays(hook)]:
                 del hooks[key]
+    if calls:
+        sort_out(copied, calls)
     return copied
 
 
@@ -66,8 +76,5 @@ def _attached_tensors(model: nn.Module) -> Iterator[Tensor]:
                     yield leaf
 
 
-def _is_of_torch(hook: Any) -> bool:
-    hook = getattr(hook, "hook", hook)  # load_state_dict pre-hooks come wrapped
-    return str(getattr(hook, "__module__", "") or type(hook).__module__).startswith(
-        "torch.nn.utils"
-    )
+def _stays(hook: Any) -> bool:
+    return isinstance(hook, Acting) or is_of_torch(hook)

@@ -95,7 +95,9 @@ def _located(flow: Flow) -> Iterator[None]:
     handles = []
     for name, module in flow.model.named_modules():
         handles.append(
-            module.register_forward_pre_hook(lambda *_, name=name: flow.stack.append(name))
+            module.register_forward_pre_hook(
+                lambda *_, name=name: flow.stack.append(name), prepend=True
+            )
         )
         handles.append(module.register_forward_hook(leave))
     try:

@@ -1,0 +1,190 @@
+"""The hooks that take part in a forward, told from those that only watch.
+
+A hook that scales an output, or hands on what a module gave, is part of what a network computes, so a copy on
+which an edit is planned and proved must have it. A hook that writes a log must not be heard from a copy. One run
+tells them apart: a hook takes part if it returns something, changes what it is given, or sets something on its
+module. If the outputs still are not those of the network with all of its hooks (some hand on what they saw behind
+everyone's back), all are kept.
+
+A copied hook reads what it holds of the network in the copy. What else it holds it shares with the forward, so
+it is not copied; `nothing_heard` puts lists, dicts, sets and numbers back to what they held.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_accel.surgery.call import Call, run, same_random_state, tensors
+
+FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+
+
+class Acting:
+    """A hook that takes part in the forward; copies of a network keep it, bound to the copy.
+
+    Args:
+        hook: The hook.
+        acts: Whether it is known to take part.
+    """
+
+    def __init__(self, hook: Callable[..., Any], *, acts: bool = True) -> None:
+        self.hook = hook
+        self.acts = acts
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        held = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+        before = [t._version for t in held], _own(module)
+        result = self.hook(module, *given)
+        after = [t._version for t in held], _own(module)
+        self.acts |= result is not None or before != after
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Acting:
+        return Acting(rebound(self.hook, memo), acts=self.acts)
+
+
+def users_hooks(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+    """Yield the registry and the key of each forward hook that is not torch's own."""
+    for module in model.modules():
+        for name in FORWARD:
+            hooks = module.__dict__.get(name, {})
+            for key, hook in list(hooks.items()):
+                if not is_of_torch(hook):
+                    yield hooks, key
+
+
+def is_of_torch(hook: Any) -> bool:
+    """Whether a hook is of `torch.nn.utils`, where weights depend on it (weight and spectral norm, masks)."""
+    hook = getattr(hook, "hook", hook)  # load_state_dict pre-hooks come wrapped
+    place = getattr(hook, "__module__", "") or type(hook).__module__
+    return str(place).startswith("torch.nn.utils")
+
+
+def sort_out(model: nn.Module, calls: Sequence[Call]) -> None:
+    """Remove the hooks that only watch from a copy all of whose hooks are `Acting`.
+
+    Raises whatever the forward raises in eval mode.
+    """
+    hooked = list(users_hooks(model))
+    if all(hooks[key].acts for hooks, key in hooked):
+        return
+    tried = copy.deepcopy(model).eval()
+    wanted = _outputs(tried, calls)
+    trained = copy.deepcopy(model).train()
+    with suppress(Exception):  # it may not train on these calls
+        _outputs(trained, calls)
+    runs = zip(users_hooks(tried), users_hooks(trained), strict=True)
+    acts = [hooks[key].acts or others[same].acts for (hooks, key), (others, same) in runs]
+    for hooks, key in list(users_hooks(tried)):
+        if not hooks[key].acts:
+            del hooks[key]
+    if not _equal(wanted, _outputs(tried, calls)):
+        acts = [True] * len(hooked)
+    for (hooks, key), stays in zip(hooked, acts, strict=True):
+        hooks[key].acts = stays
+        if not stays:
+            del hooks[key]
+
+
+def rebound(hook: Any, memo: dict[int, Any]) -> Any:
+    """Return a hook that holds the copies in `memo` where it held the originals."""
+    if isinstance(hook, functools.partial):
+        given = [memo.get(id(a), a) for a in hook.args]
+        named = {k: memo.get(id(v), v) for k, v in hook.keywords.items()}
+        return functools.partial(rebound(hook.func, memo), *given, **named)
+    if not isinstance(hook, types.FunctionType):
+        return copy.deepcopy(hook, memo)
+    if not hook.__closure__:
+        return hook
+    if id(hook) not in memo:
+        memo[id(hook)] = hook  # it may hold itself
+        cells = tuple(_rebound_cell(cell, memo) for cell in hook.__closure__)
+        made = types.FunctionType(
+            hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells
+        )
+        made.__kwdefaults__, made.__module__ = hook.__kwdefaults__, hook.__module__
+        memo[id(hook)] = made
+    return memo[id(hook)]
+
+
+def _rebound_cell(cell: Any, memo: dict[int, Any]) -> Any:
+    held = _contents(cell)
+    if isinstance(held, types.FunctionType):
+        return types.CellType(rebound(held, memo))
+    return types.CellType(memo[id(held)]) if id(held) in memo else cell
+
+
+@contextmanager
+def nothing_heard(model: nn.Module) -> Iterator[None]:
+    """Put back at the end what the model's forward hooks write into: around them, and in their modules."""
+    functions = [f for hooks, key in users_hooks(model) for f in _functions(hooks[key])]
+    cells = {id(c): (c, _contents(c)) for f in functions for c in f.__closure__ or ()}
+    names = [
+        (f.__globals__, n) for f in functions for n in f.__code__.co_names if n in f.__globals__
+    ]
+    plain = [(space, n, space[n]) for space, n in names if isinstance(space[n], (int, float, str))]
+    held = [value for _, value in cells.values()] + [space[n] for space, n in names]
+    spaces = [vars(v) for v in held if _is_plain_object(v)]
+    held += [*spaces, *(v for space in spaces for v in space.values())]
+    held = [v for v in held if type(v) in (list, dict, set, OrderedDict, defaultdict, deque)]
+    before = [(value, copy.copy(value)) for value in held]
+    try:
+        yield
+    finally:
+        for cell, value in cells.values():
+            if _contents(cell) is not value:
+                cell.cell_contents = value
+        for space, name, value in plain:
+            space[name] = value
+        for value, saved in before:
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(saved)
+
+
+def _functions(hook: Any) -> list[types.FunctionType]:
+    """Return the functions of a hook: its own, and those that it holds."""
+    hook = getattr(hook, "hook", hook)
+    hook = getattr(hook, "func", hook)
+    if not isinstance(hook, types.FunctionType):
+        return []
+    inner = [_contents(cell) for cell in hook.__closure__ or ()]
+    return [hook, *(f for f in inner if isinstance(f, types.FunctionType))]
+
+
+def _is_plain_object(value: Any) -> bool:
+    not_one = (nn.Module, type, types.FunctionType, types.ModuleType, Tensor)
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, not_one)
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
+
+
+def _own(module: nn.Module) -> dict[str, int]:
+    return {key: id(value) for key, value in vars(module).items() if isinstance(value, Tensor)}
+
+
+def _outputs(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    with torch.no_grad(), same_random_state(model):
+        torch.manual_seed(0)
+        return tensors(run(model, calls))
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(some, others, strict=True)
+    )
