@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_accel.pruning import prune
@@ -164,3 +165,60 @@ def test_hooks_that_watch_are_not_heard_and_cost_nothing() -> None:
     assert net[0].out_features == 8
     net(x)
     assert (heard, counts, method.heard) == ([1], {"calls": 1}, [1])
+
+
+# -- what kernels ask of widths ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_an_encoder_that_nests_padded_batches_keeps_an_even_number_of_heads(ratio: float) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 8, 24, batch_first=True), 2)
+    net = Fn(
+        lambda s, x, padding: s.o(s.encoder(s.i(x), src_key_padding_mask=padding)),
+        i=nn.Linear(8, 16),
+        encoder=encoder,
+        o=nn.Linear(16, 3),
+    ).eval()
+    x, padding = torch.randn(3, 6, 8), torch.zeros(3, 6, dtype=torch.bool)
+    padding[0, 4:] = True
+    prune(net, example=(x, padding), ratio=ratio)
+    heads = encoder.layers[0].self_attn.num_heads
+    assert heads < 8 and heads % 2 == 0
+    with torch.no_grad():
+        nested = net(x, padding)  # as every validation has it
+    plain = net(x, padding)
+    torch.testing.assert_close(nested[1:], plain[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_that_never_nests_may_keep_an_odd_number_of_heads() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    net = nn.Sequential(nn.Linear(8, 16), encoder, nn.Linear(16, 3)).eval()
+    prune(net, example=torch.randn(3, 6, 8), ratio=0.25)
+    assert encoder.layers[0].self_attn.num_heads == 3
+
+
+def experts(dtype: torch.dtype) -> Fn:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        ends = torch.tensor([len(x) // 2, len(x)], dtype=torch.int32)
+        gate, up = F.grouped_mm(s.i(x), s.w, offs=ends).chunk(2, -1)
+        return s.o(F.grouped_mm(F.silu(gate) * up, s.v, offs=ends))
+
+    parts = {"i": nn.Linear(8, 32), "o": nn.Linear(32, 4)}
+    weights = {"w": torch.randn(2, 32, 96), "v": torch.randn(2, 48, 32)}
+    return Fn(forward, **parts, **{k: nn.Parameter(w * 0.2) for k, w in weights.items()}).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 4), (torch.bfloat16, 8)])
+def test_experts_of_grouped_products_keep_rows_of_16_bytes(dtype: Any, multiple: int) -> None:
+    net, x = experts(dtype), torch.randn(6, 8, dtype=dtype)
+    dense = copy.deepcopy(net)
+    receipt = prune(net, example=x, ratio=0.3)
+    _, width, hidden = net.w.shape
+    assert (width % multiple, hidden // 2 % multiple) == (0, 0)
+    assert (width, hidden // 2) < (32, 48) and width <= 24 and hidden <= 2 * 40
+    assert not [change for change in receipt.skipped if "bytes" in change.what]
+    if dtype == torch.float32:
+        torch.testing.assert_close(net(x), masked(dense, net)(x), rtol=1e-4, atol=1e-5)

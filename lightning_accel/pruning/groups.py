@@ -8,6 +8,8 @@ heads, splits with several readers, ties and a user's own norms need no handler 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -43,6 +45,7 @@ class Group:
     `name` is the layer that makes them first; `layers` all whose outputs shrink; `kind` "channels",
     "heads" or "width" (the same places of every head). Groups with the same `link` must keep the same
     number of positions, of which each unit has `per_unit`. `dense` counts the units before earlier cuts.
+    The kernels that read it need a `multiple` of units.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Group:
     dense: int
     link: int | None = None
     per_unit: int = 1
+    multiple: int = 1
 
 
 class Groups:
@@ -88,6 +92,12 @@ class Groups:
         self._model = model
         self._flow = flow
         self._dense = dense
+        self._paired = {
+            f"{name}.layers.{n}.self_attn".lstrip(".")
+            for name, module in model.named_modules()
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+            for n in range(len(module.layers))
+        }
         self._index()
         self.found = self._find(set(select.require(model)), frozen)
 
@@ -191,7 +201,19 @@ class Groups:
         self.roots[name] = np.array(list(order))
         kind = "heads" if heads & set(order) else "channels"
         dense = self._dense_units(members, len(order))
-        return Group(name, kind, len(order), tuple(members), layers, dense)
+        multiple = self._multiple(kind, members, set(order))
+        return Group(name, kind, len(order), tuple(members), layers, dense, multiple=multiple)
+
+    def _multiple(self, kind: str, members: Sequence[Member], roots: set[int]) -> int:
+        if kind == "heads" and any(m.tensor.rpartition(".")[0] in self._paired for m in members):
+            return 2
+        needed = [1]
+        for atoms, size in self._flow.aligned:
+            counts = Counter(self.root[atoms].tolist())
+            each = max(counts.get(root, 0) for root in roots)
+            if each:
+                needed.append(size // math.gcd(size, each))
+        return math.lcm(*needed)
 
     def _dense_units(self, members: Sequence[Member], units: int) -> int:
         tensors = dict(named_tensors(self._model))

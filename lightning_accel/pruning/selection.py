@@ -160,7 +160,11 @@ def _column(groups: list[Group], round_to: int | None) -> _Column:
 
 
 def _step(group: Group, round_to: int | None) -> int:
-    """Return the fewest units whose channels are a multiple of `round_to`."""
+    """Return the fewest units whose channels are a multiple of `round_to`, and of what kernels need."""
+    return math.lcm(_rounded(group, round_to), group.multiple)
+
+
+def _rounded(group: Group, round_to: int | None) -> int:
     if round_to is None or group.kind == "heads":
         return 1
     if group.kind == "width":

@@ -67,6 +67,7 @@ class Flow(TorchDispatchMode):
         products: The arithmetic.
         queries: Per product of two activations, the last dimension of the left one, and whether the
             scores are divided by the root of its size.
+        aligned: Dimensions of which a kernel takes only multiples of a number.
         normed: Weights that are divided by their norm: direction, magnitude, the dimension kept.
         adjustable: Whether the sizes passed to the function now running can follow a cut.
         groups: The groups of the grouped operation just run, where whole groups can go.
@@ -91,6 +92,7 @@ class Flow(TorchDispatchMode):
         self.products: list[Product] = []
         self.unknown: set[str] = set()
         self.queries: list[tuple[Ids, bool]] = []
+        self.aligned: list[tuple[Ids, int]] = []
         self.normed: list[tuple[str, str, int]] = []
         self.stack: list[str] = []
         self.adjustable: Sequence[bool] | None = None

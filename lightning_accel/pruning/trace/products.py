@@ -12,6 +12,9 @@ from lightning_accel.pruning.trace.atoms import Atoms, Ids
 from lightning_accel.pruning.trace.flow import Axis, Flow, Info
 from lightning_accel.pruning.trace.rule import broadcast, put, rule, still
 
+_ALIGNED_BYTES = 16
+"""Kernels of grouped products take only rows of a multiple of this."""
+
 
 def _contract(flow: Flow, left: Info, right: Info, a: Axis, b: Axis) -> None:
     flow.atoms.join(a.atoms, b.atoms)
@@ -88,6 +91,8 @@ def _grouped_mm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     flow.fix(right.axes[0], "experts are picked by number")
     _contract(flow, left, right, left.axes[1], right.axes[1])
     _makes(flow, right, right.axes[2])
+    multiple = max(1, _ALIGNED_BYTES // a["mat2"].element_size())
+    flow.aligned += [(x.atoms, multiple) for x in (left.axes[1], right.axes[2])]
     flow.multiply(*left.axes, right.axes[2])
     put(flow, result, [left.axes[0], right.axes[2]])
 
