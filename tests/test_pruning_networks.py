@@ -222,3 +222,103 @@ def test_experts_of_grouped_products_keep_rows_of_16_bytes(dtype: Any, multiple:
     assert not [change for change in receipt.skipped if "bytes" in change.what]
     if dtype == torch.float32:
         torch.testing.assert_close(net(x), masked(dense, net)(x), rtol=1e-4, atol=1e-5)
+
+
+# -- what the proof computes with -------------------------------------------------------------------
+
+
+def attention(masks: Callable[[Tensor], Tensor], width: int = 16) -> Fn:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = s.qkv(x).view(b, n, 3, s.heads, -1).permute(2, 0, 3, 1, 4)
+        shares = masks(q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
+        return s.o((shares @ v).transpose(1, 2).reshape(b, n, -1))
+
+    return Fn(forward, qkv=nn.Linear(8, 3 * width), o=nn.Linear(width, 4), heads=4)
+
+
+def test_a_mask_of_the_least_number_is_proved_in_float32_and_says_so() -> None:
+    """In float64 it is minus infinity once the scores are float32: a row of them has no softmax."""
+
+    def masks(scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, :, 0] = torch.finfo(scores.dtype).min  # a padded query sees nobody
+        return scores.float()
+
+    net, x = attention(masks), torch.randn(2, 6, 8)
+    dense = copy.deepcopy(net)
+    receipt = prune(net, example=x, ratio=0.5)
+    assert net.heads == 2
+    assert any("float32" in note for note in receipt.notes)
+    torch.testing.assert_close(net(x), masked(dense, net)(x), rtol=1e-4, atol=1e-5)
+
+
+class Product(torch.autograd.Function):
+    """A matrix product with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x @ y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, y = ctx.saved_tensors
+        return grads[0] @ y.mT, x.mT @ grads[0]
+
+
+def test_products_within_an_autograd_function_of_ones_own_are_followed() -> None:
+    net = Fn(
+        lambda s, x: s.o(Product.apply(F.relu(Product.apply(x, s.w)), s.v)),
+        w=nn.Parameter(torch.randn(8, 16)),
+        v=nn.Parameter(torch.randn(16, 12)),
+        o=nn.Linear(12, 4),
+    )
+    check(net, torch.randn(6, 8, dtype=torch.float64))
+    assert net.w.shape == (8, 8) and net.v.shape == (8, 6)
+
+
+class Spread(torch.autograd.Function):
+    """Softmax of scores that are not scaled by the width of a head, all in one function."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return torch.softmax(q @ k.mT, -1) @ v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], grads[0], grads[0]
+
+
+def test_the_width_of_heads_in_an_autograd_function_goes_unscaled() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = s.qkv(x).view(b, n, 3, 2, -1).permute(2, 0, 3, 1, 4)
+        return s.o(Spread.apply(q, k, v).transpose(1, 2).reshape(b, n, -1))
+
+    net = Fn(forward, qkv=nn.Linear(8, 48), o=nn.Linear(16, 4)).double()
+    x, dense = torch.randn(2, 5, 8, dtype=torch.float64), copy.deepcopy(net)
+    prune(net, example=x, ratio=0.5, attention="width")
+    assert net.qkv.out_features == 24
+    torch.testing.assert_close(net(x), masked(dense, net)(x), rtol=1e-9, atol=1e-9)
+
+
+# -- what is said -----------------------------------------------------------------------------------
+
+
+def test_the_note_says_the_share_of_all_channels_and_of_the_parameters() -> None:
+    """Half of the few that can go is little of the whole: the wide layer reads a size in its code."""
+    net = nn.Sequential(
+        nn.Linear(8, 30),
+        Fn(lambda _, x: x.view(-1, 30).relu()),
+        nn.Linear(30, 6),
+        nn.ReLU(),
+        nn.Linear(6, 4),
+    )
+    before = sum(p.numel() for p in net.parameters())
+    receipt = prune(net, example=torch.randn(4, 8), ratio=0.5)
+    left = sum(p.numel() for p in net.parameters()) / before
+    assert receipt.notes[0].startswith("50.0% of the channels and heads that can go are gone")
+    assert f"{3 / 40:.1%} of all" in receipt.notes[0]  # of 30 + 6 + 4
+    assert f"{left:.1%} of parameters are left" in receipt.notes[0]

@@ -120,6 +120,12 @@ class Graph:
                 total += math.prod(left.count(x.atoms) for x in self._flow.own[name].axes)
         return total
 
+    @property
+    def channels(self) -> int:
+        """The number of channels that layers make, of those that cannot go as well."""
+        made = [self._found.root[atoms] for atoms in self._flow.made]
+        return len(np.unique(np.concatenate(made))) if made else 0
+
     def _find_queries(self) -> dict[str, list[_Query]]:
         """Find the groups that are the width of heads, and the rows that make their queries."""
         owner = {int(r): name for name in self._names() for r in self._found.roots[name]}

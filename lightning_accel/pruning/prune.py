@@ -162,10 +162,11 @@ def plan(
         )
         data = list(batches) or [in_dtype_of(calls, model)]
         ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
+        verifier = Verifier(model, small)
         found = _choose(
             graph,
             ranking,
-            Verifier(model, small),
+            verifier,
             partial(
                 rounding.reach,
                 graph,
@@ -181,9 +182,13 @@ def plan(
         if compensate:
             cut = _compensated(graph, cut, found.gone, data)
         cut = with_mirrors(model, cut)
-    note = _reached(graph, found.gone, ratio, target)
+    notes = [_reached(graph, found.gone, ratio, target)]
+    if verifier.fell_back:
+        notes.append(
+            "proved in float32 only: in float64 the network does not run, or gives no numbers"
+        )
     return dataclasses.replace(
-        cut, skipped=(*graph.skipped, *found.refused), notes=(note, *cut.notes)
+        cut, skipped=(*graph.skipped, *found.refused), notes=(*notes, *cut.notes)
     )
 
 
@@ -287,7 +292,10 @@ def _reached(graph: Graph, gone: Gone, ratio: float | None, target: Target | Non
     assert ratio is not None
     dense = sum(group.dense for group in graph.groups)
     left = sum(group.units - len(gone.get(group.name, ())) for group in graph.groups)
-    return f"{1 - left / dense:.1%} of the channels and heads are gone (asked: {ratio:.3g})"
+    share = f"{1 - left / dense:.1%} of the channels and heads that can go are gone"
+    of_all = (dense - left) / (graph.channels + dense - sum(g.units for g in graph.groups))
+    params = graph.params(gone) / max(graph.params({}), 1)
+    return f"{share} (asked: {ratio:.3g}): {of_all:.1%} of all, {params:.1%} of parameters are left"
 
 
 def _with_acting_hooks(model: nn.Module, calls: Sequence[Call]) -> nn.Module:

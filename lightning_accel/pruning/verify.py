@@ -74,10 +74,16 @@ class Verifier:
         device_has_float64 = next(model.parameters()).device.type != "mps"
         self.dtype = torch.float64 if device_has_float64 else torch.float32
         self._convert()
-        if self.dtype == torch.float64 and not runs(self.exact, self.exact_calls):
-            # Some kernels, such as those of grouped experts, know no float64.
-            self.dtype = torch.float32
+        self.fell_back = False
+        if self.dtype == torch.float64 and not runs(self.exact, self.exact_calls, finite=True):
+            # Some kernels, such as those of grouped experts, know no float64; and a mask of the least
+            # number of float64 becomes minus infinity where a forward goes on in float32.
+            able, self.dtype = runs(self.exact, self.exact_calls), torch.float32
             self._convert()
+            self.fell_back = not able or runs(self.exact, self.exact_calls, finite=True)
+            if not self.fell_back:
+                self.dtype = torch.float64
+                self._convert()
 
     def _convert(self) -> None:
         """Take copies of network and calls in the dtype of the proof, with no constants to hide behind."""
