@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.pruning import prune
 from lightning_accel.surgery import Receipt
 
@@ -322,3 +326,154 @@ def test_the_note_says_the_share_of_all_channels_and_of_the_parameters() -> None
     assert receipt.notes[0].startswith("50.0% of the channels and heads that can go are gone")
     assert f"{3 / 40:.1%} of all" in receipt.notes[0]  # of 30 + 6 + 4
     assert f"{left:.1%} of parameters are left" in receipt.notes[0]
+
+
+def reasons(net: nn.Module, x: Tensor) -> dict[str, str]:
+    try:
+        return {change.name: change.what for change in prune(net, example=x, ratio=0.5).skipped}
+    except NoEffect as error:
+        return {"": str(error)}
+
+
+class Triangle(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.cumsum(weight, 0)
+
+
+def parametrized() -> nn.Module:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+    torch.nn.utils.parametrize.register_parametrization(net[0], "weight", Triangle())
+    return net
+
+
+def own_parameter() -> nn.Module:
+    return Fn(
+        lambda s, x: s.o(F.relu(s.i(x) + s.places[0])),
+        i=nn.Linear(8, 16),
+        places=nn.Parameter(torch.randn(1, 16)),
+        o=nn.Linear(16, 3),
+    )
+
+
+def vmapped() -> nn.Module:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.o(F.relu(s.i(x))) + torch.vmap(lambda w: F.linear(x, w))(s.w).mean(0)
+
+    return Fn(forward, i=nn.Linear(8, 16), w=nn.Parameter(torch.randn(4, 3, 8)), o=nn.Linear(16, 3))
+
+
+def unruled() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(8, 16),
+        Fn(lambda _, x: torch.linalg.qr(x)[0]),
+        nn.Linear(4, 12),
+        nn.ReLU(),
+        nn.Linear(12, 3),
+    )
+
+
+def unused() -> nn.Module:
+    return Fn(
+        lambda s, x: s.o(F.relu(s.i(x))),
+        i=nn.Linear(8, 16),
+        idle=nn.Linear(5, 5),
+        o=nn.Linear(16, 3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "said"),
+    [
+        (parametrized, "0.parametrizations.weight", "compete"),
+        (own_parameter, "places", ""),
+        (vmapped, "w", "output"),
+        (unruled, "0", "`linalg_qr`"),
+        (unused, "idle", "it never ran on the example"),
+    ],
+)
+def test_the_reason_is_the_true_one(build: Callable[[], nn.Module], name: str, said: str) -> None:
+    torch.manual_seed(0)
+    found = reasons(build(), torch.randn(4, 8))
+    assert said in found.get(name, ""), found
+    assert ("never ran" in found.get(name, "")) == (build is unused)
+
+
+def test_a_forward_that_cannot_be_watched_is_not_said_to_fail() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        assert type(x.shape[0]) is int
+        return s.o(F.relu(s.i(x)))
+
+    net, x = Fn(forward, i=nn.Linear(8, 16), o=nn.Linear(16, 3)), torch.randn(4, 8)
+    with pytest.raises(AccelError, match="its forward runs, but not while it is watched"):
+        prune(net, example=x, ratio=0.5)
+
+
+# -- operations that had no rule --------------------------------------------------------------------
+
+
+def test_distances_to_prototypes_are_followed() -> None:
+    net = Fn(
+        lambda s, x: s.o(torch.cdist(F.relu(s.i(x)), s.prototypes)),
+        i=nn.Linear(8, 16),
+        prototypes=nn.Parameter(torch.randn(10, 16)),
+        o=nn.Linear(10, 3),
+    )
+    check(net, torch.randn(5, 8, dtype=torch.float64), torch.randn(30, 8, dtype=torch.float64))
+    assert net.prototypes.shape == (5, 8)
+
+
+def test_one_number_scattered_over_channels_is_followed() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x = s.i(x)
+        first = torch.zeros(len(x), dtype=torch.long).view(-1, 1, 1).expand(-1, 1, x.shape[2])
+        return s.o(x.scatter_(1, first, 0.0).relu().mean(1))
+
+    net = Fn(forward, i=nn.Linear(8, 16), o=nn.Linear(16, 3))
+    check(net, torch.randn(5, 4, 8, dtype=torch.float64))
+    assert net.i.out_features == 8
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.huber_loss])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_losses_between_hidden_layers_are_followed(loss: Any, reduction: str) -> None:
+    def forward(s: Any, x: Tensor) -> Any:
+        a, b = s.a(x), s.b(x)
+        return s.o(a), loss(a, b, reduction=reduction)
+
+    net = Fn(forward, a=nn.Linear(8, 16), b=nn.Linear(8, 16), o=nn.Linear(16, 3)).double()
+    x, dense = torch.randn(5, 8, dtype=torch.float64), copy.deepcopy(net)
+    prune(net, example=x, ratio=0.5)
+    assert net.a.out_features == net.b.out_features == 8
+    small, whole = net(x)[1], masked(dense, net)(x)[1]
+    torch.testing.assert_close(small / 2 if reduction == "mean" else small, whole)
+
+
+# -- sizes ------------------------------------------------------------------------------------------
+
+
+def _shapes(shape: Any, heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    b, n, width = shape
+    return (b, n, heads, width // heads), (b, n, heads * (width // heads))
+
+
+def test_sizes_that_einops_computes_are_not_taken_from_its_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its cache knows them as plain integers, from the calls before, and would keep ours."""
+    einops = types.ModuleType("einops.einops")
+    cached = functools.lru_cache(_shapes)
+    vars(einops).update(_reconstruct_from_shape=cached, _reconstruct_from_shape_uncached=_shapes)
+    monkeypatch.setitem(sys.modules, "einops.einops", einops)
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        q, k, v = s.qkv(x).chunk(3, -1)
+        split, merged = vars(einops)["_reconstruct_from_shape"](q.shape, 4)
+        q, k, v = (t.reshape(split).transpose(1, 2) for t in (q, k, v))
+        return s.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(merged))
+
+    net, x = Fn(forward, qkv=nn.Linear(8, 96), o=nn.Linear(32, 4)), torch.randn(2, 5, 8)
+    net(x)
+    prune(net, example=x, ratio=0.5)
+    assert net.qkv.out_features == 48
+    assert vars(einops)["_reconstruct_from_shape"] is cached
+    assert net(x).shape == (2, 5, 4)

@@ -92,6 +92,7 @@ class Groups:
         self._model = model
         self._flow = flow
         self._dense = dense
+        self._shrinking: set[str] = set()
         self._paired = {
             f"{name}.layers.{n}.self_attn".lstrip(".")
             for name, module in model.named_modules()
@@ -266,7 +267,7 @@ class Groups:
             return _UNSELECTED  # no layer makes it: a table that only others look at
         axes = [self._flow.own[m.tensor].axes[m.dim].atoms for m in makers]
         if not any(self._is_made[atoms].any() for atoms in axes):
-            return "it never ran on the example"
+            return self._why_idle(makers[0].tensor) or "nothing that can be followed reads it"
         return ""
 
     def _linked(self, groups: list[Group]) -> list[Group]:
@@ -290,6 +291,7 @@ class Groups:
         """Say why each layer that no group shrinks stays as it is."""
         named = {layer for group in groups for layer in group.layers}
         named |= {change.name for change in self.skipped}
+        self._shrinking = {member.tensor for group in groups for member in group.members}
         for name, module in self._model.named_modules():
             if name in named or isinstance(module, nn.Embedding):
                 continue
@@ -297,7 +299,7 @@ class Groups:
                 if parameter is not None and parameter.dim() >= 2:
                     reason = self._why_not(f"{name}.{leaf}".lstrip("."))
                     if reason:
-                        self.skipped.append(Change(name, reason))
+                        self.skipped.append(Change(name or leaf, reason))
                     break
 
     def _why_not(self, name: str) -> str:
@@ -305,8 +307,23 @@ class Groups:
         axes = [axis.atoms for axis in self._flow.own[name].axes]
         outs = [atoms for dim, atoms in enumerate(axes) if self._role(name, dim, atoms) == "out"]
         if not any(self._is_made[atoms].any() or self._is_read[atoms].any() for atoms in axes):
-            return "it never ran on the example"
+            return self._why_idle(name)
         return next((why for atoms in outs if (why := self._flow.atoms.reason(atoms))), "")
+
+    def _why_idle(self, name: str) -> str:
+        """Return why a weight neither makes nor reads channels; nothing if it shrinks with others."""
+        flow = self._flow
+        if name.rpartition(".")[0] not in flow.ran:
+            return "it never ran on the example"
+        if flow.own[name].source not in flow.touched:
+            return "nothing that can be followed reads it"
+        axes = [axis.atoms for axis in flow.own[name].axes]
+        if name in self._shrinking:
+            return ""
+        reasons = (flow.atoms.reason(atoms) for atoms in axes)
+        return next(
+            filter(None, reasons), "nothing that can be followed makes or reads its channels"
+        )
 
 
 _UNSELECTED = "it is not selected"

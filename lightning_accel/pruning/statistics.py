@@ -23,6 +23,9 @@ _REDUCTIONS = {"mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "ma
 _NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"}
 _NORMS |= {"_native_batch_norm_legit", "cudnn_batch_norm"}
 
+_LOSSES = {"mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"}
+"""Of which the mean is taken over everything."""
+
 _Places = Mapping[int, Tensor]
 """By dimension that was cut, the place in the masked network of each one that is left."""
 
@@ -43,7 +46,8 @@ class Record(TorchDispatchMode):
         self.notes: list[Note] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        func, args, kwargs = _as_mean(func, args, kwargs or {})
+        result = func(*args, **kwargs)
         name = _name(func)
         if _is_statistic(name, args):
             results = result if isinstance(result, tuple) else (result,)
@@ -65,7 +69,7 @@ class Replay(TorchDispatchMode):
         self._tolerance = tolerance
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        func, args, kwargs = _as_mean(func, args, kwargs or {})
         name = _name(func)
         note = next(self._notes, None) if _is_statistic(name, args) else None
         x = args[0].clone() if note is not None else None  # some write into what they read
@@ -228,6 +232,14 @@ def _of_groups(note: Note, x: Tensor, groups: int, places: _Places) -> list[Tens
     channels = places.get(1, torch.arange(x.shape[1], device=x.device))
     firsts = channels.view(groups, -1)[:, 0] // (note.input.shape[1] // dense)
     return [result.index_select(1, firsts) for result in note.results[1:]]
+
+
+def _as_mean(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """Take a loss that is a mean as the mean of what it is for each number."""
+    given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
+    if _name(func) not in _LOSSES or given.get("reduction", 1) != 1:
+        return func, args, kwargs
+    return torch.ops.aten.mean.default, (func(**{**given, "reduction": 0}),), {}
 
 
 def _name(func: Any) -> str:

@@ -69,6 +69,9 @@ class Flow(TorchDispatchMode):
             scores are divided by the root of its size.
         aligned: Dimensions of which a kernel takes only multiples of a number.
         normed: Weights that are divided by their norm: direction, magnitude, the dimension kept.
+        operation: The operation now followed.
+        ran: The modules that have run.
+        touched: The parameters and buffers that an operation has read, by the first of their names.
         adjustable: Whether the sizes passed to the function now running can follow a cut.
         groups: The groups of the grouped operation just run, where whole groups can go.
     """
@@ -95,6 +98,9 @@ class Flow(TorchDispatchMode):
         self.aligned: list[tuple[Ids, int]] = []
         self.normed: list[tuple[str, str, int]] = []
         self.stack: list[str] = []
+        self.operation = ""
+        self.ran: set[str] = set()
+        self.touched: set[str] = set()
         self.adjustable: Sequence[bool] | None = None
         self.groups_adjustable = True
         self.groups: Ids | None = None
@@ -119,6 +125,8 @@ class Flow(TorchDispatchMode):
 
     def info(self, tensor: Tensor) -> Info:
         known = self.infos.get(tensor)
+        if known is not None and known.source:
+            self.touched.add(known.source)
         if known is None or len(known.axes) != tensor.dim():
             reason = f"it meets a constant in the forward of {self.here}"
             known = Info(tuple(Axis(self.atoms.fresh(n, reason)) for n in tensor.shape))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +49,22 @@ def without_override(func: Any) -> Any:
     )
     inner.__kwdefaults__ = func.__kwdefaults__
     return inner
+
+
+@contextmanager
+def sizes_not_cached() -> Iterator[None]:
+    """Let einops compute sizes anew: its cache gives plain integers out, and would keep ours."""
+    einops = sys.modules.get("einops.einops")
+    cached = getattr(einops, "_reconstruct_from_shape", None)
+    plain = getattr(einops, "_reconstruct_from_shape_uncached", None)
+    if cached is None or plain is None:
+        yield
+        return
+    vars(einops)["_reconstruct_from_shape"] = plain
+    try:
+        yield
+    finally:
+        vars(einops)["_reconstruct_from_shape"] = cached
 
 
 class Numbers(TorchFunctionMode):

@@ -109,10 +109,12 @@ def _index_add(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 
 @rule("scatter_add", "scatter_reduce", "scatter")
 def _scatter(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    if not isinstance(a.get("src"), Tensor):
-        raise ValueError("only sources that are tensors")
-    _scattered(flow, a["self"], a["src"], a["dim"])
-    _scattered(flow, a["src"], a["index"], a["dim"])
+    source = a.get("src")
+    if isinstance(source, Tensor):
+        _scattered(flow, a["self"], source, a["dim"])
+        _scattered(flow, source, a["index"], a["dim"])
+    else:  # one number for all
+        _scattered(flow, a["self"], a["index"], a["dim"])
     put(flow, result, flow.info(a["self"]).axes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_accel.errors import AccelError
 from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.trace.flow import Flow, Info, Site
-from lightning_accel.pruning.trace.numbers import Numbers
+from lightning_accel.pruning.trace.numbers import Numbers, sizes_not_cached
 from lightning_accel.pruning.trace.rule import follow
+from lightning_accel.pruning.trace.sizes import Origin
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call, run, same_random_state, tensors
 
@@ -69,14 +71,22 @@ def _passes(flow: Flow, calls: Sequence[Call], *, counted: bool = True) -> None:
             unfused(flow.model),
             sdpa_kernel(SDPBackend.MATH),
             _located(flow),
+            sizes_not_cached(),
             Numbers(flow),
             flow,
         ):
             outputs = run(flow.model, calls)
     except Exception as error:
+        found = f"{type(error).__name__} in {flow.here}: {error}"
+        if _runs_untraced(flow.model, calls):
+            raise AccelError(
+                "the network cannot be traced: its forward runs, but not while it is watched",
+                found,
+                "leave that module out of the network that is pruned, or write it with plain tensors",
+            ) from error
         raise AccelError(
             "the network cannot be traced: its forward fails on the example",
-            f"{type(error).__name__} in {flow.here}: {error}",
+            found,
             "pass an `example` that the network accepts",
         ) from error
     if not counted:
@@ -84,6 +94,34 @@ def _passes(flow: Flow, calls: Sequence[Call], *, counted: bool = True) -> None:
     for tensor in tensors(outputs):
         for axis in flow.info(tensor).axes:
             flow.atoms.fix(axis.atoms, "it makes the network's output")
+
+
+def _runs_untraced(model: nn.Module, calls: Sequence[Call]) -> bool:
+    copy = twin(model)
+    for (
+        module
+    ) in copy.modules():  # sizes that remember where they come from are not the forward's own
+        for key, value in vars(module).items():
+            module.__dict__[key] = _plain(value)
+    try:
+        with torch.no_grad():
+            run(copy, calls)
+    except Exception:  # whatever a forward may raise
+        return False
+    return True
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Origin):
+        return int(value)
+    if type(value) in (tuple, list) and any(isinstance(v, Origin) for v in value):  # type: ignore[attr-defined]
+        return type(value)(_plain(v) for v in value)  # type: ignore[call-arg, attr-defined]
+    return value
+
+
+def _enter(flow: Flow, name: str, *_: object) -> None:
+    flow.stack.append(name)
+    flow.ran.add(name)
 
 
 @contextmanager
@@ -94,11 +132,7 @@ def _located(flow: Flow) -> Iterator[None]:
     flow.stack.clear()
     handles = []
     for name, module in flow.model.named_modules():
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda *_, name=name: flow.stack.append(name), prepend=True
-            )
-        )
+        handles.append(module.register_forward_pre_hook(partial(_enter, flow, name), prepend=True))
         handles.append(module.register_forward_hook(leave))
     try:
         yield

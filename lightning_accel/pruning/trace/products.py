@@ -127,6 +127,15 @@ def _trilinear(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     put(flow, result, [axis for dim, axis in enumerate(joined) if dim not in a["sumdim"]])
 
 
+@rule("_cdist_forward")
+def _cdist(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    left, right = flow.info(a["x1"]), flow.info(a["x2"])
+    _contract(flow, left, right, left.axes[-1], right.axes[-1])
+    _makes(flow, left, left.axes[-2])
+    _makes(flow, right, right.axes[-2])
+    still(flow, result, [*flow.info(a["x1"]).axes[:-1], right.axes[-2]])
+
+
 @rule("dot", "vdot")
 def _dot(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     left, right = flow.info(a["self"]), flow.info(a["tensor" if "tensor" in a else "other"])

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_accel.pruning.trace.flow import Flow
-from lightning_accel.pruning.trace.rule import fixing, pointwise, put, rule, still, tensors_in
+from lightning_accel.pruning.trace.rule import (
+    broadcast,
+    fixing,
+    pointwise,
+    put,
+    rule,
+    still,
+    tensors_in,
+)
 
 
 @rule("roll")
@@ -54,6 +63,13 @@ def _reduce(flow: Flow, a: dict[str, Any], result: Any) -> None:
         else:
             still(flow, tensor)
     return None
+
+
+@rule("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss")
+def _loss(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    inputs = [flow.info(a["self"]), flow.info(a["target"])]
+    axes = broadcast(flow, inputs, torch.broadcast_shapes(a["self"].shape, a["target"].shape))
+    put(flow, result, axes if result.dim() == len(axes) else [])
 
 
 @rule("logsumexp", "prod", "argmax", "argmin")

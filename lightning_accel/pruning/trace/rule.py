@@ -24,6 +24,7 @@ def follow(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> None:
     """Apply the rule of `func`; fix all dimensions where there is none, or where it does not fit."""
     schema = func._schema
     name = schema.name.removeprefix("aten::")
+    flow.operation = name
     bound = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
     known = RULES.get(name) or RULES.get(name.rstrip("_"))
     if known is None and torch.Tag.pointwise in func.tags:
@@ -109,7 +110,7 @@ def broadcast(flow: Flow, inputs: Sequence[Info], shape: Sequence[int]) -> list[
 def unknown(flow: Flow, a: dict[str, Any], result: Any) -> None:
     for tensor in tensors_in(a):
         for axis in flow.info(tensor).axes:
-            flow.fix(axis, "an operation without a rule reads it")
+            flow.fix(axis, f"an operation without a rule, `{flow.operation}`, reads it")
     known = {id(t) for t in tensors_in(a)}
     still(flow, [t for t in tensors_in(result) if id(t) not in known])
 
