@@ -477,3 +477,39 @@ def test_sizes_that_einops_computes_are_not_taken_from_its_cache(
     assert net.qkv.out_features == 48
     assert vars(einops)["_reconstruct_from_shape"] is cached
     assert net(x).shape == (2, 5, 4)
+
+
+def tokens_read_as_channels(s: Any, x: Tensor) -> Tensor:
+    h = s.a(x)
+    b, c, height, width = h.shape
+    return s.o(h.flatten(2).transpose(1, 2).reshape(b, c, height, width))
+
+
+def windows_read_as_channels(s: Any, x: Tensor) -> Tensor:
+    h = s.a(x)
+    b, c, height, width = h.shape
+    return s.o(h.permute(0, 2, 3, 1).reshape(b, c, height, width))
+
+
+def steps_read_as_channels(s: Any, x: Tensor) -> Tensor:
+    h = s.a(x)
+    b, c, steps = h.flatten(2).shape
+    h = h.flatten(2).transpose(1, 2).reshape(b, c, steps)
+    return s.o(h.unflatten(2, x.shape[2:]))
+
+
+@pytest.mark.parametrize(
+    "forward", [tokens_read_as_channels, windows_read_as_channels, steps_read_as_channels]
+)
+def test_what_is_right_at_the_size_of_the_example_only_stays(forward: Any) -> None:
+    """segmentation-models' MAnet: right at 64 pixels, wrong at 96."""
+    net = Fn(forward, a=conv(3, 16, 1), b=conv(3, 8), o=conv(16, 4, 1)).double()
+    rest = Fn(lambda s, x: (s.net(x), s.c(F.relu(s.b(x)))), net=net, b=conv(3, 8), c=conv(8, 4))
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    larger, dense = torch.randn(2, 3, 3, 3, dtype=torch.float64), copy.deepcopy(rest.double())
+    receipt = prune(rest, example=x, ratio=0.5)
+    assert net.a.out_channels == 16 and rest.b.out_channels == 4
+    assert any(change.name == "net.a" for change in receipt.skipped)
+    for given in (x, larger):
+        for one, other in zip(rest(given), masked(dense, rest)(given), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

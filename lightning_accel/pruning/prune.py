@@ -223,6 +223,8 @@ def _choose(
             )
         gone = ranking.refined(gone)
         wrong = _culprits(graph, verifier, groups, gone, until)
+        if not wrong and not verifier.holds_elsewhere(graph.cut(gone)):
+            wrong = _culprits(graph, verifier, groups, gone, until)
         if not wrong:
             narrow = selection.immovable(groups, round_to=multiple)
             return _Chosen(gone, (*refused, *narrow))

@@ -9,6 +9,7 @@ wired to the wrong consumer without any error.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -93,6 +94,7 @@ class Verifier:
         _vary(varied)
         if runs(varied, calls, finite=True):
             self.exact, self.exact_calls = varied, calls
+        self.sizes = [self.exact_calls]
 
     @property
     def tolerance(self) -> float:
@@ -102,8 +104,9 @@ class Verifier:
         """Raise `BrokenModel` unless the cut network equals the masked one."""
         error = self.difference(cut)
         if not error <= self.tolerance:
+            where = " at another size of its input" if len(self.sizes) > 1 else ""
             raise BrokenModel(
-                "the cut network does not compute what the masked one computes",
+                f"the cut network does not compute what the masked one computes{where}",
                 f"a relative difference of {error:.1e}",
                 _REMEDY,
             )
@@ -114,17 +117,38 @@ class Verifier:
         Raises:
             BrokenModel: The cut network fails, or its outputs have another shape.
         """
+        return max((self._difference(cut, calls) for calls in self.sizes), key=_nan_last)
+
+    def holds_elsewhere(self, cut: Cut) -> bool:
+        """Whether the cut is right at another size of the input as well; if not, that one counts from now on.
+
+        What is reshaped by sizes that are equal in the example only may be right there and nowhere else.
+        """
+        if len(self.sizes) > 1:
+            return True
+        for calls in resized(self.sizes[0]):
+            if runs(self.exact, calls, finite=True):
+                self.sizes.append(calls)
+                try:
+                    self.equivalence(cut)
+                except BrokenModel:
+                    return False
+                self.sizes.pop()
+                return True
+        return True
+
+    def _difference(self, cut: Cut, calls: Sequence[Call]) -> float:
         dense, small = twin(self.exact), twin(self.exact)
         blank = Blank(dense, cut, _NOTHING if self.dtype == torch.float64 else 0.0)
         cut.apply(small)
         record = Record()
         with torch.no_grad(), same_random_state(dense), unfused(dense), record, blank:
             torch.manual_seed(0)
-            expected = self._numbers(run(dense, self.exact_calls))
+            expected = self._numbers(run(dense, calls))
         with torch.no_grad(), same_random_state(small), unfused(small), _located(small):
             torch.manual_seed(0)
             with Replay(record.notes, self.tolerance):
-                found = self._numbers(run(small, self.exact_calls))
+                found = self._numbers(run(small, calls))
         if [t.shape for t in expected] != [t.shape for t in found]:
             raise BrokenModel("the cut changes the shape of the network's output", "", _REMEDY)
         if not sum(t.numel() for t in expected):
@@ -153,6 +177,7 @@ class Verifier:
         _backward(small, calls)
 
 
+_SIZES = 3  # of the sizes of its input that a network may take otherwise
 _NOTHING = 1e-30  # for weights that are divided by their own norm
 _REMEDY = "exclude the module with `select=Select(exclude=...)`"
 
@@ -196,6 +221,33 @@ def runs(model: nn.Module, calls: Sequence[Call], *, finite: bool = False) -> bo
     except Exception:  # whatever a forward may raise
         return False
     return not finite or all(bool(t.isfinite().all()) for t in tensors(outputs))
+
+
+def resized(calls: Sequence[Call]) -> Iterator[tuple[Call, ...]]:
+    """Yield the calls with one size of their tensors, wherever it stands, half as large again, or halved.
+
+    >>> [tuple(c[0].args[0].shape) for c in resized([Call("", (torch.ones(2, 3, 8, 8),), {})])]
+    [(2, 3, 12, 12), (2, 3, 4, 4), (2, 4, 8, 8), (2, 1, 8, 8)]
+    """
+    held = tensors([(c.args, c.kwargs) for c in calls])
+    sizes = Counter(n for t in held for n in t.shape[1:] if n > 1)
+    for size, _ in sizes.most_common(_SIZES):
+        for other in (size * 3 // 2, size // 2):
+            change = partial(_resized, size=size, other=other)
+            yield tuple(Call(c.name, *tree_map(change, (c.args, c.kwargs))) for c in calls)
+
+
+def _resized(value: Any, *, size: int, other: int) -> Any:
+    if isinstance(value, Tensor):
+        for dim in range(1, value.dim()):
+            if value.shape[dim] == size:
+                places = torch.arange(other, device=value.device) % size
+                value = value.index_select(dim, places)
+    return value
+
+
+def _nan_last(error: float) -> float:
+    return error if error == error else float("inf")
 
 
 def _vary(model: nn.Module) -> None:
