@@ -513,3 +513,53 @@ def test_what_is_right_at_the_size_of_the_example_only_stays(forward: Any) -> No
     for given in (x, larger):
         for one, other in zip(rest(given), masked(dense, rest)(given), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+# -- branches that an example does not take ---------------------------------------------------------
+
+
+def tasks() -> Fn:
+    heads = nn.ModuleDict({"a": nn.Linear(16, 2), "b": nn.Linear(16, 3), "c": nn.Linear(9, 2)})
+    return Fn(
+        lambda s, x, task: s.heads[task](F.relu(s.trunk(x))), trunk=nn.Linear(8, 16), heads=heads
+    )
+
+
+def test_a_branch_that_an_example_did_not_reach_is_warned_of() -> None:
+    net, x = tasks(), torch.randn(4, 8)
+    with pytest.warns(UserWarning, match="`heads.b`.*`trunk`.*examples="):
+        receipt = prune(net, example={"x": x, "task": "a"}, ratio=0.5)
+    (note,) = [note for note in receipt.notes if "never ran" in note]
+    assert "`heads.b`" in note and "heads.c" not in note  # which reads something else
+
+
+def test_several_examples_reach_all_branches() -> None:
+    net = tasks().double()
+    x, dense = torch.randn(4, 8, dtype=torch.float64), copy.deepcopy(net)
+    prune(net, examples=[{"x": x, "task": task} for task in "ab"], ratio=0.5)
+    masked(dense, net)
+    for task, width in (("a", 2), ("b", 3)):
+        torch.testing.assert_close(net(x, task), dense(x, task), rtol=1e-9, atol=1e-9)
+        assert net.heads[task].weight.shape == (width, 8)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"example": torch.ones(1, 8), "examples": [torch.ones(1, 8)]}]
+)
+def test_one_of_example_and_examples_is_needed(given: Any) -> None:
+    with pytest.raises(ValueError, match="either `example` or `examples`"):
+        prune(perceptron(), ratio=0.5, **given)
+
+
+def test_a_network_that_does_not_train_on_the_example_is_said_to_be_unproved_there() -> None:
+    def forward(s: Any, x: Tensor, target: Any = None) -> Any:
+        h = F.relu(s.i(x))
+        return F.mse_loss(s.aux(h), target) if s.training else s.o(h)
+
+    net = Fn(forward, i=nn.Linear(8, 16), aux=nn.Linear(16, 2), o=nn.Linear(16, 3))
+    x, target = torch.randn(4, 8), torch.randn(4, 2)
+    receipt = prune(copy.deepcopy(net), example=x, ratio=0.5)
+    assert any(note.startswith("not proved in training") for note in receipt.notes)
+    receipt = prune(net, example=(x, target), ratio=0.5)
+    assert not any("training" in note for note in receipt.notes)
+    net.train()(x, target).backward()

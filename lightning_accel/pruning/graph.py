@@ -120,6 +120,33 @@ class Graph:
                 total += math.prod(left.count(x.atoms) for x in self._flow.own[name].axes)
         return total
 
+    def idle_readers(self, cut: Cut) -> dict[str, str]:
+        """Return layers that never ran and read as many numbers as a layer gave that the cut shrank."""
+        shrunk = {
+            cut.before.tensors[m.tensor][m.dim]: group.name
+            for group in self.groups
+            for m in group.members
+            if m.role == "out"
+            and m.tensor in cut.kept
+            and cut.kept[m.tensor].dims[m.dim] is not None
+        }
+        found = {}
+        for name, module in self._called_modules():
+            weight = module._parameters.get("weight")
+            if weight is None or name in self._flow.ran:
+                continue
+            if self._flow.own[f"{name}.weight".lstrip(".")].source not in self._flow.touched:
+                transposed = getattr(module, "transposed", False)
+                groups = 1 if transposed else getattr(module, "groups", 1)
+                reads = weight.shape[1 if weight.dim() > 1 and not transposed else 0] * groups
+                if reads in shrunk:
+                    found[name] = shrunk[reads]
+        return found
+
+    def _called_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for called in dict.fromkeys(call.name for call in self.calls):
+            yield from self.model.get_submodule(called).named_modules(prefix=called)
+
     @property
     def channels(self) -> int:
         """The number of channels that layers make, of those that cannot go as well."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,7 +37,8 @@ _NARROW = 0.999  # no share of the channels beyond this is asked for
 def prune(
     model: nn.Module,
     *,
-    example: Any,
+    example: Any = None,
+    examples: Sequence[Any] = (),
     ratio: float | None = None,
     target: Target | None = None,
     importance: Importance = "magnitude",
@@ -55,6 +57,7 @@ def prune(
     Args:
         model: Any network that runs on `example`.
         example: What `model` takes: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        examples: Instead of `example`, several that together reach all of its branches.
         ratio: Share of channels to remove, above 0 and below 1. Halving the channels of neighbouring
             layers leaves about a quarter of the arithmetic.
         target: Instead of `ratio`, what to reach: `Macs(0.5)`, `Params(0.5)`, `Latency(0.5)`.
@@ -93,7 +96,7 @@ def prune(
         check_ratio(ratio)
     return plan(
         model,
-        calls=(as_call(example),),
+        calls=_calls(example, examples),
         ratio=ratio,
         target=target,
         importance=importance,
@@ -183,6 +186,15 @@ def plan(
             cut = _compensated(graph, cut, found.gone, data)
         cut = with_mirrors(model, cut)
     notes = [_reached(graph, found.gone, ratio, target)]
+    if verifier.why_untrained:
+        notes.append(
+            "not proved in training, where the network fails on the example as it is"
+            f" ({verifier.why_untrained.splitlines()[0]}): pass an example on which it trains"
+        )
+    idle = graph.idle_readers(cut)
+    if idle:
+        notes.append(_may_fail(idle))
+        warnings.warn(notes[-1], stacklevel=3)
     if verifier.fell_back:
         notes.append(
             "proved in float32 only: in float64 the network does not run, or gives no numbers"
@@ -274,6 +286,20 @@ def check_attention(attention: Any) -> None:
         )
 
 
+def _calls(example: Any, examples: Sequence[Any]) -> tuple[Call, ...]:
+    """Read `example` or `examples`, of which one is given."""
+    given = [example] if example is not None else list(examples)
+    if not given or (example is not None and len(examples)):
+        raise ValueError(
+            explain(
+                "pruning takes either `example` or `examples`",
+                "both of them" if given else "neither",
+                "pass what the network takes as `example`, or several as `examples=[...]`",
+            )
+        )
+    return tuple(as_call(one) for one in given)
+
+
 def _pick(
     groups: Sequence[Group],
     scores: Mapping[str, Tensor],
@@ -300,10 +326,19 @@ def _reached(graph: Graph, gone: Gone, ratio: float | None, target: Target | Non
     return f"{share} (asked: {ratio:.3g}): {of_all:.1%} of all, {params:.1%} of parameters are left"
 
 
+def _may_fail(idle: Mapping[str, str]) -> str:
+    """Write which layers that never ran may read what was cut."""
+    listed = ", ".join(f"`{name}` (as wide as `{shrunk}` was)" for name, shrunk in idle.items())
+    return (
+        f"these layers never ran on the example, and fail if they read what was cut: {listed}; if they"
+        " are in use, pass `examples=` that reach them, or leave what they read whole by `select`"
+    )
+
+
 def _with_acting_hooks(model: nn.Module, calls: Sequence[Call]) -> nn.Module:
     """Return a copy with the hooks that take part in the forward."""
     try:
-        return twin(model, calls)
+        return twin(model, in_dtype_of(calls, model))
     except Exception as error:  # whatever a forward may raise
         raise AccelError(
             "the network cannot be traced: its forward fails on the example",

@@ -74,6 +74,7 @@ class Verifier:
         self.calls = calls
         device_has_float64 = next(model.parameters()).device.type != "mps"
         self.dtype = torch.float64 if device_has_float64 else torch.float32
+        self.why_untrained = _why_untrained(twin(model), in_dtype_of(calls, model))
         self._convert()
         self.fell_back = False
         if self.dtype == torch.float64 and not runs(self.exact, self.exact_calls, finite=True):
@@ -170,7 +171,7 @@ class Verifier:
     def training(self, cut: Cut) -> None:
         """Raise `BrokenModel` unless forward and backward run in train mode, where they did before."""
         calls = in_dtype_of(self.calls, self.model)
-        if not _trains(twin(self.model), calls):
+        if self.why_untrained:
             return
         small = twin(self.model)
         cut.apply(small)
@@ -276,12 +277,13 @@ def _varied(tensor: Tensor) -> Tensor:
     return shares * (-size if constant < 0 else size)
 
 
-def _trains(model: nn.Module, calls: Sequence[Call]) -> bool:
+def _why_untrained(model: nn.Module, calls: Sequence[Call]) -> str:
+    """Return why the network does not train on these calls as it is; empty if it does."""
     try:
         _backward(model, calls)
-    except BrokenModel:
-        return False  # not our doing: the network does not train on this example as it is
-    return True
+    except BrokenModel as error:
+        return str(error.__cause__ or error)
+    return ""
 
 
 def _backward(model: nn.Module, calls: Sequence[Call]) -> None:
