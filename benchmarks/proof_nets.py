@@ -475,7 +475,7 @@ def norms_of_heads() -> Made:
 def standardized_weights() -> Made:
     class Standard(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
-            flat = self.weight.reshape(1, len(self.weight), -1)
+            flat = self.weight.reshape(1, self.out_channels, -1)
             own = F.batch_norm(flat, None, None, training=True).view_as(self.weight)
             return F.conv2d(x, own, self.bias, padding=1)
 

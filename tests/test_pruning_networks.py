@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from lightning_accel import StructuredPruning
 from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.pruning import prune
 from lightning_accel.surgery import Receipt
@@ -563,3 +566,32 @@ def test_a_network_that_does_not_train_on_the_example_is_said_to_be_unproved_the
     receipt = prune(net, example=(x, target), ratio=0.5)
     assert not any("training" in note for note in receipt.notes)
     net.train()(x, target).backward()
+
+
+class Tasks(LightningModule):
+    """Each batch is of one task, and each task has a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tasks()
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        x, task = batch
+        return self.net(x, "ab"[int(task[0])]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:None of the layers of this network have been trained")
+@pytest.mark.filterwarnings("ignore:.*looks untrained")
+def test_in_a_fit_batches_are_taken_until_all_heads_ran(trainer_kwargs: dict[str, Any]) -> None:
+    data = [(torch.randn(8), n // 4 % 2) for n in range(16)]  # four batches, a b a b
+    module = Tasks()
+    del module.net.heads["c"]
+    callback = StructuredPruning(ratio=0.5, when=1)
+    trainer = Trainer(**{**trainer_kwargs, "max_epochs": 2}, callbacks=[callback])
+    trainer.fit(module, DataLoader(data, batch_size=4))
+    assert module.net.trunk.out_features == 8
+    for head in module.net.heads.values():
+        assert head.in_features == 8

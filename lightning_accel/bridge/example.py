@@ -30,6 +30,8 @@ from lightning_accel.surgery.call import Call, as_call
 from lightning_accel.surgery.preserve import preserve_rng, preserve_state
 
 _STARTED = "_accel_started"
+_MORE = 8
+"""Batches of which those are taken that reach layers which the first one does not."""
 
 
 class AtHand(NamedTuple):
@@ -47,6 +49,9 @@ def find_example(
 ) -> tuple[Call, ...]:
     """Return example calls: the explicit ones, else `example_input_array`, else a real batch's.
 
+    Where a batch does not reach all trainable layers of the networks that it calls (one head per task, say),
+    the calls of a few more that reach others are added.
+
     Args:
         trainer: A Trainer within a fit.
         pl_module: The user's module.
@@ -60,10 +65,39 @@ def find_example(
     if example is None and is_overridden("forward", pl_module):
         example = pl_module.example_input_array
     if example is None:
-        return list(calls_of(trainer, pl_module, batches_or(trainer, 1, at_hand)))[0]  # noqa: RUF015 to its end: it puts the random state back
+        return _reaching(trainer, pl_module, at_hand)
     device = pl_module.device
     example = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
     return (as_call(example, _entry(pl_module)),)
+
+
+def _reaching(
+    trainer: Trainer, pl_module: LightningModule, at_hand: AtHand | None
+) -> tuple[Call, ...]:
+    ran: set[str] = set()
+    # To its end: it puts the random state back.
+    (calls,) = calls_of(trainer, pl_module, batches_or(trainer, 1, at_hand), ran)
+    if not _idle(pl_module, calls, ran):
+        return calls
+    known = len(ran)
+    data = batches_or(trainer, _MORE, at_hand)
+    for more in calls_of(trainer, pl_module, data, ran):
+        if len(ran) > known:
+            calls, known = (*calls, *more), len(ran)
+    return calls
+
+
+def _idle(pl_module: LightningModule, calls: tuple[Call, ...], ran: set[str]) -> list[str]:
+    """Return the trainable layers of the networks called that did not run, as far as hooks can tell."""
+    return [
+        name
+        for called in dict.fromkeys(call.name for call in calls)
+        for name, module in pl_module.get_submodule(called).named_modules(prefix=called)
+        if name not in ran
+        and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+        and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear
+        and any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
 
 
 def batches_of(trainer: Trainer, pl_module: LightningModule, count: int) -> list[tuple[Call, ...]]:
@@ -82,12 +116,12 @@ def batches_or(trainer: Trainer, count: int, at_hand: AtHand | None) -> list[Any
 
 
 def calls_of(
-    trainer: Trainer, pl_module: LightningModule, data: list[Any]
+    trainer: Trainer, pl_module: LightningModule, data: list[Any], ran: set[str] | None = None
 ) -> Iterator[tuple[Call, ...]]:
-    """Yield the outermost calls of trainable modules for each batch."""
+    """Yield the outermost calls of trainable modules for each batch; add to `ran` the modules that run."""
     with preserve_rng(), inert_copy(trainer, pl_module) as copy:
         for index, batch in enumerate(data):
-            calls = outermost_calls(trainer, copy, placed(trainer, copy, batch), index)
+            calls = outermost_calls(trainer, copy, placed(trainer, copy, batch), index, ran)
             if not calls:
                 raise AccelError(
                     "no trainable module is called in `training_step`",
@@ -98,11 +132,15 @@ def calls_of(
 
 
 def outermost_calls(
-    trainer: Trainer, copy: LightningModule, batch: Any, index: int
+    trainer: Trainer,
+    copy: LightningModule,
+    batch: Any,
+    index: int,
+    ran: set[str] | None = None,
 ) -> tuple[Call, ...]:
     """Return the outermost calls of trainable modules in one step of an inert copy."""
     calls: dict[str, Call] = {}
-    with _noting(copy, calls):
+    with _noting(copy, calls, set() if ran is None else ran):
         run_placed(trainer, copy, batch, index)
     return tuple(calls.values())
 
@@ -174,12 +212,13 @@ def step_arguments(copy: LightningModule, batch: Any, index: int) -> tuple[Any, 
 
 
 @contextmanager
-def _noting(copy: LightningModule, calls: dict[str, Call]) -> Iterator[None]:
+def _noting(copy: LightningModule, calls: dict[str, Call], ran: set[str]) -> Iterator[None]:
     depth = 0
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal depth
+            ran.add(name)
             if depth == 0 and name not in calls:
                 calls[name] = Call(name, *tree_map(_frozen, (args, kwargs)))
             depth += 1
