@@ -29,6 +29,7 @@ NETS = [
     "spread_over_channels_only",
     "norms_of_heads",
     "normed_weights",
+    "standardized_weights",
     "two_means",
 ]
 """Those whose statistics differ; `benchmarks/proof_mutations.py` tries all."""

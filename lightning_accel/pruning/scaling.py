@@ -117,10 +117,8 @@ def _moved_by(tensor: Tensor, makers: Mapping[str, tuple[nn.Parameter, int]]) ->
         gradients = torch.autograd.grad(
             tensor, weights, direction, retain_graph=True, allow_unused=True
         )
-    except (
-        RuntimeError
-    ):  # within an autograd function of the user's own: not scaled, the proof will tell
-        return {}
+    except RuntimeError:
+        return {}  # it is within a user's own autograd function: not scaled, and the proof will tell
     found = {}
     for (name, (parameter, dim)), gradient in zip(makers.items(), gradients, strict=True):
         if gradient is not None:
