@@ -147,10 +147,7 @@ def plan(
     until = time.monotonic() + seconds
     if importance == "taylor":
         scoring.require_gradients(model)
-    if batch_size(calls) == 0:
-        raise AccelError(
-            "an example without samples proves nothing", "a batch of 0", "pass one sample or more"
-        )
+    _require_samples(calls)
     with nothing_heard(model):
         model = _with_acting_hooks(model, calls)
         small = _small(model, calls)
@@ -185,20 +182,7 @@ def plan(
         if compensate:
             cut = _compensated(graph, cut, found.gone, data)
         cut = with_mirrors(model, cut)
-    notes = [_reached(graph, found.gone, ratio, target)]
-    if verifier.why_untrained:
-        notes.append(
-            "not proved in training, where the network fails on the example as it is"
-            f" ({verifier.why_untrained.splitlines()[0]}): pass an example on which it trains"
-        )
-    idle = graph.idle_readers(cut)
-    if idle:
-        notes.append(_may_fail(idle))
-        warnings.warn(notes[-1], stacklevel=3)
-    if verifier.fell_back:
-        notes.append(
-            "proved in float32 only: in float64 the network does not run, or gives no numbers"
-        )
+    notes = [_reached(graph, found.gone, ratio, target), *_unproved(graph, verifier, cut)]
     return dataclasses.replace(
         cut, skipped=(*graph.skipped, *found.refused), notes=(*notes, *cut.notes)
     )
@@ -324,6 +308,32 @@ def _reached(graph: Graph, gone: Gone, ratio: float | None, target: Target | Non
     of_all = (dense - left) / (graph.channels + dense - sum(g.units for g in graph.groups))
     params = graph.params(gone) / max(graph.params({}), 1)
     return f"{share} (asked: {ratio:.3g}): {of_all:.1%} of all, {params:.1%} of parameters are left"
+
+
+def _require_samples(calls: Sequence[Call]) -> None:
+    if batch_size(calls) == 0:
+        raise AccelError(
+            "an example without samples proves nothing", "a batch of 0", "pass one sample or more"
+        )
+
+
+def _unproved(graph: Graph, verifier: Verifier, cut: Cut) -> list[str]:
+    """Write what the proof did not see; warn of layers that may fail."""
+    notes = []
+    if verifier.why_untrained:
+        notes.append(
+            "not proved in training, where the network fails on the example as it is"
+            f" ({verifier.why_untrained.splitlines()[0]}): pass an example on which it trains"
+        )
+    idle = graph.idle_readers(cut)
+    if idle:
+        notes.append(_may_fail(idle))
+        warnings.warn(notes[-1], stacklevel=4)
+    if verifier.fell_back:
+        notes.append(
+            "proved in float32 only: in float64 the network does not run, or gives no numbers"
+        )
+    return notes
 
 
 def _may_fail(idle: Mapping[str, str]) -> str:
