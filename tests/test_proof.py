@@ -155,3 +155,17 @@ def test_nothing_hides_behind_a_weight_or_an_input_of_zeros(example: Tensor) -> 
     wrong = places._replace(dims=(places.dims[0], (places.dims[1] + 1) % 12, *places.dims[2:]))
     wrong = dataclasses.replace(cut, kept={**cut.kept, "inner.2.weight": wrong})
     assert mask_equivalence(net, wrong, example=example) > 1e-4
+
+
+def test_a_unit_that_is_dead_on_the_example_hides_nothing() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.rand(2, 4)
+    with torch.no_grad():
+        net[0].weight[:6].abs_().neg_()  # dead for every positive input
+        net[0].bias[:6].abs_().neg_()
+    cut = plan(net, calls=(as_call(x),), ratio=0.3)
+    assert mask_equivalence(net, cut, example=x) < 1e-10
+    places = cut.kept["0.weight"]
+    assert places.dims[0] is not None
+    wrong = places._replace(dims=(places.dims[0][[1, 0, *range(2, len(places.dims[0]))]], None))
+    wrong = dataclasses.replace(cut, kept={**cut.kept, "0.weight": wrong})
+    assert mask_equivalence(net, wrong, example=x) > 1e-4
