@@ -296,7 +296,7 @@ def test_what_is_only_supposed_of_the_outputs_is_said(
     fit: Fit, caplog: pytest.LogCaptureFixture
 ) -> None:
     net, guide = nn.Linear(4, 3), nn.Linear(4, 3)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         fitted(fit, net, guide, lambda n, b: 0.0 * n(b[0]).sum(), LABELLED[:1])
     assert "outputs (8, 3): `kd` takes dimension -1 of them for classes, as shapes" in told(caplog)
 
@@ -307,7 +307,7 @@ def test_the_gradient_says_which_dimension_holds_the_classes(
     maps = (torch.randn(2, 5, 5, 5),)  # where no shape could
     for dim in (1, 3):
         net, guide = nn.Conv2d(5, 5, 1), nn.Conv2d(5, 5, 1)
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="lightning.pytorch"):
             model = fitted(fit, net, guide, lambda n, b, d=dim: n(b[0]).var(d).mean(), maps)
         assert f"dimension {dim} of them for classes, as the gradient" in told(caplog)
         hand = copy.deepcopy(net)
