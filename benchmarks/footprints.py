@@ -6,7 +6,7 @@ Each row is a step of about 5 ms with the bookkeeping against the same step with
 
 - four blocks that recompute by `ActivationCheckpointing`, against `torch.utils.checkpoint` on the same blocks;
 - four compiled blocks that are compared with themselves at every 64th call, against blocks that never are;
-- a frozen network with its footprint looked at before each call, and every 64th compared, against its graph alone.
+- a frozen network with its footprint looked at before each call, and every 128th compared, against its graph alone.
 
 `share` is the ratio less one, with its 95 % interval; the goal is 2 %. The last rows are microseconds of one look at a
 block, by the calmest tenth. Exit code 1 when an interval lies above the goal.
@@ -35,7 +35,7 @@ from lightning_accel.surgery.moment import Moments
 
 GOAL = 0.02
 _SETTLED = 130
-"""Calls after which only every 64th is compared."""
+"""Calls after which only every 64th or 128th is compared."""
 
 
 class Blocks(nn.Module):

@@ -100,7 +100,8 @@ class Samples:
             self.num_checked == 0 and self._moments is not None
         ):  # all is copied, so `.data` tells as well
             moment.note_written()
-            unknown += [t for t in self._moments.written if isinstance(t, nn.Parameter)]
+            written = [ref() for ref in self._moments.written]
+            unknown += [t for t in written if isinstance(t, nn.Parameter)]
         self._put_back(moment, states)
         if unknown:
             self.left_out = "its forward writes into weights"

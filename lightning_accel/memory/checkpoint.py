@@ -241,11 +241,9 @@ def _recomputing(module: nn.Module, policy: str, check_every: int | None) -> Cal
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
             return plain(self, *args, **kwargs)
-        count, names = len(args), tuple(kwargs)
-
-        def call(*values: Any) -> Any:
-            return plain(self, *values[:count], **dict(zip(names, values[count:], strict=True)))
-
+        call = functools.partial(plain, self)
+        if kwargs:
+            call = _by_keyword(call, len(args), tuple(kwargs))
         values = (*args, *kwargs.values())  # tensors by keyword are inputs like others
         if (
             torch.compiler.is_compiling()
@@ -255,10 +253,10 @@ def _recomputing(module: nn.Module, policy: str, check_every: int | None) -> Cal
             return _selecting(call, *values, context_fn=_selective)
         if not known or known[0].block() is not self:
             known[:] = [Calls(self, check_every)]
+            _called.add(self)
         calls = known[0]
         if calls.reason:
             return plain(self, *args, **kwargs)
-        _called.add(self)
         moment = calls.begin(*values)
         make = functools.partial(_contexts, policy, moment)
         run = calls.compared(call) if calls.is_due else call
@@ -270,6 +268,15 @@ def _recomputing(module: nn.Module, policy: str, check_every: int | None) -> Cal
     forward.__name__ = "forward"
     setattr(forward, _OWN, own)
     return forward
+
+
+def _by_keyword(call: Callable[..., Any], count: int, names: tuple[str, ...]) -> Any:
+    """Return the call with all arguments by position."""
+
+    def by_position(*values: Any) -> Any:
+        return call(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
+    return by_position
 
 
 def _ignoring_self(function: Callable[..., Any]) -> Callable[..., Any]:

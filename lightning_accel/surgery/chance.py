@@ -10,6 +10,7 @@ import ctypes
 import random
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,8 @@ class Chance:
     def _set_numpy(self) -> None:
         if self._numpy is not None:
             np.random.set_state(self._numpy)
-        elif self._words is not None and (address := _numpy_address()) is not None:
-            ctypes.memmove(address, self._words, _BYTES)
+        elif (view := _numpy_view(np.random.mtrand._rand._bit_generator)) is not None:
+            view.raw = self._words
 
 
 def _is_state(state: dict[str, Any]) -> bool:
@@ -89,42 +90,40 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numpy_words() -> bytes | None:
-    address = _numpy_address()
-    return ctypes.string_at(address, _BYTES) if address is not None else None
+    words = _numpy_view(np.random.mtrand._rand._bit_generator)
+    return words.raw if words is not None else None
 
 
-def _numpy_address() -> int | None:
-    """Return where the state of numpy's global generator is, if that is the usual one."""
-    generator = np.random.mtrand._rand._bit_generator
+@lru_cache(maxsize=1)
+def _numpy_view(generator: Any) -> Any:
+    """Return the state of NumPy's global generator as it lies in memory, if that is the usual one."""
     if type(generator) is not np.random.MT19937:
         return None
-    return int(generator.ctypes.state_address)
+    return _State.from_address(generator.ctypes.state_address)
 
 
-def _python_address() -> int | None:
-    """Return where CPython keeps the words of its global generator, if they are found there."""
+def _python_view() -> Any:
+    """Return the words of Python's global generator, if they are where CPython keeps them."""
     twister: Any = getattr(random.getstate, "__self__", None)
-    address = id(twister) + object.__basicsize__
-    if type(twister) is not random.Random or object.__basicsize__ + _BYTES > _C_TWISTER:
+    size = getattr(random.Random.__base__, "__basicsize__", 0)
+    if type(twister) is not random.Random or size < object.__basicsize__ + _BYTES:
         return None
-    index, *words = struct.unpack("i624I", ctypes.string_at(address, _BYTES))
-    return address if twister.getstate()[1] == (*words, index) else None
+    view = _State.from_address(id(twister) + object.__basicsize__)
+    index, *words = struct.unpack("i624I", view.raw)
+    return view if twister.getstate()[1] == (*words, index) else None
 
 
-_C_TWISTER: int = getattr(random.Random.__base__, "__basicsize__", 0)
-_PYTHON = _python_address()
+_State = ctypes.c_char * _BYTES
+_PYTHON = _python_view()
 
 
 def _words() -> Any:
     """Return the words, and the second of a pair of normal numbers."""
-    assert _PYTHON is not None
-    return ctypes.string_at(_PYTHON, _BYTES), random._inst.gauss_next  # type: ignore[attr-defined]
+    return _PYTHON.raw, random._inst.gauss_next  # type: ignore[attr-defined]
 
 
 def _set_words(state: Any) -> None:
-    assert _PYTHON is not None
-    words, random._inst.gauss_next = state  # type: ignore[attr-defined]
-    ctypes.memmove(_PYTHON, words, _BYTES)
+    _PYTHON.raw, random._inst.gauss_next = state  # type: ignore[attr-defined]
 
 
 _python: Callable[[], Any] = random.getstate if _PYTHON is None else _words

@@ -64,7 +64,7 @@ class Moments:
     def __init__(self, module: nn.Module, *, few: int = FEW, norms: bool = True) -> None:
         self.module = weakref.ref(module)
         self._few, self._norms = few, norms
-        self.written: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self.written: list[weakref.ref[Tensor]] = []
         """Large tensors and parameters that calls write, and that are copied for that."""
         self.draws_numpy = False
         self.count = 0
@@ -159,7 +159,8 @@ class Moment:
         if arguments:
             self._live = [*self._live, *arguments]
             self._copies = [*self._copies, *(one.copy() for one in arguments)]
-        copied = [*moments.few, *moments.written, *(moments.many if whole else ())]
+        written = [t for ref in moments.written if (t := ref()) is not None]
+        copied = [*moments.few, *written, *(moments.many if whole else ())]
         self._tensors = [(t, t.detach().clone()) for t in copied]
         self._arrays = [(a, a.copy()) for a in moments.arrays]
         self._versions = [(t, t._version) for t in moments.many]
@@ -188,7 +189,7 @@ class Moment:
             if id(tensor) in few:
                 kept.append((tensor, before))
             elif tensor._version != versions.get(id(tensor)) or not _same(tensor, before):
-                self._moments.written.add(tensor)
+                self._moments.written.append(weakref.ref(tensor))
                 kept.append((tensor, before))
         self._tensors = kept
         assert self._random is not None

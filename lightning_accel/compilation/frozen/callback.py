@@ -50,7 +50,7 @@ class FrozenPredict(Callback):
         weights: str | None = None,
         channels_last: bool = False,
         tolerance: float | None = None,
-        check_every: int | None = 64,
+        check_every: int | None = 128,
         backend: Backend = "inductor",
     ) -> None:
         check_arguments(weights, channels_last, tolerance, check_every)

@@ -220,7 +220,7 @@ def frozen(
     weights: str | None = None,
     channels_last: bool = False,
     tolerance: float | None = None,
-    check_every: int | None = 64,
+    check_every: int | None = 128,
     itself: bool = True,
     backend: Backend = "inductor",
 ) -> Iterator[list[Frozen]]:
