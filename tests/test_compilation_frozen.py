@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import BlockCompile
 from lightning_accel.compilation import FrozenPredict, frozen
+from lightning_accel.compilation.frozen import freeze
 from lightning_accel.compilation.frozen.freeze import difference
 from lightning_accel.errors import NoEffect, Unsupported
 
@@ -403,3 +405,29 @@ def test_inductor_folds_batch_norm_and_stays_within_tolerance(trainer: Any) -> N
     assert edit.networks[0].reason == "" and 0 <= edit.networks[0].error < 1e-4
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def passing(copy_s: float) -> Iterator[float]:
+    """Yield times by which the network takes 2 s, a look at it 0.5, and its copy at all but the first call `copy_s`."""
+    now = 0.0
+    for seconds in itertools.chain((2.0, 0.5, 0.1), itertools.cycle((2.0, 0.5, copy_s))):
+        yield now
+        now += seconds
+        yield now
+
+
+@pytest.mark.filterwarnings("always:`.*` was slower frozen")
+@pytest.mark.parametrize(
+    ("copy_s", "size", "ratio"), [(1.5, 20, ""), (2.5, 20, "1.50x"), (2.5, 16, "")]
+)
+def test_a_copy_that_takes_longer_is_told(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, copy_s: float, size: int, ratio: str
+) -> None:
+    """The first of five calls compiles and does not count, and of four the other three are too few."""
+    monkeypatch.setattr(freeze, "_clock", passing(copy_s).__next__)
+    edit = FrozenPredict(backend=Spy(), check_every=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(edit).predict(module(), data(size=size))
+    said = [str(w.message) for w in caught if "was slower frozen" in str(w.message)]
+    assert len(said) == bool(ratio) and all(ratio in one for one in said)

@@ -16,6 +16,9 @@ from lightning_accel.compilation.region import Backend, check
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.surgery import Select
 
+_SLOWER = 1.1
+"""How many times as long a frozen copy may take before that is told."""
+
 
 class FrozenPredict(Callback):
     """Predict, test or validate with copies of the networks that inductor froze: weights baked in.
@@ -208,4 +211,13 @@ class FrozenPredict(Callback):
                 rank_zero_info(
                     f"FrozenPredict: `{network.name}` was off by {network.error:.2g}; "
                     f"{network.num_missed} of {network.num_calls} calls were of another size"
+                )
+            slowdown = network.costs.slowdown()
+            if not network.reason and slowdown is not None and slowdown > _SLOWER:
+                rank_zero_warn(
+                    explain(
+                        f"`{network.name}` was slower frozen than it is",
+                        f"{slowdown:.2f}x as long by the shortest of {network.costs.num_pairs} calls of each",
+                        "leave it out by `select=Select(exclude=...)`, or predict in larger batches",
+                    )
                 )

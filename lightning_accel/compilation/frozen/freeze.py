@@ -14,6 +14,8 @@ the network reads is compared with what the copy was taken from: weights, attrib
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,6 +29,7 @@ from lightning_accel.compilation.difference import difference
 from lightning_accel.compilation.guard import Code
 from lightning_accel.compilation.region import Backend, check
 from lightning_accel.errors import explain
+from lightning_accel.measure.race import synchronise
 from lightning_accel.seldom import check_seldom, is_due
 from lightning_accel.surgery import Select
 from lightning_accel.surgery.footprint import Footprint, observe
@@ -41,6 +44,37 @@ _NOT_ROUNDING = 0.1
 _OFTEN = 3
 """Copies of one network, after which it is taken to change all the time."""
 _SERIAL = iter(range(2**62))
+_FEWEST = 4
+"""Calls that ran both, by the shortest of which the two are judged."""
+_clock = time.perf_counter
+
+
+class Costs:
+    """Seconds of the shortest calls, by who was called; on devices that are waited for.
+
+    Args:
+        device: Of the network.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.num_pairs = 0
+        self._shortest: dict[str, float] = {}
+
+    def timed(self, who: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what a call gives, and note how long that took."""
+        synchronise(self.device)
+        start = _clock()
+        result = call(*args, **kwargs)
+        synchronise(self.device)
+        self._shortest[who] = min(self._shortest.get(who, math.inf), _clock() - start)
+        return result
+
+    def slowdown(self) -> float | None:
+        """Return how many times as long the copy takes, with the look at the network before it."""
+        if self.num_pairs < _FEWEST:
+            return None
+        return (self._shortest["look"] + self._shortest["copy"]) / self._shortest["network"]
 
 
 class Frozen:
@@ -53,6 +87,7 @@ class Frozen:
         num_calls: Calls in evaluation without gradients.
         num_missed: Those that ran on the copy without a graph, being of another size.
         num_checked: Those that ran both and were compared.
+        costs: What those took, but the first of each copy.
     """
 
     def __init__(
@@ -80,6 +115,7 @@ class Frozen:
         self.reason = self.advice = ""
         self.num_calls = self.num_missed = self.num_checked = 0
         self._unchecked = True
+        self.costs = Costs(next((p.device for p in module.parameters()), torch.device("cpu")))
         self._on_host = all(p.device.type == "cpu" for p in module.parameters())
         self._dtypes: list[Any] = []
         self._copies = 0
@@ -158,7 +194,10 @@ class Frozen:
         """Run the copy on copies of the inputs, then the network itself, and judge the copy."""
         self.num_checked += 1
         inputs = tree_map(_clone, (args, kwargs))
-        wanted, wrote, drew = observe(self.module, lambda: self.eager(*args, **kwargs))
+        clock = Costs(self.costs.device) if self._unchecked else self.costs  # the first compiles
+        wanted, wrote, drew = observe(
+            self.module, lambda: clock.timed("network", self.eager, *args, **kwargs)
+        )
         if drew:
             drawn = f"its forward draws random numbers ({', '.join(drew)}), and a copy draws others"
             self._give_up(drawn, f"{_OUT}, or draw outside of its forward")
@@ -170,7 +209,9 @@ class Frozen:
             return wanted
         try:
             with preserve_rng():
-                found = self._run(*inputs)
+                clock.timed("look", self._footprint.holds, content=self._on_host)
+                found = clock.timed("copy", self._run, *inputs)
+                clock.num_pairs += 1
         except Exception as error:
             failed = f"compiling it failed: {' '.join(str(error).split())[:200]}"
             self._give_up(failed, f"{_OUT}, or mend what the compiler names")
