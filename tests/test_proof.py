@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 from pathlib import Path
@@ -169,3 +170,34 @@ def test_a_unit_that_is_dead_on_the_example_hides_nothing() -> None:
     wrong = places._replace(dims=(places.dims[0][[1, 0, *range(2, len(places.dims[0]))]], None))
     wrong = dataclasses.replace(cut, kept={**cut.kept, "0.weight": wrong})
     assert mask_equivalence(net, wrong, example=x) > 1e-4
+
+
+class Counted(nn.Module):
+    """Counts how often it is run, by all of its copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3)
+        self.w = nn.Parameter(torch.rand(8) + 1)
+        self.runs: list[int] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        memo[id(self.runs)] = self.runs
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.append(len(x))
+        h = self.b(F.relu(self.a(x)))
+        return self.o(h * self.w.log()[:, None, None])  # no number where signs are turned
+
+
+def test_a_right_cut_is_proved_in_few_runs() -> None:
+    """One or two to trace it, some to know where it runs, and masked and cut ones at two sizes."""
+    net = Counted()
+    receipt = prune(net, example=torch.randn(2, 3, 9, 9), ratio=0.5)
+    assert not [change for change in receipt.skipped if "compute" in change.what]
+    assert net.a.out_channels == net.b.out_channels == len(net.w) == 4
+    assert len(net.runs) <= 10

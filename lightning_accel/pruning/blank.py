@@ -8,13 +8,15 @@ computes with is masked, not what that is made from.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial, reduce
+from operator import mul
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._pytree import tree_map
 
 from lightning_accel.surgery import Cut
 from lightning_accel.surgery.structure import named_tensors
@@ -36,42 +38,68 @@ _REORDERING = {
 _OWN_NORM = "_weight_norm_interface"
 
 
+_VIEWING = {"view", "_unsafe_view", "_reshape_alias"}
+"""Of those, what needs its numbers to lie as those of the tensor do."""
+
+Masks = Mapping[str, Tensor]
+"""By name of a tensor, ones where a cut keeps its elements, and nothing elsewhere."""
+
+
+def masks(model: nn.Module, cut: Cut, nothing: float = 0.0) -> Masks:
+    """Return a mask for each tensor of numbers that a cut makes smaller.
+
+    Args:
+        model: The network for which the cut was made.
+        cut: The cut.
+        nothing: What stands for zero; a tiny number where zero would be divided by zero.
+    """
+    tensors = dict(named_tensors(model))
+    return {
+        name: cut.mask(name, tensors[name].detach().real, nothing)
+        for name in cut.kept
+        if tensors[name].is_floating_point() or tensors[name].is_complex()
+    }
+
+
 class Blank(TorchDispatchMode):
     """Makes nothing of what a cut removes.
 
     Args:
         model: The network for which the cut was made; it is not changed.
-        cut: The cut.
-        nothing: What stands for zero; a tiny number where zero would be divided by zero.
+        masks: Of the cut.
+        run: How to run an operation.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut, nothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Masks,
+        run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs),
+    ) -> None:
         super().__init__()
-        self._masks: Any = WeakTensorKeyDictionary()
-        self._own: Any = WeakTensorKeyDictionary()  # what hangs on parameters and buffers only
+        self._run = run
+        self._masks: dict[int, Tensor] = {}
+        self._own: dict[int, Tensor] = {}  # what hangs on parameters and buffers only
         for name, tensor in named_tensors(model):
-            self._own[tensor] = True
-            numbers = tensor.is_floating_point() or tensor.is_complex()
-            if name in cut.kept and numbers and tensor not in self._masks:
-                like = torch.empty_like(tensor, dtype=tensor.real.dtype)
-                self._masks[tensor] = cut.mask(name, like).clamp_min(nothing)
+            self._own[id(tensor)] = tensor
+            if name in masks:
+                self._masks.setdefault(id(tensor), masks[name])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        own = all(t in self._own for t in given)
-        masked = any(t in self._masks for t in given)
+        given = list(_tensors((*args, *kwargs.values())))
+        own = all(id(t) in self._own for t in given)
+        masked = any(id(t) in self._masks for t in given)
         if masked and own and not func._schema.is_mutable and not _complex(given):
             result = self._carried(func, given, args, kwargs)
         else:
             if masked and func._schema.is_mutable:
-                self._write(args, kwargs)
+                self._write(given)
             elif masked:
                 args, kwargs = tree_map(self._applied, (args, kwargs))
-            result = func(*args, **kwargs)
+            result = self._run(func, args, kwargs)
         if own:
-            for tensor in _tensors(result):
-                self._own[tensor] = True
+            self._own.update((id(t), t) for t in _tensors(result))
         return result
 
     def _carried(self, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
@@ -79,47 +107,53 @@ class Blank(TorchDispatchMode):
         name = str(func._schema.name).removeprefix("aten::")
         if name in _REORDERING:
             result = func(*args, **kwargs)
-            masks = func(*tree_map(self._mask, args), **kwargs)
-            for tensor, mask in zip(_tensors(result), _tensors(masks), strict=True):
-                self._masks[tensor] = mask
+            of = partial(self._mask, lies=name in _VIEWING)
+            made = func(*tree_map(of, args), **kwargs)
+            for tensor, mask in zip(_tensors(result), _tensors(made), strict=True):
+                self._keep(tensor, mask)
             return result
         if name == _OWN_NORM:
             direction, magnitude, *rest = args
             result = func(direction, self._applied(magnitude), *rest, **kwargs)
-            self._masks[result[0]] = self._mask(direction)
+            self._keep(result[0], self._mask(direction))
             return result
         if torch.Tag.pointwise in func.tags or name == "_to_copy":
             result = func(*args, **kwargs)
-            held = [self._masks[t] for t in given if t in self._masks]
+            held = [self._masks[id(t)] for t in given if id(t) in self._masks]
             for tensor in _tensors(result):
-                mask = held[0]
-                for other in held[1:]:
-                    mask = mask * other
-                self._masks[tensor] = mask.expand(tensor.shape)
+                self._keep(tensor, reduce(mul, held).expand(tensor.shape))
             return result
         args, kwargs = tree_map(self._applied, (args, kwargs))
-        return func(*args, **kwargs)
+        return self._run(func, args, kwargs)
 
-    def _mask(self, value: Any) -> Any:
+    def _keep(self, tensor: Tensor, mask: Tensor) -> None:
+        self._own[id(tensor)], self._masks[id(tensor)] = tensor, mask
+
+    def _mask(self, value: Any, lies: bool = False) -> Any:
         if not isinstance(value, Tensor):
             return value
-        mask = self._masks.get(value)
-        return torch.ones_like(value) if mask is None else mask
+        mask = self._masks.get(id(value))
+        mask = torch.ones_like(value) if mask is None else mask
+        return torch.empty_like(value, dtype=mask.dtype).copy_(mask) if lies else mask
 
     def _applied(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value in self._masks:
-            return value * self._masks[value].to(value.real.dtype)
+        if isinstance(value, Tensor) and id(value) in self._masks:
+            return value * self._masks[id(value)].to(value.real.dtype)
         return value
 
-    def _write(self, args: Any, kwargs: Any) -> None:
+    def _write(self, given: list[Tensor]) -> None:
         """Write masks into tensors that a function is about to change in place."""
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor) and value in self._masks:
-                value.mul_(self._masks.pop(value).to(value.real.dtype))
+        for value in given:
+            if id(value) in self._masks:
+                value.mul_(self._masks.pop(id(value)).to(value.real.dtype))
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
 
 
 def _complex(given: list[Tensor]) -> bool:

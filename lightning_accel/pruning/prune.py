@@ -359,7 +359,10 @@ def _with_acting_hooks(model: nn.Module, calls: Sequence[Call]) -> nn.Module:
 
 def _small(model: nn.Module, calls: Sequence[Call]) -> tuple[Call, ...]:
     """Return the first samples, or all where dimension 0 is no batch (nodes of a graph, say)."""
-    whole, small = in_dtype_of(calls, model), in_dtype_of(first(calls, _SAMPLES), model)
+    whole = in_dtype_of(calls, model)
+    if (batch_size(whole) or 0) <= _SAMPLES:
+        return whole
+    small = first(whole, _SAMPLES)
     return small if runs(model, small) else whole
 
 

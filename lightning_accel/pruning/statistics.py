@@ -38,15 +38,14 @@ class Note(NamedTuple):
     results: tuple[Tensor, ...]
 
 
-class Record(TorchDispatchMode):
-    """Writes down every statistic."""
+class Record:
+    """Runs operations, and writes down every statistic."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.notes: list[Note] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func, args, kwargs = _as_mean(func, args, kwargs or {})
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        func, args, kwargs = _as_mean(func, args, kwargs)
         result = func(*args, **kwargs)
         name = _name(func)
         if _is_statistic(name, args):
@@ -236,8 +235,10 @@ def _of_groups(note: Note, x: Tensor, groups: int, places: _Places) -> list[Tens
 
 def _as_mean(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     """Take a loss that is a mean as the mean of what it is for each number."""
+    if _name(func) not in _LOSSES:
+        return func, args, kwargs
     given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-    if _name(func) not in _LOSSES or given.get("reduction", 1) != 1:
+    if given.get("reduction", 1) != 1:
         return func, args, kwargs
     return torch.ops.aten.mean.default, (func(**{**given, "reduction": 0}),), {}
 

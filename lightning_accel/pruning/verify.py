@@ -9,20 +9,19 @@ wired to the wrong consumer without any error.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_accel.errors import BrokenModel
 from lightning_accel.measure.flops import unfused
-from lightning_accel.pruning.blank import Blank
-from lightning_accel.pruning.statistics import Record, Replay
+from lightning_accel.pruning.blank import Blank, Masks, masks
+from lightning_accel.pruning.statistics import Note, Record, Replay
+from lightning_accel.pruning.variants import opposite, resized, varied_calls, vary
 from lightning_accel.surgery import Cut, twin
 from lightning_accel.surgery.call import (
     Call,
@@ -61,45 +60,64 @@ def mask_equivalence(model: nn.Module, cut: Cut, *, example: Any) -> float:
     return Verifier(twin(model, calls), calls).difference(cut)
 
 
+class _Setting(NamedTuple):
+    """A network, and the calls on which the masked one and the cut one are compared."""
+
+    network: nn.Module
+    calls: Sequence[Call]
+
+
 class Verifier:
     """Proves cuts of one network on small example calls.
 
     Args:
         model: The network; only copies of it are run.
         calls: Example calls, small ones.
+
+    Attributes:
+        fell_back: Whether there is no proof in float64.
+        why_untrained: Why the network does not train on the calls as it is, where that was asked for.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
         self.model = model
         self.calls = calls
-        device_has_float64 = next(model.parameters()).device.type != "mps"
-        self.dtype = torch.float64 if device_has_float64 else torch.float32
-        self.why_untrained = _why_untrained(twin(model), in_dtype_of(calls, model))
-        self._convert()
-        self.fell_back = False
-        if self.dtype == torch.float64 and not runs(self.exact, self.exact_calls, finite=True):
-            # Some kernels, such as those of grouped experts, know no float64; and a mask of the least
-            # number of float64 becomes minus infinity where a forward goes on in float32.
-            able, self.dtype = runs(self.exact, self.exact_calls), torch.float32
-            self._convert()
-            self.fell_back = not able or runs(self.exact, self.exact_calls, finite=True)
-            if not self.fell_back:
-                self.dtype = torch.float64
-                self._convert()
+        self.why_untrained = ""
+        self.fell_back = self._falls_back()
+        # What is dead on these calls lives where all signs are turned.
+        self._settings = [self._first, _Setting(opposite(self._first.network), self._first.calls)]
+        self._sizes = 1
+        self._of: tuple[Cut, Masks] | None = None
 
-    def _convert(self) -> None:
-        """Take copies of network and calls in the dtype of the proof, with no constants to hide behind."""
-        self.exact = converted(twin(self.model), self.dtype).eval()
-        self.exact_calls = cast(self.calls, self.dtype)
-        varied, calls = twin(self.exact), _varied_calls(self.exact_calls)
-        _vary(varied)
-        if runs(varied, calls, finite=True):
-            self.exact, self.exact_calls = varied, calls
-        self.sizes = [self.exact_calls]
-        self.networks = [self.exact]
-        opposite = _opposite(self.exact)
-        if runs(opposite, self.exact_calls, finite=True):
-            self.networks.append(opposite)
+    def _falls_back(self) -> bool:
+        if next(self.model.parameters()).device.type == "mps":  # which has no float64
+            self._take(torch.float32)
+            return False
+        if self._take(torch.float64):
+            return False
+        # Some kernels, such as those of grouped experts, know no float64; and a mask of the least
+        # number of float64 becomes minus infinity where a forward goes on in float32.
+        able = runs(*self._first)
+        if self._take(torch.float32) or not able:
+            return True
+        self._take(torch.float64)
+        return False
+
+    def _take(self, dtype: torch.dtype) -> bool:
+        """Take copies of network and calls in this dtype; whether they give numbers.
+
+        They have no constants for errors to hide behind, unless it fails so.
+        """
+        self.dtype = dtype
+        for varies in (True, False):
+            network, calls = converted(twin(self.model), dtype).eval(), cast(self.calls, dtype)
+            if varies:
+                vary(network)
+                calls = varied_calls(calls)
+            self._first = _Setting(network, calls)
+            if runs(*self._first, finite=True):
+                return True
+        return False
 
     @property
     def tolerance(self) -> float:
@@ -109,7 +127,7 @@ class Verifier:
         """Raise `BrokenModel` unless the cut network equals the masked one."""
         error = self.difference(cut)
         if not error <= self.tolerance:
-            where = " at another size of its input" if len(self.sizes) > 1 else ""
+            where = " at another size of its input" if self._sizes > 1 else ""
             raise BrokenModel(
                 f"the cut network does not compute what the masked one computes{where}",
                 f"a relative difference of {error:.1e}",
@@ -123,12 +141,14 @@ class Verifier:
             BrokenModel: The cut network fails, or its outputs have another shape.
         """
         worst = 0.0
-        for calls in self.sizes:
-            for network in self.networks:
-                error = self._difference(network, cut, calls)
-                if not error <= self.tolerance:
-                    return error
-                worst = max(worst, error)
+        for setting in list(self._settings):
+            error = self._difference(setting, cut)
+            if error is None:
+                self._settings = [s for s in self._settings if s is not setting]
+                continue
+            if not error <= self.tolerance:
+                return error
+            worst = max(worst, error)
         return worst
 
     def holds_elsewhere(self, cut: Cut) -> bool:
@@ -136,31 +156,43 @@ class Verifier:
 
         What is reshaped by sizes that are equal in the example only may be right there and nowhere else.
         """
-        if len(self.sizes) > 1:
+        if self._sizes > 1:
             return True
-        for calls in resized(self.sizes[0]):
-            if runs(self.exact, calls, finite=True):
-                self.sizes.append(calls)
-                try:
-                    self.equivalence(cut)
-                except BrokenModel:
-                    return False
-                self.sizes.pop()
-                return True
+        for calls in resized(self._first.calls):
+            others = [_Setting(setting.network, calls) for setting in self._settings]
+            if not runs(*others[0], finite=True):
+                continue
+            try:
+                errors = (self._difference(setting, cut) for setting in others)
+                if all(error is None or error <= self.tolerance for error in errors):
+                    return True
+            except BrokenModel:
+                pass
+            self._settings += others
+            self._sizes += 1
+            return False
         return True
 
-    def _difference(self, network: nn.Module, cut: Cut, calls: Sequence[Call]) -> float:
-        dense, small = twin(network), twin(network)
-        blank = Blank(dense, cut, _NOTHING if self.dtype == torch.float64 else 0.0)
+    def _difference(self, setting: _Setting, cut: Cut) -> float | None:
+        """Return the difference of a setting, or `None` if its network gives no numbers even uncut."""
+        try:
+            expected, notes = self._masked(setting, cut)
+        except Exception:  # whatever a forward may raise
+            if self._stands(setting):
+                raise
+            return None
+        if not _is_finite(expected) and not self._stands(setting):
+            return None
+        small, replay = twin(setting.network), Replay(notes, self.tolerance)
         cut.apply(small)
-        record = Record()
-        with torch.no_grad(), same_random_state(dense), unfused(dense), record, blank:
-            torch.manual_seed(0)
-            expected = self._numbers(run(dense, calls))
-        with torch.no_grad(), same_random_state(small), unfused(small), _located(small):
-            torch.manual_seed(0)
-            with Replay(record.notes, self.tolerance):
-                found = self._numbers(run(small, calls))
+        with (
+            torch.no_grad(),
+            same_random_state(small, seed=0),
+            unfused(small),
+            _located(small),
+            replay,
+        ):
+            found = self._numbers(run(small, setting.calls))
         if [t.shape for t in expected] != [t.shape for t in found]:
             raise BrokenModel("the cut changes the shape of the network's output", "", _REMEDY)
         if not sum(t.numel() for t in expected):
@@ -175,21 +207,40 @@ class Verifier:
                 worst = error if not error <= worst else worst
         return worst
 
+    def _stands(self, setting: _Setting) -> bool:
+        """Whether a setting proves anything: the example itself does, others where the network runs."""
+        return setting is self._first or runs(*setting, finite=True)
+
+    def _masked(self, setting: _Setting, cut: Cut) -> tuple[list[Tensor], Sequence[Note]]:
+        """Return what the network computes with all that a cut removes as nothing, and its statistics."""
+        dense, record = twin(setting.network), Record()
+        if self._of is None or self._of[0] is not cut:
+            nothing = _NOTHING if self.dtype == torch.float64 else 0.0
+            self._of = cut, masks(dense, cut, nothing)
+        blank = Blank(dense, self._of[1], record)
+        with torch.no_grad(), same_random_state(dense, seed=0), unfused(dense), blank:
+            expected = run(dense, setting.calls)
+        return self._numbers(expected), record.notes
+
     def _numbers(self, outputs: Any) -> list[Tensor]:
         found = (t.resolve_conj() for t in tensors(outputs))
         return [(torch.view_as_real(t) if t.is_complex() else t).to(self.dtype) for t in found]
 
     def training(self, cut: Cut) -> None:
         """Raise `BrokenModel` unless forward and backward run in train mode, where they did before."""
-        calls = in_dtype_of(self.calls, self.model)
         if self.why_untrained:
             return
+        calls = in_dtype_of(self.calls, self.model)
         small = twin(self.model)
         cut.apply(small)
-        _backward(small, calls)
+        try:
+            _backward(small, calls)
+        except BrokenModel:
+            self.why_untrained = _why_untrained(twin(self.model), calls)
+            if not self.why_untrained:
+                raise
 
 
-_SIZES = 3  # of the sizes of its input that a network may take otherwise
 _NOTHING = 1e-30  # for weights that are divided by their own norm
 _REMEDY = "exclude the module with `select=Select(exclude=...)`"
 
@@ -232,65 +283,11 @@ def runs(model: nn.Module, calls: Sequence[Call], *, finite: bool = False) -> bo
             outputs = run(copy, calls)
     except Exception:  # whatever a forward may raise
         return False
-    return not finite or all(bool(t.isfinite().all()) for t in tensors(outputs))
+    return not finite or _is_finite(tensors(outputs))
 
 
-def resized(calls: Sequence[Call]) -> Iterator[tuple[Call, ...]]:
-    """Yield the calls with one size of their tensors, wherever it stands, half as large again, or halved.
-
-    >>> [tuple(c[0].args[0].shape) for c in resized([Call("", (torch.ones(2, 3, 8, 8),), {})])]
-    [(2, 3, 12, 12), (2, 3, 4, 4), (2, 4, 8, 8), (2, 1, 8, 8)]
-    """
-    held = tensors([(c.args, c.kwargs) for c in calls])
-    sizes = Counter(n for t in held for n in t.shape[1:] if n > 1)
-    for size, _ in sizes.most_common(_SIZES):
-        for other in (size * 3 // 2, size // 2):
-            change = partial(_resized, size=size, other=other)
-            yield tuple(Call(c.name, *tree_map(change, (c.args, c.kwargs))) for c in calls)
-
-
-def _resized(value: Any, *, size: int, other: int) -> Any:
-    if isinstance(value, Tensor):
-        for dim in range(1, value.dim()):
-            if value.shape[dim] == size:
-                places = torch.arange(other, device=value.device) % size
-                value = value.index_select(dim, places)
-    return value
-
-
-def _opposite(model: nn.Module) -> nn.Module:
-    """Return a copy with the signs of all weights turned: what is dead on these calls lives there."""
-    copy = twin(model)
-    for parameter in copy.parameters():
-        if parameter.numel() > 1 and (parameter.is_floating_point() or parameter.is_complex()):
-            parameter.data = -parameter.data
-    return copy
-
-
-def _vary(model: nn.Module) -> None:
-    """Give parameters whose values are all the same different ones, in place.
-
-    Behind a norm whose weights begin as zeros, any cut would be right, until it learns.
-    """
-    for parameter in model.parameters():
-        parameter.data = _varied(parameter.data)
-
-
-def _varied_calls(calls: Sequence[Call]) -> tuple[Call, ...]:
-    def vary(value: Any) -> Any:
-        return _varied(value) if isinstance(value, Tensor) else value
-
-    return tuple(Call(c.name, *tree_map(vary, (c.args, c.kwargs))) for c in calls)
-
-
-def _varied(tensor: Tensor) -> Tensor:
-    if tensor.numel() < 2 or not tensor.is_floating_point() or tensor.min() != tensor.max():
-        return tensor
-    generator = torch.Generator().manual_seed(0)
-    shares = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) + 0.5
-    constant = float(tensor.flatten()[0])
-    size = min(max(abs(constant), 0.1), 10.0)
-    return shares * (-size if constant < 0 else size)
+def _is_finite(outputs: Sequence[Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in outputs)
 
 
 def _why_untrained(model: nn.Module, calls: Sequence[Call]) -> str:

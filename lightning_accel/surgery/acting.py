@@ -178,8 +178,7 @@ def _own(module: nn.Module) -> dict[str, int]:
 
 
 def _outputs(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    with torch.no_grad(), same_random_state(model):
-        torch.manual_seed(0)
+    with torch.no_grad(), same_random_state(model, seed=0):
         return tensors(run(model, calls))
 
 

@@ -78,10 +78,20 @@ def reals(outputs: Any) -> list[Tensor]:
 
 
 @contextmanager
-def same_random_state(model: nn.Module) -> Iterator[None]:
-    """Put torch's random state back at the end, that of the model's own devices included."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+def same_random_state(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Put torch's random state back at the end, that of the model's own devices included.
+
+    Args:
+        model: What runs meanwhile.
+        seed: Which state to begin with; the present one by default.
+    """
+    places = {p.device for p in model.parameters()}
+    with torch.random.fork_rng(devices=[d for d in places if d.type == "cuda"]):
+        if seed is not None and any(d.type != "cpu" for d in places):
+            torch.manual_seed(seed)
+        elif seed is not None:
+            # What torch.manual_seed does for devices that nobody uses takes longer than a small network.
+            torch.default_generator.manual_seed(seed)
         yield
 
 

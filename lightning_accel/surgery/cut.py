@@ -111,18 +111,27 @@ class Cut:
             tensor = tensors[name]
             if id(tensor) not in done and (tensor.is_floating_point() or tensor.is_complex()):
                 done.add(id(tensor))
-                tensor.mul_(self.mask(name, tensor.real).clamp_min(nothing))
+                tensor.mul_(self.mask(name, tensor.real, nothing))
         for name, change in self.renormed.items():
             tensors[name].mul_(change.to(tensors[name]))
 
-    def mask(self, name: str, like: Tensor) -> Tensor:
-        """Return ones where the tensor `name` keeps its elements and zeros elsewhere, shaped `like`."""
-        if name not in self.kept:
-            return torch.ones_like(like)
-        positions = torch.arange(like.numel()).view(like.shape)
-        mask = torch.zeros(like.numel(), dtype=like.dtype)
-        mask[self.kept[name].take(positions).reshape(-1)] = 1
-        return mask.view(like.shape).to(like.device)
+    def mask(self, name: str, like: Tensor, nothing: float = 0.0) -> Tensor:
+        """Return ones where the tensor `name` keeps its elements and `nothing` elsewhere, shaped `like`.
+
+        It is expanded where it is the same along a dimension, so it is not to be written into.
+        """
+        kept = self.kept.get(name, Kept((None,) * like.dim()))
+        if kept.flat is not None:
+            flat = like.new_full((like.numel(),), nothing)
+            flat[kept.flat.to(like.device).flatten()] = 1
+            return flat.view(like.shape)
+        mask = like.new_ones([1] * like.dim())
+        for dim, positions in enumerate(kept.dims):
+            if positions is not None:
+                line = like.new_zeros(like.shape[dim])
+                line[positions.to(like.device)] = 1
+                mask = mask * line.view([-1 if d == dim else 1 for d in range(like.dim())])
+        return mask.clamp_min(nothing).expand(like.shape)
 
     def _check(self, model: nn.Module) -> None:
         try:

@@ -7,6 +7,7 @@ which cannot fail. So no trace's autograd graph, train flag or hook of the origi
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ _HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+_PLAIN = (bool, int, float, str, type(None))
+
 
 def twin(model: ModuleT, calls: Sequence[Call] = ()) -> ModuleT:
     """Return an independent copy of `model`: weights, gradients, flags and ties, but not its hooks.
@@ -46,12 +49,14 @@ def twin(model: ModuleT, calls: Sequence[Call] = ()) -> ModuleT:
     (True, False)
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _attached_tensors(model)}
+    memo |= _empty_registries(model)
     copied = copy.deepcopy(model, memo)
-    originals = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in copied.named_parameters(remove_duplicate=False):
-        original = originals[name]
-        if original.grad is not None:
-            parameter.grad = original.grad.detach().clone()
+    named = model.named_parameters(remove_duplicate=False)
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
+    if gradients:
+        for name, parameter in copied.named_parameters(remove_duplicate=False):
+            if name in gradients:
+                parameter.grad = gradients[name].detach().clone()
     if calls:
         for hooks, key in users_hooks(copied):
             if not isinstance(hooks[key], Acting):
@@ -66,10 +71,18 @@ def twin(model: ModuleT, calls: Sequence[Call] = ()) -> ModuleT:
     return copied
 
 
+def _empty_registries(model: nn.Module) -> dict[int, Any]:
+    """Return copies of registries that are empty, by identity: `deepcopy` would take most of its time for them."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return {id(v): type(v)() for v in values if type(v) in (OrderedDict, set) and not v}
+
+
 def _attached_tensors(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         for name, value in vars(module).items():
-            if name in ("_parameters", "_modules", "_buffers"):
+            if name in ("_parameters", "_modules", "_buffers") or type(value) in _PLAIN:
+                continue
+            if type(value) is OrderedDict and not value:
                 continue
             for leaf in tree_leaves(value):
                 if isinstance(leaf, Tensor) and not leaf.is_leaf:

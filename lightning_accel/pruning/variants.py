@@ -1,0 +1,79 @@
+"""What else a cut has to be right on: other weights and inputs than a network happens to have.
+
+Behind weights that begin as zeros or inputs that are all the same any cut would be right, and so would one of
+units that are dead on the example, or one that takes one size for another that is equal there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_accel.surgery import twin
+from lightning_accel.surgery.call import Call, tensors
+
+_SIZES = 3  # of the sizes of its input that a network may take otherwise
+
+
+def resized(calls: Sequence[Call]) -> Iterator[tuple[Call, ...]]:
+    """Yield the calls with one size of their tensors, wherever it stands, half as large again, or halved.
+
+    >>> [tuple(c[0].args[0].shape) for c in resized([Call("", (torch.ones(2, 3, 8, 8),), {})])]
+    [(2, 3, 12, 12), (2, 3, 4, 4), (2, 4, 8, 8), (2, 1, 8, 8)]
+    """
+    held = tensors([(c.args, c.kwargs) for c in calls])
+    sizes = Counter(n for t in held for n in t.shape[1:] if n > 1)
+    for size, _ in sizes.most_common(_SIZES):
+        for other in (size * 3 // 2, size // 2):
+            change = partial(_resized, size=size, other=other)
+            yield tuple(Call(c.name, *tree_map(change, (c.args, c.kwargs))) for c in calls)
+
+
+def _resized(value: Any, *, size: int, other: int) -> Any:
+    if isinstance(value, Tensor):
+        for dim in range(1, value.dim()):
+            if value.shape[dim] == size:
+                places = torch.arange(other, device=value.device) % size
+                value = value.index_select(dim, places)
+    return value
+
+
+def opposite(model: nn.Module) -> nn.Module:
+    """Return a copy with the signs of all weights turned: what is dead on these calls lives there."""
+    copy = twin(model)
+    for parameter in copy.parameters():
+        if parameter.numel() > 1 and (parameter.is_floating_point() or parameter.is_complex()):
+            parameter.data = -parameter.data
+    return copy
+
+
+def vary(model: nn.Module) -> None:
+    """Give parameters whose values are all the same different ones, in place.
+
+    Behind a norm whose weights begin as zeros, any cut would be right, until it learns.
+    """
+    for parameter in model.parameters():
+        parameter.data = _varied(parameter.data)
+
+
+def varied_calls(calls: Sequence[Call]) -> tuple[Call, ...]:
+    def vary(value: Any) -> Any:
+        return _varied(value) if isinstance(value, Tensor) else value
+
+    return tuple(Call(c.name, *tree_map(vary, (c.args, c.kwargs))) for c in calls)
+
+
+def _varied(tensor: Tensor) -> Tensor:
+    if tensor.numel() < 2 or not tensor.is_floating_point() or tensor.min() != tensor.max():
+        return tensor
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) + 0.5
+    constant = float(tensor.flatten()[0])
+    size = min(max(abs(constant), 0.1), 10.0)
+    return shares * (-size if constant < 0 else size)
