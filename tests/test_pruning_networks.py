@@ -6,13 +6,13 @@ import copy
 import functools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -172,6 +172,115 @@ def test_hooks_that_watch_are_not_heard_and_cost_nothing() -> None:
     assert net[0].out_features == 8
     net(x)
     assert (heard, counts, method.heard) == ([1], {"calls": 1}, [1])
+
+
+@pytest.fixture
+def everywhere() -> Iterator[Callable[..., None]]:
+    """Registers hooks of all modules, for the length of a test."""
+    handles: list[Any] = []
+
+    def register(hook: Callable[..., Any], *, before: bool = False) -> None:
+        name = "register_module_forward_pre_hook" if before else "register_module_forward_hook"
+        handles.append(getattr(nn.modules.module, name)(hook))
+
+    yield register
+    for handle in handles:
+        handle.remove()
+
+
+def test_hooks_of_all_modules_take_part_or_are_not_heard(everywhere: Callable[..., None]) -> None:
+    net, x = perceptron(), torch.randn(4, 8, dtype=torch.float64)
+    heard: list[int] = []
+    scale = torch.rand(16, dtype=torch.float64)
+
+    def first_of_all(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
+        heard.append(1)
+        scales = isinstance(module, nn.Linear) and module.in_features == 8
+        return output * scale if scales else None
+
+    everywhere(first_of_all)
+    everywhere(lambda *_: heard.append(2), before=True)
+    prune(net, example=x, ratio=0.5)
+    assert heard == []
+    assert (net[0].out_features, net[2].out_features) == (16, 6)
+    net(x).sum().backward()
+    assert len(heard) == 12
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "leaf"),
+    [(nn.utils.weight_norm, "weight_v"), (nn.utils.spectral_norm, "weight_orig")],
+)
+def test_the_hooks_of_norms_of_weights_follow_and_so_do_declared_sizes(
+    norm: Any, leaf: str, called: bool
+) -> None:
+    net, x = perceptron(), torch.randn(4, 8, dtype=torch.float64)
+    norm(net[0]), norm(net[2])
+    if called:
+        net(x)  # leaves a weight that hangs on the graph of this call
+    net.eval()
+    before = {name: t.detach().clone() for name, t in net.state_dict().items()}
+    prune(net, example=x, ratio=0.5)
+    assert (net[0].out_features, net[2].in_features, net[2].out_features) == (8, 8, 6)
+    hidden = x
+    for layer in (
+        0,
+        2,
+    ):  # by hand: what is left of the dense weights, over what they were divided by
+        weight, key = net[layer].get_parameter(leaf), f"{layer}.{leaf}"
+        rows = [i for i, b in enumerate(before[f"{layer}.bias"]) if b in net[layer].bias]
+        columns = [i for i, w in enumerate(before[key][rows[0]]) if w in weight]
+        whole, part = before[key], before[key][rows][:, columns]
+        if leaf == "weight_v":
+            whole = whole / whole.norm(dim=1, keepdim=True) * before[f"{layer}.weight_g"]
+            part = whole[rows][:, columns]
+        else:
+            left, right = (before[f"{layer}.weight_{k}"] for k in "uv")
+            part = part / (left[rows] @ part @ right[columns])
+        hidden = F.relu(F.linear(hidden, part, before[f"{layer}.bias"][rows]))
+    by_hand = F.linear(hidden, net[4].weight, net[4].bias)
+    torch.testing.assert_close(net(x), by_hand, rtol=1e-9, atol=1e-9)
+    net.train()(x).sum().backward()
+
+
+class Hooks(Callback):
+    """Scales what the first layer gives, and counts the calls of the second."""
+
+    def __init__(self) -> None:
+        self.scale = torch.rand(16)
+        self.calls = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        net: Any = pl_module.net
+        net[0].register_forward_hook(lambda _, __, output: output * self.scale)
+        net[2].register_forward_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.calls += 1
+
+
+class Fitted(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = perceptron().float()
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:None of the layers of this network have been trained")
+def test_hooks_that_a_callback_registers_in_a_fit_take_part(trainer_kwargs: dict[str, Any]) -> None:
+    module, hooks = Fitted(), Hooks()
+    callbacks = [hooks, StructuredPruning(ratio=0.5, when=1)]
+    trainer = Trainer(**{**trainer_kwargs, "max_epochs": 2}, callbacks=callbacks)
+    trainer.fit(module, DataLoader([torch.randn(8) for _ in range(8)], batch_size=4))
+    assert (module.net[0].out_features, module.net[2].out_features) == (16, 6)
+    assert hooks.calls == 4  # once for each batch, and not for what was tried on copies
 
 
 # -- what kernels ask of widths ---------------------------------------------------------------------

@@ -237,11 +237,17 @@ class Graph:
     ) -> Iterator[tuple[str, int]]:
         """Yield the sizes that torch's layers declare and their forward does not read."""
 
+        def own(leaf: str) -> str:
+            return f"{name}.{leaf}".lstrip(".")
+
         def size(leaf: str, dim: int) -> int:
-            return left.count(self._flow.own[f"{name}.{leaf}".lstrip(".")].axes[dim].atoms)
+            return left.count(
+                self._flow.own[own(weight if leaf == "weight" else leaf)].axes[dim].atoms
+            )
 
         held = {*module._parameters, *module._buffers}
-        if f"{name}.weight".lstrip(".") not in self._flow.own:
+        weight = next((leaf for leaf in _WEIGHTS if own(leaf) in self._flow.own), "")
+        if not weight:
             if getattr(module, "running_mean", None) is not None:
                 yield "num_features", size("running_mean", 0)
             return
@@ -290,6 +296,16 @@ class _Left:
         removed = self._removed[atoms]
         return torch.from_numpy(np.flatnonzero(~removed)) if removed.any() else None
 
+
+_WEIGHTS = (
+    "weight",
+    *(
+        "weight_orig",
+        "weight_v",
+    ),  # of torch.nn.utils, whose spectral norm has a vector of that name
+    *("parametrizations.weight.original1", "parametrizations.weight.original"),
+)
+"""Where the weight of a layer may be, or what it is made of in the same shape."""
 
 _UNSELECTED = "it is not selected"
 

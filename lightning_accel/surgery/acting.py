@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_accel.surgery.call import Call, run, same_random_state, tensors
 
+_ALL: Any = nn.modules.module  # which knows the hooks of all modules
 FORWARD = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -126,8 +127,11 @@ def _rebound_cell(cell: Any, memo: dict[int, Any]) -> Any:
 
 @contextmanager
 def nothing_heard(model: nn.Module) -> Iterator[None]:
-    """Put back at the end what the model's forward hooks write into: around them, and in their modules."""
-    functions = [f for hooks, key in users_hooks(model) for f in _functions(hooks[key])]
+    """Put back at the end what forward hooks write into, the model's own and those of all modules."""
+    hooks = [hooks[key] for hooks, key in users_hooks(model)]
+    for everywhere in (_ALL._global_forward_hooks, _ALL._global_forward_pre_hooks):
+        hooks += everywhere.values()
+    functions = [f for hook in hooks for f in _functions(hook)]
     cells = {id(c): (c, _contents(c)) for f in functions for c in f.__closure__ or ()}
     names = [
         (f.__globals__, n) for f in functions for n in f.__code__.co_names if n in f.__globals__
