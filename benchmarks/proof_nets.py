@@ -311,16 +311,18 @@ def octave_convolution() -> Made:
         up = F.interpolate(s.up(low), scale_factor=2)
         return F.relu(s.high(high) + up), F.relu(s.low(low) + s.down(F.avg_pool2d(high, 2)))
 
-    def octave(ins: int, outs: int) -> nn.Module:
-        parts = {"high": conv(ins, outs), "low": conv(ins, outs)}
-        return Net(forward, **parts, up=conv(ins, outs), down=conv(ins, outs))
+    def octave(high: tuple[int, int], low: tuple[int, int]) -> nn.Module:
+        parts = {"high": conv(*high), "low": conv(*low)}
+        parts |= {"up": conv(low[0], high[1]), "down": conv(high[0], low[1])}
+        return Net(forward, **parts)
 
     def whole(s: Any, x: Tensor) -> Tensor:
         pair = s.one(x, F.avg_pool2d(x, 2))
         high, low = s.two(*pair)
         return s.out(torch.cat([high.mean((2, 3)), low.mean((2, 3))], 1))
 
-    return Net(whole, one=octave(3, 12), two=octave(12, 12), out=nn.Linear(24, 5)), images()
+    one, two = octave((3, 24), (3, 8)), octave((24, 24), (8, 8))
+    return Net(whole, one=one, two=two, out=nn.Linear(32, 5)), images()
 
 
 @net
