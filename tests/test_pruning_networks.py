@@ -704,3 +704,103 @@ def test_in_a_fit_batches_are_taken_until_all_heads_ran(trainer_kwargs: dict[str
     assert module.net.trunk.out_features == 8
     for head in module.net.heads.values():
         assert head.in_features == 8
+
+
+def fitted(module: LightningModule, train: Any, val: Any, kwargs: dict[str, Any]) -> None:
+    callback = StructuredPruning(ratio=0.5, when=1)
+    trainer = Trainer(**{**kwargs, "max_epochs": 2}, callbacks=[callback])
+    trainer.fit(module, DataLoader(train, batch_size=4), DataLoader(val, batch_size=4))
+
+
+class WithAux(LightningModule):
+    """A network with a head that runs in training only, and needs targets there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def forward(s: Any, x: Tensor, target: Any = None) -> Any:
+            h = F.relu(s.i(x))
+            loss = F.mse_loss(s.aux(h), target) if s.training else 0.0
+            return s.o(h).square().mean() + loss
+
+        parts = {"i": nn.Linear(8, 16), "aux": nn.Linear(16, 2), "o": nn.Linear(16, 3)}
+        self.net = Fn(forward, **parts)
+        self.example_input_array = torch.randn(2, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self.net(*batch)
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+PAIRS = [(torch.randn(8), torch.randn(2)) for _ in range(8)]
+
+
+@pytest.mark.filterwarnings("ignore:None of the layers of this network have been trained")
+def test_in_a_fit_a_head_that_needs_targets_follows_too(trainer_kwargs: dict[str, Any]) -> None:
+    module = WithAux()
+    fitted(module, PAIRS, PAIRS, trainer_kwargs)
+    assert (module.net.i.out_features, module.net.aux.in_features) == (8, 8)
+
+
+class Beside(LightningModule):
+    """Its steps read what the forward of the example has cut within."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.step = step
+        self.encoder = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 16))
+        self.head, self.probe = nn.Linear(16, 3), nn.Linear(16, 2)
+        self.probe.requires_grad_(step == "training_step")
+        self.example_input_array = torch.randn(2, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.encoder(x))
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self._loss(batch[0], "training_step")
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self._loss(batch[0], "validation_step")
+
+    def _loss(self, x: Tensor, step: str) -> Tensor:
+        h = self.encoder(x)
+        probed = self.probe(h).square().mean() if step == self.step else 0.0
+        return self.head(h).square().mean() + probed
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:None of the layers of this network have been trained")
+@pytest.mark.filterwarnings("ignore:.*never ran on the example")
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_what_a_step_reads_beside_the_example_stays(
+    step: str, trainer_kwargs: dict[str, Any]
+) -> None:
+    module = Beside(step)
+    fitted(module, PAIRS, PAIRS, trainer_kwargs)
+    assert (module.encoder[0].out_features, module.encoder[2].out_features) == (6, 16)
+
+
+class ValidatedTasks(Tasks):
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.training_step(batch, index)
+
+
+@pytest.mark.filterwarnings("ignore:None of the layers of this network have been trained")
+@pytest.mark.filterwarnings("ignore:.*looks untrained")
+def test_a_head_that_only_validation_takes_follows_too(trainer_kwargs: dict[str, Any]) -> None:
+    module = ValidatedTasks()
+    del module.net.heads["c"]
+    train, val = ([(torch.randn(8), task) for _ in range(8)] for task in (0, 1))
+    fitted(module, train, val, trainer_kwargs)
+    assert module.net.trunk.out_features == 8
+    assert [head.in_features for head in module.net.heads.values()] == [8, 8]

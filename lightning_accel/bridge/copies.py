@@ -95,3 +95,18 @@ def _in_dtypes_of(module: nn.Module, copy: nn.Module) -> nn.Module:
         for name, tensor in tensors:
             tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
     return copy
+
+
+def is_free(pl_module: LightningModule) -> bool:
+    """Whether no parameter is frozen."""
+    return all(p.requires_grad for p in pl_module.parameters())
+
+
+def unfrozen(pl_module: LightningModule) -> LightningModule:
+    """Return a copy that may be pruned anywhere: what is frozen now need not be when a prune is due."""
+    if is_free(pl_module):
+        return pl_module
+    copy = twin(pl_module)
+    for parameter in copy.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    return copy

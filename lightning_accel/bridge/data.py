@@ -69,6 +69,27 @@ def batches(trainer: Trainer, count: int) -> list[Any]:
     return [tree_map(lambda v, i=i: v[i], drawn, is_leaf=_is_drawn) for i in range(columns)]
 
 
+def validation_batches(trainer: Trainer, count: int) -> list[tuple[Any, int]]:
+    """Return up to `count` batches of each validation loader of this fit, with the loader's number.
+
+    None before Lightning has made the loaders, and of loaders that are read side by side.
+
+    Raises:
+        ReadOnce: Reading would take the batches away from the fit.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.val_dataloaders is None or not loop._is_sequential:
+        return []
+    loaders, limits = tree_leaves(trainer.val_dataloaders), trainer.num_val_batches
+    found = []
+    for number, (loader, limit) in enumerate(zip(loaders, limits, strict=False)):
+        if limit > 0:
+            limit = int(min(limit, _LOOK_AHEAD))
+            drawn = _draw(loader, count, limit, trainer.current_epoch)
+            found += [(batch, number) for batch in drawn]
+    return found
+
+
 def is_stream(trainer: Trainer) -> bool:
     """Tell whether the training data have no indices to ask for, and so perhaps an end."""
     return not all(map(_reads_by_index, tree_leaves(trainer.train_dataloader)))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy as shallow_copy
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
-from lightning_accel.bridge.data import batches
+from lightning_accel.bridge.data import batches, validation_batches
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.errors import AccelError
-from lightning_accel.surgery.call import Call, as_call
+from lightning_accel.surgery.call import Call, as_call, run
 from lightning_accel.surgery.preserve import preserve_rng, preserve_state
 
 _STARTED = "_accel_started"
@@ -40,8 +41,15 @@ class AtHand(NamedTuple):
     batch: Any
 
 
+class OfValidation(NamedTuple):
+    """A batch for `validation_step`, and the number of its loader."""
+
+    batch: Any
+    loader: int = 0
+
+
 class StepFailed(AccelError):
-    """The user's `training_step` raised on a copy of the module; the error itself is the cause."""
+    """A step of the user's raised on a copy of the module; the error itself is the cause."""
 
 
 def find_example(
@@ -49,8 +57,8 @@ def find_example(
 ) -> tuple[Call, ...]:
     """Return example calls: the explicit ones, else `example_input_array`, else a real batch's.
 
-    Where a batch does not reach all trainable layers of the networks that it calls (one head per task, say),
-    the calls of a few more that reach others are added.
+    Where these do not reach all trainable layers of the networks that they call (one head per task, or one for
+    training only), the calls of a few more batches, of training and validation, that reach others are added.
 
     Args:
         trainer: A Trainer within a fit.
@@ -64,26 +72,50 @@ def find_example(
     """
     if example is None and is_overridden("forward", pl_module):
         example = pl_module.example_input_array
+    ran: set[str] = set()
     if example is None:
-        return _reaching(trainer, pl_module, at_hand)
+        # To its end: it puts the random state back.
+        (calls,) = calls_of(trainer, pl_module, batches_or(trainer, 1, at_hand), ran)
+        return _reaching_more(trainer, pl_module, calls, ran, at_hand)
     device = pl_module.device
     example = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
-    return (as_call(example, _entry(pl_module)),)
+    calls = (as_call(example, _entry(pl_module)),)
+    with (
+        preserve_rng(),
+        inert_copy(trainer, pl_module) as copy,
+        _noting(copy.eval(), {}, ran),
+        suppress(Exception),  # whatever a forward may raise: who uses the example says so
+        torch.no_grad(),
+    ):
+        run(copy, calls)
+    with suppress(AccelError):  # what was given will do
+        calls = _reaching_more(trainer, pl_module, calls, ran, at_hand)
+    return calls
 
 
-def _reaching(
-    trainer: Trainer, pl_module: LightningModule, at_hand: AtHand | None
+def _reaching_more(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    calls: tuple[Call, ...],
+    ran: set[str],
+    at_hand: AtHand | None,
 ) -> tuple[Call, ...]:
-    ran: set[str] = set()
-    # To its end: it puts the random state back.
-    (calls,) = calls_of(trainer, pl_module, batches_or(trainer, 1, at_hand), ran)
-    if not _idle(pl_module, calls, ran):
-        return calls
-    known = len(ran)
-    data = batches_or(trainer, _MORE, at_hand)
-    for more in calls_of(trainer, pl_module, data, ran):
-        if len(ran) > known:
-            calls, known = (*calls, *more), len(ran)
+    """Return the calls, and those of more batches that reach layers which these do not."""
+
+    def more(data: list[Any]) -> None:
+        nonlocal calls
+        known = len(ran)
+        for found in calls_of(trainer, pl_module, data, ran):
+            if len(ran) > known:
+                calls, known = (*calls, *found), len(ran)
+
+    if _idle(pl_module, calls, ran):
+        more(batches_or(trainer, _MORE, at_hand))
+    if _idle(pl_module, calls, ran):
+        with suppress(
+            AccelError
+        ):  # a validation that cannot be read beforehand, or that fails on a copy
+            more([OfValidation(*given) for given in validation_batches(trainer, _MORE)])
     return calls
 
 
@@ -146,14 +178,16 @@ def outermost_calls(
 
 
 def run_step(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:
-    """Run `training_step` of an inert copy on a batch, moved and cast as the Trainer would."""
+    """Run a step of an inert copy on a batch, moved and cast as the Trainer would."""
     return run_placed(trainer, copy, placed(trainer, copy, batch), index)
 
 
 def placed(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
-    """Return a batch as `training_step` gets it: cast, moved, and through the batch transfer hooks."""
+    """Return a batch as the step gets it: cast, moved, and through the batch transfer hooks."""
     if isinstance(batch, AtHand):
         return deepcopy(batch.batch)
+    if isinstance(batch, OfValidation):
+        return batch._replace(batch=placed(trainer, copy, batch.batch))
     batch = trainer.precision_plugin.convert_input(batch)
     batch = _hook(trainer, copy, "on_before_batch_transfer")(batch, 0)
     batch = _hook(trainer, copy, "transfer_batch_to_device")(batch, trainer.strategy.root_device, 0)
@@ -161,25 +195,31 @@ def placed(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
 
 
 def run_placed(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:
-    """Run `training_step` of an inert copy on a batch that is in place already.
+    """Run `training_step` of an inert copy, or `validation_step`, on a batch that is in place already.
 
     A step that fails is tried once more after the module's own hooks at the start of training, of an epoch
     and of a batch, in which many modules make what their steps use.
     """
+    validates = isinstance(batch, OfValidation)
+    name, kind = ("validation_step", "validation") if validates else ("training_step", "train")
+    step = partial(_validation_step if validates else _step, trainer, copy, batch, index)
     try:
         try:
-            return _step(trainer, copy, batch, index)
+            return step()
         except Exception:
-            if vars(copy).get(_STARTED):
+            if vars(copy).get(_STARTED) == kind:
                 raise
-            vars(copy)[_STARTED] = True
-            copy.on_train_start()
-            copy.on_train_epoch_start()
-            copy.on_train_batch_start(batch, index)
-            return _step(trainer, copy, batch, index)
+            vars(copy)[_STARTED] = kind
+            getattr(copy, f"on_{kind}_start")()
+            getattr(copy, f"on_{kind}_epoch_start")()
+            if validates:
+                copy.on_validation_batch_start(batch.batch, index, batch.loader)
+            else:
+                copy.on_train_batch_start(batch, index)
+            return step()
     except Exception as error:
         raise StepFailed(
-            "`training_step` failed on a copy of the module",
+            f"`{name}` failed on a copy of the module",
             f"{type(error).__name__}: {error}",
             "pass `example=` with the arguments of the LightningModule's forward",
         ) from error
@@ -188,6 +228,15 @@ def run_placed(trainer: Trainer, copy: LightningModule, batch: Any, index: int) 
 def _step(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:
     with torch.enable_grad(), trainer.precision_plugin.train_step_context():
         return copy.training_step(*step_arguments(copy, batch, index))
+
+
+def _validation_step(
+    trainer: Trainer, copy: LightningModule, given: OfValidation, index: int
+) -> Any:
+    copy.eval()
+    with torch.no_grad(), trainer.precision_plugin.val_step_context():
+        arguments = step_arguments(copy, given.batch, index, "validation_step", given.loader)
+        return copy.validation_step(*arguments)
 
 
 def _hook(trainer: Trainer, copy: LightningModule, name: str) -> Any:
@@ -205,10 +254,12 @@ def _hook(trainer: Trainer, copy: LightningModule, name: str) -> Any:
     return hook
 
 
-def step_arguments(copy: LightningModule, batch: Any, index: int) -> tuple[Any, ...]:
-    """Return what `training_step` takes: the batch, perhaps its index, perhaps that of the loader."""
-    names = list(inspect.signature(copy.training_step).parameters)
-    return (batch, index, 0)[: max(1, min(len(names), 3))] if names else ()
+def step_arguments(
+    copy: LightningModule, batch: Any, index: int, name: str = "training_step", loader: int = 0
+) -> tuple[Any, ...]:
+    """Return what a step takes: the batch, perhaps its index, perhaps that of the loader."""
+    names = list(inspect.signature(getattr(copy, name)).parameters)
+    return (batch, index, loader)[: max(1, min(len(names), 3))] if names else ()
 
 
 @contextmanager

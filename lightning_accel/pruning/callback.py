@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.bridge import bests, guards
-from lightning_accel.bridge.copies import TrainingData, renew_buffers
+from lightning_accel.bridge.copies import TrainingData, is_free, renew_buffers, unfrozen
 from lightning_accel.bridge.data import ReadOnce
 from lightning_accel.bridge.example import AtHand, batches_or, calls_of, find_example
 from lightning_accel.bridge.hand import reads_once
@@ -21,6 +21,7 @@ from lightning_accel.bridge.model_edit import ModelEdit, commit
 from lightning_accel.bridge.parts import note_parts
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.bridge.rewind import remember_fit, rewind
+from lightning_accel.bridge.tried import steps_of
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.pruning import guard as guarding
@@ -30,7 +31,7 @@ from lightning_accel.pruning.recalibrate import recalibrate
 from lightning_accel.pruning.request import READ_THE_LOSS, Request
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trained import UNTRAINED, little_left, looks_untrained
-from lightning_accel.surgery import Cut, Receipt, Select, Stage, Structure, twin
+from lightning_accel.surgery import Cut, Receipt, Select, Stage, Structure
 from lightning_accel.surgery.preserve import preserve_rng
 
 _BATCHES = 10  # of training data, for an importance that measures
@@ -236,17 +237,18 @@ class StructuredPruning(ModelEdit):
                 except ReadOnce:  # nothing can be tried before the first batch of the fit
                     return
                 self.request.rehearse(
-                    _unfrozen(pl_module),
+                    unfrozen(pl_module),
                     calls,
                     left=self._left(),
                     dense=self._dense(pl_module),
+                    steps=steps_of(trainer),
                 )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         bests.begin_epoch(trainer)
         # What is frozen may yet be unfrozen by hooks that come after this one: then at the first batch.
-        if _is_free(pl_module):
+        if is_free(pl_module):
             self._act(trainer, pl_module)
 
     @override
@@ -387,9 +389,10 @@ class StructuredPruning(ModelEdit):
         left, dense = self._left(), self._dense(pl_module)
         with preserve_rng():
             calls = find_example(trainer, pl_module, self.example, self._at_hand)
+            steps = steps_of(trainer, self._at_hand)
             try:
                 cut = self.request.plan(
-                    pl_module, calls, due=due, left=left, dense=dense, source=data
+                    pl_module, calls, due=due, left=left, dense=dense, source=data, steps=steps
                 )
                 kept = self.request.kept(pl_module, calls, cut)
                 device = trainer.strategy.root_device
@@ -434,17 +437,3 @@ def _dense_params(pl_module: LightningModule) -> int:
     dense = pristine(pl_module).tensors
     named = pl_module.named_parameters()
     return sum(math.prod(dense[n]) if n in dense else p.numel() for n, p in named)
-
-
-def _is_free(pl_module: LightningModule) -> bool:
-    return all(p.requires_grad for p in pl_module.parameters())
-
-
-def _unfrozen(pl_module: LightningModule) -> LightningModule:
-    """Return a copy that may be pruned anywhere: what is frozen now need not be when a prune is due."""
-    if _is_free(pl_module):
-        return pl_module
-    copy = twin(pl_module)
-    for parameter in copy.parameters():
-        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-    return copy

@@ -23,7 +23,8 @@ from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.ranking import Ranking
 from lightning_accel.pruning.target import Target
-from lightning_accel.pruning.verify import Verifier, in_dtype_of, runs
+from lightning_accel.pruning.trains import Step, Training, in_dtype_of
+from lightning_accel.pruning.verify import Verifier, runs
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
 from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.call import Call, as_call, batch_size, first
@@ -124,13 +125,15 @@ def plan(
     statistics: activations.Statistics | None = None,
     compensate: bool = False,
     seconds: float = 300.0,
+    steps: Sequence[Step] = (),
 ) -> Cut:
     """Return the proved cut for a share of channels, or for a target; change nothing.
 
     `dense` holds the shapes before earlier cuts, if there were any: `ratio` is a share of those.
     `batches` are the calls of calibration batches, for what measures; the calls themselves by default.
     `compensate` solves the layers that read what is gone anew, on these batches. After `seconds` no
-    more groups are tried one by one; those not tried by then are left alone, and listed.
+    more groups are tried one by one; those not tried by then are left alone, and listed. `steps` are
+    what else has to run with the smaller network, where it does now.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -162,11 +165,12 @@ def plan(
         )
         data = list(batches) or [in_dtype_of(calls, model)]
         ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
-        verifier = Verifier(model, small)
+        verifier, training = Verifier(model, small), Training(model, small, steps)
         found = _choose(
             graph,
             ranking,
             verifier,
+            training,
             partial(
                 rounding.reach,
                 graph,
@@ -182,7 +186,7 @@ def plan(
         if compensate:
             cut = _compensated(graph, cut, found.gone, data)
         cut = with_mirrors(model, cut)
-    notes = [_reached(graph, found.gone, ratio, target), *_unproved(graph, verifier, cut)]
+    notes = [_reached(graph, found.gone, ratio, target), *_unproved(graph, verifier, training, cut)]
     return dataclasses.replace(
         cut, skipped=(*graph.skipped, *found.refused), notes=(*notes, *cut.notes)
     )
@@ -197,6 +201,7 @@ def _choose(
     graph: Graph,
     ranking: Ranking,
     verifier: Verifier,
+    training: Training,
     reach: Callable[..., tuple[Gone, int | None]],
     *,
     scope: str,
@@ -218,9 +223,10 @@ def _choose(
                 "raise `ratio`, or lower `round_to`",
             )
         gone = ranking.refined(gone)
-        wrong = _culprits(graph, verifier, groups, gone, until)
-        if not wrong and not verifier.holds_elsewhere(graph.cut(gone)):
-            wrong = _culprits(graph, verifier, groups, gone, until)
+        wrong = _culprits(graph, verifier, training, groups, gone, until)
+        for holds in (verifier.holds_elsewhere, training.holds_in_steps):
+            if not wrong and not holds(graph.cut(gone)):
+                wrong = _culprits(graph, verifier, training, groups, gone, until)
         if not wrong:
             narrow = selection.immovable(groups, round_to=multiple)
             return _Chosen(gone, (*refused, *narrow))
@@ -317,13 +323,13 @@ def _require_samples(calls: Sequence[Call]) -> None:
         )
 
 
-def _unproved(graph: Graph, verifier: Verifier, cut: Cut) -> list[str]:
+def _unproved(graph: Graph, verifier: Verifier, training: Training, cut: Cut) -> list[str]:
     """Write what the proof did not see; warn of layers that may fail."""
     notes = []
-    if verifier.why_untrained:
+    if training.why_not:
         notes.append(
             "not proved in training, where the network fails on the example as it is"
-            f" ({verifier.why_untrained.splitlines()[0]}): pass an example on which it trains"
+            f" ({training.why_not.splitlines()[0]}): pass an example on which it trains"
         )
     idle = graph.idle_readers(cut)
     if idle:
@@ -381,6 +387,7 @@ def _compensated(graph: Graph, cut: Cut, gone: Gone, batches: Sequence[Sequence[
 def _culprits(
     graph: Graph,
     verifier: Verifier,
+    training: Training,
     groups: Sequence[Group],
     gone: Gone,
     until: float,
@@ -397,7 +404,7 @@ def _culprits(
         try:
             cut = graph.cut({name: units for part in some for name, units in part.items()})
             verifier.equivalence(cut)
-            verifier.training(cut)
+            training.check(cut)
         except (BrokenModel, ValueError, IndexError, AssertionError, RuntimeError) as error:
             return str(error).rpartition(" Do: ")[0] or str(error)
         return ""

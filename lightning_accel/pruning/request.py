@@ -21,7 +21,7 @@ from lightning_accel.pruning.reconstruction import Reconstruction
 from lightning_accel.pruning.rounding import check_round_to
 from lightning_accel.pruning.sensitivity import graph_of
 from lightning_accel.pruning.target import Target
-from lightning_accel.pruning.verify import in_dtype_of
+from lightning_accel.pruning.trains import Step, in_dtype_of
 from lightning_accel.surgery import Cut, Select, Structure, twin
 from lightning_accel.surgery.call import Call
 
@@ -106,6 +106,7 @@ class Request:
         left: float,
         dense: Structure,
         source: Source,
+        steps: Sequence[Step] = (),
     ) -> Cut:
         """Return the proved cut that brings the model to where it should be after step `due`.
 
@@ -116,6 +117,7 @@ class Request:
             left: Share of the target's unit that earlier steps left.
             dense: Sizes before the first step of what has been pruned by now; `ratio` is a share of them.
             source: Training data.
+            steps: What else has to run with the smaller network.
 
         Raises:
             NoEffect: There is nothing to remove, or the target is out of reach.
@@ -142,10 +144,17 @@ class Request:
             batches=list(source.calls()) if measures else (),
             statistics=self._statistics(calls, dense, source),
             compensate=self.compensate,
+            steps=steps,
         )
 
     def rehearse(
-        self, model: nn.Module, calls: Sequence[Call], *, left: float, dense: Structure
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        *,
+        left: float,
+        dense: Structure,
+        steps: Sequence[Step] = (),
     ) -> None:
         """Do it all on a copy, but by magnitude and without measuring time.
 
@@ -167,6 +176,7 @@ class Request:
             round_to=self.round_to if isinstance(self.round_to, int) else None,
             attention=self.attention,
             dense=dense,
+            steps=steps,
         )
 
     def kept(self, model: nn.Module, calls: Sequence[Call], cut: Cut) -> float | None:

@@ -22,7 +22,7 @@ from lightning_accel.pruning import selection
 from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.target import Latency, Macs, Params, check_share
-from lightning_accel.pruning.verify import in_dtype_of
+from lightning_accel.pruning.trains import in_dtype_of
 from lightning_accel.surgery import Select, Structure, twin
 from lightning_accel.surgery.call import Call, first, reals, run, same_random_state
 

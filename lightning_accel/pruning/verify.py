@@ -8,10 +8,7 @@ wired to the wrong consumer without any error.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +18,7 @@ from lightning_accel.errors import BrokenModel
 from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.blank import Blank, Masks, masks
 from lightning_accel.pruning.statistics import Note, Record, Replay
+from lightning_accel.pruning.trains import REMEDY, located
 from lightning_accel.pruning.variants import opposite, resized, varied_calls, vary
 from lightning_accel.surgery import Cut, twin
 from lightning_accel.surgery.call import (
@@ -28,7 +26,6 @@ from lightning_accel.surgery.call import (
     as_call,
     cast,
     converted,
-    reals,
     run,
     same_random_state,
     tensors,
@@ -76,13 +73,11 @@ class Verifier:
 
     Attributes:
         fell_back: Whether there is no proof in float64.
-        why_untrained: Why the network does not train on the calls as it is, where that was asked for.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
         self.model = model
         self.calls = calls
-        self.why_untrained = ""
         self.fell_back = self._falls_back()
         # What is dead on these calls lives where all signs are turned.
         self._settings = [self._first, _Setting(opposite(self._first.network), self._first.calls)]
@@ -131,7 +126,7 @@ class Verifier:
             raise BrokenModel(
                 f"the cut network does not compute what the masked one computes{where}",
                 f"a relative difference of {error:.1e}",
-                _REMEDY,
+                REMEDY,
             )
 
     def difference(self, cut: Cut) -> float:
@@ -189,15 +184,15 @@ class Verifier:
             torch.no_grad(),
             same_random_state(small, seed=0),
             unfused(small),
-            _located(small),
+            located(small),
             replay,
         ):
             found = self._numbers(run(small, setting.calls))
         if [t.shape for t in expected] != [t.shape for t in found]:
-            raise BrokenModel("the cut changes the shape of the network's output", "", _REMEDY)
+            raise BrokenModel("the cut changes the shape of the network's output", "", REMEDY)
         if not sum(t.numel() for t in expected):
             raise BrokenModel(
-                "nothing can be proved: the network's outputs hold no number", "", _REMEDY
+                "nothing can be proved: the network's outputs hold no number", "", REMEDY
             )
         worst = 0.0
         for want, have in zip(expected, found, strict=True):
@@ -226,53 +221,8 @@ class Verifier:
         found = (t.resolve_conj() for t in tensors(outputs))
         return [(torch.view_as_real(t) if t.is_complex() else t).to(self.dtype) for t in found]
 
-    def training(self, cut: Cut) -> None:
-        """Raise `BrokenModel` unless forward and backward run in train mode, where they did before."""
-        if self.why_untrained:
-            return
-        calls = in_dtype_of(self.calls, self.model)
-        small = twin(self.model)
-        cut.apply(small)
-        try:
-            _backward(small, calls)
-        except BrokenModel:
-            self.why_untrained = _why_untrained(twin(self.model), calls)
-            if not self.why_untrained:
-                raise
-
 
 _NOTHING = 1e-30  # for weights that are divided by their own norm
-_REMEDY = "exclude the module with `select=Select(exclude=...)`"
-
-
-@contextmanager
-def _located(model: nn.Module) -> Iterator[None]:
-    """Let an error say in which module it happened."""
-    stack: list[str] = []
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    handles = []
-    for name, module in model.named_modules():
-        push = partial(_push, stack, name)
-        handles.append(module.register_forward_pre_hook(push, prepend=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    except Exception as error:
-        raise BrokenModel(
-            f"the cut network fails in `{stack[-1] if stack else ''}`",
-            f"{type(error).__name__}: {error}",
-            _REMEDY,
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _push(stack: list[str], name: str, *_: Any) -> None:
-    stack.append(name)
 
 
 def runs(model: nn.Module, calls: Sequence[Call], *, finite: bool = False) -> bool:
@@ -288,32 +238,3 @@ def runs(model: nn.Module, calls: Sequence[Call], *, finite: bool = False) -> bo
 
 def _is_finite(outputs: Sequence[Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in outputs)
-
-
-def _why_untrained(model: nn.Module, calls: Sequence[Call]) -> str:
-    """Return why the network does not train on these calls as it is; empty if it does."""
-    try:
-        _backward(model, calls)
-    except BrokenModel as error:
-        return str(error.__cause__ or error)
-    return ""
-
-
-def _backward(model: nn.Module, calls: Sequence[Call]) -> None:
-    model.train()
-    with torch.enable_grad(), same_random_state(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _located(model):
-            outputs = [t for t in reals(run(model, calls)) if t.requires_grad]
-        total = sum(t.float().mean() for t in outputs)
-        if isinstance(total, Tensor):
-            try:
-                total.backward()
-            except RuntimeError as error:
-                raise BrokenModel("the cut network has no backward", str(error), _REMEDY) from error
-
-
-def in_dtype_of(calls: Sequence[Call], model: nn.Module) -> tuple[Call, ...]:
-    """Convert floating point arguments to the dtype of the model's parameters."""
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    return cast(calls, dtypes[0]) if dtypes else tuple(calls)

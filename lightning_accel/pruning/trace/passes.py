@@ -41,9 +41,10 @@ def traced(model: nn.Module, calls: Sequence[Call], *, attention: str = "heads")
             _passes(flow, calls)
             new = _heads(flow, attention)
             if new.items() <= live.items():
-                with suppress(AccelError):  # it may not train on so few samples
-                    flow.model.train()
-                    _passes(flow, calls, counted=False)
+                flow.model.train()
+                for call in calls:
+                    with suppress(AccelError):  # it may not train on so few samples
+                        _passes(flow, [call], counted=False)
                 new = _heads(flow, attention)
         if new.items() <= live.items():
             break

@@ -1,0 +1,53 @@
+"""The steps of a fit, to be tried on changed copies of its module.
+
+A network is seen by what its example reaches. What a step does beside that (a head that only training has, a
+probe of hidden states in validation) is known to nobody but the step.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_accel.bridge.data import validation_batches
+from lightning_accel.bridge.example import AtHand, OfValidation, batches_or, run_step
+from lightning_accel.bridge.inert import inert_copy
+from lightning_accel.errors import AccelError
+from lightning_accel.surgery.preserve import preserve_rng
+
+
+class StepOfFit(NamedTuple):
+    """`training_step` or `validation_step`, with a batch of its fit; nothing is noticed outside of it."""
+
+    trainer: Trainer
+    batch: Any
+
+    @property
+    def trains(self) -> bool:
+        return not isinstance(self.batch, OfValidation)
+
+    @property
+    def name(self) -> str:
+        return "training_step" if self.trains else "validation_step"
+
+    def __call__(self, model: LightningModule) -> None:
+        """Raise what the step raises on a copy of `model`."""
+        with preserve_rng(), inert_copy(self.trainer, model) as copy:
+            run_step(self.trainer, copy, self.batch, 0)
+
+
+def steps_of(trainer: Trainer, at_hand: AtHand | None = None) -> list[StepOfFit]:
+    """Return a step of training, and one of validation for each loader that can be read beforehand.
+
+    Args:
+        trainer: A Trainer within a fit.
+        at_hand: A batch of this fit, for data that can be read only once.
+    """
+    found: list[Any] = []
+    with suppress(AccelError):
+        found += batches_or(trainer, 1, at_hand)
+    with suppress(AccelError):
+        found += [OfValidation(*given) for given in validation_batches(trainer, 1)]
+    return [StepOfFit(trainer, batch) for batch in found]
