@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_accel.pruning import prune
+from lightning_accel.surgery import Select
 
 
 class LinearBeforeTransposed(nn.Module):
@@ -140,6 +141,69 @@ class Divided(nn.Module):
         return divided(self, x)
 
 
+class ScaledByNorm(nn.Module):
+    """Torch-Pruning#24: SSD's norm over channels, whose scale is a parameter of its own and stayed as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x / (x.pow(2).sum(dim=1, keepdim=True).sqrt() + 1e-10)
+        return self.head(self.scale.unsqueeze(0).unsqueeze(2).unsqueeze(3).expand_as(x) * x)
+
+
+class SplitByAttributes(nn.Module):
+    """neural-compressor#525: BERT views by the numbers of heads and of their width, which stayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width, self.all = 4, 4, 16
+        self.query, self.key, self.value = (nn.Linear(8, 16) for _ in range(3))
+        self.out = nn.Linear(16, 3)
+
+    def _apart(self, x: Tensor) -> Tensor:
+        return x.view(*x.size()[:-1], self.heads, self.width).permute(0, 2, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self._apart(layer(x)) for layer in (self.query, self.key, self.value))
+        x = (q @ k.transpose(-1, -2) / self.width**0.5).softmax(-1) @ v
+        x = x.permute(0, 2, 1, 3).contiguous()
+        return self.out(x.view(*x.size()[:-2], self.all))
+
+
+class WithAuxiliary(nn.Module):
+    """PaddleSlim#604, PaddleSeg#1856: a branch of training only, of which a pruner in eval mode knows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 12, 3, padding=1)
+        self.head = nn.Conv2d(12, 4, 1)
+        self.aux = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.stem(x))
+        y = self.head(F.relu(self.body(x)))
+        return (y, self.aux(x)) if self.training else y
+
+
+@pytest.mark.parametrize(("select", "width"), [(None, 4), (Select(exclude=("aux.*",)), 8)])
+def test_a_branch_of_training_only_follows_or_stays_whole(select: Any, width: int) -> None:
+    """And only_train_once_personal_footprint#29: to compress the trunk, and leave the branch as it is."""
+    net = WithAuxiliary().eval()
+    dense, x = copy.deepcopy(net), torch.randn(2, 3, 8, 8)
+    prune(net, example=x, ratio=0.5, select=select)
+    assert (net.stem.out_channels, net.aux[0].in_channels, net.aux[0].out_channels) == (8, 8, width)
+    left = dict(net.named_parameters())
+    with torch.no_grad():
+        for name, tensor in dense.named_parameters():
+            tensor.mul_(torch.isin(tensor, left[name]))
+    for one, other in zip(net.train()(x), dense.train()(x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def images(batch: int, size: int) -> Tensor:
     return torch.randn(batch, 3, size, size, dtype=torch.float64)
 
@@ -161,6 +225,8 @@ def vectors(batch: int, _: int) -> Tensor:
         (PooledAttention, images, {"qkv": 24, "stem": 8}),
         (Chunked, images, {"cv1.0": 6, "m.0.0": 3, "cv2": 6}),
         (Divided, images, {"a": 6, "b": 6, "c": 6}),
+        (ScaledByNorm, images, {"stem": 8}),
+        (SplitByAttributes, sequences, {"query": 8, "value": 8}),
     ],
 )
 def test_networks_that_other_tools_broke_equal_their_masked_twins(
