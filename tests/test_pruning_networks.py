@@ -804,3 +804,22 @@ def test_a_head_that_only_validation_takes_follows_too(trainer_kwargs: dict[str,
     fitted(module, train, val, trainer_kwargs)
     assert module.net.trunk.out_features == 8
     assert [head.in_features for head in module.net.heads.values()] == [8, 8]
+
+
+class WithCritic(Beside):
+    """Its step runs a second network, of which the example says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("none")
+        self.critic = nn.Sequential(nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 1))
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self.critic(self(batch[0])).mean()
+
+
+@pytest.mark.filterwarnings("ignore:None of the layers of this network have been trained")
+@pytest.mark.filterwarnings("ignore:.*never ran on the example")
+def test_a_network_that_the_example_does_not_reach_stays(trainer_kwargs: dict[str, Any]) -> None:
+    module = WithCritic()
+    fitted(module, PAIRS, PAIRS, trainer_kwargs)
+    assert (module.encoder[2].out_features, module.critic[0].out_features) == (8, 12)

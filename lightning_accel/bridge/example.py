@@ -53,18 +53,22 @@ class StepFailed(AccelError):
 
 
 def find_example(
-    trainer: Trainer, pl_module: LightningModule, example: Any = None, at_hand: AtHand | None = None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    example: Any = None,
+    at_hand: AtHand | None = None,
+    *,
+    reach: bool = False,
 ) -> tuple[Call, ...]:
     """Return example calls: the explicit ones, else `example_input_array`, else a real batch's.
-
-    Where these do not reach all trainable layers of the networks that they call (one head per task, or one for
-    training only), the calls of a few more batches, of training and validation, that reach others are added.
 
     Args:
         trainer: A Trainer within a fit.
         pl_module: The user's module.
         example: Arguments of its `forward`: a tensor, a tuple of arguments, or a dict of keywords.
         at_hand: A batch of this fit, for data that can be read only once.
+        reach: Where these calls do not reach all trainable layers of the networks that they call (one head per
+            task, or one for training only), add those of more batches, of training and validation, that do.
 
     Raises:
         ReadOnce: The data can be read only once, and no batch is at hand.
@@ -76,10 +80,12 @@ def find_example(
     if example is None:
         # To its end: it puts the random state back.
         (calls,) = calls_of(trainer, pl_module, batches_or(trainer, 1, at_hand), ran)
-        return _reaching_more(trainer, pl_module, calls, ran, at_hand)
+        return _reaching_more(trainer, pl_module, calls, ran, at_hand) if reach else calls
     device = pl_module.device
     example = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
     calls = (as_call(example, _entry(pl_module)),)
+    if not reach:
+        return calls
     with (
         preserve_rng(),
         inert_copy(trainer, pl_module) as copy,
@@ -89,7 +95,9 @@ def find_example(
     ):
         run(copy, calls)
     with suppress(AccelError):  # what was given will do
-        calls = _reaching_more(trainer, pl_module, calls, ran, at_hand)
+        found = _reaching_more(trainer, pl_module, calls, set(ran), at_hand)
+        # Of other networks of the module nothing was said.
+        calls += tuple(call for call in found[len(calls) :] if call.name in ran)
     return calls
 
 
@@ -112,9 +120,7 @@ def _reaching_more(
     if _idle(pl_module, calls, ran):
         more(batches_or(trainer, _MORE, at_hand))
     if _idle(pl_module, calls, ran):
-        with suppress(
-            AccelError
-        ):  # a validation that cannot be read beforehand, or that fails on a copy
+        with suppress(AccelError):  # of a validation that is read once, or fails on a copy
             more([OfValidation(*given) for given in validation_batches(trainer, _MORE)])
     return calls
 

@@ -233,7 +233,7 @@ class StructuredPruning(ModelEdit):
         if self._done() < len(self.when):
             with preserve_rng():
                 try:
-                    calls = find_example(trainer, pl_module, self.example)
+                    calls = find_example(trainer, pl_module, self.example, reach=True)
                 except ReadOnce:  # nothing can be tried before the first batch of the fit
                     return
                 self.request.rehearse(
@@ -388,7 +388,7 @@ class StructuredPruning(ModelEdit):
         data = TrainingData(trainer, pl_module, _BATCHES, self._at_hand)
         left, dense = self._left(), self._dense(pl_module)
         with preserve_rng():
-            calls = find_example(trainer, pl_module, self.example, self._at_hand)
+            calls = find_example(trainer, pl_module, self.example, self._at_hand, reach=True)
             steps = steps_of(trainer, self._at_hand)
             try:
                 cut = self.request.plan(

@@ -244,7 +244,7 @@ class SparsityTraining(Callback):
         self, trainer: Trainer, pl_module: LightningModule, at_hand: AtHand | None
     ) -> list[Group]:
         frozen = frozenset(n for n, p in pl_module.named_parameters() if not p.requires_grad)
-        calls = first(find_example(trainer, pl_module, self.example, at_hand), _SAMPLES)
+        calls = first(find_example(trainer, pl_module, self.example, at_hand, reach=True), _SAMPLES)
         with preserve_rng(), torch.enable_grad():
             graph = Graph(twin(pl_module), calls, select=self.select, frozen=frozen)
         return list(graph.groups)
