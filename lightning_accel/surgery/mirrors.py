@@ -28,6 +28,7 @@ def mirrored(model: nn.Module) -> dict[str, str]:
     {'0_weight_ema': '0.weight'}
     """
     parameters = dict(model.named_parameters())
+    places = [_below(parameters, place) for place in _places(model)]
     found: dict[str, str] = {}
     for where, module in model.named_modules():
         held = {
@@ -35,7 +36,9 @@ def mirrored(model: nn.Module) -> dict[str, str]:
             for name, buffer in module.named_buffers(where, recurse=False)
             if buffer.dim() and buffer.is_floating_point()
         }
-        every = [fits for place in _places(model) if (fits := _fits(held, parameters, place))]
+        if not held:
+            continue
+        every = [fits for below in places if (fits := _fits(held, parameters, below))]
         most = max(map(len, every), default=0)
         best = [fits for fits in every if len(fits) == most]
         if best:
@@ -62,12 +65,16 @@ def _places(model: nn.Module) -> Iterator[str]:
             yield f"{name}." if name else ""
 
 
+def _below(parameters: Mapping[str, Tensor], place: str) -> dict[str, str]:
+    """Return the parameters of the children of a place, and their names from there without signs."""
+    rest = {n: n[len(place) :] for n in parameters if n.startswith(place)}
+    return {n: _SIGNS.sub("", short) for n, short in rest.items() if "." in short}
+
+
 def _fits(
-    held: Mapping[str, Tensor], parameters: Mapping[str, Tensor], place: str
+    held: Mapping[str, Tensor], parameters: Mapping[str, Tensor], below: Mapping[str, str]
 ) -> dict[str, str]:
     """Return whose each buffer is by its name, if it is one of the parameters below a place."""
-    below = {n: _SIGNS.sub("", n[len(place) :]) for n in parameters if n.startswith(place)}
-    below = {n: short for n, short in below.items() if "." in n[len(place) :]}
     found = {}
     for name, buffer in held.items():
         own = _SIGNS.sub("", name.rpartition(".")[2])
