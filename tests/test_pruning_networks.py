@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,8 +19,9 @@ from torch.utils.data import DataLoader
 
 from lightning_accel import StructuredPruning
 from lightning_accel.errors import AccelError, NoEffect
-from lightning_accel.pruning import prune
-from lightning_accel.surgery import Receipt
+from lightning_accel.pruning import Macs, prune
+from lightning_accel.surgery import Receipt, twin
+from lightning_accel.surgery.call import as_call
 
 
 class Fn(nn.Module):
@@ -281,6 +283,73 @@ def test_hooks_that_a_callback_registers_in_a_fit_take_part(trainer_kwargs: dict
     trainer.fit(module, DataLoader([torch.randn(8) for _ in range(8)], batch_size=4))
     assert (module.net[0].out_features, module.net[2].out_features) == (16, 6)
     assert hooks.calls == 4  # once for each batch, and not for what was tried on copies
+
+
+class Halved(Hooks):
+    """Reads the first half of what the first layer gives: no step runs without its hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()  # of which there is no copy
+        self.held: list[Any] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        net: Any = pl_module.net
+        net[2] = nn.Linear(8, 12)
+        self.held.append(trainer)
+        net[1].register_forward_hook(self.halve)
+        net[2].register_forward_hook(self.count)
+
+    def halve(self, _: Any, __: Any, output: Tensor) -> Tensor:
+        self.held.append(1)
+        return output[:, :8]
+
+
+@pytest.mark.filterwarnings("ignore:None of the layers of this network have been trained")
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        (Hooks, {"ratio": 0.5, "importance": "taylor"}),
+        (Hooks, {"ratio": 0.5, "importance": "taylor2"}),
+        (Hooks, {"target": Macs(0.8)}),
+        (Halved, {"ratio": 0.5}),
+        (Halved, {"target": Macs(0.5)}),
+    ],
+)
+def test_hooks_take_part_whatever_is_asked_for(
+    made: type[Hooks], options: Any, trainer_kwargs: dict[str, Any]
+) -> None:
+    """Measuring on a copy without the hooks led to a cut that the network with its hooks did not survive."""
+    module, hooks = Fitted(), made()
+    callbacks = [hooks, StructuredPruning(when=1, **options)]
+    trainer = Trainer(**{**trainer_kwargs, "max_epochs": 2}, callbacks=callbacks)
+    trainer.fit(module, DataLoader([torch.randn(8) for _ in range(8)], batch_size=4))
+    assert module.net[2].out_features < 12
+    assert (module.net[0].out_features == 16) == (made is Hooks)
+    assert hooks.calls == 4
+    assert not isinstance(hooks, Halved) or hooks.held == [trainer, 1, 1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:None of the layers of this network have been trained")
+def test_batch_norms_are_renewed_behind_the_hooks(trainer_kwargs: dict[str, Any]) -> None:
+    module = Fitted()
+    module.net[3] = nn.BatchNorm1d(12, momentum=None)
+    module.net[0].register_forward_hook(lambda _, __, output: output * 100)
+    callbacks = [StructuredPruning(ratio=0.5, when=1, recalibrate=2)]
+    kwargs = {**trainer_kwargs, "max_epochs": 2, "limit_train_batches": 2}
+    data = [torch.randn(8) for _ in range(8)]
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)  # type: ignore[method-assign]
+    Trainer(**kwargs, callbacks=callbacks).fit(module, DataLoader(data, batch_size=4))
+    hidden = module.net[:3](torch.stack(data))
+    torch.testing.assert_close(module.net[3].running_mean, hidden.mean(0), rtol=1e-4, atol=1e-3)
+
+
+def test_a_hook_may_run_in_inference_mode() -> None:
+    net, x = perceptron(), torch.randn(4, 8, dtype=torch.float64)
+    scales_output(net)
+    copied = twin(net, [as_call(x)])
+    with torch.inference_mode():
+        torch.testing.assert_close(copied(x), net(x))
 
 
 # -- what kernels ask of widths ---------------------------------------------------------------------

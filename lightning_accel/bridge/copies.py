@@ -13,6 +13,7 @@ from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery import twin
+from lightning_accel.surgery.acting import nothing_heard, users_hooks
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
 
@@ -46,8 +47,10 @@ class TrainingData:
         )
 
     def copy(self) -> LightningModule:
-        """Return a copy on which `training_step` has no effect outside it."""
-        with inert_copy(self._trainer, self._module) as copy:
+        """Return a copy on which `training_step` has no effect outside it, with the hooks that take part."""
+        hooked = any(True for _ in users_hooks(self._module))
+        calls = next(self.calls()) if hooked else ()
+        with inert_copy(self._trainer, self._module, calls) as copy:
             return copy
 
     def losses(self, copy: LightningModule) -> Iterator[Tensor]:
@@ -78,8 +81,13 @@ def renew_buffers(
 ) -> None:
     """Let `work` find new buffers on a copy, and take over those that it names; in weight averages as well."""
     for model in (pl_module, *averages(trainer.callbacks, pl_module)):  # type: ignore[attr-defined]
-        copy = _in_dtypes_of(pl_module, twin(model))  # a true precision converts the module only
-        with preserve_rng(), trainer.precision_plugin.train_step_context():
+        # A true precision converts the module only; hooks are part of what a norm sees.
+        copy = _in_dtypes_of(pl_module, twin(model, hooked=True))
+        with (
+            preserve_rng(),
+            nothing_heard(model),
+            trainer.precision_plugin.train_step_context(),
+        ):
             found = work(copy)
         for name, buffer in model.named_buffers():
             if name in found:
@@ -106,7 +114,7 @@ def unfrozen(pl_module: LightningModule) -> LightningModule:
     """Return a copy that may be pruned anywhere: what is frozen now need not be when a prune is due."""
     if is_free(pl_module):
         return pl_module
-    copy = twin(pl_module)
+    copy = twin(pl_module, hooked=True)
     for parameter in copy.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return copy

@@ -27,6 +27,7 @@ from torchmetrics import Metric
 from lightning_accel.bridge.data import batches, validation_batches
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.errors import AccelError
+from lightning_accel.surgery.acting import nothing_heard, users_hooks
 from lightning_accel.surgery.call import Call, as_call, run
 from lightning_accel.surgery.preserve import preserve_rng, preserve_state
 
@@ -159,7 +160,12 @@ def calls_of(
     """Yield the outermost calls of trainable modules for each batch; add to `ran` the modules that run."""
     with preserve_rng(), inert_copy(trainer, pl_module) as copy:
         for index, batch in enumerate(data):
-            calls = outermost_calls(trainer, copy, placed(trainer, copy, batch), index, ran)
+            try:
+                calls = outermost_calls(trainer, copy, placed(trainer, copy, batch), index, ran)
+            except StepFailed:
+                if not any(True for _ in users_hooks(pl_module)):
+                    raise
+                calls = _hooked_calls(trainer, pl_module, batch, index, ran)
             if not calls:
                 raise AccelError(
                     "no trainable module is called in `training_step`",
@@ -167,6 +173,14 @@ def calls_of(
                     "pass `example=` with the arguments of the LightningModule's forward",
                 )
             yield calls
+
+
+def _hooked_calls(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, index: int, ran: set[str] | None
+) -> tuple[Call, ...]:
+    """Return the calls of a step that fails without the hooks of the modules."""
+    with nothing_heard(pl_module), inert_copy(trainer, pl_module, hooked=True) as copy:
+        return outermost_calls(trainer, copy, placed(trainer, copy, batch), index, ran)
 
 
 def outermost_calls(

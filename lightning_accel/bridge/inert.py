@@ -7,7 +7,7 @@ use is accepted and does nothing.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy as shallow_copy
 from typing import Any
@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_accel.surgery import twin
+from lightning_accel.surgery.call import Call
 
 _SILENT = (
     "log",
@@ -30,9 +31,22 @@ _METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 
 
 @contextmanager
-def inert_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
-    """Give a twin on which `training_step` can run without any effect outside it."""
-    copy = twin(pl_module)
+def inert_copy(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    calls: Sequence[Call] = (),
+    *,
+    hooked: bool = False,
+) -> Iterator[LightningModule]:
+    """Give a twin on which `training_step` can run without any effect outside it.
+
+    Args:
+        trainer: Of the fit.
+        pl_module: The user's module.
+        calls: With these, the hooks that take part in the forward stay.
+        hooked: All forward hooks stay.
+    """
+    copy = twin(pl_module, calls, hooked=hooked)
     if vars(copy).get("training_step", copy) is vars(pl_module).get("training_step"):
         del vars(copy)["training_step"]  # a function that is bound to the original
     inert = Inert()

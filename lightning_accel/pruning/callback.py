@@ -32,6 +32,7 @@ from lightning_accel.pruning.request import READ_THE_LOSS, Request
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trained import UNTRAINED, little_left, looks_untrained
 from lightning_accel.surgery import Cut, Receipt, Select, Stage, Structure
+from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.preserve import preserve_rng
 
 _BATCHES = 10  # of training data, for an importance that measures
@@ -231,7 +232,7 @@ class StructuredPruning(ModelEdit):
         if self._start is None:
             self._start = pristine(pl_module).now(pl_module)
         if self._done() < len(self.when):
-            with preserve_rng():
+            with preserve_rng(), nothing_heard(pl_module):
                 try:
                     calls = find_example(trainer, pl_module, self.example, reach=True)
                 except ReadOnce:  # nothing can be tried before the first batch of the fit
@@ -387,7 +388,7 @@ class StructuredPruning(ModelEdit):
         """Decide on all processes, because networks may talk to each other, and take rank 0's word."""
         data = TrainingData(trainer, pl_module, _BATCHES, self._at_hand)
         left, dense = self._left(), self._dense(pl_module)
-        with preserve_rng():
+        with preserve_rng(), nothing_heard(pl_module):
             calls = find_example(trainer, pl_module, self.example, self._at_hand, reach=True)
             steps = steps_of(trainer, self._at_hand)
             try:

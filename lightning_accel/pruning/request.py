@@ -183,9 +183,11 @@ class Request:
         """Return the share of the target's unit that the cut leaves, counted or measured on copies."""
         if self.target is None:
             return None
-        before, after = twin(model), twin(model)
+        calls = in_dtype_of(calls, model)
+        before = twin(model, calls)
+        after = twin(before)
         cut.apply(after)
-        return self.target.of(calls).compared(before, after, in_dtype_of(calls, model))
+        return self.target.of(calls).compared(before, after, calls)
 
     def says(self, calls: Sequence[Call], due: int, left: float, device: torch.device) -> str:
         """Write what of the target's unit is left after a step, and what was asked for."""

@@ -24,10 +24,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_accel.surgery.call import Call, run, same_random_state, tensors
+from lightning_accel.surgery.call import Call, ModuleT, run, same_random_state, tensors
 
 _ALL: Any = nn.modules.module  # which knows the hooks of all modules
+_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+HOOKS = (
+    *FORWARD,
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 class Acting:
@@ -44,20 +54,35 @@ class Acting:
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         held = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
-        before = [t._version for t in held], _own(module)
+        before = _versions(held), _own(module)
         result = self.hook(module, *given)
-        after = [t._version for t in held], _own(module)
+        after = _versions(held), _own(module)
         self.acts |= result is not None or before != after
         return result
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Acting:
-        return Acting(rebound(self.hook, memo), acts=self.acts)
+
+def copied(model: ModuleT, memo: dict[int, Any]) -> ModuleT:
+    """Return a deep copy, whose `Acting` hooks are bound to it; those of the user are those of the original.
+
+    They are not copied: they may hold a Trainer, or what cannot be copied at all.
+    """
+    held = {id(hooks[key]): hooks[key] for hooks, key in users_hooks(model, HOOKS)}
+    memo |= held
+    made = copy.deepcopy(model, memo)
+    for key in held:
+        del memo[key]
+    for hooks, key in users_hooks(made):
+        if isinstance(hooks[key], Acting):  # only now are all modules copied that it may hold
+            hooks[key] = Acting(rebound(hooks[key].hook, memo), acts=hooks[key].acts)
+    return made
 
 
-def users_hooks(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
-    """Yield the registry and the key of each forward hook that is not torch's own."""
+def users_hooks(
+    model: nn.Module, registries: Sequence[str] = FORWARD
+) -> Iterator[tuple[dict[int, Any], int]]:
+    """Yield the registry and the key of each hook that is not torch's own."""
     for module in model.modules():
-        for name in FORWARD:
+        for name in registries:
             hooks = module.__dict__.get(name, {})
             for key, hook in list(hooks.items()):
                 if not is_of_torch(hook):
@@ -79,9 +104,9 @@ def sort_out(model: nn.Module, calls: Sequence[Call]) -> None:
     hooked = list(users_hooks(model))
     if all(hooks[key].acts for hooks, key in hooked):
         return
-    tried = copy.deepcopy(model).eval()
+    tried = copied(model, {}).eval()
     wanted = _outputs(tried, calls)
-    trained = copy.deepcopy(model).train()
+    trained = copied(model, {}).train()
     with suppress(Exception):  # it may not train on these calls
         _outputs(trained, calls)
     runs = zip(users_hooks(tried), users_hooks(trained), strict=True)
@@ -103,8 +128,10 @@ def rebound(hook: Any, memo: dict[int, Any]) -> Any:
         given = [memo.get(id(a), a) for a in hook.args]
         named = {k: memo.get(id(v), v) for k, v in hook.keywords.items()}
         return functools.partial(rebound(hook.func, memo), *given, **named)
+    if isinstance(hook, types.MethodType):
+        return types.MethodType(hook.__func__, _rebound_owner(hook.__self__, memo))
     if not isinstance(hook, types.FunctionType):
-        return copy.deepcopy(hook, memo)
+        return _rebound_owner(hook, memo)
     if not hook.__closure__:
         return hook
     if id(hook) not in memo:
@@ -116,6 +143,25 @@ def rebound(hook: Any, memo: dict[int, Any]) -> Any:
         made.__kwdefaults__, made.__module__ = hook.__kwdefaults__, hook.__module__
         memo[id(hook)] = made
     return memo[id(hook)]
+
+
+def _rebound_owner(owner: Any, memo: dict[int, Any]) -> Any:
+    """Return an object with the copies in `memo` for what it holds of them, and lists and such of its own.
+
+    All else is shared: a callback may hold the whole Trainer. So is what cannot be copied.
+    """
+    if id(owner) in memo:
+        return memo[id(owner)]
+    if not _is_plain_object(owner):
+        return owner
+    try:
+        memo[id(owner)] = made = copy.copy(owner)
+    except Exception:  # whatever the objects of a user do when they are copied
+        return owner
+    for name, value in vars(owner).items():
+        own = copy.copy(value) if type(value) in _CONTAINERS else value
+        vars(made)[name] = memo.get(id(value), own)
+    return made
 
 
 def _rebound_cell(cell: Any, memo: dict[int, Any]) -> Any:
@@ -140,7 +186,7 @@ def nothing_heard(model: nn.Module) -> Iterator[None]:
     held = [value for _, value in cells.values()] + [space[n] for space, n in names]
     spaces = [vars(v) for v in held if _is_plain_object(v)]
     held += [*spaces, *(v for space in spaces for v in space.values())]
-    held = [v for v in held if type(v) in (list, dict, set, OrderedDict, defaultdict, deque)]
+    held = [v for v in held if type(v) in _CONTAINERS]
     before = [(value, copy.copy(value)) for value in held]
     try:
         yield
@@ -175,6 +221,11 @@ def _contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # nothing is in it yet
         return None
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    """Count the changes in place; those of inference mode count none."""
+    return [-1 if t.is_inference() else t._version for t in tensors]
 
 
 def _own(module: nn.Module) -> dict[str, int]:

@@ -6,41 +6,35 @@ which cannot fail. So no trace's autograd graph, train flag or hook of the origi
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_accel.surgery.acting import Acting, is_of_torch, rebound, sort_out, users_hooks
-from lightning_accel.surgery.call import Call
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
+from lightning_accel.surgery.acting import (
+    HOOKS,
+    Acting,
+    copied,
+    is_of_torch,
+    rebound,
+    sort_out,
+    users_hooks,
 )
+from lightning_accel.surgery.call import Call, ModuleT
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def twin(model: ModuleT, calls: Sequence[Call] = ()) -> ModuleT:
+def twin(model: ModuleT, calls: Sequence[Call] = (), *, hooked: bool = False) -> ModuleT:
     """Return an independent copy of `model`: weights, gradients, flags and ties, but not its hooks.
 
     Hooks of `torch.nn.utils` (weight and spectral norm, masks) stay, because the weights depend on
     them; a user's own hooks would write into the user's objects and are left out. With `calls`, those
-    that take part in the forward stay as well, in this copy and in copies of it. Tensors that still
-    hang on an autograd graph, such as a stored loss, are copied detached. Modules compiled in place
-    come out uncompiled.
+    that take part in the forward stay as well, in this copy and in copies of it; `hooked` keeps all
+    forward hooks, for what runs within `acting.nothing_heard`. Tensors that still hang on an autograd
+    graph, such as a stored loss, are copied detached. Modules compiled in place come out uncompiled.
 
     >>> import torch
     >>> net = nn.Linear(2, 2)
@@ -50,25 +44,25 @@ def twin(model: ModuleT, calls: Sequence[Call] = ()) -> ModuleT:
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _attached_tensors(model)}
     memo |= _empty_registries(model)
-    copied = copy.deepcopy(model, memo)
+    made = copied(model, memo)
     named = model.named_parameters(remove_duplicate=False)
     gradients = {name: p.grad for name, p in named if p.grad is not None}
     if gradients:
-        for name, parameter in copied.named_parameters(remove_duplicate=False):
+        for name, parameter in made.named_parameters(remove_duplicate=False):
             if name in gradients:
                 parameter.grad = gradients[name].detach().clone()
-    if calls:
-        for hooks, key in users_hooks(copied):
+    if calls or hooked:
+        for hooks, key in users_hooks(made):
             if not isinstance(hooks[key], Acting):
                 hooks[key] = Acting(rebound(hooks[key], memo), acts=False)
-    for module in copied.modules():
-        for registry in _HOOKS:
+    for module in made.modules():
+        for registry in HOOKS:
             hooks = module.__dict__.get(registry, {})
             for key in [k for k, hook in hooks.items() if not _stays(hook)]:
                 del hooks[key]
     if calls:
-        sort_out(copied, calls)
-    return copied
+        sort_out(made, calls)
+    return made
 
 
 def _empty_registries(model: nn.Module) -> dict[int, Any]:
