@@ -174,9 +174,10 @@ def _rebound_cell(cell: Any, memo: dict[int, Any]) -> Any:
 @contextmanager
 def nothing_heard(model: nn.Module) -> Iterator[None]:
     """Put back at the end what forward hooks write into, the model's own and those of all modules."""
-    hooks = [hooks[key] for hooks, key in users_hooks(model)]
+    hooks: list[Any] = [hooks[key] for hooks, key in users_hooks(model)]
     for everywhere in (_ALL._global_forward_hooks, _ALL._global_forward_pre_hooks):
         hooks += everywhere.values()
+    hooks = [getattr(hook, "hook", hook) for hook in hooks]
     functions = [f for hook in hooks for f in _functions(hook)]
     cells = {id(c): (c, _contents(c)) for f in functions for c in f.__closure__ or ()}
     names = [
@@ -184,6 +185,8 @@ def nothing_heard(model: nn.Module) -> Iterator[None]:
     ]
     plain = [(space, n, space[n]) for space, n in names if isinstance(space[n], (int, float, str))]
     held = [value for _, value in cells.values()] + [space[n] for space, n in names]
+    # The object of a method, and a hook that is an object itself.
+    held += [getattr(hook, "__self__", hook) for hook in hooks]
     spaces = [vars(v) for v in held if _is_plain_object(v)]
     held += [*spaces, *(v for space in spaces for v in space.values())]
     held = [v for v in held if type(v) in _CONTAINERS]
@@ -197,8 +200,16 @@ def nothing_heard(model: nn.Module) -> Iterator[None]:
         for space, name, value in plain:
             space[name] = value
         for value, saved in before:
-            value.clear()
-            (value.extend if isinstance(value, (list, deque)) else value.update)(saved)
+            if not _same(value, saved):
+                value.clear()
+                (value.extend if isinstance(value, (list, deque)) else value.update)(saved)
+
+
+def _same(value: Any, saved: Any) -> bool:
+    """Whether a container holds the very objects that it held: what others read meanwhile is left alone then."""
+    parts = ([*v, *v.values()] if isinstance(v, dict) else list(v) for v in (value, saved))
+    some, others = (list(map(id, part)) for part in parts)
+    return some == others
 
 
 def _functions(hook: Any) -> list[types.FunctionType]:
