@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning_accel
 
-_MORE = {"GreedySwapSelector": "pruning.reconstruction"}
+_MORE = {"GreedySwapSelector": "pruning.reconstruction", "TorchPruner": "pruning.spelled"}
 CLASSES = {
     name: home for name, home in {**lightning_accel._HOMES, **_MORE}.items() if name[0].isupper()
 }

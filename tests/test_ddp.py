@@ -29,7 +29,7 @@ def run_alone(name: str, folder: Path, *arguments: str) -> None:
 
 @pytest.mark.parametrize(
     ("importance", "unused"),
-    [("magnitude", "none"), ("taylor", "none"), ("random", "unused")],
+    [("magnitude", "none"), ("taylor", "none"), ("random", "unused"), ("torch_pruning", "none")],
 )
 def test_ranks_agree_through_prune_and_resume(tmp_path: Path, importance: str, unused: str) -> None:
     zero, one = run_ranks("ddp_prune.py", tmp_path, importance, unused)

@@ -7,6 +7,7 @@ from lightning_accel.pruning.prune import plan, prune
 from lightning_accel.pruning.qubo import QuboSelector
 from lightning_accel.pruning.recalibrate import recalibrate
 from lightning_accel.pruning.reconstruction import GreedySwapSelector, Reconstruction
+from lightning_accel.pruning.spelled import TorchPruner
 from lightning_accel.pruning.target import Latency, Macs, Memory, Params
 from lightning_accel.pruning.verify import mask_equivalence
 
@@ -26,6 +27,7 @@ __all__ = [
     "Reconstruction",
     "SparsityTraining",
     "StructuredPruning",
+    "TorchPruner",
     "WeightMasks",
     "mask_equivalence",
     "plan",

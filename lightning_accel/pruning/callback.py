@@ -10,12 +10,13 @@ from typing import Any, ClassVar, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.bridge import bests, guards
-from lightning_accel.bridge.copies import TrainingData, is_free, renew_buffers, unfrozen
+from lightning_accel.bridge.copies import TrainingData, is_free, unfrozen
 from lightning_accel.bridge.data import ReadOnce
-from lightning_accel.bridge.example import AtHand, batches_or, calls_of, find_example
+from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import reads_once
 from lightning_accel.bridge.model_edit import ModelEdit, commit
 from lightning_accel.bridge.parts import note_parts
@@ -23,14 +24,16 @@ from lightning_accel.bridge.restore import pristine
 from lightning_accel.bridge.rewind import remember_fit, rewind
 from lightning_accel.bridge.tried import steps_of
 from lightning_accel.changed import changed, in_vain, written
-from lightning_accel.errors import NoEffect, Unsupported, explain
+from lightning_accel.errors import NoEffect, Unsupported
+from lightning_accel.pruning import course
 from lightning_accel.pruning import guard as guarding
 from lightning_accel.pruning import schedule as scheduling
+from lightning_accel.pruning.foreign import Pruner
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.recalibrate import recalibrate
+from lightning_accel.pruning.recalibrate import check_batches
 from lightning_accel.pruning.request import READ_THE_LOSS, Request
 from lightning_accel.pruning.target import Target
-from lightning_accel.pruning.trained import UNTRAINED, little_left, looks_untrained
+from lightning_accel.pruning.trained import UNTRAINED, looks_untrained
 from lightning_accel.surgery import Cut, Receipt, Select, Stage, Structure
 from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.preserve import preserve_rng
@@ -88,6 +91,9 @@ class StructuredPruning(ModelEdit):
         mode: "max" where more of it is better, "min" where less is.
         patience: With `max_drop`, epochs of fine-tuning before a prune can be taken back; a prune that
             is due meanwhile waits.
+        pruner: Instead of `ratio`, a function of a copy of the LightningModule and of what it takes, called anew for
+            each prune: `lambda model, example: tp.pruner.BasePruner(model, example, ...)`. What it returns
+            chooses what goes; see `pruning.foreign` for its steps and its sparse training.
         example: Arguments of the LightningModule's `forward`; by default `example_input_array`, else
             what its networks receive in `training_step`.
 
@@ -119,6 +125,7 @@ class StructuredPruning(ModelEdit):
         monitor: str | None = None,
         mode: str = "max",
         patience: int = 1,
+        pruner: Pruner | None = None,
         example: Any = None,
     ) -> None:
         self._when = scheduling.moments(when)
@@ -135,11 +142,10 @@ class StructuredPruning(ModelEdit):
             round_to=round_to,
             attention=attention,
             compensate=compensate,
+            pruner=pruner,
         )
-        if type(recalibrate) is not int or recalibrate < 0:
-            raise ValueError(
-                explain("`recalibrate` is a number of batches", repr(recalibrate), "pass 10, say")
-            )
+        self._sparse = course.SparseTraining(pruner, example)
+        check_batches(recalibrate)
         # Lightning asks for the key on every hook of every step.
         self._key = self._generate_state_key(select=str(self.select))
         self._is_set_up = False
@@ -177,6 +183,8 @@ class StructuredPruning(ModelEdit):
         }
         if self._start is not None and self._start.tensors:
             state["start"] = self._start.to_dict()
+        if not self.history and self._sparse.state():
+            state["sparse"] = self._sparse.state()
         return state if self.guard is None else {**state, "guard": self.guard.state_dict()}
 
     @override
@@ -185,6 +193,7 @@ class StructuredPruning(ModelEdit):
         self._before = dict(state_dict.get("settings", {}))
         start = state_dict.get("start")
         self._start = Structure() if start is None else Structure.from_dict(start)
+        self._sparse.load(state_dict.get("sparse", []))
         if self.guard is not None and "guard" in state_dict:
             self.guard.load_state_dict(state_dict["guard"])
 
@@ -214,6 +223,7 @@ class StructuredPruning(ModelEdit):
             # Another fit; a second `trainer.fit` of the same model goes on where the first ended.
             self._trainer, self._module = weakref.ref(trainer), weakref.ref(pl_module)
             self.receipt, self.history, self._start, self._before = Receipt(), [], None, {}
+            self._sparse.load(())
             if self.guard is not None:
                 self.guard.reset()
 
@@ -231,6 +241,8 @@ class StructuredPruning(ModelEdit):
         super().on_train_start(trainer, pl_module)
         if self._start is None:
             self._start = pristine(pl_module).now(pl_module)
+        if not self.history:
+            self._sparse.begin(trainer, pl_module)
         if self._done() < len(self.when):
             with preserve_rng(), nothing_heard(pl_module):
                 try:
@@ -242,6 +254,7 @@ class StructuredPruning(ModelEdit):
                     calls,
                     left=self._left(),
                     dense=self._dense(pl_module),
+                    source=TrainingData(trainer, pl_module, _BATCHES),
                     steps=steps_of(trainer),
                 )
 
@@ -256,6 +269,7 @@ class StructuredPruning(ModelEdit):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._sparse.batch_begins(batch)
         # Lightning leaves out the epoch's start after a resume from the last step of an epoch.
         if batch_idx == 0:
             if guards.is_built(pl_module):
@@ -265,6 +279,23 @@ class StructuredPruning(ModelEdit):
                 self._act(trainer, pl_module)
             finally:
                 self._at_hand = None
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._sparse.before_step(trainer, optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._sparse.batch_ends()
+
+    def on_model_edit_end(self, trainer: Trainer, pl_module: LightningModule, _: Receipt) -> None:
+        """Trace anew for sparse training what another edit has changed."""
+        if self._sparse.acts:
+            self._sparse.begin(trainer, pl_module)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trial = guards.is_trial(trainer)  # of everything in one epoch
@@ -302,6 +333,7 @@ class StructuredPruning(ModelEdit):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        self._sparse.epoch_ends()
         # Before the last checkpoint is written, so that it holds the network that passed.
         if trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs:
             self._may_go_on(trainer, pl_module, final=True)
@@ -317,6 +349,11 @@ class StructuredPruning(ModelEdit):
         missed = [epoch for epoch in self.when[self._done() :] if epoch >= late]
         if missed and not guards.is_trial(trainer):
             rank_zero_warn(scheduling.unfinished(self.when, missed))
+
+    @override
+    def _leave(self, pl_module: LightningModule) -> None:
+        super()._leave(pl_module)
+        self._sparse.end()
 
     def _tell_changed(self) -> None:
         """Say what of the settings is given in vain, because the network was cut already."""
@@ -364,7 +401,9 @@ class StructuredPruning(ModelEdit):
         earlier = bests.bests(trainer)
         if not trainer.global_step and not guards.is_trial(trainer) and looks_untrained(pl_module):
             rank_zero_warn(UNTRAINED)
-        receipt = commit(trainer, pl_module, found.cut, lambda: self._renew(trainer, pl_module))
+        self._sparse.end()
+        renew = partial(course.renew, trainer, pl_module, self.recalibrate, self._at_hand)
+        receipt = commit(trainer, pl_module, found.cut, renew)
         after = sum(p.numel() for p in pl_module.parameters())
         self.receipt = self.receipt + receipt
         self.history.append(
@@ -378,10 +417,8 @@ class StructuredPruning(ModelEdit):
                 "bests": earlier,
             }
         )
-        self._report(trainer, receipt, found.text)
-        warning = little_left(after, _dense_params(pl_module))
-        if warning:
-            rank_zero_warn(warning)
+        told = (found.text, self._left()) if found.text else None
+        course.report(trainer, pl_module, receipt, before, told)
         return True
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> _Decision:
@@ -410,31 +447,3 @@ class StructuredPruning(ModelEdit):
     def _left(self) -> float:
         """Return the share of the target's unit that is left since the start of the fit."""
         return math.prod(step["kept"] for step in self.history if step["kept"] is not None)
-
-    def _renew(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.recalibrate:
-            data = batches_or(trainer, self.recalibrate, self._at_hand)
-            calls = partial(calls_of, trainer, pl_module, data)
-            renew_buffers(trainer, pl_module, lambda copy: recalibrate(copy, calls()))
-
-    def _report(self, trainer: Trainer, receipt: Receipt, target: str) -> None:
-        before, after = (int(self.history[-1][f"params_{when}"]) for when in ("before", "after"))
-        values = {"pruning/params": float(after), "pruning/params_left": after / before}
-        text = (
-            f"Pruned before epoch {trainer.current_epoch}: {before:,} -> {after:,} parameters "
-            f"({after / before:.0%}), {len(receipt.changes)} tensors."
-        )
-        if target:
-            values["pruning/target_left"] = self._left()
-            text += f"\n  {target}"
-        for change in receipt.skipped:
-            text += f"\n  left alone: `{change.name}`: {change.what}"
-        rank_zero_info(text)
-        for logger in trainer.loggers:
-            logger.log_metrics(values, trainer.global_step)
-
-
-def _dense_params(pl_module: LightningModule) -> int:
-    dense = pristine(pl_module).tensors
-    named = pl_module.named_parameters()
-    return sum(math.prod(dense[n]) if n in dense else p.numel() for n, p in named)

@@ -86,10 +86,7 @@ class Graph:
         }
         kept = {name: Kept(d) for name, d in dims.items() if any(x is not None for x in d)}
         tensors = dict(named_tensors(self.model))
-        persistent = set(self.model.state_dict(keep_vars=True))
-        for name in kept:
-            if name not in persistent and not _is_constant(tensors[name], kept[name]):
-                raise ValueError(f"`{name}` is a buffer that checkpoints do not hold")
+        require_stored(self.model, kept)
         before = Structure(
             {name: tuple(tensors[name].shape) for name in kept},
             {name: dict.fromkeys(sizes, 0) for name, sizes in attributes.items()},
@@ -97,6 +94,38 @@ class Graph:
         scaled = self._scaled(gone, left, kept)
         renormed = dict(self._renormed(kept))
         return Cut(kept, before.now(self.model), attributes, scaled=scaled, renormed=renormed)
+
+    def units(self, places: Mapping[str, Mapping[int, Tensor]]) -> dict[str, list[int]] | None:
+        """Return the units that take exactly these places of these tensors; `None` if none do.
+
+        Args:
+            places: By name of a tensor and dimension, which places go. Tensors that are not named may
+                lose some as well: buffers, say, and whatever another pruner cannot see.
+        """
+        marked: set[int] = set()
+        for name, dims in places.items():
+            for dim, gone in dims.items():
+                if name not in self._flow.own:
+                    return None
+                atoms = self._flow.own[name].axes[dim].atoms
+                marked.update(self._found.root[atoms[gone.numpy()]].tolist())
+        found = {
+            group.name: np.flatnonzero(np.isin(self._found.roots[group.name], list(marked)))
+            for group in self.groups
+        }
+        units = {name: list(map(int, gone)) for name, gone in found.items() if len(gone)}
+        if sum(map(len, units.values())) != len(marked):
+            return None
+        left = self._left(units)
+        for name, dims in places.items():
+            for dim, axis in enumerate(self._flow.own[name].axes):
+                kept = left.positions(axis.atoms)
+                lost = set(range(len(axis.atoms))) - set(
+                    range(len(axis.atoms)) if kept is None else kept.tolist()
+                )
+                if lost != set(dims.get(dim, torch.empty(0)).tolist()):
+                    return None
+        return units
 
     def rescale(self, names: Collection[str]) -> bool:
         """Scale the queries of these groups where they were not, or the other way round; whether any."""
@@ -307,7 +336,13 @@ _WEIGHTS = (
 )
 """Where the weight of a layer may be, or what it is made of in the same shape."""
 
-_UNSELECTED = "it is not selected"
+
+def require_stored(model: nn.Module, kept: Mapping[str, Kept]) -> None:
+    """Raise `ValueError` if something is cut that no checkpoint could give back."""
+    tensors, persistent = dict(named_tensors(model)), set(model.state_dict(keep_vars=True))
+    for name in kept:
+        if name not in persistent and not _is_constant(tensors[name], kept[name]):
+            raise ValueError(f"`{name}` is a buffer that checkpoints do not hold")
 
 
 def _is_constant(buffer: Tensor, kept: Kept) -> bool:

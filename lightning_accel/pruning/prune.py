@@ -19,18 +19,21 @@ from torch import Tensor, nn
 from lightning_accel.errors import AccelError, BrokenModel, NoEffect, explain
 from lightning_accel.pruning import activations, compensation, rounding, selection
 from lightning_accel.pruning import importance as scoring
+from lightning_accel.pruning.adopt import Adopted, adopt
+from lightning_accel.pruning.foreign import Pruner, Turn, check_pruner, require_alone
 from lightning_accel.pruning.graph import Gone, Graph, Group
+from lightning_accel.pruning.halving import sound
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.ranking import Ranking
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trains import Step, Training, in_dtype_of
-from lightning_accel.pruning.verify import Verifier, runs
+from lightning_accel.pruning.verify import Verifier, runs, why_broken
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
 from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.call import Call, as_call, batch_size, first
 from lightning_accel.surgery.mirrors import with_mirrors
 
-_EVERYTHING, _AS_IT_IS = Select(), Structure()
+_EVERYTHING, _AS_IT_IS, _ONLY = Select(), Structure(), Turn()
 _SAMPLES = 2  # enough for batch norm in train mode
 _NARROW = 0.999  # no share of the channels beyond this is asked for
 
@@ -48,6 +51,7 @@ def prune(
     round_to: int | str | None = None,
     attention: str = "heads",
     compensate: bool = False,
+    pruner: Pruner | None = None,
 ) -> Receipt:
     """Remove the least important channels and attention heads of a network in place.
 
@@ -72,6 +76,9 @@ def prune(
         attention: Whole "heads" go, or the same places of every head ("width").
         compensate: Solve the layers that read what is gone anew, by least squares on `example`, which
             should then hold a few hundred samples.
+        pruner: Instead of all but `example` and `compensate`, a function of a copy of the model and of its
+            arguments that returns a pruner of torch-pruning, of which all steps are made. It chooses what
+            goes; that is proved, cut and told as ever. See `StructuredPruning`.
 
     Returns:
         What was cut, and under `skipped` what was left alone and why.
@@ -106,6 +113,7 @@ def prune(
         round_to=round_to,
         attention=attention,
         compensate=compensate,
+        pruner=pruner,
     ).apply(model)
 
 
@@ -124,22 +132,28 @@ def plan(
     batches: Iterable[Sequence[Call]] = (),
     statistics: activations.Statistics | None = None,
     compensate: bool = False,
+    pruner: Pruner | None = None,
+    turn: Turn = _ONLY,
     seconds: float = 300.0,
     steps: Sequence[Step] = (),
 ) -> Cut:
-    """Return the proved cut for a share of channels, or for a target; change nothing.
+    """Return the proved cut for a share of channels, for a target or by a pruner; change nothing.
 
     `dense` holds the shapes before earlier cuts, if there were any: `ratio` is a share of those.
     `batches` are the calls of calibration batches, for what measures; the calls themselves by default.
     `compensate` solves the layers that read what is gone anew, on these batches. After `seconds` no
-    more groups are tried one by one; those not tried by then are left alone, and listed. `steps` are
-    what else has to run with the smaller network, where it does now.
+    more groups are tried one by one; those not tried by then are left alone, and listed. `turn` is which
+    of its steps a `pruner` of torch-pruning is to make. `steps` are what else has to run with the smaller
+    network, where it does now.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             explain("`model` is a network", type(model).__name__, "pass a torch.nn.Module")
         )
-    check_asked(ratio, target)
+    check_asked(ratio, target, pruner)
+    if pruner is not None:
+        others = {"select": select, "importance": importance, "scope": scope}
+        require_alone({**others, "round_to": round_to, "attention": attention})
     rounding.check_round_to(round_to)
     target = None if target is None else target.of(calls)
     if type(compensate) is not bool:
@@ -154,42 +168,32 @@ def plan(
     with nothing_heard(model):
         model = _with_acting_hooks(model, calls)
         small = _small(model, calls)
-        frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
-        graph = Graph(
-            twin(model),
-            small,
-            select=select,
-            frozen=frozen,
-            dense=dense,
-            attention=attention,
-        )
         data = list(batches) or [in_dtype_of(calls, model)]
-        ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
         verifier, training = Verifier(model, small), Training(model, small, steps)
-        found = _choose(
-            graph,
-            ranking,
-            verifier,
-            training,
-            partial(
+        if pruner is not None:
+            found = adopt(model, small, pruner, verifier, training, turn=turn, until=until)
+        else:
+            frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
+            graph = Graph(
+                twin(model), small, select=select, frozen=frozen, dense=dense, attention=attention
+            )
+            ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
+            reach = partial(
                 rounding.reach,
                 graph,
                 ratio=ratio,
                 target=target,
                 round_to=round_to,
                 batch_size=batch_size(calls),
-            ),
-            scope=scope,
-            until=until,
-        )
-        cut = graph.cut(found.gone)
-        if compensate:
-            cut = _compensated(graph, cut, found.gone, data)
+            )
+            chosen = _choose(graph, ranking, verifier, training, reach, scope=scope, until=until)
+            refused = (*graph.skipped, *chosen.refused)
+            found = Adopted(graph.cut(chosen.gone), graph, chosen.gone, refused)
+        cut = _compensated(found, data) if compensate else found.cut
         cut = with_mirrors(model, cut)
-    notes = [_reached(graph, found.gone, ratio, target), *_unproved(graph, verifier, training, cut)]
-    return dataclasses.replace(
-        cut, skipped=(*graph.skipped, *found.refused), notes=(*notes, *cut.notes)
-    )
+    notes = [_reached(model, found, ratio, target)]
+    notes += _unproved(found.graph, verifier, training, cut)
+    return dataclasses.replace(cut, skipped=found.refused, notes=(*notes, *cut.notes))
 
 
 class _Chosen(NamedTuple):
@@ -250,16 +254,19 @@ def check_ratio(ratio: Any, name: str = "ratio") -> None:
         )
 
 
-def check_asked(ratio: Any, target: Any) -> None:
-    """Raise unless exactly one of `ratio` and `target` is given."""
-    if (ratio is None) == (target is None):
+def check_asked(ratio: Any, target: Any, pruner: Any = None) -> None:
+    """Raise unless exactly one of `ratio`, `target` and `pruner` is given."""
+    given = {"ratio": ratio, "target": target, "pruner": pruner}
+    if sum(value is not None for value in given.values()) != 1:
         raise ValueError(
             explain(
-                "pruning takes either `ratio` or `target`",
-                f"ratio={ratio!r}, target={target!r}",
-                "pass one of the two",
+                "pruning takes either `ratio` or `target`, or a `pruner` of torch-pruning",
+                ", ".join(f"{n}={v!r}" for n, v in given.items() if n != "pruner" or v is not None),
+                "pass one of them",
             )
         )
+    if pruner is not None:
+        check_pruner(pruner)
     if target is not None and not isinstance(target, Target):
         raise TypeError(explain("`target` says what to keep", repr(target), "pass Macs(0.5), say"))
 
@@ -302,8 +309,17 @@ def _pick(
     )
 
 
-def _reached(graph: Graph, gone: Gone, ratio: float | None, target: Target | None) -> str:
+def _reached(model: nn.Module, found: Adopted, ratio: float | None, target: Target | None) -> str:
     """Write what was asked and what was reached."""
+    graph, gone = found.graph, found.gone
+    if ratio is None and target is None:
+        before, after = twin(model), twin(model)
+        found.cut.apply(after)
+        counts = [sum(p.numel() for p in net.parameters()) for net in (after, before)]
+        return (
+            f"chosen by torch-pruning: {counts[0] / max(counts[1], 1):.1%} of parameters are left"
+        )
+    assert graph is not None and gone is not None
     if target is not None:
         device = next(graph.model.parameters()).device
         return target.says(target.kept(graph, gone), device)
@@ -323,7 +339,7 @@ def _require_samples(calls: Sequence[Call]) -> None:
         )
 
 
-def _unproved(graph: Graph, verifier: Verifier, training: Training, cut: Cut) -> list[str]:
+def _unproved(graph: Graph | None, verifier: Verifier, training: Training, cut: Cut) -> list[str]:
     """Write what the proof did not see; warn of layers that may fail."""
     notes = []
     if training.why_not:
@@ -331,7 +347,7 @@ def _unproved(graph: Graph, verifier: Verifier, training: Training, cut: Cut) ->
             "not proved in training, where the network fails on the example as it is"
             f" ({training.why_not.splitlines()[0]}): pass an example on which it trains"
         )
-    idle = graph.idle_readers(cut)
+    idle = {} if graph is None else graph.idle_readers(cut)
     if idle:
         notes.append(_may_fail(idle))
         warnings.warn(notes[-1], stacklevel=4)
@@ -372,15 +388,19 @@ def _small(model: nn.Module, calls: Sequence[Call]) -> tuple[Call, ...]:
     return small if runs(model, small) else whole
 
 
-def _compensated(graph: Graph, cut: Cut, gone: Gone, batches: Sequence[Sequence[Call]]) -> Cut:
+def _compensated(found: Adopted, batches: Sequence[Sequence[Call]]) -> Cut:
+    cut, graph, gone = found.cut, found.graph, found.gone
+    if graph is None or gone is None:
+        why = "not compensated: what torch-pruning removes is no whole of the groups that are known here"
+        return dataclasses.replace(cut, notes=(why,))
     small = twin(graph.model)
     cut.apply(small)
-    found = compensation.compensate(
+    solved = compensation.compensate(
         graph.model, small, groups=graph.groups, gone=gone, batches=batches
     )
     before = dict(small.named_parameters())
-    added = {name: value - before[name].detach() for name, value in found.values.items()}
-    notes = tuple(f"not compensated: `{c.name}`: {c.what}" for c in found.left_out)
+    added = {name: value - before[name].detach() for name, value in solved.values.items()}
+    notes = tuple(f"not compensated: `{c.name}`: {c.what}" for c in solved.left_out)
     return dataclasses.replace(cut, added=added, notes=notes)
 
 
@@ -398,44 +418,10 @@ def _culprits(
         if group.name in gone:
             key = group.name if group.link is None else group.link
             bundles.setdefault(key, {})[group.name] = gone[group.name]
-    refused: list[Change] = []
 
     def failure(some: Sequence[Mapping[str, Sequence[int]]]) -> str:
-        try:
-            cut = graph.cut({name: units for part in some for name, units in part.items()})
-            verifier.equivalence(cut)
-            training.check(cut)
-        except (BrokenModel, ValueError, IndexError, AssertionError, RuntimeError) as error:
-            return str(error).rpartition(" Do: ")[0] or str(error)
-        return ""
+        together = {name: units for part in some for name, units in part.items()}
+        return why_broken(verifier, training, partial(graph.cut, together))
 
-    def refuse(part: Mapping[str, Sequence[int]], reason: str) -> None:
-        refused.extend(Change(name, reason) for name in part)
-
-    def sound(some: list[dict[str, Sequence[int]]]) -> list[dict[str, Sequence[int]]]:
-        if time.monotonic() > until:
-            for part in some:
-                refuse(part, "not tried: the time for trying groups one by one was over")
-            return []
-        reason = failure(some)
-        if not reason:
-            return some
-        if len(some) == 1:
-            if graph.rescale(some[0]) and not failure(some):
-                return some
-            refuse(some[0], reason)
-            return []
-        half = len(some) // 2
-        left, right = sound(some[:half]), sound(some[half:])
-        if not left or not right or not failure(left + right):
-            return left + right
-        for part in right:  # sound apart, not together
-            reason = failure([*left, part])
-            if reason:
-                refuse(part, reason)
-            else:
-                left = [*left, part]
-        return left
-
-    sound(list(bundles.values()))
-    return refused
+    refused = sound(list(bundles.values()), failure, mend=graph.rescale, until=until)[1]
+    return [Change(name, reason) for part, reason in refused for name in part]

@@ -15,6 +15,15 @@ from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import schedule as scheduling
 from lightning_accel.pruning import selection
 from lightning_accel.pruning.activations import Statistics, collect_gradients
+from lightning_accel.pruning.foreign import (
+    SAID_BY_PRUNER,
+    Pruner,
+    Turn,
+    make_pruner,
+    reads_gradients,
+    release,
+    require_alone,
+)
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.prune import check_asked, check_attention, check_ratio, plan
 from lightning_accel.pruning.reconstruction import Reconstruction
@@ -56,9 +65,12 @@ class Request:
     round_to: int | str | None
     attention: str
     compensate: bool = False
+    pruner: Pruner | None = None
 
     def __post_init__(self) -> None:
-        check_asked(self.ratio, self.target)
+        check_asked(self.ratio, self.target, self.pruner)
+        if self.pruner is not None:
+            require_alone({name: getattr(self, name) for name in SAID_BY_PRUNER})
         if self.ratio is not None:
             check_ratio(self.ratio)
         if type(self.compensate) is not bool:
@@ -131,7 +143,7 @@ class Request:
         joint = self.importance == "reconstruction" or isinstance(self.importance, Reconstruction)
         measures = joint or self.compensate or self.importance == "activation"
         return plan(
-            source.with_gradients() if self.importance == "taylor" else model,
+            source.with_gradients() if self._reads_gradients(model, calls) else model,
             calls=calls,
             ratio=ratio,
             target=target,
@@ -145,6 +157,8 @@ class Request:
             statistics=self._statistics(calls, dense, source),
             compensate=self.compensate,
             steps=steps,
+            pruner=self.pruner,
+            turn=Turn(due, self.steps, dense),
         )
 
     def rehearse(
@@ -154,13 +168,19 @@ class Request:
         *,
         left: float,
         dense: Structure,
+        source: Source,
         steps: Sequence[Step] = (),
     ) -> None:
-        """Do it all on a copy, but by magnitude and without measuring time.
+        """Do it all on a copy, but by magnitude and without measuring time; a pruner as it will.
 
         Raises:
             NoEffect: There is nothing to remove, or the target is out of reach.
         """
+        if self.pruner is not None:
+            self.plan(
+                model, calls, due=self.steps, left=left, dense=dense, source=source, steps=steps
+            )
+            return
         ratio, target = self.ratio, self.target
         if target is not None:
             target = target.of(calls).of_rest(target.share / left)
@@ -195,6 +215,16 @@ class Request:
             return ""
         share = scheduling.share_left(self.target.share, due, self.steps, self.schedule)
         return dataclasses.replace(self.target.of(calls), share=share).says(left, device)
+
+    def _reads_gradients(self, model: nn.Module, calls: Sequence[Call]) -> bool:
+        """Whether what ranks reads gradients; a pruner has to be made to know."""
+        if self.pruner is None:
+            return self.importance == "taylor"
+        calls = in_dtype_of(calls, model)
+        copy = twin(model, calls)
+        made = make_pruner(self.pruner, copy, calls)
+        release(made, copy)
+        return reads_gradients(made)
 
     def _statistics(
         self, calls: Sequence[Call], dense: Structure, source: Source

@@ -8,7 +8,7 @@ wired to the wrong consumer without any error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from lightning_accel.errors import BrokenModel
 from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.blank import Blank, Masks, masks
 from lightning_accel.pruning.statistics import Note, Record, Replay
-from lightning_accel.pruning.trains import REMEDY, located
+from lightning_accel.pruning.trains import REMEDY, Training, located
 from lightning_accel.pruning.variants import opposite, resized, varied_calls, vary
 from lightning_accel.surgery import Cut, twin
 from lightning_accel.surgery.call import (
@@ -220,6 +220,17 @@ class Verifier:
     def _numbers(self, outputs: Any) -> list[Tensor]:
         found = (t.resolve_conj() for t in tensors(outputs))
         return [(torch.view_as_real(t) if t.is_complex() else t).to(self.dtype) for t in found]
+
+
+def why_broken(verifier: Verifier, training: Training, cut: Callable[[], Cut]) -> str:
+    """Return why a cut cannot be made, or does not pass the proof; empty if it does."""
+    try:
+        made = cut()
+        verifier.equivalence(made)
+        training.check(made)
+    except (BrokenModel, ValueError, IndexError, AssertionError, RuntimeError) as error:
+        return str(error).rpartition(" Do: ")[0] or str(error)
+    return ""
 
 
 _NOTHING = 1e-30  # for weights that are divided by their own norm

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import StructuredPruning
+from lightning_accel.pruning import TorchPruner
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -102,6 +103,13 @@ class Digests(Callback):
         self.seen.append(digest.hexdigest())
 
 
+def pruning(importance: str) -> StructuredPruning:
+    if importance != "torch_pruning":
+        return StructuredPruning(ratio=0.5, when=[1, 2], importance=importance)
+    options = {"iterative_steps": 2, "reg": 1e-2}
+    return StructuredPruning(pruner=TorchPruner("GrowingRegPruner", options=options), when=[1, 2])
+
+
 def fit(folder: Path, importance: str, find_unused: bool, ckpt: str | None = None) -> Digests:
     torch.manual_seed(0)
     x = torch.randn(32, 3, 8, 8)
@@ -112,7 +120,7 @@ def fit(folder: Path, importance: str, find_unused: bool, ckpt: str | None = Non
         enable_model_summary=False,
         strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=find_unused),
         callbacks=[
-            StructuredPruning(ratio=0.5, when=[1, 2], importance=importance),
+            pruning(importance),
             digests.averages,
             digests,
             ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}"),
