@@ -14,7 +14,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lightning_accel.errors import Unsupported
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call
 
@@ -60,7 +63,28 @@ def inert_copy(
         optimizers[0] if len(optimizers) == 1 else optimizers
     )
     vars(copy)["lr_schedulers"] = lambda *_, **__: _one_or_all(schedulers)
-    yield copy
+    with _hands_off(vars(trainer).get("_real", trainer).lightning_module, pl_module):
+        yield copy
+
+
+@contextmanager
+def _hands_off(*modules: LightningModule | None) -> Iterator[None]:
+    """Refuse steps of optimizers on the user's parameters: a closure leads from a copy to the original's."""
+    theirs = {id(p) for module in modules if module is not None for p in module.parameters()}
+
+    def refuse(optimizer: Optimizer, *_: Any) -> None:
+        if any(id(p) in theirs for group in optimizer.param_groups for p in group["params"]):
+            raise Unsupported(
+                "a step that is tried on a copy of the module would train the module itself",
+                f"{type(optimizer).__name__} on its parameters, out of a closure",
+                "keep the optimizer as an attribute, or step what `self.optimizers()` returns",
+            )
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Inert:
