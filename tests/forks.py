@@ -22,8 +22,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["forks", "hydra", "lightning_accel", "torch._dynamo"])
-
-
 _PATIENCE = 900.0  # seconds
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_accel.surgery.footprint import Footprint, observe
+from lightning_accel.surgery.named import Code, Named
 
 SCALE = 1.0
 GAINS = [1.0]
@@ -257,3 +258,40 @@ def test_writes_are_seen() -> None:
     found = observe(net, lambda: net(torch.ones(3, 2)))
     assert found.wrote == ("0.features", "1.running_mean", "1.running_var", "1.num_batches_tracked")
     assert found.drew == () and found.result.shape == (3, 2)
+
+
+LATE = 0
+
+
+class ReadsLate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + LATE
+
+
+def test_a_name_and_a_cell_that_are_bound_later_are_unbound_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind, names = Named(ReadsLate), globals()
+    monkeypatch.delitem(names, "LATE")
+    before = kind.copy()
+    names["LATE"] = 3
+    assert kind != before
+    kind.put_back(before)
+    assert "LATE" not in names and kind == before
+
+    def make() -> Any:
+        def read() -> int:
+            return later
+
+        yield read
+        later = 5
+        yield read
+
+    steps = make()
+    code = Code(next(steps))
+    before = code.copy()
+    assert next(steps)() == 5
+    code.put_back(before)
+    assert code == before
+    with pytest.raises(NameError):
+        code.function()

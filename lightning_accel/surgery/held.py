@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.surgery.named import LIBRARIES, Named, code_of, differing
+from lightning_accel.surgery.named import LIBRARIES, Named, View, code_of
 
 _DEPTH = 4
 """How deep objects are looked into."""
@@ -83,7 +83,7 @@ def _put_entries(live: dict[Any, Any], copied: dict[Any, Any]) -> None:
             live[key] = live.pop(key)
 
 
-class _Slots:
+class _Slots(View):
     """The attributes of an object that has slots for them."""
 
     def __init__(self, value: Any) -> None:
@@ -92,23 +92,14 @@ class _Slots:
     def items(self) -> Any:
         return [(n, getattr(self.value, n)) for n in _slots(self.value) if hasattr(self.value, n)]
 
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
+    def put(self, key: str, value: Any) -> None:
+        object.__setattr__(self.value, key, value)
 
-    def put_back(self, copied: dict[str, Any]) -> None:
-        for key in differing(self, copied):
-            if key in copied:
-                object.__setattr__(self.value, key, copied[key])
-            else:
-                object.__delattr__(self.value, key)
-
-    def __eq__(self, other: object) -> bool:
-        return self.copy() == other
-
-    __hash__ = None  # type: ignore[assignment]
+    def drop(self, key: str) -> None:
+        object.__delattr__(self.value, key)
 
 
-class _Public:
+class _Public(View):
     """The attributes of a LightningModule without those that a Trainer sets from hook to hook."""
 
     def __init__(self, held: dict[str, Any]) -> None:
@@ -117,20 +108,11 @@ class _Public:
     def items(self) -> Any:
         return [(k, v) for k, v in self.held.items() if k not in _OF_THE_FIT]
 
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
+    def put(self, key: str, value: Any) -> None:
+        self.held[key] = value
 
-    def put_back(self, copied: dict[str, Any]) -> None:
-        for key in differing(self, copied):
-            if key in copied:
-                self.held[key] = copied[key]
-            else:
-                del self.held[key]
-
-    def __eq__(self, other: object) -> bool:
-        return self.copy() == other
-
-    __hash__ = None  # type: ignore[assignment]
+    def drop(self, key: str) -> None:
+        del self.held[key]
 
 
 def held(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from functools import lru_cache
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -42,7 +43,35 @@ def equal(one: Any, other: Any) -> bool:
         return False
 
 
-class Named:
+class View(ABC):
+    """Values by name, wherever they are kept: compared with a copy of what they were, and put back."""
+
+    @abstractmethod
+    def items(self) -> Any: ...
+
+    @abstractmethod
+    def put(self, key: str, value: Any) -> None: ...
+
+    @abstractmethod
+    def drop(self, key: str) -> None: ...
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def put_back(self, copied: dict[str, Any]) -> None:
+        for key in differing(self, copied):
+            if key in copied:
+                self.put(key, copied[key])
+            else:
+                self.drop(key)
+
+    def __eq__(self, other: object) -> bool:
+        return self.copy() == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Named(View):
     """The module-level names that the forward of a class reads, and the attributes of that class.
 
     Of its other methods, and of functions that these name, only data: a list of what was seen, a count.
@@ -69,26 +98,22 @@ class Named:
         found = [(key, g[n]) for key, (g, n) in self.globals.items() if n in g]
         return [*found, *vars(self.kind).items()]
 
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
+    def put(self, key: str, value: Any) -> None:
+        if key in self.globals:
+            names, name = self.globals[key]
+            names[name] = value
+        else:
+            setattr(self.kind, key, value)
 
-    def put_back(self, copied: dict[str, Any]) -> None:
-        for key in differing(self, copied):
-            if key in self.globals:
-                names, name = self.globals[key]
-                names[name] = copied[key]
-            elif key in copied:
-                setattr(self.kind, key, copied[key])
-            else:
-                delattr(self.kind, key)
-
-    def __eq__(self, other: object) -> bool:
-        return self.copy() == other
-
-    __hash__ = None  # type: ignore[assignment]
+    def drop(self, key: str) -> None:
+        if key in self.globals:
+            names, name = self.globals[key]
+            del names[name]
+        else:
+            delattr(self.kind, key)
 
 
-class Code:
+class Code(View):
     """What a function of the user's reads that is held somewhere, and is not the `forward` of a class.
 
     Args:
@@ -121,23 +146,21 @@ class Code:
                 found.append((name, cell.cell_contents))
         return [*found, *zip(_DEFAULTS, self._defaults(), strict=True)]
 
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
+    def put(self, key: str, value: Any) -> None:
+        if key in self.globals:
+            names, name = self.globals[key]
+            names[name] = value
+        elif key in self.cells:
+            self.cells[key].cell_contents = value
+        else:
+            setattr(self.function, key, value)
 
-    def put_back(self, copied: dict[str, Any]) -> None:
-        for key in differing(self, copied):
-            if key in self.globals:
-                names, name = self.globals[key]
-                names[name] = copied[key]
-            elif key in self.cells:
-                self.cells[key].cell_contents = copied[key]
-            else:
-                setattr(self.function, key, copied[key])
-
-    def __eq__(self, other: object) -> bool:
-        return self.copy() == other
-
-    __hash__ = None  # type: ignore[assignment]
+    def drop(self, key: str) -> None:
+        if key in self.globals:
+            names, name = self.globals[key]
+            del names[name]
+        else:
+            del self.cells[key].cell_contents
 
 
 def code_of(value: Any) -> Code | None:
