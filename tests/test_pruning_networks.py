@@ -893,3 +893,12 @@ def test_a_network_that_the_example_does_not_reach_stays(trainer_kwargs: dict[st
     module = WithCritic()
     fitted(module, PAIRS, PAIRS, trainer_kwargs)
     assert (module.encoder[2].out_features, module.critic[0].out_features) == (8, 12)
+
+
+@pytest.mark.parametrize("examples", [0, None, "x", torch.ones(2, 4)])
+def test_examples_are_a_list(examples: Any) -> None:
+    """The rows of a tensor are no examples, though each of them could be."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(TypeError, match=r"Found: .*Do: pass examples=\["):
+        prune(net, ratio=0.5, examples=examples)
+    assert net[0].out_features == 8

@@ -358,3 +358,14 @@ def test_a_name_that_is_not_there_is_told() -> None:
         TorchPruner(ignored_layers=["tail"])(VGG(), (images(),))
     with pytest.raises(NoEffect, match="by the name of a linear layer"):
         TorchPruner(num_heads={"net.0": 2})(VGG(), (images(),))
+
+
+@pytest.mark.parametrize("share", [-1, 0, 1, float("nan"), "half", None, True])
+@pytest.mark.parametrize("name", ["pruning_ratio", "pruning_ratio_dict"])
+def test_a_share_that_is_none_is_refused_when_it_is_said(share: Any, name: str) -> None:
+    given = {"net.0": share} if name == "pruning_ratio_dict" else share
+    if given == {"net.0": 0}:
+        TorchPruner(pruning_ratio_dict=given)  # keeps that layer whole
+        return
+    with pytest.raises((TypeError, ValueError), match=f"{name}.*Found: .*Do: "):
+        TorchPruner(**{name: given})

@@ -285,8 +285,16 @@ def check_attention(attention: Any) -> None:
 
 def _calls(example: Any, examples: Sequence[Any]) -> tuple[Call, ...]:
     """Read `example` or `examples`, of which one is given."""
+    if not isinstance(examples, (list, tuple)):
+        raise TypeError(
+            explain(
+                "`examples` is a list of what the network takes",
+                type(examples).__name__,
+                "pass examples=[first, second], or one as `example`",
+            )
+        )
     given = [example] if example is not None else list(examples)
-    if not given or (example is not None and len(examples)):
+    if not given or (example is not None and examples):
         raise ValueError(
             explain(
                 "pruning takes either `example` or `examples`",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_accel.errors import NoEffect, explain
+from lightning_accel.pruning.prune import check_ratio
 from lightning_accel.surgery import Select
 
 KINDS = ("BasePruner", "GroupNormPruner", "BNScalePruner", "GrowingRegPruner")
@@ -43,7 +44,8 @@ class TorchPruner:
             `reg`, `alpha`, `delta_reg`, `group_lasso`.
 
     Raises:
-        ValueError: A name is none of these.
+        ValueError: A name is none of these, or a share is none.
+        TypeError: A share is no number.
 
     >>> TorchPruner("GroupNormPruner", options={"reg": 1e-4})
     TorchPruner('GroupNormPruner', importance='GroupMagnitudeImportance', pruning_ratio=0.5, options={'reg': 0.0001})
@@ -63,6 +65,10 @@ class TorchPruner:
         _require("kind", [kind], KINDS)
         _require("importance", [importance], IMPORTANCES)
         _require("options", list(options or {}), OPTIONS)
+        check_ratio(pruning_ratio, "pruning_ratio")
+        for pattern, share in (pruning_ratio_dict or {}).items():
+            if share != 0 or isinstance(share, bool):  # 0 keeps a layer whole
+                check_ratio(share, f"pruning_ratio_dict['{pattern}']")
         self.kind = kind
         self.importance = importance
         self.pruning_ratio = pruning_ratio
