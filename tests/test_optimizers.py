@@ -774,3 +774,12 @@ def test_a_state_loaded_into_a_new_optimizer_is_stepped_in_float32() -> None:
     fit(module, plugins=[plugin])
     state = module.trainer.optimizers[0].state[module.net[0].weight]
     assert state["exp_avg"].dtype == torch.float32
+
+
+def test_a_step_that_would_train_the_module_from_its_copy_is_refused() -> None:
+    """What a closure holds belongs to the original, whoever calls it; with an `example` no step has to be tried."""
+    module = Hidden()
+    with pytest.raises(AccelError, match="would train the module itself.*pass `example=`"):
+        fit(module, StructuredPruning(ratio=0.5, when=1))
+    true = by_hand(WRAPPERS["plain"], 1, {}, start=1)  # one epoch, and no step beside
+    torch.testing.assert_close(module.net[0].weight, true.net[0].weight)
