@@ -294,3 +294,43 @@ def test_what_was_done_is_said_in_one_line(
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         trainer.fit(PastLightning(past=False), data)
     assert len([r for r in caplog.records if line in r.getMessage()]) == 1
+
+
+class Annealed(LightningModule):
+    """Its forward and its hook read the Trainer, and the hook logs; the callable network is the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.Linear(12, 3))
+        self.net[1].register_forward_hook(self.fade)
+        self.heard = 0
+
+    def fade(self, _: nn.Module, __: Any, hidden: Tensor) -> Tensor:
+        self.log("scale", 1.0 + self.trainer.current_epoch)
+        if type(self.trainer) is Trainer:
+            self.heard += 1
+        return hidden * torch.linspace(1, 2, 16) if self.trainer.max_epochs == 2 else hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) / self.trainer.num_training_batches
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("given", [None, torch.randn(4, 8)], ids=["found", "given"])
+def test_what_reads_the_trainer_takes_part_and_logs_nothing_while_it_is_tried(
+    given: Any, trainer_kwargs: dict[str, Any]
+) -> None:
+    module = Annealed()
+    callbacks = [StructuredPruning(ratio=0.5, when=1, example=given)]
+    trainer = Trainer(**{**trainer_kwargs, "max_epochs": 2}, callbacks=callbacks)
+    trainer.fit(module, DataLoader([torch.randn(8) for _ in range(8)], batch_size=4))
+    assert module.net[0].out_features == 16  # the hook scales each of its channels
+    assert module.net[2].out_features == 6
+    assert module.heard == 4
+    assert trainer.callback_metrics["scale"] == 2.0
+    assert module.log.__func__ is LightningModule.log  # type: ignore[attr-defined]

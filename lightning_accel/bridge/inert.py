@@ -14,11 +14,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_accel.errors import Unsupported
 from lightning_accel.surgery import twin
+from lightning_accel.surgery.acting import attendants
 from lightning_accel.surgery.call import Call
 
 _SILENT = (
@@ -52,12 +54,8 @@ def inert_copy(
     copy = twin(pl_module, calls, hooked=hooked)
     if vars(copy).get("training_step", copy) is vars(pl_module).get("training_step"):
         del vars(copy)["training_step"]  # a function that is bound to the original
-    inert = Inert()
-    for module in copy.modules():
-        if isinstance(module, LightningModule):
-            vars(module).update(dict.fromkeys(_SILENT, inert))
-            vars(module)["_trainer"] = Onlooker(trainer, copy)
-    optimizers = [Inert(optimizer) for optimizer in trainer.optimizers] or [inert]
+    _look_on(trainer, copy)
+    optimizers = [Inert(optimizer) for optimizer in trainer.optimizers] or [Inert()]
     schedulers = [Inert(config.scheduler) for config in trainer.lr_scheduler_configs]
     vars(copy)["optimizers"] = lambda *_, **__: (
         optimizers[0] if len(optimizers) == 1 else optimizers
@@ -65,6 +63,25 @@ def inert_copy(
     vars(copy)["lr_schedulers"] = lambda *_, **__: _one_or_all(schedulers)
     with _hands_off(vars(trainer).get("_real", trainer).lightning_module, pl_module):
         yield copy
+
+
+def _look_on(trainer: Any, copy: nn.Module) -> None:
+    """Let the modules of a copy read the Trainer, and log nothing."""
+    inert = Inert()
+    for module in copy.modules():
+        if isinstance(module, LightningModule):
+            vars(module).update(dict.fromkeys(_SILENT, inert))
+            vars(module)["_trainer"] = Onlooker(trainer, copy)
+
+
+def _attend(model: nn.Module, copy: nn.Module, hooked: bool) -> None:
+    """Let a copy that is only tried read the Trainer, which Lightning leaves out of copies."""
+    trainer = vars(model).get("_trainer") if isinstance(model, LightningModule) else None
+    if trainer is not None and (hooked or type(trainer) is Onlooker):
+        _look_on(trainer, copy)
+
+
+attendants.append(_attend)
 
 
 @contextmanager
@@ -150,7 +167,7 @@ class Onlooker:
         module: The copy that is rehearsed.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(self, trainer: Trainer, module: nn.Module) -> None:
         real: Any = vars(trainer).get("_real", trainer)
         inert = Inert()
         own = {

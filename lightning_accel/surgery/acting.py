@@ -29,6 +29,7 @@ from lightning_accel.surgery.call import Call, ModuleT, run, same_random_state, 
 _ALL: Any = nn.modules.module  # which knows the hooks of all modules
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+attendants: list[Callable[[nn.Module, nn.Module, bool], None]] = []
 HOOKS = (
     *FORWARD,
     "_backward_hooks",
@@ -74,7 +75,14 @@ def copied(model: ModuleT, memo: dict[int, Any]) -> ModuleT:
     for hooks, key in users_hooks(made):
         if isinstance(hooks[key], Acting):  # only now are all modules copied that it may hold
             hooks[key] = Acting(rebound(hooks[key].hook, memo), acts=hooks[key].acts)
+    attend(model, made, hooked=False)
     return made
+
+
+def attend(model: nn.Module, made: nn.Module, *, hooked: bool) -> None:
+    """Give a copy what those in `attendants` know that it needs to be run with (`hooked`) its hooks."""
+    for attendant in attendants:
+        attendant(model, made, hooked)
 
 
 def users_hooks(

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_accel.surgery.acting import (
     HOOKS,
     Acting,
+    attend,
     copied,
     is_of_torch,
     rebound,
@@ -55,6 +56,7 @@ def twin(model: ModuleT, calls: Sequence[Call] = (), *, hooked: bool = False) ->
         for hooks, key in users_hooks(made):
             if not isinstance(hooks[key], Acting):
                 hooks[key] = Acting(rebound(hooks[key], memo), acts=False)
+        attend(model, made, hooked=True)
     for module in made.modules():
         for registry in HOOKS:
             hooks = module.__dict__.get(registry, {})
