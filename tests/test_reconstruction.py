@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from lightning_accel.errors import Unsupported
 from lightning_accel.pruning import reconstruction
-from lightning_accel.pruning.compensation import compensate, solve
+from lightning_accel.pruning.compensation import compensate
 from lightning_accel.pruning.graph import Group, Member
+from lightning_accel.pruning.least_squares import solve
+from lightning_accel.pruning.lockstep import OutOfStep
 from lightning_accel.pruning.reconstruction import (
     GreedySwapSelector,
     energy,
@@ -743,9 +745,7 @@ def test_frozen_tied_and_unreadable_layers_are_left_out_and_named() -> None:
     assert {change.name for change in found.left_out} == {"frozen", "tied", "same", "pair"}
 
 
-def test_layers_that_are_too_wide_or_called_otherwise_are_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_layers_that_are_called_otherwise_are_left_out() -> None:
     class Routed(nn.Module):
         def __init__(self, width: int, most: int) -> None:
             super().__init__()
@@ -760,9 +760,122 @@ def test_layers_that_are_too_wide_or_called_otherwise_are_left_out(
     found = compensate(Routed(4, 3), Routed(3, 2), **arguments)
     assert not found.values and "same way" in found.left_out[0].what
     assert compensate(Routed(4, 0), Routed(3, 0), **arguments).errors == {"expert": (0.0, 0.0)}
-    monkeypatch.setattr("lightning_accel.pruning.compensation._WIDE", 2)
-    found = compensate(Routed(4, 3), Routed(3, 3), **arguments)
-    assert not found.values and "3 inputs" in found.left_out[0].what
+
+
+def test_a_wide_layer_is_solved_block_after_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_accel.pruning.least_squares.WIDE", 3)
+    dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    kept = [0, 1, 3, 4, 5, 7]
+    small = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    state = {"0.weight": dense[0].weight[kept], "0.bias": dense[0].bias[kept]}
+    small.load_state_dict(state | {"2.weight": dense[2].weight[:, kept], "2.bias": dense[2].bias})
+    x = torch.randn(50, 4, dtype=torch.float64)
+    hidden = F.pad(small[:2](x), (0, 1), value=1.0).detach()
+    rows = torch.cat([small[2].weight, small[2].bias[:, None]], 1).detach().T.clone()
+    for block in (slice(0, 3), slice(3, 6), slice(6, 7)):
+        missing = dense(x).detach() - hidden @ rows
+        rows[block] += torch.linalg.lstsq(hidden[:, block], missing).solution
+    options: dict[str, Any] = {"groups": [_group(8, "2")], "gone": {"0": [2, 6]}, "ridge": 1e-12}
+    found = compensate(dense, small, batches=_batches(x[:20], x[20:]), **options)
+    torch.testing.assert_close(found.values["2.weight"], rows[:6].T, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.values["2.bias"], rows[6], rtol=1e-6, atol=1e-8)
+    error = (hidden @ rows - dense(x).detach()).square().sum()
+    assert found.errors["2"][1] == pytest.approx(float(error), rel=1e-6)
+
+
+class Chain(nn.Module):
+    """Keeps what it needs later on itself, draws noise in every mode, and may call its middle layer again."""
+
+    def __init__(self, widths: list[int], *, again: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(5, widths[0]), *map(nn.Linear, widths, [widths[1], 4]))
+        self.again, self.calls = again, 0
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.kept.append(x[:, :4])
+        x = torch.tanh(self.a(x)) + 0.1 * torch.rand(len(x), 1)
+        x = torch.tanh(self.b(x))
+        if self.again:
+            x = x + torch.tanh(self.b(torch.tanh(self.a(x[:, :5])))) if x.shape[1] > 4 else x
+        return self.c(x) + self.kept.pop()
+
+
+def _chain(*, again: bool = False) -> tuple[Chain, Chain, dict[str, Any]]:
+    dense, small = Chain([8, 7], again=again), Chain([6, 5], again=again)
+    rows, inner = [0, 1, 2, 4, 6, 7], [0, 2, 3, 4, 6]
+    state = dense.state_dict()
+    kept = {k: v[{"a": rows, "b": inner}.get(k[0], slice(None))] for k, v in state.items()}
+    kept["b.weight"], kept["c.weight"] = kept["b.weight"][:, rows], kept["c.weight"][:, inner]
+    small.load_state_dict(kept)
+    unit = lambda n: torch.arange(n)[:, None]  # noqa: E731
+    groups = [
+        Group("a", "channels", 8, (Member("b.weight", 1, "in", unit(8)),), ("a",), 8),
+        Group(
+            "b",
+            "channels",
+            7,
+            (Member("b.weight", 0, "out", unit(7)), Member("c.weight", 1, "in", unit(7))),
+            ("b",),
+            7,
+        ),
+    ]
+    return dense, small, {"groups": groups, "gone": {"a": [3, 5], "b": [1, 5]}}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_forwards_in_step_find_what_forwards_made_anew_find(
+    monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    dense, small, asked = _chain(again=again)
+    data = _batches(*torch.randn(5, 40, 5))
+    state = torch.get_rng_state()
+    found = compensate(dense, small, batches=data, **asked)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not dense.kept and not small.kept
+
+    def out_of_step(*_: Any) -> None:
+        raise OutOfStep
+
+    monkeypatch.setattr("lightning_accel.pruning.compensation.Lockstep.at", out_of_step)
+    anew = compensate(dense, small, batches=data, **asked)
+    assert set(found.errors) == {"b", "c"}
+    for name, errors in found.errors.items():
+        assert errors == pytest.approx(anew.errors[name], rel=1e-6)
+    for name, value in found.values.items():
+        torch.testing.assert_close(value, anew.values[name], rtol=1e-6, atol=1e-7)
+
+
+def test_each_batch_takes_one_forward_however_many_layers_are_solved() -> None:
+    nets = _chain()
+    ran: list[int] = []
+    for net in nets[:2]:
+        net.register_forward_hook(lambda module, *_: ran.append(id(module)))
+    compensate(nets[0], nets[1], batches=_batches(*torch.randn(3, 40, 5)), **nets[2])
+    assert len(ran) == 1  # the order of the layers; the others are made on copies
+    assert threading.active_count() == 1
+
+
+def test_a_few_samples_that_anything_fits_change_nothing_that_does_worse_on_others() -> None:
+    """With 12 samples of 48 inputs, what fits them best is far from what fits others."""
+    torch.manual_seed(0)
+    raw, solved, fitted = [], [], []
+    for _ in range(8):
+        dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+        nn.init.eye_(dense[0].weight)  # nothing that is left tells of what is gone
+        small = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 8))
+        state = {"0.weight": dense[0].weight[:48], "0.bias": dense[0].bias[:48]}
+        state |= {"1.weight": dense[1].weight[:, :48], "1.bias": dense[1].bias}
+        asked: dict[str, Any] = {"groups": [_group(64, "1")], "gone": {"0": [*range(48, 64)]}}
+        data, unseen = _batches(torch.randn(6, 64), torch.randn(6, 64)), torch.randn(500, 64)
+        for errors, options in ((raw, None), (solved, {}), (fitted, {"ridge": 1e-6})):
+            small.load_state_dict(state)
+            if options is not None:
+                _install(small, compensate(dense, small, batches=data, **asked, **options).values)
+            errors.append(float(F.mse_loss(small(unseen), dense(unseen)).detach()))
+    assert sum(fitted) > 1.2 * sum(raw)
+    assert sum(solved) < 1.1 * sum(raw)
 
 
 def test_groups_that_lost_nothing_are_not_touched() -> None:

@@ -10,14 +10,16 @@ and channel pruning, He et al. 2017, arXiv:1707.06168):
 y is the layer's output in the *dense* network, x its input in the *pruned* one, and layers are solved in
 the order in which they run, each behind those already solved. So a layer also makes up for what earlier
 layers could not, instead of adding to it. D is a change of the old weights: where the data say nothing
-(few samples, equal channels) the ridge keeps the old values, not zero. Only X^T X and X^T R are kept of
-the data; everything is in float64. An output whose error on the data would not go down keeps its weights.
+(few samples, equal channels) the ridge keeps the old values, not zero.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_accel.errors import explain
+from lightning_accel.pruning.least_squares import Piece, improved
+from lightning_accel.pruning.lockstep import Lockstep, OutOfStep
 from lightning_accel.pruning.reconstruction import evaluating
 from lightning_accel.pruning.unfold import (
     by_block,
@@ -40,13 +44,14 @@ from lightning_accel.pruning.unfold import (
 )
 from lightning_accel.surgery import Change, twin
 from lightning_accel.surgery.call import Call, run
+from lightning_accel.surgery.preserve import preserve_rng
 
 if TYPE_CHECKING:
     from lightning_accel.pruning.graph import Group
 
 Gone = Mapping[str, Sequence[int]]
-_ANOTHER_WAY = "it is not called in the same way after the cut"
-_WIDE = 8192  # inputs x kernel from which a layer is not solved: X^T X would take over half a GB
+_ENOUGH, _AT_LEAST = 32, 4096
+"""Samples for each input of a layer, and of a layer: of more, as many are drawn."""
 
 
 class Compensation(NamedTuple):
@@ -71,7 +76,7 @@ def compensate(
     groups: Sequence[Group],
     gone: Gone,
     batches: Iterable[Sequence[Call]],
-    ridge: float = 3e-3,
+    ridge: float | None = None,
 ) -> Compensation:
     """Solve the weights of all layers that read pruned units; neither model is changed.
 
@@ -80,8 +85,10 @@ def compensate(
         cut: The network after the cut, or a twin of it.
         groups: Groups of `dense`.
         gone: Group name -> removed units; that is how `cut` differs from `dense`.
-        batches: The calls of each batch. They are run once per layer.
-        ridge: Pull to the old weights, relative to the mean squared input; above 0.
+        batches: The calls of each batch. They are run once; once more for each layer that a batch calls more
+            than once, or in another order than the first batch does.
+        ridge: Pull to the old weights, relative to the mean squared input; above 0. By default the best of a
+            few on samples that are held out, and an output that does no better on those keeps its weights.
 
     Raises:
         ValueError: `ridge` is not positive, or there is no batch.
@@ -103,7 +110,7 @@ def compensate(
     >>> torch.allclose(cut(x), dense(x), atol=1e-5)
     True
     """
-    if not ridge > 0:
+    if ridge is not None and not ridge > 0:
         raise ValueError(explain("`ridge` is above 0", repr(ridge), "pass 3e-3, say"))
     steps = [list(calls) for calls in batches]
     if not steps:
@@ -113,49 +120,25 @@ def compensate(
     values: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
     with evaluating(dense), evaluating(work):
-        for name in _in_order(dense, readers, steps[0]):
-            kept = _kept_outputs(dense, name, groups, gone)
-            found = _solve_layer(dense, work, name, kept, steps, ridge)
-            if isinstance(found, str):
-                left_out.append(Change(name, found))
-                continue
-            new, errors[name] = found
-            for leaf, value in new.items():
-                parameter = work.get_submodule(name)._parameters[leaf]
-                assert parameter is not None
-                parameter.copy_(value)
-                values[f"{name}.{leaf}".lstrip(".")] = parameter.detach().clone()
+        order = _counted(dense, readers, steps[0])
+        once = [name for name, count in order.items() if count == 1]
+        with _Seen(dense, work, steps, once) as seen:
+            for name in order:
+                kept = _kept_outputs(dense, name, groups, gone)
+                layer, pairs = work.get_submodule(name), seen.pairs(name)
+                found = _solve_layer(layer, pairs, len(steps), kept, ridge)
+                if isinstance(found, str):
+                    left_out.append(Change(name, found))
+                    continue
+                new, errors[name] = found
+                for leaf, value in new.items():
+                    parameter = work.get_submodule(name)._parameters[leaf]
+                    assert parameter is not None
+                    parameter.copy_(value)
+                    values[f"{name}.{leaf}".lstrip(".")] = parameter.detach().clone()
     missed = set(readers) - set(errors) - {change.name for change in left_out}
     left_out += [Change(name, "its forward is not called") for name in sorted(missed)]
     return Compensation(values, errors, tuple(left_out))
-
-
-def solve(gram: Tensor, cross: Tensor, *, ridge: float = 0.0, free: int = 0) -> Tensor:
-    """Return the D that minimises ||R - X D||^2 + pull ||D||^2 from X^T X and X^T R.
-
-    Args:
-        gram: X^T X, shape (..., inputs, inputs), float64.
-        cross: X^T R, shape (..., inputs, outputs).
-        ridge: The pull, relative to the mean of the diagonal of `gram`.
-        free: The last `free` inputs (a bias) are not pulled.
-
-    Where the inputs are linearly dependent and nothing pulls, it is the solution of least norm.
-
-    >>> x = torch.randn(20, 3, dtype=torch.float64)
-    >>> y = torch.randn(20, 2, dtype=torch.float64)
-    >>> torch.allclose(solve(x.T @ x, x.T @ y), torch.linalg.lstsq(x, y).solution)
-    True
-    """
-    inputs = gram.shape[-1]
-    pulled = torch.arange(inputs, device=gram.device) < inputs - free
-    mean = gram.diagonal(dim1=-2, dim2=-1)[..., pulled].mean(-1, keepdim=True)
-    system = gram + torch.diag_embed(ridge * mean * pulled)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
-    smallest = 1e-7 * system.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    if not failed.any() and (pivots > smallest).all():
-        return torch.cholesky_solve(cross, factor)
-    return torch.linalg.pinv(system, hermitian=True, rtol=inputs * 1e-14) @ cross
 
 
 def _readers(
@@ -187,17 +170,17 @@ def _readers(
     return found, list(left_out.values())
 
 
-def _in_order(dense: nn.Module, names: Iterable[str], calls: Sequence[Call]) -> list[str]:
-    """Return the names of the layers that are called, in the order of their first calls."""
+def _counted(dense: nn.Module, names: Iterable[str], calls: Sequence[Call]) -> dict[str, int]:
+    """Count the calls of layers, in the order of their first ones."""
     by_module = {dense.get_submodule(name): name for name in names}
-    order: dict[str, None] = {}
+    order: Counter[str] = Counter()
 
     def note(module: nn.Module, *_: Any) -> None:
-        order.setdefault(by_module[module])
+        order[by_module[module]] += 1
 
-    with _after(by_module, note):
+    with _after(by_module, note), preserve_rng():
         run(dense, calls)
-    return list(order)
+    return dict(order)
 
 
 def _kept_outputs(
@@ -217,91 +200,147 @@ def _kept_outputs(
 
 
 def _solve_layer(
-    dense: nn.Module,
-    cut: nn.Module,
-    name: str,
+    layer: nn.Module,
+    pairs: Callable[[], Iterable[Pairs]],
+    count: int,
     kept: Tensor | None,
-    batches: Sequence[Sequence[Call]],
-    ridge: float,
+    ridge: float | None,
 ) -> tuple[dict[str, Tensor], tuple[float, float]] | str:
     """Return new values and the error before and after, or why there are none."""
-    layer = cut.get_submodule(name)
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
     old = matrix(layer, weight)  # (groups, outputs, inputs x kernel)
     offset = old.new_zeros(old.shape[:2]) if bias is None else exact(bias).view(old.shape[:2])
     free = int(bias is not None and bias.requires_grad)
-    inputs = old.shape[-1]
-    if inputs > _WIDE:
-        return f"its {inputs} inputs are more than the {_WIDE} that are solved together"
-    gram = old.new_zeros(len(old), inputs + free, inputs + free)
-    cross = old.new_zeros(len(old), inputs + free, old.shape[1])
-    before = 0.0
-    for wanted, given in _pairs(dense, cut, name, batches):
-        if wanted is None or given is None:
-            return _ANOTHER_WAY
-        given, wanted = samples(layer, given), samples(layer, wanted)
-        if len(given) != len(wanted):
-            return _ANOTHER_WAY
-        for x, y in _unfolded(layer, given, wanted, kept):
-            missing = y - x @ old.mT - offset[:, None]
-            x = F.pad(x, (0, free), value=1.0)
-            gram += x.mT @ x
-            cross += x.mT @ missing
-            before += float(missing.square().sum())
-    if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+    rows = torch.cat([old, offset[..., None]], -1) if free else old
+
+    def data() -> Iterator[Piece]:
+        for x, y, held_out in _unfolded(layer, pairs(), kept, count):
+            if free:
+                yield Piece(F.pad(x, (0, 1), value=1.0), y, held_out)
+            else:
+                yield Piece(x, y - offset[:, None], held_out)
+
+    def stored(rows: Tensor) -> Tensor:
+        return rows.to(weight.dtype).double()
+
+    try:
+        found = improved(rows, data, ridge=ridge, free=free, stored=stored)
+    except _AnotherWay:
+        return "it is not called in the same way after the cut"
+    if found is None:
         return "its inputs or outputs are not finite"
-    change = solve(gram, cross, ridge=ridge, free=free).mT  # (groups, outputs, inputs x kernel + 1)
-    rows = torch.cat([old, offset[..., None]], -1)[..., : inputs + free]
-    goal = (rows + change).to(weight.dtype).double()  # judged as it will be stored
-    change = goal - rows
-    gain = ((2 * cross.mT - change @ gram) * change).sum(-1)  # of the squared error, per output
-    better = gain > 0
-    goal = torch.where(better[..., None], goal, rows)
-    new = {"weight": like_weight(layer, goal[..., :inputs]).to(weight)}
+    inputs = old.shape[-1]
+    new = {"weight": like_weight(layer, found.rows[..., :inputs]).to(weight)}
     if free:
         assert bias is not None
-        new["bias"] = goal[..., inputs].flatten().to(bias)
-    return new, (before, max(0.0, before - float(gain[better].sum())))
+        new["bias"] = found.rows[..., inputs].flatten().to(bias)
+    return new, (found.before, found.after)
 
 
-_Pair = tuple[Tensor | None, Tensor | None]
+class _AnotherWay(Exception):
+    """A layer is called in another way after the cut."""
 
 
-def _pairs(
-    dense: nn.Module, cut: nn.Module, name: str, batches: Sequence[Sequence[Call]]
-) -> Iterator[_Pair]:
-    """Yield the layer's output in the dense and its input in the pruned network, call by call."""
-    wanted: list[Tensor | None] = []
-    given: list[Tensor | None] = []
+Pairs = list[tuple[Tensor, Tensor]]
+"""A layer's output in the dense network and its input in the pruned one, for the calls of one batch."""
 
-    def note_output(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
-        wanted.append(output if isinstance(output, Tensor) else None)
 
-    def note_input(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
-        given.append(only_input(args, kwargs))
+class _Seen:
+    """What layers see on the batches: in one forward of all as long as they come to the layers in step."""
 
-    for calls in batches:
-        wanted.clear()
-        given.clear()
-        with _after([dense.get_submodule(name)], note_output):
-            run(dense, calls)
-        with _after([cut.get_submodule(name)], note_input):
-            run(cut, calls)
-        if len(wanted) != len(given):
-            yield None, None
-        yield from zip(wanted, given, strict=False)
+    def __init__(
+        self,
+        dense: nn.Module,
+        cut: nn.Module,
+        batches: Sequence[Sequence[Call]],
+        once: Sequence[str],
+    ) -> None:
+        self._dense, self._cut, self._batches, self._once = dense, cut, batches, once
+        self._runs = [
+            Lockstep(dense, batches, once, after=True),
+            Lockstep(cut, batches, once, after=False),
+        ]
+
+    def __enter__(self) -> _Seen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._runs:
+            self._runs.pop().__exit__()
+
+    def pairs(self, name: str) -> Callable[[], Iterable[Pairs]]:
+        """Return what gives them, for each batch."""
+        if self._runs and name in self._once:
+            try:
+                wanted, given = (runs.at(name) for runs in self._runs)
+            except OutOfStep:
+                self.__exit__()
+            else:
+                seen = [([y], [only_input(*x)]) for y, x in zip(wanted, given, strict=True)]
+                return lambda: [_paired(*both) for both in seen]
+        return partial(self._anew, name)
+
+    def _anew(self, name: str) -> Iterator[Pairs]:
+        wanted: list[Any] = []
+        given: list[Any] = []
+        notes = (
+            (self._dense, lambda _, __, ___, output: wanted.append(output)),
+            (self._cut, lambda _, args, kwargs, __: given.append(only_input(args, kwargs))),
+        )
+        for calls in self._batches:
+            wanted.clear()
+            given.clear()
+            for network, note in notes:
+                with _after([network.get_submodule(name)], note), preserve_rng():
+                    run(network, calls)
+            yield _paired(wanted, given)
+
+
+def _paired(wanted: Sequence[Any], given: Sequence[Any]) -> Pairs:
+    are_tensors = all(isinstance(value, Tensor) for value in (*wanted, *given))
+    if len(wanted) != len(given) or not are_tensors:
+        raise _AnotherWay
+    return list(zip(wanted, given, strict=True))
 
 
 def _unfolded(
-    layer: nn.Module, x: Tensor, y: Tensor, kept: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield X and Y, some samples at a time."""
-    if kept is not None:
-        y = y[:, kept.to(y.device)]
-    step = pieces(layer, x)
-    for part, target in zip(x.split(step), y.split(step), strict=True):
-        yield patches(layer, part), by_block(layer, target)
+    layer: nn.Module, batches: Iterable[Pairs], kept: Tensor | None, count: int
+) -> Iterator[Piece]:
+    """Yield X and Y, some samples at a time; where there are many, at random places."""
+    chance = torch.Generator().manual_seed(0)
+    share = 0.0
+    for index, pairs in enumerate(batches):
+        for y, x in pairs:
+            given, wanted = samples(layer, x), samples(layer, y)
+            if len(given) != len(wanted):
+                raise _AnotherWay
+            if kept is not None:
+                wanted = wanted[:, kept.to(wanted.device)]
+            step = pieces(layer, given)
+            seen, tried = _held_out(len(given), index, count)
+            for held_out, some in ((False, seen), (True, tried)):
+                for start in range(some.start, some.stop, step):
+                    piece = slice(start, min(start + step, some.stop))
+                    rows, target = patches(layer, given[piece]), by_block(layer, wanted[piece])
+                    if not share:
+                        positions = rows.shape[1] / (piece.stop - piece.start) * len(given)
+                        enough = max(_AT_LEAST, _ENOUGH * rows.shape[2])
+                        share = enough / (positions * len(pairs) * count)
+                    if share < 1:
+                        places = torch.randperm(rows.shape[1], generator=chance)
+                        places = places[: math.ceil(share * len(places))].to(rows.device)
+                        rows, target = rows[:, places], target[:, places]
+                    yield Piece(rows, target, held_out)
+
+
+def _held_out(samples: int, index: int, count: int) -> tuple[range, range]:
+    """Return which samples of a batch are solved on, and which tried on: whole batches where there are several."""
+    if count > 1:
+        edge = 0 if index % 5 == min(count, 5) - 1 else samples
+    else:
+        edge = samples - samples // 4
+    return range(edge), range(edge, samples)
 
 
 @contextmanager
