@@ -82,8 +82,8 @@ class StructuredPruning(ModelEdit):
         round_to: Kept channels are raised to a multiple of this; or "measured", which tries which
             multiple is fastest on this device. `None` is no rounding, but "measured" for `Latency`.
         attention: Whole "heads" go, or the same places of every head ("width").
-        compensate: Solve the layers that read what is gone anew, by least squares on ten training
-            batches; best right after a cut, and for what is fine-tuned little.
+        compensate: Solve the layers that read what is gone anew, by least squares on ten training batches;
+            by default unless a `pruner` is given. With `False` their weights are those of before.
         recalibrate: Training batches for new batch-norm statistics after each prune; 0 keeps the old.
         max_drop: How much worse `monitor` may get than before the first prune. Beyond that when the next
             prune is due, or at the end, the last prune is taken back and none follows.
@@ -119,7 +119,7 @@ class StructuredPruning(ModelEdit):
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
         round_to: int | str | None = None,
         attention: str = "heads",
-        compensate: bool = False,
+        compensate: bool | None = None,
         recalibrate: int = 10,
         max_drop: float | None = None,
         monitor: str | None = None,

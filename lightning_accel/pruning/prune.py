@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import AccelError, BrokenModel, NoEffect, explain
@@ -50,7 +51,7 @@ def prune(
     select: Select | str | Sequence[str] | None = None,
     round_to: int | str | None = None,
     attention: str = "heads",
-    compensate: bool = False,
+    compensate: bool | None = None,
     pruner: Pruner | None = None,
 ) -> Receipt:
     """Remove the least important channels and attention heads of a network in place.
@@ -74,8 +75,8 @@ def prune(
         round_to: Kept channels are raised to a multiple of this; "measured" tries which is fastest here,
             which `Latency` does by itself.
         attention: Whole "heads" go, or the same places of every head ("width").
-        compensate: Solve the layers that read what is gone anew, by least squares on `example`, which
-            should then hold a few hundred samples.
+        compensate: With true, solve the layers that read what is gone anew, by least squares on `example`,
+            which should then hold a few hundred samples. `StructuredPruning` does so by default.
         pruner: Instead of all but `example` and `compensate`, a function of a copy of the model and of its
             arguments that returns a pruner of torch-pruning, of which all steps are made. It chooses what
             goes; that is proved, cut and told as ever. See `StructuredPruning`.
@@ -131,7 +132,7 @@ def plan(
     dense: Structure = _AS_IT_IS,
     batches: Iterable[Sequence[Call]] = (),
     statistics: activations.Statistics | None = None,
-    compensate: bool = False,
+    compensate: bool | None = None,
     pruner: Pruner | None = None,
     turn: Turn = _ONLY,
     seconds: float = 300.0,
@@ -141,7 +142,8 @@ def plan(
 
     `dense` holds the shapes before earlier cuts, if there were any: `ratio` is a share of those.
     `batches` are the calls of calibration batches, for what measures; the calls themselves by default.
-    `compensate` solves the layers that read what is gone anew, on these batches. After `seconds` no
+    `compensate` solves the layers that read what is gone anew, on these batches; by default if there are
+    some, there is memory for it, and no `pruner`. After `seconds` no
     more groups are tried one by one; those not tried by then are left alone, and listed. `turn` is which
     of its steps a `pruner` of torch-pruning is to make. `steps` are what else has to run with the smaller
     network, where it does now.
@@ -156,8 +158,7 @@ def plan(
         require_alone({**others, "round_to": round_to, "attention": attention})
     rounding.check_round_to(round_to)
     target = None if target is None else target.of(calls)
-    if type(compensate) is not bool:
-        raise TypeError(explain("`compensate` is true or false", repr(compensate), "pass True"))
+    check_compensate(compensate)
     scoring.check(importance)
     selection.check_scope(scope)
     check_attention(attention)
@@ -168,7 +169,8 @@ def plan(
     with nothing_heard(model):
         model = _with_acting_hooks(model, calls)
         small = _small(model, calls)
-        data = list(batches) or [in_dtype_of(calls, model)]
+        measured = list(batches)
+        data = measured or [in_dtype_of(calls, model)]
         verifier, training = Verifier(model, small), Training(model, small, steps)
         if pruner is not None:
             found = adopt(model, small, pruner, verifier, training, turn=turn, until=until)
@@ -189,7 +191,9 @@ def plan(
             chosen = _choose(graph, ranking, verifier, training, reach, scope=scope, until=until)
             refused = (*graph.skipped, *chosen.refused)
             found = Adopted(graph.cut(chosen.gone), graph, chosen.gone, refused)
-        cut = _compensated(found, data) if compensate else found.cut
+        cut = found.cut
+        if compensate or (compensate is None and measured and pruner is None):
+            cut = _compensated(found, data, must=compensate is not None)
         cut = with_mirrors(model, cut)
     notes = [_reached(model, found, ratio, target)]
     notes += _unproved(found.graph, verifier, training, cut)
@@ -269,6 +273,12 @@ def check_asked(ratio: Any, target: Any, pruner: Any = None) -> None:
         check_pruner(pruner)
     if target is not None and not isinstance(target, Target):
         raise TypeError(explain("`target` says what to keep", repr(target), "pass Macs(0.5), say"))
+
+
+def check_compensate(compensate: Any) -> None:
+    """Raise unless this says whether to compensate."""
+    if compensate is not None and type(compensate) is not bool:
+        raise TypeError(explain("`compensate` is true or false", repr(compensate), "pass True"))
 
 
 def check_attention(attention: Any) -> None:
@@ -396,16 +406,27 @@ def _small(model: nn.Module, calls: Sequence[Call]) -> tuple[Call, ...]:
     return small if runs(model, small) else whole
 
 
-def _compensated(found: Adopted, batches: Sequence[Sequence[Call]]) -> Cut:
+def _compensated(found: Adopted, batches: Sequence[Sequence[Call]], *, must: bool) -> Cut:
     cut, graph, gone = found.cut, found.graph, found.gone
     if graph is None or gone is None:
         why = "not compensated: what torch-pruning removes is no whole of the groups that are known here"
         return dataclasses.replace(cut, notes=(why,))
     small = twin(graph.model)
     cut.apply(small)
-    solved = compensation.compensate(
-        graph.model, small, groups=graph.groups, gone=gone, batches=batches
-    )
+    try:
+        solved = compensation.compensate(
+            graph.model, small, groups=graph.groups, gone=gone, batches=batches
+        )
+    except torch.OutOfMemoryError:
+        if must:
+            raise
+        return dataclasses.replace(
+            cut, notes=("not compensated: there is not enough memory for it",)
+        )
+    raw, after = solved.output
+    if not (must or after <= raw):
+        why = f"not compensated: the error of the output would rise from {raw:.2g} to {after:.2g}"
+        return dataclasses.replace(cut, notes=(why,))
     before = dict(small.named_parameters())
     added = {name: value - before[name].detach() for name, value in solved.values.items()}
     notes = tuple(f"not compensated: `{c.name}`: {c.what}" for c in solved.left_out)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.errors import AccelError, explain
+from lightning_accel.errors import AccelError
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import schedule as scheduling
 from lightning_accel.pruning import selection
@@ -25,7 +25,13 @@ from lightning_accel.pruning.foreign import (
     require_alone,
 )
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.prune import check_asked, check_attention, check_ratio, plan
+from lightning_accel.pruning.prune import (
+    check_asked,
+    check_attention,
+    check_compensate,
+    check_ratio,
+    plan,
+)
 from lightning_accel.pruning.reconstruction import Reconstruction
 from lightning_accel.pruning.rounding import check_round_to
 from lightning_accel.pruning.sensitivity import graph_of
@@ -64,7 +70,7 @@ class Request:
     select: Select
     round_to: int | str | None
     attention: str
-    compensate: bool = False
+    compensate: bool | None = None
     pruner: Pruner | None = None
 
     def __post_init__(self) -> None:
@@ -73,10 +79,7 @@ class Request:
             require_alone({name: getattr(self, name) for name in SAID_BY_PRUNER})
         if self.ratio is not None:
             check_ratio(self.ratio)
-        if type(self.compensate) is not bool:
-            raise TypeError(
-                explain("`compensate` is true or false", repr(self.compensate), "pass True")
-            )
+        check_compensate(self.compensate)
         check_round_to(self.round_to)
         check_attention(self.attention)
         scoring.check(self.importance)
@@ -140,9 +143,8 @@ class Request:
         elif self.target is not None:
             share = scheduling.share_left(self.target.share, due, self.steps, self.schedule)
             target = self.target.of(calls).of_rest(share / left)
-        joint = self.importance == "reconstruction" or isinstance(self.importance, Reconstruction)
-        measures = joint or self.compensate or self.importance == "activation"
-        return plan(
+        batches, why_not = self._calibration(source)
+        cut = plan(
             source.with_gradients() if self._reads_gradients(model, calls) else model,
             calls=calls,
             ratio=ratio,
@@ -153,13 +155,26 @@ class Request:
             round_to=self.round_to,
             attention=self.attention,
             dense=dense,
-            batches=list(source.calls()) if measures else (),
+            batches=batches,
             statistics=self._statistics(calls, dense, source),
             compensate=self.compensate,
             steps=steps,
             pruner=self.pruner,
             turn=Turn(due, self.steps, dense),
         )
+        return dataclasses.replace(cut, notes=(*cut.notes, *why_not))
+
+    def _calibration(self, source: Source) -> tuple[list[Sequence[Call]], list[str]]:
+        """Return the calls of training batches for what measures on them, or why what is no must has none."""
+        joint = self.importance == "reconstruction" or isinstance(self.importance, Reconstruction)
+        if joint or self.compensate or self.importance == "activation":
+            return list(source.calls()), []
+        if self.compensate is False or self.pruner is not None:
+            return [], []
+        try:
+            return list(source.calls()), []
+        except AccelError as error:
+            return [], [f"not compensated: {error}"]
 
     def rehearse(
         self,
