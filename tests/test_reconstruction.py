@@ -796,7 +796,7 @@ class Chain(nn.Module):
         self.calls += 1
         self.kept.append(x[:, :4])
         x = torch.tanh(self.a(x)) + 0.1 * torch.rand(len(x), 1)
-        x = torch.tanh(self.b(x))
+        x = torch.tanh(self.b(x)) * torch.rand(len(x), 1)
         if self.again:
             x = x + torch.tanh(self.b(torch.tanh(self.a(x[:, :5])))) if x.shape[1] > 4 else x
         return self.c(x) + self.kept.pop()
