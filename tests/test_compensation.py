@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -162,6 +162,52 @@ def test_it_is_left_where_it_cannot_be_had_or_does_harm(
         assert torch.equal(ours, same)
     (note,) = [n for n in pruning.receipt.notes if n.startswith("not compensated")]
     assert "memory" in note if fault == "memory" else "from 0.1 to 0.2" in note
+
+
+class Slow(torch.optim.SGD):
+    """Keeps slow weights in its state, as schedule-free optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p].setdefault("slow", p.clone()).lerp_(p, 0.1)
+            self.state[p].setdefault("squares", torch.full_like(p, 0.01))
+        return loss
+
+
+class Kept(Callback):
+    """A moving average and Fisher information, by name, as people keep them."""
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+        self.fisher: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, p in pl_module.named_parameters():
+            self.average[name] = p.detach().clone()
+            self.fisher[name] = torch.full_like(p, 0.01)
+
+
+def test_averages_and_slow_weights_are_changed_as_their_weights(
+    trainer_kwargs: dict[str, Any],
+) -> None:
+    module, kept = Mixer(), Kept()
+    made: list[Slow] = []
+
+    def configure() -> Slow:
+        made.append(Slow(module.parameters(), lr=0.0))
+        return made[0]
+
+    module.configure_optimizers = configure  # type: ignore[method-assign]
+    callbacks = [kept, StructuredPruning(ratio=0.5, when=1)]
+    trainer = Trainer(**{**trainer_kwargs, "max_epochs": 2}, callbacks=callbacks)
+    trainer.fit(module, DataLoader(rows(), batch_size=16))
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(kept.average[name], p.detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(made[0].state[p]["slow"], p.detach(), rtol=0, atol=1e-5)
+        assert set(kept.fisher[name].flatten().tolist()) == {0.009999999776482582}
+        assert set(made[0].state[p]["squares"].flatten().tolist()) == {0.009999999776482582}
 
 
 def test_the_function_has_an_example_and_no_data() -> None:

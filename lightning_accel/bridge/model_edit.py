@@ -12,13 +12,14 @@ import gc
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_accel.bridge import beside, bests
@@ -36,7 +37,7 @@ from lightning_accel.bridge.parts import following, forget_parts, note_parts, wi
 from lightning_accel.bridge.restore import averages, pristine, register, remember
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import Cut, Receipt, Stage, Structure, follow
-from lightning_accel.surgery.shadows import Shadow
+from lightning_accel.surgery.shadows import Shadow, add_to_average
 
 _LEFT: weakref.WeakKeyDictionary[LightningModule, Structure] = weakref.WeakKeyDictionary()
 """The sizes that the last cut of a fit left."""
@@ -134,8 +135,10 @@ def commit(
         its_own.apply(copy)
     for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         cut.apply(average)
-    _warn_of_resets(follow(optimizers_of(trainer, pl_module, hidden), receipt))
-    _tell_of_shadows(shadows.follow(cut.kept))
+    optimizers = optimizers_of(trainer, pl_module, hidden)
+    _warn_of_resets(follow(optimizers, receipt))
+    _add_to_slow_weights(optimizers, pl_module, cut.added)
+    _tell_of_shadows(shadows.follow(cut.kept, cut.added))
     if finish is not None:
         finish()
     if wrapped:
@@ -144,6 +147,19 @@ def commit(
     bests.start_anew(trainer)
     tell(trainer, "on_model_edit_end", pl_module, receipt)
     return receipt
+
+
+def _add_to_slow_weights(
+    optimizers: Iterable[Any], pl_module: LightningModule, added: Mapping[str, Tensor]
+) -> None:
+    """Change what optimizers keep of weights in their state, as schedule-free ones do, as the weights were changed."""
+    weights = dict(pl_module.named_parameters())
+    for optimizer in optimizers:
+        for name, change in added.items():
+            state = optimizer.state.get(weights[name]) if name in weights else None
+            for kept in state.values() if isinstance(state, Mapping) else ():
+                if isinstance(kept, Tensor):
+                    add_to_average(kept, weights[name], change)
 
 
 def refuse_grown(pl_module: LightningModule) -> None:

@@ -22,6 +22,7 @@ from lightning_accel.surgery.owners import IN_ORDER, children
 from lightning_accel.surgery.receipt import Kept
 
 _DEPTH = 6
+_NEAR = 0.5  # of a weight's norm: a moving average at most as far away is one of it
 _WRAPPERS = ("module.", "model.", "pl_module.", "_orig_mod.")
 
 Row = list[tuple[str, Tensor]]  # tensors of one entry, with where they are in it
@@ -34,6 +35,24 @@ class Shadow(NamedTuple):
     tensor: Tensor
     name: str
     rivals: tuple[str, ...] = ()
+
+
+def add_to_average(tensor: Tensor, weight: Tensor, change: Tensor) -> None:
+    """Change what is kept beside a weight as the weight was changed, in place, if it lies near what that was before.
+
+    So do averages and slow weights of it, and Fisher information, sums of gradients and moments do not.
+
+    >>> average, squares = torch.tensor([1.0, 1.9]), torch.tensor([0.0, 0.1])
+    >>> for kept in (average, squares):
+    ...     add_to_average(kept, torch.tensor([1.5, 2.0]), torch.tensor([0.5, 0.0]))
+    >>> average, squares
+    (tensor([1.5000, 1.9000]), tensor([0.0000, 0.1000]))
+    """
+    if tensor.shape != weight.shape or not tensor.is_floating_point():
+        return
+    before = weight.detach().double() - change.to(weight.device, torch.float64)
+    if (tensor.detach().to(before) - before).norm() <= _NEAR * before.norm():
+        tensor.data += change.to(tensor)
 
 
 class Shadows:
@@ -87,11 +106,16 @@ class Shadows:
         yield from self._found.values()
 
     @torch.no_grad()
-    def follow(self, kept: Mapping[str, Kept]) -> list[Shadow]:
-        """Cut each as its parameter was cut, and return those."""
+    def follow(
+        self, kept: Mapping[str, Kept], added: Mapping[str, Tensor] | None = None
+    ) -> list[Shadow]:
+        """Cut each as its parameter was cut, and return those; averages are changed by what was `added` to it."""
         cut = [shadow for shadow in self._found.values() if shadow.name in kept]
         for shadow in cut:
             shadow.tensor.data = kept[shadow.name].take(shadow.tensor)
+        for shadow in self._found.values():
+            if added and shadow.name in added:
+                add_to_average(shadow.tensor, self._tensors[shadow.name], added[shadow.name])
         return cut
 
     def unclear(self, parts: Mapping[str, Sequence[Tensor | None]]) -> list[Shadow]:

@@ -59,17 +59,21 @@ class Averages(Callback):
             held.lerp_(p.detach(), 0.5)
 
     def on_model_edit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.before = [(n, t.numpy().copy()) for n, t in self.named.items()]
+        live = dict(pl_module.net.named_parameters())
+        both = [(n, t, live[n].detach()) for n, t in self.named.items()]
+        self.before = [(n, *(t.numpy().copy() for t in pair)) for n, *pair in both]
 
     def on_model_edit_end(self, trainer: Trainer, pl_module: Any, receipt: Any) -> None:
         kept = {move.name: move.kept for move in receipt.moved}
-        for (name, was), one, other in zip(
+        live = dict(pl_module.net.named_parameters())
+        for (name, *before), one, other in zip(
             self.before, self.named.values(), self.part.parameters(), strict=True
         ):
-            expected = torch.from_numpy(was)
+            was, weight = map(torch.from_numpy, before)
             if f"net.{name}" in kept:
-                expected = kept[f"net.{name}"].take(expected)
-            self.right.append(torch.equal(one, expected) and torch.equal(other, expected))
+                was, weight = (kept[f"net.{name}"].take(tensor) for tensor in (was, weight))
+            expected = was + (live[name].detach() - weight)  # what was compensated, if anything
+            self.right.append(all(torch.allclose(held, expected, 0, 1e-6) for held in (one, other)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"kept": [t.clone() for t in self.tensors()]}
