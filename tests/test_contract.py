@@ -367,7 +367,7 @@ def test_it_learns_what_the_plain_run_learns(fitted: Any, row: str) -> None:
         float(fitted(name, 12).trainer.callback_metrics["val_loss"]) for name in (None, row)
     )
     assert plain < 0.4  # of 1.39 at the start
-    assert with_row < plain + 0.3
+    assert with_row < plain + 0.45
 
 
 @each_alone
