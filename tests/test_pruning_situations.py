@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import StructuredPruning
-from lightning_accel.errors import NoEffect, Unsupported
+from lightning_accel.errors import BrokenModel, NoEffect, Unsupported
 from lightning_accel.loop import FusedOptimizer, LeanLoop
 from lightning_accel.pruning import SparsityTraining, plan, prune
 from lightning_accel.pruning.importance import score
@@ -334,3 +334,88 @@ def test_what_reads_the_trainer_takes_part_and_logs_nothing_while_it_is_tried(
     assert module.heard == 4
     assert trainer.callback_metrics["scale"] == 2.0
     assert module.log.__func__ is LightningModule.log  # type: ignore[attr-defined]
+
+
+class Plain(LightningModule):
+    """What the next ones begin with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.01)
+
+
+class Consolidated(Plain):
+    """Elastic weight consolidation: its step reads an anchor and the Fisher information by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = {n: p.detach().clone() for n, p in self.net.named_parameters()}
+        self.fisher = [torch.rand_like(p) for p in self.net.parameters()]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        named = zip(self.net.named_parameters(), self.fisher, strict=True)
+        pull = sum((f * (p - self.anchor[n]).square()).sum() for (n, p), f in named)
+        return super().training_step(batch, batch_idx) + pull
+
+
+class Target(Plain):
+    """Its step reads a target network, and copies the network into it every other time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+        self.count = 0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.count % 2 == 0:
+            self.target.load_state_dict(self.net.state_dict())
+        self.count += 1
+        return (self.net(batch) - self.target(batch).detach() - 1).square().mean()
+
+
+class MeanTeacher(Target):
+    """Its step moves an average towards the network (Tarvainen and Valpola 2017)."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        for mean, p in zip(self.target.parameters(), self.net.parameters(), strict=True):
+            mean.data.lerp_(p.data, 0.1)
+        return (self.net(batch) - self.target(batch).detach() - 1).square().mean()
+
+
+@pytest.mark.parametrize("kind", [Consolidated, Target, MeanTeacher])
+def test_a_step_that_reads_what_is_cut_along_is_tried_with_it_cut(
+    kind: type[Plain], trainer_kwargs: dict[str, Any]
+) -> None:
+    module = kind()
+    trainer = Trainer(
+        **{**trainer_kwargs, "max_epochs": 3}, callbacks=[StructuredPruning(ratio=0.5, when=1)]
+    )
+    trainer.fit(module, DataLoader([torch.randn(8) for _ in range(12)], batch_size=4))
+    shapes = [p.shape for p in module.net.parameters()]
+    assert shapes[0] == (8, 8)
+    if isinstance(module, Consolidated):
+        assert [t.shape for t in module.anchor.values()] == shapes
+        assert [t.shape for t in module.fisher] == shapes
+    else:
+        assert [p.shape for p in module.target.parameters()] == shapes
+
+
+def test_a_step_that_reads_what_is_not_cut_is_refused(trainer_kwargs: dict[str, Any]) -> None:
+    class Masked(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = [{"first": torch.ones(16)}]  # a history, by its form
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            hidden = F.linear(batch, self.net[0].weight) * self.mask[0]["first"]
+            return hidden.mean() + super().training_step(batch, batch_idx)
+
+    fit = Trainer(**trainer_kwargs, callbacks=[StructuredPruning(ratio=0.5, when=1)]).fit
+    with pytest.raises(BrokenModel, match="training_step"):
+        fit(Masked(), DataLoader([torch.randn(8) for _ in range(12)], batch_size=4))

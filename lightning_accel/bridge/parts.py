@@ -111,9 +111,7 @@ def following(trainer: Trainer, pl_module: LightningModule, cut: Cut) -> list[Pa
         Unsupported: A copy has not moved yet and equals its part, so nothing tells what it is.
     """
     found = []
-    for part in parts_of(trainer, pl_module):
-        if not part.cut(cut).kept or (part.at and _under(cut.kept, part.at)):
-            continue
+    for part in _concerned(trainer, pl_module, cut):
         if _is_average(part, _AT_START.get(pl_module, {})):
             found.append(part)
         elif _equal(part.copy, pl_module.get_submodule(part.of)):
@@ -124,6 +122,25 @@ def following(trainer: Trainer, pl_module: LightningModule, cut: Cut) -> list[Pa
                 "prune at a later epoch (`when=1`), after the first update of the copy",
             )
     return found
+
+
+def possible(trainer: Trainer, cut: Cut) -> list[Part]:
+    """Return those copies inside of the fit's module that a cut is made in, if they have moved by then."""
+    module = trainer.lightning_module
+    at_start = _AT_START.get(module, {})
+    return [
+        part
+        for part in _concerned(trainer, module, cut)
+        if part.at
+        and (_is_average(part, at_start) or _equal(part.copy, module.get_submodule(part.of)))
+    ]
+
+
+def _concerned(trainer: Trainer, pl_module: LightningModule, cut: Cut) -> Iterator[Part]:
+    """Yield the copies of what a cut shrinks that it does not shrink itself."""
+    for part in parts_of(trainer, pl_module):
+        if part.cut(cut).kept and not (part.at and _under(cut.kept, part.at)):
+            yield part
 
 
 def widened(cut: Cut, parts: list[Part]) -> Cut:

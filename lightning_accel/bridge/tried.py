@@ -14,8 +14,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_accel.bridge.data import validation_batches
 from lightning_accel.bridge.example import AtHand, OfValidation, batches_or, run_step
 from lightning_accel.bridge.inert import inert_copy
+from lightning_accel.bridge.parts import possible, widened
 from lightning_accel.errors import AccelError
+from lightning_accel.surgery import Cut
+from lightning_accel.surgery.owners import kept_by
 from lightning_accel.surgery.preserve import preserve_rng
+from lightning_accel.surgery.shadows import Shadows
 
 
 class StepOfFit(NamedTuple):
@@ -32,9 +36,12 @@ class StepOfFit(NamedTuple):
     def name(self) -> str:
         return "training_step" if self.trains else "validation_step"
 
-    def __call__(self, model: LightningModule) -> None:
-        """Raise what the step raises on a copy of `model`."""
+    def __call__(self, model: LightningModule, cut: Cut) -> None:
+        """Raise what the step raises on a copy of `model` after a cut, with all that the module holds beside."""
         with preserve_rng(), inert_copy(self.trainer, model) as copy:
+            shadows = Shadows(copy, {name: kept_by(m) for name, m in copy.named_modules()})
+            widened(cut, possible(self.trainer, cut)).apply(copy)
+            shadows.follow(cut.kept, cut.added)
             run_step(self.trainer, copy, self.batch, 0)
 
 

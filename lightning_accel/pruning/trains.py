@@ -22,7 +22,7 @@ REMEDY = "exclude the module with `select=Select(exclude=...)`"
 
 
 class Step(Protocol):
-    """Something that is done with a network, on a copy of it; raises what fails."""
+    """Something that is done with a network, on a copy of it after a cut; raises what fails."""
 
     @property
     def name(self) -> str: ...
@@ -30,7 +30,7 @@ class Step(Protocol):
     @property
     def trains(self) -> bool: ...
 
-    def __call__(self, model: Any) -> None: ...
+    def __call__(self, model: Any, cut: Cut) -> None: ...
 
 
 class Training:
@@ -66,7 +66,7 @@ class Training:
             _backward(self._small(cut), self._trained)
         for step in self._broken:
             try:
-                step(self._small(cut))
+                step(self.model, cut)
             except Exception as error:  # whatever a user's step may raise
                 cause = error.__cause__ or error
                 raise BrokenModel(
@@ -82,13 +82,13 @@ class Training:
         """
         for step in list(self._steps):
             try:
-                step(self._small(cut))
+                step(self.model, cut)
                 if step.trains:
                     self.why_not = ""
             except Exception:  # whatever a user's step may raise
                 self._steps.remove(step)
                 try:
-                    step(twin(self.model))
+                    step(self.model, Cut())
                 except Exception:
                     continue
                 self._broken.append(step)
