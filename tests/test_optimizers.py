@@ -294,7 +294,7 @@ def masks_of(kept: Tensor) -> dict[str, Tensor]:
 def test_a_prune_is_followed_by_every_optimizer(name: str, kind: type[Module]) -> None:
     module, cuts = kind(WRAPPERS[name]), Cuts()
     example = X[:2]
-    fit(module, StructuredPruning(ratio=0.5, when=1, example=example), cuts)
+    fit(module, StructuredPruning(ratio=0.5, compensate=False, when=1, example=example), cuts)
     true = by_hand(WRAPPERS[name], 3, masks_of(cuts.kept), start=1)
     assert module.net[0].weight.shape == (8, 8)
     torch.testing.assert_close(module.net[0].weight, true.net[0].weight[cuts.kept])
@@ -316,7 +316,7 @@ class Freezes(Callback):
 def test_lookahead_in_closures_follows_a_prune_and_masks(others: list[Any]) -> None:
     module, cuts = Closed(sgd), Cuts()
     made = [other() for other in others]
-    fit(module, *made, StructuredPruning(ratio=0.5, when=1, example=X[:2]), cuts)
+    fit(module, *made, StructuredPruning(ratio=0.5, compensate=False, when=1, example=X[:2]), cuts)
     true = by_hand(WRAPPERS["lookahead"], 3, masks_of(cuts.kept), start=1)
     torch.testing.assert_close(module.net[0].weight, true.net[0].weight[cuts.kept])
     torch.testing.assert_close(module.net[2].weight, true.net[2].weight[:, cuts.kept])
@@ -605,7 +605,7 @@ def true_average(kept: Tensor, first_is_copy: bool) -> list[Tensor]:
 @pytest.mark.parametrize("form", ["dict", "list", "id", "module", "averaged"])
 def test_averages_of_a_part_follow_a_prune(form: str) -> None:
     ema, cuts, module = Ema(form), Cuts(), Module()
-    fit(module, StructuredPruning(ratio=0.5, when=1), cuts, ema)
+    fit(module, StructuredPruning(ratio=0.5, compensate=False, when=1), cuts, ema)
     held = ema.kept.module.parameters() if form == "averaged" else ema.tensors()
     for found, true in zip(held, true_average(cuts.kept, form == "averaged"), strict=True):
         torch.testing.assert_close(found, true)
@@ -631,7 +631,7 @@ class Byol(Module):
 
 def test_a_target_inside_the_module_is_cut_where_its_network_is() -> None:
     module, cuts = Byol(), Cuts()
-    fit(module, StructuredPruning(ratio=0.5, when=1), cuts, epochs=2)
+    fit(module, StructuredPruning(ratio=0.5, compensate=False, when=1), cuts, epochs=2)
     assert module.target[0].weight.shape == (8, 8)
     for held, p in zip(module.target.parameters(), module.net.parameters(), strict=True):
         assert (held - p).abs().max() < 0.05  # channels of one kept, others of the other, would not
@@ -748,7 +748,7 @@ def in_mid_training(kind: type[Module], short: bool, kept: Tensor | None = None)
 @pytest.mark.parametrize("kind", [Anew, Unfreezes])
 def test_optimizers_that_come_or_grow_in_mid_training(kind: type[Module]) -> None:
     module, cuts = kind(), Cuts()
-    fit(module, StructuredPruning(ratio=0.5, when=2), cuts, epochs=4)
+    fit(module, StructuredPruning(ratio=0.5, compensate=False, when=2), cuts, epochs=4)
     true = in_mid_training(kind, short=False, kept=cuts.kept)
     torch.testing.assert_close(module.net[0].weight, true.net[0].weight[cuts.kept])
     torch.testing.assert_close(module.net[2].weight, true.net[2].weight[:, cuts.kept])
