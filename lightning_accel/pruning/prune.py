@@ -21,6 +21,7 @@ from lightning_accel.errors import AccelError, BrokenModel, NoEffect, explain
 from lightning_accel.pruning import activations, compensation, rounding, selection
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.adopt import Adopted, adopt
+from lightning_accel.pruning.depth import ONLY, Asked, check_depth, plan_depth
 from lightning_accel.pruning.foreign import Pruner, Turn, check_pruner, require_alone
 from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.halving import sound
@@ -52,9 +53,10 @@ def prune(
     round_to: int | str | None = None,
     attention: str = "heads",
     compensate: bool | None = None,
+    depth: bool | str = False,
     pruner: Pruner | None = None,
 ) -> Receipt:
-    """Remove the least important channels and attention heads of a network in place.
+    """Remove the least important channels and attention heads of a network in place, or whole blocks.
 
     Parameters stay the same objects (pass the receipt to `surgery.follow` for optimizer state), and
     train flags, `requires_grad`, ties, dtypes, memory formats and hooks stay as they are. The layers
@@ -77,6 +79,8 @@ def prune(
         attention: Whole "heads" go, or the same places of every head ("width").
         compensate: With true, solve the layers that read what is gone anew, by least squares on `example`,
             which should then hold a few hundred samples. `StructuredPruning` does so by default.
+        depth: Whole residual blocks go as well (True), or "only" they (`ratio` is a share of blocks then): first
+            those that change the outputs on `example` least for what they save.
         pruner: Instead of all but `example` and `compensate`, a function of a copy of the model and of its
             arguments that returns a pruner of torch-pruning, of which all steps are made. It chooses what
             goes; that is proved, cut and told as ever. See `StructuredPruning`.
@@ -114,6 +118,7 @@ def prune(
         round_to=round_to,
         attention=attention,
         compensate=compensate,
+        depth=depth,
         pruner=pruner,
     ).apply(model)
 
@@ -133,6 +138,8 @@ def plan(
     batches: Iterable[Sequence[Call]] = (),
     statistics: activations.Statistics | None = None,
     compensate: bool | None = None,
+    depth: bool | str = False,
+    thorough: bool = True,
     pruner: Pruner | None = None,
     turn: Turn = _ONLY,
     seconds: float = 300.0,
@@ -146,7 +153,7 @@ def plan(
     some, there is memory for it, and no `pruner`. After `seconds` no
     more groups are tried one by one; those not tried by then are left alone, and listed. `turn` is which
     of its steps a `pruner` of torch-pruning is to make. `steps` are what else has to run with the smaller
-    network, where it does now.
+    network, where it does now. With `depth`, blocks and width are weighed by more than one trial if `thorough`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -161,17 +168,26 @@ def plan(
     check_compensate(compensate)
     scoring.check(importance)
     selection.check_scope(scope)
-    check_attention(attention)
+    selection.check_attention(attention)
+    check_depth(depth, ratio=ratio, pruner=pruner, importance=importance)
+    batches = list(batches)
     until = time.monotonic() + seconds
     if importance == "taylor":
         scoring.require_gradients(model)
     _require_samples(calls)
     with nothing_heard(model):
-        model = _with_acting_hooks(model, calls)
+        users, model = model, _with_acting_hooks(model, calls)
         small = _small(model, calls)
-        measured = list(batches)
-        data = measured or [in_dtype_of(calls, model)]
+        data = batches or [in_dtype_of(calls, model)]
         verifier, training = Verifier(model, small), Training(model, small, steps)
+        if depth:
+            how: Any = {"importance": importance, "scope": scope, "select": select}
+            how |= {"round_to": round_to, "attention": attention, "dense": dense}
+            how |= {"batches": batches, "steps": steps}
+            width = partial(plan, calls=calls, compensate=compensate, seconds=seconds, **how)
+            wide = None if depth == ONLY else width
+            asked = Asked(ratio, target, select, dense, wide, until, thorough)
+            return plan_depth(users, model, calls, data, verifier, training, asked, bool(batches))
         if pruner is not None:
             found = adopt(model, small, pruner, verifier, training, turn=turn, until=until)
         else:
@@ -192,7 +208,7 @@ def plan(
             refused = (*graph.skipped, *chosen.refused)
             found = Adopted(graph.cut(chosen.gone), graph, chosen.gone, refused)
         cut = found.cut
-        if compensate or (compensate is None and measured and pruner is None):
+        if compensate or (compensate is None and batches and pruner is None):
             cut = _compensated(found, data, must=compensate is not None)
         cut = with_mirrors(model, cut)
     notes = [_reached(model, found, ratio, target)]
@@ -279,18 +295,6 @@ def check_compensate(compensate: Any) -> None:
     """Raise unless this says whether to compensate."""
     if compensate is not None and type(compensate) is not bool:
         raise TypeError(explain("`compensate` is true or false", repr(compensate), "pass True"))
-
-
-def check_attention(attention: Any) -> None:
-    """Raise unless this is what can go of attention."""
-    if attention not in ("heads", "width"):
-        raise ValueError(
-            explain(
-                "`attention` says what goes where channels are split into heads",
-                repr(attention),
-                "pass 'heads', or 'width' for the same places of every head",
-            )
-        )
 
 
 def _calls(example: Any, examples: Sequence[Any]) -> tuple[Call, ...]:

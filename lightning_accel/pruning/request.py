@@ -25,13 +25,7 @@ from lightning_accel.pruning.foreign import (
     require_alone,
 )
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.prune import (
-    check_asked,
-    check_attention,
-    check_compensate,
-    check_ratio,
-    plan,
-)
+from lightning_accel.pruning.prune import check_asked, check_compensate, check_ratio, plan
 from lightning_accel.pruning.reconstruction import Reconstruction
 from lightning_accel.pruning.rounding import check_round_to
 from lightning_accel.pruning.sensitivity import graph_of
@@ -81,7 +75,7 @@ class Request:
             check_ratio(self.ratio)
         check_compensate(self.compensate)
         check_round_to(self.round_to)
-        check_attention(self.attention)
+        selection.check_attention(self.attention)
         scoring.check(self.importance)
         selection.check_scope(self.scope)
         scheduling.check(self.schedule, self.steps)

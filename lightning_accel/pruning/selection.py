@@ -84,6 +84,18 @@ def check_scope(scope: Any) -> str:
     return str(scope)
 
 
+def check_attention(attention: Any) -> None:
+    """Raise unless this is what can go of attention."""
+    if attention not in ("heads", "width"):
+        raise ValueError(
+            explain(
+                "`attention` says what goes where channels are split into heads",
+                repr(attention),
+                "pass 'heads', or 'width' for the same places of every head",
+            )
+        )
+
+
 def immovable(groups: Sequence[Group], *, round_to: int | None = None) -> list[Change]:
     """Name the groups that no ratio can shrink, with the reason.
 

@@ -265,6 +265,11 @@ def _doubt(found: Comparison) -> float:
     return found.high / found.low / max(found.busy, 0.01)
 
 
+def at_batch_of(target: Target, calls: Sequence[Call]) -> tuple[Call, ...]:
+    """Give the calls as many samples as a target is about."""
+    return _repeated(calls, getattr(target, "batch_size", None))
+
+
 def _repeated(calls: Sequence[Call], size: int | None) -> tuple[Call, ...]:
     """Give the calls a batch of `size` samples by repeating the ones that they have."""
     batch = batch_size(calls)

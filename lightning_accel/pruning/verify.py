@@ -8,6 +8,7 @@ wired to the wrong consumer without any error.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from lightning_accel.errors import BrokenModel
 from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.blank import Blank, Masks, masks
+from lightning_accel.pruning.silence import silence
 from lightning_accel.pruning.statistics import Note, Record, Replay
 from lightning_accel.pruning.trains import REMEDY, Training, located
 from lightning_accel.pruning.variants import opposite, resized, varied_calls, vary
-from lightning_accel.surgery import Cut, twin
+from lightning_accel.surgery import Cut, Structure, twin
+from lightning_accel.surgery.bypass import bypass
 from lightning_accel.surgery.call import (
     Call,
     as_call,
@@ -168,8 +171,15 @@ class Verifier:
             return False
         return True
 
+    @property
+    def settings(self) -> list[tuple[nn.Module, Sequence[Call]]]:
+        """Networks in evaluation and what each is run on."""
+        return [(setting.network, setting.calls) for setting in self._settings]
+
     def _difference(self, setting: _Setting, cut: Cut) -> float | None:
         """Return the difference of a setting, or `None` if its network gives no numbers even uncut."""
+        if cut.bypassed:
+            return self._without_blocks(setting, cut)
         try:
             expected, notes = self._masked(setting, cut)
         except Exception:  # whatever a forward may raise
@@ -188,19 +198,30 @@ class Verifier:
             replay,
         ):
             found = self._numbers(run(small, setting.calls))
-        if [t.shape for t in expected] != [t.shape for t in found]:
-            raise BrokenModel("the cut changes the shape of the network's output", "", REMEDY)
-        if not sum(t.numel() for t in expected):
-            raise BrokenModel(
-                "nothing can be proved: the network's outputs hold no number", "", REMEDY
-            )
-        worst = 0.0
-        for want, have in zip(expected, found, strict=True):
-            if want.numel():
-                scale = want.abs().max().clamp_min(1e-12)
-                error = float((want - have).abs().max() / scale)
-                worst = error if not error <= worst else worst
-        return worst
+        return _error(expected, found)
+
+    def _without_blocks(self, setting: _Setting, cut: Cut) -> float | None:
+        """Return the difference that whole blocks make: where their branches say nothing they are not missed.
+
+        The rest of the cut is compared in the network without them.
+        """
+        silent, less = twin(setting.network), twin(setting.network)
+        silence(silent, cut.bypassed)
+        bypass(less, cut.bypassed)
+        outputs = []
+        for network in (silent, less):
+            random = same_random_state(network, seed=0)
+            with torch.no_grad(), random, unfused(network), located(network):
+                outputs.append(self._numbers(run(network, setting.calls)))
+        if not _is_finite(outputs[0]) and not self._stands(setting):
+            return None
+        error = _error(*outputs)
+        if not cut.kept or not error <= self.tolerance:
+            return error
+        tensors = {name: cut.before.tensors[name] for name in cut.kept}
+        attributes = {name: cut.before.attributes[name] for name in cut.attributes}
+        rest = dataclasses.replace(cut, bypassed={}, before=Structure(tensors, attributes))
+        return self._difference(_Setting(less, setting.calls), rest)
 
     def _stands(self, setting: _Setting) -> bool:
         """Whether a setting proves anything: the example itself does, others where the network runs."""
@@ -220,6 +241,21 @@ class Verifier:
     def _numbers(self, outputs: Any) -> list[Tensor]:
         found = (t.resolve_conj() for t in tensors(outputs))
         return [(torch.view_as_real(t) if t.is_complex() else t).to(self.dtype) for t in found]
+
+
+def _error(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Return the largest difference of two outputs, over the scale of the first."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        raise BrokenModel("the cut changes the shape of the network's output", "", REMEDY)
+    if not sum(t.numel() for t in expected):
+        raise BrokenModel("nothing can be proved: the network's outputs hold no number", "", REMEDY)
+    worst = 0.0
+    for want, have in zip(expected, found, strict=True):
+        if want.numel():
+            scale = want.abs().max().clamp_min(1e-12)
+            error = float((want - have).abs().max() / scale)
+            worst = error if not error <= worst else worst
+    return worst
 
 
 def why_broken(verifier: Verifier, training: Training, cut: Callable[[], Cut]) -> str:

@@ -1,4 +1,4 @@
-"""What to take out of a model: the kept elements of each tensor and the sizes that follow.
+"""What to take out of a model: the kept elements of each tensor, the sizes that follow, and whole blocks.
 
 A cut is made on a twin, is plain data, and can be sent to other processes. Applying it to the model
 (or to any copy with the same names, such as a moving average) is the only moment at which the
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import StructureMismatch
-from lightning_accel.surgery.receipt import Change, Kept, Moved, Receipt, summary
+from lightning_accel.surgery.bypass import Handing, bypass
+from lightning_accel.surgery.receipt import Change, Kept, Moved, Receipt, Removed, summary
 from lightning_accel.surgery.structure import (
     Size,
     Structure,
@@ -32,7 +33,8 @@ class Cut:
     `before` holds the shapes and attributes that the cut expects to find. `scaled` multiplies what is
     kept of a tensor, so that the function stays the same (see `pruning.scaling`); `renormed` does so in
     the shape before the cut, for weights divided by a norm; `added` is added last, to make up for what is
-    gone (see `pruning.compensation`).
+    gone (see `pruning.compensation`). `bypassed` are blocks that go as a whole, with how each hands on its
+    input (see `bypass`); all else is said of the network without them.
     """
 
     kept: Mapping[str, Kept] = field(default_factory=dict)
@@ -43,14 +45,16 @@ class Cut:
     renormed: Mapping[str, Tensor] = field(default_factory=dict)
     added: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bypassed: Mapping[str, Handing] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.kept)
+        return bool(self.kept or self.bypassed)
 
     def __repr__(self) -> str:
         """Write a summary of at most ten lines, without tensors."""
         counts = f"{len(self.kept)} tensors, {len(self.attributes)} modules"
-        lines = [f"  {name}: {kept!r}" for name, kept in self.kept.items()]
+        lines = [f"  {name}: a whole block" for name in self.bypassed]
+        lines += [f"  {name}: {kept!r}" for name, kept in self.kept.items()]
         lines += [f"  left alone: {change.name}: {change.what}" for change in self.skipped]
         return summary(f"Cut({counts}, {len(self.skipped)} skipped)", lines)
 
@@ -63,8 +67,12 @@ class Cut:
         """
         self._check(model)
         _release(model)
+        blocks = bypass(model, self.bypassed)
+        changes = [Change(one.name, "removed", type(one.block).__name__) for one in blocks]
+        removed = [
+            Removed(f"{one.name}.{n}", p) for one in blocks for n, p in one.parameters.items()
+        ]
         tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
-        changes: list[Change] = []
         moved: list[Moved] = []
         done: set[int] = set()
         for name, kept in self.kept.items():
@@ -95,7 +103,7 @@ class Cut:
         for name, sizes in self.attributes.items():
             for key, size in sizes.items():
                 set_size(modules[name], key, size)
-        return Receipt(tuple(changes), tuple(moved), self.skipped, self.notes)
+        return Receipt(tuple(changes), tuple(moved), self.skipped, self.notes, tuple(removed))
 
     @torch.no_grad()
     def masked(self, model: nn.Module, nothing: float = 0.0) -> None:
@@ -144,7 +152,9 @@ class Cut:
             ) from None
         if found != self.before:
             wrong = [
-                name for name, shape in self.before.tensors.items() if found.tensors[name] != shape
+                name
+                for name, shape in self.before.tensors.items()
+                if found.tensors.get(name) != shape
             ]
             raise StructureMismatch(
                 "the cut was made for a model of another shape",

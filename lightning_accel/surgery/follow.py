@@ -8,7 +8,7 @@ benchmarks/resume_after_prune.py). That is all that is claimed: exact continuati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -29,7 +29,8 @@ def follow(optimizer: Any, receipt: Receipt) -> Receipt:
     tensor of the old parameter's shape is sliced with it, factored second moments are cut as what they
     stand for: see `memories`. State that mixes elements (preconditioners, blocks of codes, histories)
     cannot be cut: it is dropped for that parameter, the optimizer starts it anew, and the returned
-    receipt says so under `skipped`.
+    receipt says so under `skipped`. Parameters of blocks that are gone leave their groups, which stay, with their
+    state.
 
     Args:
         optimizer: An optimizer, or whatever holds one or several: see `optimizers.within`.
@@ -52,11 +53,13 @@ def _follow(optimizer: Any, receipt: Receipt, done: dict[int, Tensor]) -> Receip
     # Groups that an optimizer inside shares have been replaced already.
     held = {id(p) for p in parameters_of(optimizer)}
     moves = [m for m in receipt.moved if id(m.old) in held or id(m.new) in held]
-    if moves and _has_history(optimizer, moves):
+    removed = [one.old for one in receipt.removed if id(one.old) in held]
+    if (moves or removed) and _has_history(optimizer, moves):
         optimizer.state.clear()
         if hasattr(optimizer, "_numel_cache"):
             optimizer._numel_cache = None
         reset = [Change("all parameters", "optimizer state reset", "a history of all parameters")]
+    _take_out(optimizer, removed)
     _replace_members(optimizer, moves)
     mixed = mixing(optimizer, {move.old: move.old_shape for move in moves}) if moves else set()
     for move in moves:
@@ -70,6 +73,15 @@ def _follow(optimizer: Any, receipt: Receipt, done: dict[int, Tensor]) -> Receip
             optimizer.state[move.new] = state
             changes.append(Change(move.name, "optimizer state sliced"))
     return Receipt(tuple(changes), skipped=tuple(reset))
+
+
+def _take_out(optimizer: Any, removed: Sequence[nn.Parameter]) -> None:
+    """Take parameters that are gone out of the groups and the state."""
+    away = set(map(id, removed))
+    for group in optimizer.param_groups if away else ():
+        group["params"][:] = [p for p in group["params"] if id(p) not in away]
+    for parameter in removed:
+        optimizer.state.pop(parameter, None)
 
 
 def _replace_members(optimizer: Any, moves: list[Moved]) -> None:

@@ -93,11 +93,22 @@ class Moved(NamedTuple):
         return f"Moved({self.name!r}, {self.old_shape} -> {tuple(self.new.shape)})"
 
 
+class Removed(NamedTuple):
+    """One parameter that went with its whole block."""
+
+    name: str
+    old: nn.Parameter
+
+    def __repr__(self) -> str:
+        """Write the shape, not the values."""
+        return f"Removed({self.name!r}, {tuple(self.old.shape)})"
+
+
 @dataclass(frozen=True)
 class Receipt:
     """What an edit did. Falsy when nothing happened; `+` joins two edits of one model.
 
-    `skipped` names what was asked for and left alone, with the reason; `notes` says what was reached of
+    `removed` are parameters that are gone for good, with whole blocks. `skipped` names what was asked for and left alone, with the reason; `notes` says what was reached of
     what was asked.
 
     >>> bool(Receipt()), len((Receipt((Change("fc", "pruned", "8", "4"),)) + Receipt()).changes)
@@ -108,6 +119,7 @@ class Receipt:
     moved: tuple[Moved, ...] = ()
     skipped: tuple[Change, ...] = field(default=())
     notes: tuple[str, ...] = ()
+    removed: tuple[Removed, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.changes or self.moved)
@@ -132,6 +144,7 @@ class Receipt:
             self.moved + other.moved,
             self.skipped + other.skipped,
             self.notes + other.notes,
+            self.removed + other.removed,
         )
 
 

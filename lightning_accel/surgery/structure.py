@@ -1,8 +1,8 @@
-"""The shape of a model as plain data: tensor sizes and the integers that its forward reads.
+"""The shape of a model as plain data: tensor sizes, the integers that its forward reads, blocks that are gone.
 
-A pruned network differs from the one its class builds in tensor shapes and in attributes such as
-`out_channels`, `num_heads` or `normalized_shape`. Both are written down by name, so that a fresh
-instance takes the same shape before weights load, with no example input, no trace and no
+A pruned network differs from the one its class builds in tensor shapes, in attributes such as
+`out_channels`, `num_heads` or `normalized_shape`, and in whole blocks that are bypassed. All are written down by
+name, so that a fresh instance takes the same shape before weights load, with no example input, no trace and no
 torch-pruning, and in both directions: the best checkpoint may be less pruned than the model is now.
 (Replaying torch-pruning's own history gives silently wrong attention heads.)
 """
@@ -19,6 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import StructureMismatch
+from lightning_accel.surgery.bypass import (
+    Bypass,
+    Handing,
+    bypass,
+    checked,
+    gone,
+    is_under,
+    put_back,
+    whole_modules,
+    whole_tensors,
+)
 from lightning_accel.surgery.receipt import Change, Receipt, summary
 
 Size = int | tuple[int, ...]
@@ -28,7 +39,10 @@ _REMEDY = "use the checkpoint with the code that wrote it; nothing was loaded"
 
 @dataclass(frozen=True)
 class Structure:
-    """Shapes of named tensors and integer attributes of named modules; the named ones only.
+    """Shapes of named tensors, integer attributes of named modules, blocks that may go; the named ones only.
+
+    `bypassed` says of each block that was ever removed how it hands on its input, or `None` where it is in place.
+    Of a block that is gone, neither tensors nor attributes are named.
 
     >>> narrow = Structure.of(nn.Linear(4, 2))
     >>> wide = nn.Linear(4, 8)
@@ -38,6 +52,10 @@ class Structure:
 
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
+    bypassed: Mapping[str, Handing | None] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors or self.attributes or self.bypassed)
 
     def __repr__(self) -> str:
         """Write a summary of at most ten lines.
@@ -49,6 +67,9 @@ class Structure:
         """
         lines = [f"  {name}: {text(shape)}" for name, shape in self.tensors.items()]
         counts = f"{len(self.tensors)} tensors, {len(self.attributes)} modules"
+        blocks = [name for name, handing in self.bypassed.items() if handing is not None]
+        if blocks:
+            counts += f", without {', '.join(blocks)}"
         return summary(f"Structure({counts})", lines)
 
     @classmethod
@@ -59,19 +80,48 @@ class Structure:
             {
                 name: sizes
                 for name, module in model.named_modules()
-                if (sizes := dict(_sizes(module)))
+                if not isinstance(module, Bypass) and (sizes := dict(_sizes(module)))
             },
+            {name: one.handing for name, one in gone(model).items()},
         )
 
     def now(self, model: nn.Module) -> Structure:
         """Return what `model` has at present in the places that this structure names."""
-        tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
+        return self._of(model, dict(self.bypassed)).there()
+
+    def built(self, model: nn.Module) -> Structure:
+        """Return the same as if no block were gone, with all tensors of those that this structure takes out."""
+        taken = {name: None for name, handing in self.bypassed.items() if handing is not None}
+        lost = {n: tuple(t.shape) for n, t in whole_tensors(model) if is_under(n, taken)}
+        found = self._of(model, {})
+        return Structure(
+            {**lost, **found.tensors}, found.attributes, dict.fromkeys(self.bypassed, None)
+        )
+
+    def there(self) -> Structure:
+        """Return this structure without what is a part of a block that is gone."""
+        away = {name: None for name, handing in self.bypassed.items() if handing is not None}
+        if not away:
+            return self
+        return Structure(
+            {n: s for n, s in self.tensors.items() if not is_under(n, away)},
+            {n: s for n, s in self.attributes.items() if n not in away and not is_under(n, away)},
+            self.bypassed,
+        )
+
+    def _of(self, model: nn.Module, bypassed: Mapping[str, Any]) -> Structure:
+        """Return sizes of the whole model, and whether these blocks are gone."""
+        tensors, modules = dict(whole_tensors(model)), dict(whole_modules(model))
+        missing = {n: m for n, m in modules.items() if n in bypassed and isinstance(m, Bypass)}
+        if not modules.keys() >= bypassed.keys():
+            raise KeyError(next(name for name in bypassed if name not in modules))
         return Structure(
             {name: tuple(tensors[name].shape) for name in self.tensors},
             {
-                name: {key: _as_size(getattr(modules[name], key)) for key in sizes}
+                name: {key: _as_size(getattr(_built(modules[name]), key)) for key in sizes}
                 for name, sizes in self.attributes.items()
             },
+            {name: missing[name].handing if name in missing else None for name in bypassed},
         )
 
     def updated(self, other: Structure) -> Structure:
@@ -79,17 +129,22 @@ class Structure:
         attributes = {name: dict(sizes) for name, sizes in self.attributes.items()}
         for name, sizes in other.attributes.items():
             attributes.setdefault(name, {}).update(sizes)
-        return Structure({**self.tensors, **other.tensors}, attributes)
+        tensors = {**self.tensors, **other.tensors}
+        return Structure(tensors, attributes, {**self.bypassed, **other.bypassed})
 
     def apply(self, model: nn.Module) -> Receipt:
         """Give `model` these sizes in place. Parameters whose shape changes become zeros.
 
         Buffers that checkpoints do not hold are the same along a cut dimension, so they are shortened
-        or repeated. Parameters stay the same objects, tied ones stay tied, flags and dtypes stay.
+        or repeated. Parameters stay the same objects, tied ones stay tied, flags and dtypes stay. Blocks
+        go, or come back with zeros for weights.
         """
+        changes = [Change(name, "put back") for name in put_back(model, self._in_place())]
+        away = {n: handing for n, handing in self.bypassed.items() if handing is not None}
+        changes += [Change(one.name, "removed") for one in bypass(model, away)]
+        there = self.there()
         tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
-        changes = []
-        for name, shape in self.tensors.items():
+        for name, shape in there.tensors.items():
             tensor = tensors[name]
             if tuple(tensor.shape) != tuple(shape):
                 changes.append(Change(name, "resized", text(tensor.shape), text(shape)))
@@ -97,10 +152,13 @@ class Structure:
                 if not isinstance(tensor, nn.Parameter):
                     data = _repeated(tensor, shape)
                 replace_data(model, tensor, data)
-        for name, sizes in self.attributes.items():
+        for name, sizes in there.attributes.items():
             for key, size in sizes.items():
                 set_size(modules[name], key, size)
         return Receipt(tuple(changes))
+
+    def _in_place(self) -> list[str]:
+        return [name for name, handing in self.bypassed.items() if handing is None]
 
     def check(self, model: nn.Module, limit: Structure | None = None) -> None:
         """Raise `StructureMismatch` unless every name exists here and every size is possible.
@@ -110,7 +168,12 @@ class Structure:
             limit: Sizes that must not be exceeded: pruning only makes things smaller.
         """
         limit = limit or Structure()
-        tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
+        tensors, modules = dict(whole_tensors(model)), dict(whole_modules(model))
+        for name in self.bypassed:
+            if not name or name not in modules:
+                raise StructureMismatch(
+                    "the stored structure names a block that the model lacks", name, _REMEDY
+                )
         for name, shape in self.tensors.items():
             if name not in tensors:
                 raise StructureMismatch(
@@ -119,24 +182,27 @@ class Structure:
             _check_size(name, tuple(shape), limit.tensors.get(name, tuple(tensors[name].shape)))
         for name, sizes in self.attributes.items():
             for key, size in sizes.items():
-                if name not in modules or not _is_size(getattr(modules[name], key, None)):
+                module = _built(modules.get(name))
+                if not _is_size(getattr(module, key, None)):
                     raise StructureMismatch(
                         "the stored structure names an attribute that the model lacks",
                         f"{name}.{key}",
                         _REMEDY,
                     )
-                present = _as_size(getattr(modules[name], key))
+                present = _as_size(getattr(module, key))
                 _check_size(f"{name}.{key}", size, limit.attributes.get(name, {}).get(key, present))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers, safe for `torch.load(weights_only=True)`, with a digest."""
-        plain = {
+        plain: dict[str, Any] = {
             "tensors": {name: list(shape) for name, shape in self.tensors.items()},
             "attributes": {
                 name: {k: v if isinstance(v, int) else list(v) for k, v in sizes.items()}
                 for name, sizes in self.attributes.items()
             },
         }
+        if self.bypassed:
+            plain["bypassed"] = dict(self.bypassed)
         return {**plain, "digest": _digest(plain)}
 
     @classmethod
@@ -151,12 +217,16 @@ class Structure:
                 }
                 for name, sizes in plain["attributes"].items()
             }
+            bypassed = {
+                str(name): None if handing is None else checked(handing)
+                for name, handing in plain.get("bypassed", {}).items()
+            }
             sealed = plain["digest"]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise StructureMismatch(
                 "the stored structure cannot be read", f"{type(error).__name__}: {error}", _REMEDY
             ) from None
-        read = cls(tensors, attributes)
+        read = cls(tensors, attributes, bypassed)
         if read.to_dict()["digest"] != sealed:
             raise StructureMismatch(
                 "the stored structure does not match its own digest", str(sealed)[:16], _REMEDY
@@ -215,6 +285,11 @@ def _graph_expects_other_shape(parameter: nn.Parameter) -> bool:
     node = torch.autograd.graph.get_gradient_edge(parameter).node
     (known,) = node._input_metadata
     return tuple(known.shape) != tuple(parameter.shape)
+
+
+def _built(module: Any) -> Any:
+    """Return the block itself where a module stands for one that is gone."""
+    return module.husk.block if isinstance(module, Bypass) else module
 
 
 def _sizes(module: nn.Module) -> Iterator[tuple[str, Size]]:
