@@ -228,7 +228,7 @@ def is_stale(trainer: Trainer, metric: str) -> bool:
 
 def save_at_end(trainer: Trainer, pl_module: LightningModule) -> None:
     """Save the network as it is at the end of a fit wherever nothing was saved since its last edit."""
-    if trainer.fast_dev_run or not pristine(pl_module).tensors:  # type: ignore[attr-defined]
+    if trainer.fast_dev_run or not pristine(pl_module):  # type: ignore[attr-defined]
         return
     for checkpoint in _checkpoints(trainer):
         periodic = (

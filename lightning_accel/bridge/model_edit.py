@@ -129,11 +129,12 @@ def commit(
     refuse_flat(shadows)
     refuse_unclear(shadows, {name: (*kept.dims, kept.flat) for name, kept in cut.kept.items()})
     in_parts = [(part.copy, part.cut(cut)) for part in parts if part.at is None]
+    copies = list(averages(trainer.callbacks, pl_module))  # type: ignore[attr-defined]
     receipt = cut.apply(pl_module)
     beside.Cuts(pl_module).add(cut)
     for copy, its_own in in_parts:
         its_own.apply(copy)
-    for average in averages(trainer.callbacks, pl_module):  # type: ignore[attr-defined]
+    for average in copies:
         cut.apply(average)
     optimizers = optimizers_of(trainer, pl_module, hidden)
     _warn_of_resets(follow(optimizers, receipt))
@@ -167,7 +168,7 @@ def refuse_grown(pl_module: LightningModule) -> None:
     left = _LEFT.get(pl_module)
     if left is None or (found := left.now(pl_module)) == left:
         return
-    names = [name for name, shape in left.tensors.items() if found.tensors[name] != shape]
+    names = [name for name, shape in left.tensors.items() if found.tensors.get(name) != shape]
     raise AccelError(
         "weights of before a prune were put back into the pruned network, by somebody who keeps "
         "copies where no edit could find them",

@@ -41,12 +41,15 @@ class Part(NamedTuple):
             cut,
             kept=_under(cut.kept, self.of),
             before=Structure(
-                _under(cut.before.tensors, self.of), _modules_under(cut.before.attributes, self.of)
+                _under(cut.before.tensors, self.of),
+                _modules_under(cut.before.attributes, self.of),
+                _under(cut.before.bypassed, self.of),
             ),
             attributes=_modules_under(cut.attributes, self.of),
             scaled=_under(cut.scaled, self.of),
             renormed=_under(cut.renormed, self.of),
             added=_under(cut.added, self.of),
+            bypassed=_under(cut.bypassed, self.of),
         )
 
 
@@ -139,7 +142,7 @@ def possible(trainer: Trainer, cut: Cut) -> list[Part]:
 def _concerned(trainer: Trainer, pl_module: LightningModule, cut: Cut) -> Iterator[Part]:
     """Yield the copies of what a cut shrinks that it does not shrink itself."""
     for part in parts_of(trainer, pl_module):
-        if part.cut(cut).kept and not (part.at and _under(cut.kept, part.at)):
+        if part.cut(cut) and not (part.at and _under({**cut.kept, **cut.bypassed}, part.at)):
             yield part
 
 
@@ -155,11 +158,13 @@ def widened(cut: Cut, parts: list[Part]) -> Cut:
             before=Structure(
                 {**cut.before.tensors, **_at(own.before.tensors, part.at)},
                 {**cut.before.attributes, **_modules_at(own.before.attributes, part.at)},
+                {**cut.before.bypassed, **_at(own.before.bypassed, part.at)},
             ),
             attributes={**cut.attributes, **_modules_at(own.attributes, part.at)},
             scaled={**cut.scaled, **_at(own.scaled, part.at)},
             renormed={**cut.renormed, **_at(own.renormed, part.at)},
             added={**cut.added, **_at(own.added, part.at)},
+            bypassed={**cut.bypassed, **_at(own.bypassed, part.at)},
         )
     return cut
 

@@ -24,6 +24,7 @@ from lightning_accel.bridge.guards import refuse_lazy
 from lightning_accel.bridge.hyper import as_values
 from lightning_accel.errors import StructureMismatch, explain, weights_alone
 from lightning_accel.surgery import Structure
+from lightning_accel.surgery.bypass import is_under, whole_tensors
 from lightning_accel.surgery.structure import named_tensors, text
 
 ModuleT = TypeVar("ModuleT", bound=LightningModule)
@@ -134,7 +135,7 @@ def load_from_checkpoint(
 def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]) -> None:
     users_own(checkpoint)
     before = pristine(pl_module)
-    if before.tensors or before.attributes:
+    if before:
         checkpoint[KEY] = {
             "readme": _README,
             "structure": before.now(pl_module).to_dict(),
@@ -146,19 +147,20 @@ def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
 
 def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]) -> None:
     structure = stored_structure(pl_module, checkpoint)
-    before = structure.now(pl_module).updated(pristine(pl_module))
-    target = before.updated(structure)
+    before = structure.built(pl_module).updated(pristine(pl_module))
+    target = before.updated(structure).there()
     _check_tensors(pl_module, target, checkpoint.get("state_dict") or {})
     _tell_another_size(pl_module, target)
     remember(pl_module, before)
     beside = vars(pl_module).get(_BESIDE)
     cut_beside = beside[1](pl_module, checkpoint) if beside is not None else None
+    trainer = getattr(pl_module, "_trainer", None)
+    copies = list(averages(trainer.callbacks if trainer is not None else [], pl_module))
     target.apply(pl_module)
     stored = checkpoint.get(KEY)
     if cut_beside is not None and isinstance(stored, dict) and "dense" in stored:
         cut_beside(structure, Structure.from_dict(stored["dense"]))
-    trainer = getattr(pl_module, "_trainer", None)
-    for average in averages(trainer.callbacks if trainer is not None else [], pl_module):
+    for average in copies:
         target.apply(average)
     users_own(checkpoint)
 
@@ -176,7 +178,7 @@ def stored_structure(pl_module: LightningModule, checkpoint: Mapping[str, Any]) 
     structure = Structure.from_dict(stored.get("structure"))
     structure.check(pl_module, limit=pristine(pl_module))
     if "dense" in stored:  # files of 0.1.0 have none
-        built = structure.now(pl_module).updated(pristine(pl_module))
+        built = structure.built(pl_module).updated(pristine(pl_module))
         _check_origin(pl_module, structure, Structure.from_dict(stored["dense"]), built)
     return structure
 
@@ -185,7 +187,7 @@ def _check_origin(
     pl_module: LightningModule, structure: Structure, dense: Structure, built: Structure
 ) -> None:
     """Raise unless the pruned network came from one of the sizes that this class builds here."""
-    if structure.now(pl_module) == structure and not pristine(pl_module).tensors:
+    if structure.now(pl_module) == structure and not pristine(pl_module):
         return  # built in the pruned sizes already
     pairs = [(name, size, built.tensors.get(name)) for name, size in dense.tensors.items()]
     for name, sizes in dense.attributes.items():
@@ -210,11 +212,13 @@ def _tell_another_size(pl_module: LightningModule, target: Structure) -> None:
     """Warn when a module that was pruned here gets another structure for a test or a prediction."""
     trainer = getattr(pl_module, "_trainer", None)
     fitting = trainer is None or trainer.state.fn == "fit"
-    if fitting or not pristine(pl_module).tensors or target.now(pl_module) == target:
+    if fitting or not pristine(pl_module) or target.now(pl_module) == target:
         return
     present = sum(p.numel() for p in pl_module.parameters())
     sizes = {n: prod(s) for n, s in target.tensors.items()}
-    stored = sum(sizes.get(n, p.numel()) for n, p in pl_module.named_parameters())
+    away = {name for name, handing in target.bypassed.items() if handing is not None}
+    whole = {id(p): (n, p) for n, p in whole_tensors(pl_module) if isinstance(p, nn.Parameter)}
+    stored = sum(sizes.get(n, p.numel()) for n, p in whole.values() if not is_under(n, away))
     rank_zero_warn(
         explain(
             "the checkpoint holds another structure than the network has, which takes it on",

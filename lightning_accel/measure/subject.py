@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_accel.measure.flops import Macs, count_run, eval_mode
 from lightning_accel.measure.report import Report, Subject, measure_pair
 from lightning_accel.surgery import Structure
+from lightning_accel.surgery.bypass import is_under
 from lightning_accel.surgery.call import Call, batch_size, first, parameters_of, run
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -150,7 +151,8 @@ def restore(model: nn.Module, structure: Structure) -> None:
     """
     resized = {change.name for change in structure.apply(model).changes}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in resized and tensor.is_floating_point():
+        anew = name in resized or is_under(name, resized)  # of a block that was put back
+        if anew and tensor.is_floating_point():
             _fill(name, tensor)
 
 

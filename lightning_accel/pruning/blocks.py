@@ -191,7 +191,11 @@ def _refused(model: nn.Module, found: Sequence[str], whys: Mapping[str, str]) ->
     """Return what looks like a block and is none: of a class that repeats, beside and not inside of others."""
     modules = dict(model.named_modules())
     kinds = Counter(type(module) for module in modules.values())
-    composed = {n: why for n, why in whys.items() if any(True for _ in modules[n].children())}
+    composed = {
+        n: why
+        for n, why in whys.items()
+        if any(p is not None for child in modules[n].children() for p in child.parameters())
+    }
     known = [*found]
     listed = {}
     for name, why in composed.items():

@@ -24,14 +24,14 @@ from lightning_accel.bridge.restore import pristine
 from lightning_accel.bridge.rewind import remember_fit, rewind
 from lightning_accel.bridge.tried import steps_of
 from lightning_accel.changed import changed, in_vain, written
-from lightning_accel.errors import NoEffect, Unsupported
+from lightning_accel.errors import NoEffect
 from lightning_accel.pruning import course
 from lightning_accel.pruning import guard as guarding
 from lightning_accel.pruning import schedule as scheduling
 from lightning_accel.pruning.foreign import Pruner
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.recalibrate import check_batches
-from lightning_accel.pruning.request import READ_THE_LOSS, Request
+from lightning_accel.pruning.request import Request
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trained import UNTRAINED, looks_untrained
 from lightning_accel.surgery import Cut, Receipt, Select, Stage, Structure
@@ -84,6 +84,8 @@ class StructuredPruning(ModelEdit):
         attention: Whole "heads" go, or the same places of every head ("width").
         compensate: Solve the layers that read what is gone anew, by least squares on ten training batches;
             by default unless a `pruner` is given. With `False` their weights are those of before.
+        depth: Whole residual blocks go as well (True), or "only" they, of which `ratio` is a share then: first
+            those that change the outputs on ten training batches least for what they save.
         recalibrate: Training batches for new batch-norm statistics after each prune; 0 keeps the old.
         max_drop: How much worse `monitor` may get than before the first prune. Beyond that when the next
             prune is due, or at the end, the last prune is taken back and none follows.
@@ -120,6 +122,7 @@ class StructuredPruning(ModelEdit):
         round_to: int | str | None = None,
         attention: str = "heads",
         compensate: bool | None = None,
+        depth: bool | str = False,
         recalibrate: int = 10,
         max_drop: float | None = None,
         monitor: str | None = None,
@@ -142,6 +145,7 @@ class StructuredPruning(ModelEdit):
             round_to=round_to,
             attention=attention,
             compensate=compensate,
+            depth=depth,
             pruner=pruner,
         )
         self._sparse = course.SparseTraining(pruner, example)
@@ -181,7 +185,7 @@ class StructuredPruning(ModelEdit):
             "history": [dict(step) for step in self.history],
             "settings": dict(self._settings),
         }
-        if self._start is not None and self._start.tensors:
+        if self._start:
             state["start"] = self._start.to_dict()
         if not self.history and self._sparse.state():
             state["sparse"] = self._sparse.state()
@@ -210,13 +214,7 @@ class StructuredPruning(ModelEdit):
         self._epochs = scheduling.epochs(self._when, trainer.max_epochs)
         if not guards.is_trial(trainer):
             scheduling.require_reached(self._epochs, trainer.max_epochs)
-        importance = self.request.importance
-        if importance in READ_THE_LOSS and not pl_module.automatic_optimization:
-            raise Unsupported(
-                f"importance={importance!r} needs the loss that `training_step` returns",
-                "a module with manual optimization",
-                "use importance='magnitude'",
-            )
+        self.request.refuse_manual(pl_module.automatic_optimization)
         if any(True for _ in pl_module.parameters()):
             self.select.require(pl_module)
         if (trainer, pl_module) != (self._trainer(), self._module()):

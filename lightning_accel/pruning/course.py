@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_accel.bridge.copies import renew_buffers
@@ -23,6 +23,7 @@ from lightning_accel.pruning.regularizer import Regularizer
 from lightning_accel.pruning.trained import little_left
 from lightning_accel.pruning.trains import in_dtype_of
 from lightning_accel.surgery import Receipt
+from lightning_accel.surgery.bypass import whole_tensors
 from lightning_accel.surgery.call import first
 from lightning_accel.surgery.optimizers import Steps
 from lightning_accel.surgery.preserve import preserve_rng
@@ -149,11 +150,14 @@ def report(
 ) -> None:
     """Tell what a prune did, and log how many parameters are left; warn of few."""
     after = sum(p.numel() for p in pl_module.parameters())
+    blocks = [change.name for change in receipt.changes if change.what == "removed"]
     values = {"pruning/params": float(after), "pruning/params_left": after / before}
     text = (
         f"Pruned before epoch {trainer.current_epoch}: {before:,} -> {after:,} parameters "
-        f"({after / before:.0%}), {len(receipt.changes)} tensors."
+        f"({after / before:.0%}), {len(receipt.changes) - len(blocks)} tensors."
     )
+    if blocks:
+        text += f"\n  whole blocks: {', '.join(f'`{name}`' for name in blocks)}"
     if target is not None:
         values["pruning/target_left"] = target[1]
         text += f"\n  {target[0]}"
@@ -179,5 +183,5 @@ def renew(
 
 def _dense_params(pl_module: LightningModule) -> int:
     dense = pristine(pl_module).tensors
-    named = pl_module.named_parameters()
-    return sum(math.prod(dense[n]) if n in dense else p.numel() for n, p in named)
+    whole = {id(p): (n, p) for n, p in whole_tensors(pl_module) if isinstance(p, nn.Parameter)}
+    return sum(math.prod(dense[n]) if n in dense else p.numel() for n, p in whole.values())

@@ -119,8 +119,10 @@ def plan_depth(
     before = [n for n in gone(network) if asked.dense.bypassed.get(n, "") is None]
     blocks = _proved(model, network, verifier, training, asked)
     if not blocks.found:
-        if asked.width is not None and asked.target is not None and gone(network):
+        if gone(network) and asked.width is not None:
             return asked.width(network, target=asked.target)
+        if gone(network) and not asked.thorough:
+            return Cut()
         listed = "; ".join(f"`{c.name}`: {c.what}" for c in blocks.refused[:4])
         raise NoEffect(
             "no whole block can go",
@@ -131,7 +133,7 @@ def plan_depth(
     leftover = Leftover(network, batches, renews=renews)
     order = Order(network, blocks.found, leftover, asked.target, calls, asked.until)
     if asked.ratio is not None:
-        cut = _of_share(network, order, len(before), asked.ratio)
+        cut = _of_share(network, order, len(before), asked)
     else:
         assert asked.target is not None
         cut = _Mix(network, calls, order, asked.target, asked).cut()
@@ -329,13 +331,15 @@ def joined(blocks: Cut, width: Cut) -> Cut:
     )
 
 
-def _of_share(network: nn.Module, order: Order, before: int, ratio: float) -> Cut:
+def _of_share(network: nn.Module, order: Order, before: int, asked: Asked) -> Cut:
+    assert asked.ratio is not None
     total = len(order.blocks) + before
-    count = math.floor(total * ratio + 1e-6) - before
+    count = math.floor(total * asked.ratio + 1e-6) - before
+    count = count if asked.thorough else max(count, 1)
     if count < 1:
         raise NoEffect(
             "what is asked for removes no block",
-            f"{ratio:.0%} of {total} blocks that can go, of which {before} are gone",
+            f"{asked.ratio:.0%} of {total} blocks that can go, of which {before} are gone",
             "raise `ratio`",
         )
     some = order.first(count)

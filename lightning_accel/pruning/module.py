@@ -67,7 +67,7 @@ def prune_before_sharding(
         receipt = cut.apply(pl_module)
     else:
         structure = stored_structure(pl_module, _read(Path(ckpt_path)))
-        remember(pl_module, structure.now(pl_module))
+        remember(pl_module, structure.built(pl_module))
         receipt = structure.apply(pl_module)
     vars(pl_module)[_DONE] = True
     return receipt

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.errors import AccelError
+from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import schedule as scheduling
 from lightning_accel.pruning import selection
 from lightning_accel.pruning.activations import Statistics, collect_gradients
+from lightning_accel.pruning.depth import ONLY, check_depth
 from lightning_accel.pruning.foreign import (
     SAID_BY_PRUNER,
     Pruner,
@@ -65,6 +66,7 @@ class Request:
     round_to: int | str | None
     attention: str
     compensate: bool | None = None
+    depth: bool | str = False
     pruner: Pruner | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +78,7 @@ class Request:
         check_compensate(self.compensate)
         check_round_to(self.round_to)
         selection.check_attention(self.attention)
+        check_depth(self.depth, ratio=self.ratio, pruner=self.pruner, importance=self.importance)
         scoring.check(self.importance)
         selection.check_scope(self.scope)
         scheduling.check(self.schedule, self.steps)
@@ -88,6 +91,15 @@ class Request:
             for field in dataclasses.fields(self)
             if field.name not in left_out
         }
+
+    def refuse_manual(self, automatic: bool) -> None:
+        """Raise `Unsupported` where an importance needs the loss, and a module optimizes by hand."""
+        if self.importance in READ_THE_LOSS and not automatic:
+            raise Unsupported(
+                f"importance={self.importance!r} needs the loss that `training_step` returns",
+                "a module with manual optimization",
+                "use importance='magnitude'",
+            )
 
     def refuse_other_unit(self, before: str) -> None:
         """Raise when the steps that are done were counted in another unit than the target's.
@@ -152,6 +164,7 @@ class Request:
             batches=batches,
             statistics=self._statistics(calls, dense, source),
             compensate=self.compensate,
+            depth=self.depth,
             steps=steps,
             pruner=self.pruner,
             turn=Turn(due, self.steps, dense),
@@ -161,7 +174,7 @@ class Request:
     def _calibration(self, source: Source) -> tuple[list[Sequence[Call]], list[str]]:
         """Return the calls of training batches for what measures on them, or why what is no must has none."""
         joint = self.importance == "reconstruction" or isinstance(self.importance, Reconstruction)
-        if joint or self.compensate or self.importance == "activation":
+        if joint or self.compensate or self.depth or self.importance == "activation":
             return list(source.calls()), []
         if self.compensate is False or self.pruner is not None:
             return [], []
@@ -190,11 +203,11 @@ class Request:
                 model, calls, due=self.steps, left=left, dense=dense, source=source, steps=steps
             )
             return
-        ratio, target = self.ratio, self.target
+        ratio, target, depth = self.ratio, self.target, self.depth
         if target is not None:
             target = target.of(calls).of_rest(target.share / left)
             if target.is_measured:
-                ratio, target = 1 - target.share, None
+                ratio, target, depth = 1 - target.share, None, depth and ONLY
         plan(
             model,
             calls=calls,
@@ -206,6 +219,8 @@ class Request:
             attention=self.attention,
             dense=dense,
             steps=steps,
+            depth=depth,
+            thorough=False,
         )
 
     def kept(self, model: nn.Module, calls: Sequence[Call], cut: Cut) -> float | None:
@@ -238,7 +253,7 @@ class Request:
     def _statistics(
         self, calls: Sequence[Call], dense: Structure, source: Source
     ) -> Statistics | None:
-        if self.importance != "taylor2":
+        if self.importance != "taylor2" or self.depth:
             return None
         copy = source.copy()
         graph = graph_of(copy, calls, select=self.select, attention=self.attention, dense=dense)

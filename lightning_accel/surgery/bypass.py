@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -265,10 +265,10 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{inner}".lstrip("."), tensor
 
 
-def is_under(name: str, places: Mapping[str, Any]) -> bool:
+def is_under(name: str, places: Container[str]) -> bool:
     """Tell whether a tensor or a module is a part of one of the places.
 
-    >>> is_under("net.3.fc.weight", {"net.3": 1}), is_under("net.30.weight", {"net.3": 1})
+    >>> is_under("net.3.fc.weight", ["net.3"]), is_under("net.30.weight", ["net.3"])
     (True, False)
     """
     parts = name.split(".")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.surgery.cut import Cut
-from lightning_accel.surgery.structure import Structure
 
 _SIGNS = re.compile(r"[^0-9A-Za-z]")
 
@@ -55,7 +54,7 @@ def with_mirrors(model: nn.Module, cut: Cut) -> Cut:
     return replace(
         cut,
         kept={**cut.kept, **{b: cut.kept[p] for b, p in names.items()}},
-        before=Structure({**cut.before.tensors, **shapes}, cut.before.attributes),
+        before=replace(cut.before, tensors={**cut.before.tensors, **shapes}),
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_accel.errors import StructureMismatch
+from lightning_accel.surgery.bypass import whole_tensors
 from lightning_accel.surgery.receipt import Change, Receipt, summary
 from lightning_accel.surgery.structure import Structure, named_tensors, replace_data, text
 
@@ -38,6 +39,7 @@ class Snapshot:
         tensors: Parameters and buffers by name, a tied one once.
         copies: The same for each weight average.
         states: State of each optimizer, scheduler and scaler by name.
+        members: By name of an optimizer, the names of the parameters of each of its groups; empty for one of others.
         random: Random states, one per process.
     """
 
@@ -46,6 +48,7 @@ class Snapshot:
     copies: Sequence[Mapping[str, Tensor]] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
     random: Sequence[Mapping[str, Any]] = ()
+    members: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Write what is in it, not the values."""
@@ -78,6 +81,7 @@ class Snapshot:
             [_tensors(copied) for copied in copies],
             {name: _plain(holder.state_dict()) for name, holder in (holders or {}).items()},
             list(random),
+            {n: _members(model, h) for n, h in (holders or {}).items() if _has_groups(h)},
         )
 
     @torch.no_grad()
@@ -109,6 +113,8 @@ class Snapshot:
         for average, source in zip(copied, sources, strict=True):
             _put(average, source, structure)
         for name, held in (holders or {}).items():
+            if name in self.members:
+                _put_members(model, held, self.members[name])
             if name in self.states:
                 _load(held, self.states[name])
         return Receipt(tuple(changes))
@@ -126,6 +132,7 @@ class Snapshot:
             "copies": [dict(tensors) for tensors in self.copies],
             "states": dict(self.states),
             "random": [dict(state) for state in self.random],
+            "members": {n: [list(group) for group in m] for n, m in self.members.items()},
         }
 
     @classmethod
@@ -137,6 +144,7 @@ class Snapshot:
             _plain(plain["copies"]),
             _plain(plain["states"]),
             _plain(plain["random"]),
+            dict(plain.get("members", {})),
         )
 
 
@@ -184,8 +192,28 @@ def _plain(state: Any) -> Any:
     return tree_map(lambda v: _on_cpu(v) if isinstance(v, Tensor) else copy.deepcopy(v), state)
 
 
+def _has_groups(holder: Any) -> bool:
+    return isinstance(getattr(holder, "param_groups", None), list)
+
+
+def _members(model: nn.Module, optimizer: Any) -> list[list[str]]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _put_members(model: nn.Module, optimizer: Any, members: Sequence[Sequence[str]]) -> None:
+    """Put parameters of blocks that are back into their places in the groups, which others share."""
+    for group, now, then in zip(
+        optimizer.param_groups, _members(model, optimizer), members, strict=False
+    ):
+        if sorted(now) != sorted(then):
+            named = dict(model.named_parameters(remove_duplicate=False))
+            others = iter([p for p, name in zip(group["params"], now, strict=True) if not name])
+            group["params"][:] = [named[name] if name else next(others) for name in then]
+
+
 def _check(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    present = dict(named_tensors(model))
+    present = dict(whole_tensors(model))
     odd = [n for n, t in tensors.items() if n not in present or present[n].dim() != t.dim()]
     if odd:
         raise StructureMismatch(
@@ -196,7 +224,8 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _put(model: nn.Module, tensors: Mapping[str, Tensor], structure: Structure) -> list[Change]:
-    changes = []
+    blocks = Structure(bypassed=structure.bypassed).apply(model).changes
+    changes = [Change(change.name, "rolled back") for change in blocks]
     for name, stored in tensors.items():
         tensor = dict(named_tensors(model))[name]
         if tensor.shape == stored.shape:

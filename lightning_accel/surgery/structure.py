@@ -91,8 +91,7 @@ class Structure:
 
     def built(self, model: nn.Module) -> Structure:
         """Return the same as if no block were gone, with all tensors of those that this structure takes out."""
-        taken = {name: None for name, handing in self.bypassed.items() if handing is not None}
-        lost = {n: tuple(t.shape) for n, t in whole_tensors(model) if is_under(n, taken)}
+        lost = {n: tuple(t.shape) for n, t in whole_tensors(model) if is_under(n, self._away())}
         found = self._of(model, {})
         return Structure(
             {**lost, **found.tensors}, found.attributes, dict.fromkeys(self.bypassed, None)
@@ -100,7 +99,7 @@ class Structure:
 
     def there(self) -> Structure:
         """Return this structure without what is a part of a block that is gone."""
-        away = {name: None for name, handing in self.bypassed.items() if handing is not None}
+        away = self._away()
         if not away:
             return self
         return Structure(
@@ -140,8 +139,7 @@ class Structure:
         go, or come back with zeros for weights.
         """
         changes = [Change(name, "put back") for name in put_back(model, self._in_place())]
-        away = {n: handing for n, handing in self.bypassed.items() if handing is not None}
-        changes += [Change(one.name, "removed") for one in bypass(model, away)]
+        changes += [Change(one.name, "removed") for one in bypass(model, self._away())]
         there = self.there()
         tensors, modules = dict(named_tensors(model)), dict(model.named_modules())
         for name, shape in there.tensors.items():
@@ -156,6 +154,9 @@ class Structure:
             for key, size in sizes.items():
                 set_size(modules[name], key, size)
         return Receipt(tuple(changes))
+
+    def _away(self) -> dict[str, Handing]:
+        return {name: handing for name, handing in self.bypassed.items() if handing is not None}
 
     def _in_place(self) -> list[str]:
         return [name for name, handing in self.bypassed.items() if handing is None]
