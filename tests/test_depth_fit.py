@@ -1,0 +1,228 @@
+"""Whole blocks that go in the middle of a fit, against uninterrupted fits and optimizers by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_accel import StructuredPruning, load_from_checkpoint
+from lightning_accel.errors import NoEffect, Unsupported
+from lightning_accel.pruning import Latency, Macs, Params
+from lightning_accel.surgery.bypass import Bypass
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.BatchNorm1d(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm(x))))
+
+
+class Net(LightningModule):
+    def __init__(self, scores: tuple[float, ...] = (1.0,)) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(8, 8), Block(), Block(), Block(), Block(), nn.Linear(8, 4)
+        )
+        self.scores = scores
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+        self.log("score", self.scores[min(self.trainer.current_epoch, len(self.scores) - 1)])
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        decayed = [p for p in self.parameters() if p.dim() > 1]
+        others = [p for p in self.parameters() if p.dim() == 1]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, 1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+
+def loader() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(16, 8, generator=generator)
+    return DataLoader(TensorDataset(x, torch.arange(16) % 4), 8)
+
+
+Fit = Callable[..., Trainer]
+
+
+@pytest.fixture
+def fit(trainer_kwargs: dict[str, Any]) -> Fit:
+    def run(
+        module: LightningModule, *callbacks: Callback, ckpt: Any = None, epochs: int = 5, **kw: Any
+    ) -> Trainer:
+        saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        given = {"max_epochs": epochs, "enable_checkpointing": saves, **kw}
+        trainer = Trainer(**{**trainer_kwargs, **given, "callbacks": list(callbacks)})
+        trainer.fit(module, loader(), loader(), ckpt_path=ckpt)
+        return trainer
+
+    return run
+
+
+def every_epoch(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}")
+
+
+def seeded(scores: tuple[float, ...] = (1.0,)) -> Net:
+    torch.manual_seed(0)
+    return Net(scores)
+
+
+def gone(module: Net) -> list[int]:
+    return [n for n, one in enumerate(module.net) if isinstance(one, Bypass)]
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "blocks by steps": {"ratio": 0.5, "depth": "only", "when": [1, 3]},
+    "with width": {"target": Params(0.3), "depth": True, "when": [1, 3], "schedule": "cubic"},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_resume_at_every_epoch_is_bit_equal(fit: Fit, tmp_path: Path, how: str) -> None:
+    whole, pruning = seeded(), StructuredPruning(**HOW[how])
+    trainer = fit(whole, pruning, every_epoch(tmp_path))
+    assert gone(whole) and len(pruning.history) == 2
+    for epoch in range(4):
+        resumed = Net()
+        again = fit(resumed, StructuredPruning(**HOW[how]), ckpt=tmp_path / f"epoch={epoch}.ckpt")
+        assert same(whole, resumed), epoch
+        states = [t.optimizers[0].state_dict()["state"] for t in (trainer, again)]
+        for one, other in zip(states[0].values(), states[1].values(), strict=True):
+            assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_every_way_to_a_checkpoint_and_back(fit: Fit, tmp_path: Path) -> None:
+    model = seeded()
+    trainer = fit(model, StructuredPruning(**HOW["with width"]), every_epoch(tmp_path))
+    final, removed = copy.deepcopy(model.state_dict()), gone(model)
+    path = tmp_path / "epoch=4.ckpt"
+    stored = torch.load(path, weights_only=True)["lightning_accel"]
+    assert stored["structure"]["bypassed"][f"net.{removed[0]}"] == {"tensor": [0, "x"]}
+    assert stored["dense"]["tensors"][f"net.{removed[0]}.up.weight"] == [12, 8]
+    assert same(model, load_from_checkpoint(Net, path))
+    first = tmp_path / "epoch=0.ckpt"
+    for at in (first, path):
+        with pytest.warns(UserWarning, match="another structure"):
+            trainer.test(model, loader(), ckpt_path=at, verbose=False)
+        assert gone(model) == ([] if at is first else removed)
+        assert set(model.state_dict()) == set(torch.load(at, weights_only=True)["state_dict"])
+    assert all(torch.equal(final[k], v) for k, v in model.state_dict().items())
+
+
+def test_the_optimizer_goes_on_as_one_that_never_knew_the_block(fit: Fit) -> None:
+    class Look(Callback):
+        def on_model_edit_start(self, trainer: Trainer, module: LightningModule) -> None:
+            optimizer = trainer.optimizers[0]
+            self.lengths = [len(g["params"]) for g in optimizer.param_groups]
+            self.moments = {
+                n: optimizer.state[p]["exp_avg"].clone() for n, p in module.named_parameters()
+            }
+
+        def on_model_edit_end(
+            self, trainer: Trainer, module: LightningModule, receipt: Any
+        ) -> None:
+            (optimizer,) = trainer.optimizers
+            named = dict(module.named_parameters())
+            order = [[p for p in named.values() if (p.dim() > 1) is wide] for wide in (True, False)]
+            for group, wanted in zip(optimizer.param_groups, order, strict=True):
+                assert all(a is b for a, b in zip(group["params"], wanted, strict=True))
+            assert len(optimizer.state) == len(named)
+            for name, parameter in named.items():
+                assert torch.equal(optimizer.state[parameter]["exp_avg"], self.moments[name])
+            self.removed = {r.name for r in receipt.removed}
+            assert self.moments.keys() - named.keys() == self.removed
+
+    look = Look()
+    module = seeded()
+    fit(module, StructuredPruning(ratio=0.5, depth="only", when=2), look, epochs=3)
+    assert look.lengths == [10, 18] and len(look.removed) == 12 and len(gone(module)) == 2
+
+
+@pytest.mark.parametrize(
+    "average", [EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-3, 0.5)]
+)
+def test_weight_averages_follow(fit: Fit, tmp_path: Path, average: Any) -> None:
+    def callbacks() -> list[Callback]:
+        return [average(), StructuredPruning(**HOW["with width"])]
+
+    whole = seeded()
+    fit(whole, *callbacks(), every_epoch(tmp_path))
+    assert gone(whole)
+    for epoch in (0, 2, 3):
+        resumed = Net()
+        fit(resumed, *callbacks(), ckpt=tmp_path / f"epoch={epoch}.ckpt")
+        assert same(whole, resumed), epoch
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_prune_that_is_taken_back_leaves_nothing_of_it(
+    fit: Fit, tmp_path: Path, how: str
+) -> None:
+    """The fit ends as one that stopped before the second prune, and went on with the same batches."""
+    settings = {**HOW[how], "max_drop": 0.1, "monitor": "score"}
+    module, pruning = seeded((1.0, 1.0, 1.0, 0.0)), StructuredPruning(**settings)
+    before: dict[str, Any] = {}
+
+    class Note(Callback):
+        def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 3 and not before:
+                before["state"] = copy.deepcopy(pl_module.state_dict())
+                before["optimizer"] = copy.deepcopy(trainer.optimizers[0].state_dict())
+                before["members"] = [list(g["params"]) for g in trainer.optimizers[0].param_groups]
+
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 4:
+                before["after"] = trainer.optimizers[0]
+
+    note = Note()
+    with pytest.warns(UserWarning, match="is taken back"):
+        trainer = fit(module, note, pruning, every_epoch(tmp_path), limit_train_batches=1)
+    assert [step.get("rolled_back") for step in pruning.history] == [None, 4]
+    assert {k: v.shape for k, v in before["state"].items()} == {
+        k: v.shape for k, v in module.state_dict().items()
+    }
+    optimizer = trainer.optimizers[0]
+    for group, members in zip(optimizer.param_groups, before["members"], strict=True):
+        assert all(a is b for a, b in zip(group["params"], members, strict=True))
+    for one, other in zip(before["optimizer"]["state"].values(), optimizer.state.values(), strict=True):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])
+    assert all(torch.equal(v, module.state_dict()[k]) for k, v in before["state"].items())
+    resumed = Net((1.0, 1.0, 1.0, 0.0))
+    path = tmp_path / "epoch=3.ckpt"
+    with pytest.warns(UserWarning, match="is taken back"):
+        fit(resumed, StructuredPruning(**settings), ckpt=path, limit_train_batches=1)
+    assert same(module, resumed)
