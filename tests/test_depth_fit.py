@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import StructuredPruning, load_from_checkpoint
-from lightning_accel.errors import NoEffect, Unsupported
-from lightning_accel.pruning import Latency, Macs, Params
+from lightning_accel.errors import Unsupported
+from lightning_accel.pruning import Params
 from lightning_accel.surgery.bypass import Bypass
 
 pytestmark = [
@@ -148,23 +149,22 @@ def test_the_optimizer_goes_on_as_one_that_never_knew_the_block(fit: Fit) -> Non
         def on_model_edit_start(self, trainer: Trainer, module: LightningModule) -> None:
             optimizer = trainer.optimizers[0]
             self.lengths = [len(g["params"]) for g in optimizer.param_groups]
-            self.moments = {
-                n: optimizer.state[p]["exp_avg"].clone() for n, p in module.named_parameters()
-            }
+            moments = {n: optimizer.state[p]["exp_avg"] for n, p in module.named_parameters()}
+            self.record = [{n: moment.clone() for n, moment in moments.items()}]
 
         def on_model_edit_end(
             self, trainer: Trainer, module: LightningModule, receipt: Any
         ) -> None:
             (optimizer,) = trainer.optimizers
-            named = dict(module.named_parameters())
+            named, moments = dict(module.named_parameters()), self.record[0]
             order = [[p for p in named.values() if (p.dim() > 1) is wide] for wide in (True, False)]
             for group, wanted in zip(optimizer.param_groups, order, strict=True):
                 assert all(a is b for a, b in zip(group["params"], wanted, strict=True))
             assert len(optimizer.state) == len(named)
             for name, parameter in named.items():
-                assert torch.equal(optimizer.state[parameter]["exp_avg"], self.moments[name])
+                assert torch.equal(optimizer.state[parameter]["exp_avg"], moments[name])
             self.removed = {r.name for r in receipt.removed}
-            assert self.moments.keys() - named.keys() == self.removed
+            assert moments.keys() - named.keys() == self.removed
 
     look = Look()
     module = seeded()
@@ -218,7 +218,9 @@ def test_a_prune_that_is_taken_back_leaves_nothing_of_it(
     optimizer = trainer.optimizers[0]
     for group, members in zip(optimizer.param_groups, before["members"], strict=True):
         assert all(a is b for a, b in zip(group["params"], members, strict=True))
-    for one, other in zip(before["optimizer"]["state"].values(), optimizer.state.values(), strict=True):
+    for one, other in zip(
+        before["optimizer"]["state"].values(), optimizer.state.values(), strict=True
+    ):
         assert torch.equal(one["exp_avg"], other["exp_avg"])
     assert all(torch.equal(v, module.state_dict()[k]) for k, v in before["state"].items())
     resumed = Net((1.0, 1.0, 1.0, 0.0))
@@ -226,3 +228,126 @@ def test_a_prune_that_is_taken_back_leaves_nothing_of_it(
     with pytest.warns(UserWarning, match="is taken back"):
         fit(resumed, StructuredPruning(**settings), ckpt=path, limit_train_batches=1)
     assert same(module, resumed)
+
+
+class Slow:
+    """An object of somebody's own, in the order of the parameters: as of torch_ema."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.refs = [weakref.ref(p) for p in parameters]
+        self.shadow = [p.detach().clone() for p in parameters]
+
+    def update(self) -> None:
+        for slow, ref in zip(self.shadow, self.refs, strict=True):
+            parameter = ref()
+            assert parameter is not None
+            slow.lerp_(parameter.detach(), 0.5)
+
+
+class Averages(Callback):
+    """The same average in five forms that people keep."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        named = list(pl_module.named_parameters())
+        self.module = pl_module
+        self.by_name = {name: p.detach().clone() for name, p in named}
+        self.in_order = [p.detach().clone() for _, p in named]
+        self.pairs = [(p, p.detach().clone()) for _, p in named]
+        self.by_parameter = {p: {"slow": p.detach().clone()} for _, p in named}
+        self.own = Slow([p for _, p in named])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        parameters = dict(self.module.named_parameters())
+        for name, slow in self.by_name.items():
+            slow.lerp_(parameters[name].detach(), 0.5)
+        for slow, parameter in zip(self.in_order, parameters.values(), strict=True):
+            slow.lerp_(parameter.detach(), 0.5)
+        for parameter, slow in self.pairs:
+            slow.lerp_(parameter.detach(), 0.5)
+        for parameter, held in self.by_parameter.items():
+            held["slow"].lerp_(parameter.detach(), 0.5)
+        self.own.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"by_name": self.by_name}
+
+    def all(self) -> list[list[Tensor]]:
+        return [
+            list(self.by_name.values()),
+            self.in_order,
+            [slow for _, slow in self.pairs],
+            [held["slow"] for held in self.by_parameter.values()],
+            self.own.shadow,
+        ]
+
+
+def test_averages_of_any_form_let_go_of_a_block(fit: Fit) -> None:
+    module, averages = seeded(), Averages()
+    truth: dict[str, Tensor] = {}
+
+    class ByHand(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            for name, parameter in module.named_parameters():
+                slow = truth.setdefault(name, start[name].clone())
+                slow.lerp_(parameter.detach(), 0.5)
+
+    start = {name: p.detach().clone() for name, p in module.named_parameters()}
+    fit(module, averages, StructuredPruning(ratio=0.5, depth="only", when=[1, 3]), ByHand())
+    names = [name for name, _ in module.named_parameters()]
+    assert len(names) == 16 < len(truth) == 28
+    for form in averages.all():
+        assert all(torch.equal(truth[n], t) for n, t in zip(names, form, strict=True))
+
+
+def test_averages_of_any_form_come_back_with_a_block(fit: Fit, tmp_path: Path) -> None:
+    settings = {**HOW["blocks by steps"], "max_drop": 0.1, "monitor": "score"}
+    averages: Averages
+    for ckpt in (None, tmp_path / "epoch=3.ckpt"):
+        module, averages = seeded((1.0, 1.0, 1.0, 0.0)), Averages()
+        callbacks = [
+            averages,
+            StructuredPruning(**settings),
+            *([] if ckpt else [every_epoch(tmp_path)]),
+        ]
+        with pytest.warns(UserWarning, match="is taken back"):
+            fit(module, *callbacks, ckpt=ckpt)
+        shapes = [p.shape for p in module.parameters()]
+        assert len(shapes) == 22
+        for form in averages.all():
+            assert [t.shape for t in form] == shapes
+        named = dict(module.named_parameters())
+        assert list(averages.by_name) == list(named)
+        assert all(a is b for a, b in zip(averages.by_parameter, named.values(), strict=True))
+
+
+def test_a_tuple_of_averages_is_refused_before_anything_goes(fit: Fit) -> None:
+    class Tuple(Callback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            self.slow = tuple(p.detach().clone() for p in pl_module.parameters())
+
+    module = seeded()
+    with pytest.raises(Unsupported, match="a tuple cannot follow when a whole block goes"):
+        fit(module, Tuple(), StructuredPruning(ratio=0.5, depth="only", when=1))
+    assert not gone(module)
+
+
+def test_an_optimizer_of_one_block_alone_is_refused(fit: Fit) -> None:
+    class Several(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(part.parameters(), 0.1) for part in self.net]
+
+    module = Several()
+    with pytest.raises(Unsupported, match="an optimizer would be left without any parameter"):
+        fit(module, StructuredPruning(ratio=0.5, depth="only", when=1))
+    assert not gone(module)

@@ -15,11 +15,13 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_accel.bridge.optimizers import shadows_of
+from lightning_accel.bridge.optimizers import beside_blocks, shadows_of
 from lightning_accel.bridge.parts import Part, mark_moving, moving, parts_of
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import StructureMismatch
 from lightning_accel.surgery import Cut, Structure
+from lightning_accel.surgery.bypass import parameters_under
+from lightning_accel.surgery.dropped import Dropped
 from lightning_accel.surgery.receipt import Kept
 from lightning_accel.surgery.structure import named_tensors, replace_data, set_size
 
@@ -96,7 +98,9 @@ def collected(
     whole = list(averages(trainer.callbacks, pl_module))
     known = set(checkpoint.get(_MOVING, ()))
     parts = [p for p in parts_of(trainer, pl_module) if p.at is None and p.where in known]
-    shadows = list(shadows_of(trainer, pl_module))
+    shadows = shadows_of(trainer, pl_module)
+    blocks = parameters_under(pl_module, _blocks(checkpoint))
+    Dropped(pl_module).add(beside_blocks(trainer, pl_module, blocks, shadows))
 
     @torch.no_grad()
     def cut(structure: Structure, dense: Structure) -> None:
@@ -120,6 +124,12 @@ def collected(
             _resize(part, structure)
 
     return cut
+
+
+def _blocks(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return the blocks that a checkpoint's network is without."""
+    stored = (checkpoint.get("lightning_accel") or {}).get("structure", {}).get("bypassed", {})
+    return [name for name, handing in stored.items() if handing is not None]
 
 
 def _resize(part: Part, structure: Structure) -> None:

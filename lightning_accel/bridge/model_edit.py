@@ -25,8 +25,10 @@ from typing_extensions import override
 from lightning_accel.bridge import beside, bests
 from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
 from lightning_accel.bridge.optimizers import (
+    beside_blocks,
     hidden_beside,
     optimizers_of,
+    refuse_empty,
     refuse_flat,
     refuse_unclear,
     shadows_of,
@@ -37,6 +39,8 @@ from lightning_accel.bridge.parts import following, forget_parts, note_parts, wi
 from lightning_accel.bridge.restore import averages, pristine, register, remember
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import Cut, Receipt, Stage, Structure, follow
+from lightning_accel.surgery.bypass import parameters_under
+from lightning_accel.surgery.dropped import Dropped
 from lightning_accel.surgery.shadows import Shadow, add_to_average
 
 _LEFT: weakref.WeakKeyDictionary[LightningModule, Structure] = weakref.WeakKeyDictionary()
@@ -127,7 +131,11 @@ def commit(
     hidden = hidden_beside(trainer, pl_module)
     shadows = shadows_of(trainer, pl_module, hidden)  # while shapes still tell whose they are
     refuse_flat(shadows)
-    refuse_unclear(shadows, {name: (*kept.dims, kept.flat) for name, kept in cut.kept.items()})
+    parts_of_tensors = {name: (*kept.dims, kept.flat) for name, kept in cut.kept.items()}
+    blocks = parameters_under(pl_module, cut.bypassed)
+    refuse_unclear(shadows, parts_of_tensors | dict.fromkeys(blocks.values(), ()))
+    refuse_empty(optimizers_of(trainer, pl_module, hidden), blocks)
+    entries = beside_blocks(trainer, pl_module, blocks, shadows, hidden)
     in_parts = [(part.copy, part.cut(cut)) for part in parts if part.at is None]
     copies = list(averages(trainer.callbacks, pl_module))  # type: ignore[attr-defined]
     receipt = cut.apply(pl_module)
@@ -140,6 +148,7 @@ def commit(
     _warn_of_resets(follow(optimizers, receipt))
     _add_to_slow_weights(optimizers, pl_module, cut.added)
     _tell_of_shadows(shadows.follow(cut.kept, cut.added))
+    Dropped(pl_module).add(entries)
     if finish is not None:
         finish()
     if wrapped:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 
 from lightning_accel.errors import Unsupported
+from lightning_accel.surgery.dropped import Entry, entries_of
 from lightning_accel.surgery.optimizers import Steps, is_optimizer, parameters_of, within
 from lightning_accel.surgery.owners import kept_by, owners
 from lightning_accel.surgery.shadows import Shadows
@@ -87,6 +88,14 @@ def optimizers_of(
 
 def shadows_of(trainer: Trainer, pl_module: LightningModule, hidden: Sequence[Any] = ()) -> Shadows:
     """Return the tensors that callbacks, the module, optimizers and the hidden keep beside parameters."""
+    orders = _orders(optimizers_of(trainer, pl_module, hidden))
+    return Shadows(pl_module, holders_of(trainer, pl_module, hidden), orders)
+
+
+def holders_of(
+    trainer: Trainer, pl_module: LightningModule, hidden: Sequence[Any] = ()
+) -> dict[str, dict[str, Any]]:
+    """Return what callbacks, the module, optimizers and the hidden hold, by the names of their attributes."""
     optimizers = optimizers_of(trainer, pl_module, hidden)
     holders = _held_by_optimizers(optimizers)
     known = {id(o) for o in optimizers}
@@ -100,7 +109,39 @@ def shadows_of(trainer: Trainer, pl_module: LightningModule, hidden: Sequence[An
                 holders[f"{type(callback).__name__}{number}"] = kept_by(callback)
     for name, module in pl_module.named_modules():
         holders[name or type(pl_module).__name__] = kept_by(module)
-    return Shadows(pl_module, holders, _orders(optimizers))
+    return holders
+
+
+def refuse_empty(optimizers: Sequence[Any], names: Mapping[int, str]) -> None:
+    """Raise when an optimizer would have no parameter left: it could not be made again.
+
+    Args:
+        optimizers: All of them.
+        names: Of parameters that go, by identity.
+    """
+    for optimizer in optimizers:
+        held = [id(p) for p in parameters_of(optimizer)]
+        if held and all(one in names for one in held):
+            raise Unsupported(
+                "an optimizer would be left without any parameter",
+                f"{type(optimizer).__name__}, of `{names[held[0]]}` and others in blocks that go",
+                "give the block's parameters to another optimizer, or keep it by `select`",
+            )
+
+
+def beside_blocks(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    names: Mapping[int, str],
+    shadows: Shadows,
+    hidden: Sequence[Any] = (),
+) -> list[Entry]:
+    """Return the entries that go with parameters of blocks, given by identity with their names."""
+    if not names:
+        return []
+    own = set(names.values())
+    kept = {id(shadow.tensor): shadow.name for shadow in shadows if shadow.name in own}
+    return entries_of(holders_of(trainer, pl_module, hidden), {**names, **kept})
 
 
 def kept_beside(optimizers: Sequence[Any], model: nn.Module) -> Shadows:

@@ -19,7 +19,8 @@ from lightning_accel.bridge.model_edit import forget_sizes, tell
 from lightning_accel.bridge.optimizers import hidden_beside, optimizers_of, shadows_of
 from lightning_accel.bridge.parts import PartState, parts_of
 from lightning_accel.bridge.restore import averages, pristine
-from lightning_accel.surgery import Receipt
+from lightning_accel.surgery import Receipt, Structure
+from lightning_accel.surgery.dropped import Dropped
 from lightning_accel.surgery.snapshot import Snapshot, random_state
 
 
@@ -42,10 +43,16 @@ def rewind(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> 
     if wrapped:
         strategy.model = pl_module
         gc.collect()  # the old wrapper's gradient accumulators know the old shapes
-    receipt = snapshot.restore(
+    copies = list(averages(trainer.callbacks, pl_module))  # type: ignore[attr-defined]
+    before = pristine(pl_module).updated(snapshot.structure)
+    blocks = Structure(bypassed=before.bypassed).apply(
+        pl_module
+    )  # so that holders are those of all
+    Dropped(pl_module).put_in()
+    receipt = blocks + snapshot.restore(
         pl_module,
         pristine=pristine(pl_module),
-        copies=averages(trainer.callbacks, pl_module),  # type: ignore[attr-defined]
+        copies=copies,
         holders=_holders(trainer, pl_module),
     )
     if wrapped:

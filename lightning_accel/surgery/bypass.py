@@ -221,6 +221,18 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[leaf] = new
 
 
+def parameters_under(model: nn.Module, names: Container[str]) -> dict[int, str]:
+    """Return by identity the names of the parameters that only these blocks have."""
+    found: dict[int, str] = {}
+    others: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_under(name, names):
+            found.setdefault(id(parameter), name)
+        else:
+            others.add(id(parameter))
+    return {one: name for one, name in found.items() if one not in others}
+
+
 def put_back(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Put blocks back in their places, outer ones first, with zeros for weights; return which were gone."""
     found = []

@@ -43,6 +43,7 @@ _APART = {"Trainer", "Strategy", "DataLoader", "Dataset", "LightningDataModule",
 _OF_OTHERS = {
     *("_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer", "_strategy"),
     *("state", "param_groups", "_dtype"),  # state follows by `follow`
+    "_accel_dropped",
 }
 
 
