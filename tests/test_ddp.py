@@ -41,6 +41,13 @@ def test_ranks_agree_through_prune_and_resume(tmp_path: Path, importance: str, u
     assert zero["averages"] == [True] * 20  # of ten tensors at two prunes
 
 
+def test_ranks_agree_on_whole_blocks(tmp_path: Path) -> None:
+    zero, one = run_ranks("ddp_depth.py", tmp_path)
+    assert zero == one and zero["gone"]
+    assert len(set(zero["whole"])) == 4
+    assert zero["resumed"] == zero["whole"][-len(zero["resumed"]) :]
+
+
 LOSSES = "kd,logit_standardized_kd,dkd,dist,jsd,fitnet,attention_transfer,rkd,similarity_preserving,crd,own"
 AROUND = "late,accumulate,manual,clip,masked,cache,ema,prune,self"
 

@@ -245,7 +245,7 @@ class Slow:
 
 
 class Averages(Callback):
-    """The same average in five forms that people keep."""
+    """The same average in six forms that people keep."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         named = list(pl_module.named_parameters())
@@ -255,6 +255,7 @@ class Averages(Callback):
         self.pairs = [(p, p.detach().clone()) for _, p in named]
         self.by_parameter = {p: {"slow": p.detach().clone()} for _, p in named}
         self.own = Slow([p for _, p in named])
+        self.part = copy.deepcopy(pl_module.net).requires_grad_(False)
 
     def on_train_batch_end(self, *_: Any) -> None:
         parameters = dict(self.module.named_parameters())
@@ -267,6 +268,9 @@ class Averages(Callback):
         for parameter, held in self.by_parameter.items():
             held["slow"].lerp_(parameter.detach(), 0.5)
         self.own.update()
+        pairs = zip(self.part.parameters(), self.module.net.parameters(), strict=True)
+        for slow, parameter in pairs:
+            slow.data.lerp_(parameter.detach(), 0.5)
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_name": self.by_name}
@@ -278,6 +282,7 @@ class Averages(Callback):
             [slow for _, slow in self.pairs],
             [held["slow"] for held in self.by_parameter.values()],
             self.own.shadow,
+            [p.data for p in self.part.parameters()],
         ]
 
 

@@ -111,6 +111,8 @@ def collected(
             found = cuts.take(tensor, name)
             return found if tuple(found.shape) == then else None
 
+        for part in parts:
+            part.take_blocks(structure)
         for shadow in shadows:
             found = shrunk(shadow.tensor, shadow.name)
             if found is not None:

@@ -52,6 +52,10 @@ class Part(NamedTuple):
             bypassed=_under(cut.bypassed, self.of),
         )
 
+    def take_blocks(self, structure: Structure) -> None:
+        """Let whole blocks go, or come back, in the copy as a structure says of the part."""
+        Structure(bypassed=_under(structure.bypassed, self.of)).apply(self.copy)
+
 
 def parts_of(trainer: Trainer, pl_module: LightningModule) -> list[Part]:
     """Return the copies of parts that callbacks keep or the module holds."""

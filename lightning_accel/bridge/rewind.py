@@ -44,10 +44,11 @@ def rewind(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> 
         strategy.model = pl_module
         gc.collect()  # the old wrapper's gradient accumulators know the old shapes
     copies = list(averages(trainer.callbacks, pl_module))  # type: ignore[attr-defined]
-    before = pristine(pl_module).updated(snapshot.structure)
-    blocks = Structure(bypassed=before.bypassed).apply(
-        pl_module
-    )  # so that holders are those of all
+    parts = [part for part in parts_of(trainer, pl_module) if part.at is None]
+    before = Structure(bypassed=pristine(pl_module).updated(snapshot.structure).bypassed)
+    blocks = before.apply(pl_module)  # so that holders are those of all
+    for part in parts:
+        part.take_blocks(before)
     Dropped(pl_module).put_in()
     receipt = blocks + snapshot.restore(
         pl_module,
