@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel import StructuredPruning, load_from_checkpoint
+from lightning_accel import StructuredPruning, WeightMasks, load_from_checkpoint
 from lightning_accel.errors import Unsupported
 from lightning_accel.pruning import Params
 from lightning_accel.surgery.bypass import Bypass
@@ -356,3 +356,22 @@ def test_an_optimizer_of_one_block_alone_is_refused(fit: Fit) -> None:
     with pytest.raises(Unsupported, match="an optimizer would be left without any parameter"):
         fit(module, StructuredPruning(ratio=0.5, depth="only", when=1))
     assert not gone(module)
+
+
+def test_masks_of_a_block_rest_and_come_back_with_it(fit: Fit, tmp_path: Path) -> None:
+    settings = {**HOW["blocks by steps"], "max_drop": 0.1, "monitor": "score"}
+    for ckpt in (None, tmp_path / "epoch=3.ckpt"):
+        module, masks = seeded((1.0, 1.0, 1.0, 0.0)), WeightMasks(pattern="2:4")
+        callbacks = [
+            masks,
+            StructuredPruning(**settings),
+            *([] if ckpt else [every_epoch(tmp_path)]),
+        ]
+        with pytest.warns(UserWarning, match="is taken back"):
+            fit(module, *callbacks, ckpt=ckpt, epochs=6)
+        assert len(gone(module)) == 1
+        for name, parameter in module.named_parameters():
+            zeros = (
+                (parameter.detach().unflatten(-1, (-1, 4)) == 0) if parameter.dim() > 1 else None
+            )
+            assert zeros is None or bool((zeros.sum(-1) == 2).all()), name

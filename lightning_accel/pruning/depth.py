@@ -137,8 +137,9 @@ def plan_depth(
     else:
         assert asked.target is not None
         cut = _Mix(network, calls, order, asked.target, asked).cut()
-    reason = why_broken(verifier, training, lambda: cut)
-    if reason or not verifier.holds_elsewhere(cut):
+    chosen = dataclasses.replace(cut_of(network, []), bypassed=cut.bypassed)
+    reason = why_broken(verifier, training, lambda: chosen)
+    if reason or not verifier.holds_elsewhere(chosen):
         raise BrokenModel(
             "the blocks that were chosen cannot go together",
             reason or "the network is another one at another size of its input",

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_accel.errors import NoEffect, explain
 from lightning_accel.surgery import Change, Receipt, Select
+from lightning_accel.surgery.bypass import gone, is_under
 from lightning_accel.surgery.memories import mixing
 from lightning_accel.surgery.optimizers import parameters_of
 
@@ -194,13 +195,18 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Any) -> None:
 def follow_masks(model: nn.Module, masks: Mapping[str, Tensor], receipt: Receipt) -> Masks:
     """Return the masks of a model from which `receipt` has cut channels.
 
-    Where the cut took neighbours of a two-of-four pattern apart, `restored` puts it back.
+    Where the cut took neighbours of a two-of-four pattern apart, `restored` puts it back. Masks of whole blocks
+    that are gone stay as they are, until the blocks come back.
     """
+    away = gone(model)
     moved = {id(move.new): move for move in receipt.moved}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     keep: dict[str, Tensor] = {}
     skipped: list[Change] = []
     for name, mask in masks.items():
+        if is_under(name, away):
+            keep[name] = mask
+            continue
         move = moved.get(id(parameters[name])) if name in parameters else None
         sliced = mask if move is None else move.kept.take(mask)
         if name not in parameters or sliced.shape != parameters[name].shape:
@@ -221,6 +227,9 @@ def restored(model: nn.Module, masks: Mapping[str, Tensor], *, pattern: str) -> 
     keep: dict[str, Tensor] = {}
     skipped: list[Change] = []
     for name, mask in masks.items():
+        if name not in parameters:  # of a block that is gone
+            keep[name] = mask
+            continue
         weight = parameters[name]
         if weight.shape[1] % 4:
             keep[name] = mask

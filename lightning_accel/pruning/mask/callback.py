@@ -85,6 +85,7 @@ class WeightMasks(Callback):
         )
         self._before: dict[str, str] = {}  # settings of the fit that a checkpoint comes from
         self.masks: dict[str, Tensor] = {}
+        self._resting: dict[str, Tensor] = {}  # of whole blocks that are gone
         self.receipt = Receipt()
         self._handles: list[RemovableHandle] = []
         self._steps: Steps | None = None
@@ -96,7 +97,7 @@ class WeightMasks(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        masks = {name: keep.cpu() for name, keep in self.masks.items()}
+        masks = {name: keep.cpu() for name, keep in {**self.masks, **self._resting}.items()}
         return {"masks": masks, "settings": dict(self._settings)}
 
     @override
@@ -113,6 +114,7 @@ class WeightMasks(Callback):
         if not guards.is_trial(trainer):
             require_reached((self.when,), trainer.max_epochs)
         self.masks, self.receipt, self._before = {}, Receipt(), {}
+        self._resting = {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,9 +172,10 @@ class WeightMasks(Callback):
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
         """Cut the masks along with the network, and put a pattern back that the cut took apart."""
-        if not self.masks:
+        masks = {**self.masks, **self._resting}
+        if not masks:
             return
-        followed = masking.follow_masks(pl_module, self.masks, receipt)
+        followed = masking.follow_masks(pl_module, masks, receipt)
         keep, skipped = followed.keep, followed.skipped
         if self.pattern is not None:
             again = masking.restored(pl_module, keep, pattern=self.pattern)
@@ -189,7 +192,7 @@ class WeightMasks(Callback):
 
     def _decide_when_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = trainer.current_epoch >= self.when or guards.is_trial(trainer)
-        if due and not self.masks:
+        if due and not self.masks and not self._resting:
             self._decide(trainer, pl_module)
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,7 +216,9 @@ class WeightMasks(Callback):
     def _apply(
         self, trainer: Trainer, pl_module: LightningModule, keep: dict[str, Tensor]
     ) -> Receipt:
-        self.masks = {name: mask.to(pl_module.device) for name, mask in keep.items()}
+        present = dict(pl_module.named_parameters(remove_duplicate=False))
+        self._resting = {name: mask for name, mask in keep.items() if name not in present}
+        self.masks = {n: mask.to(pl_module.device) for n, mask in keep.items() if n in present}
         receipt = masking.apply_masks(pl_module, self.masks)
         self._unhook()
         # From the backward on, since SAM and the like read gradients before any step.
