@@ -22,7 +22,7 @@ from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.silence import Handed, handed_on, silence
 from lightning_accel.surgery import Change, Cut, Select, Structure, twin
 from lightning_accel.surgery.acting import FORWARD, is_of_torch
-from lightning_accel.surgery.bypass import Bypass, Handing
+from lightning_accel.surgery.bypass import Bypass, Handing, is_recorder
 from lightning_accel.surgery.call import Call, run, same_random_state
 
 _CALLS = 4  # of one module in one run that are looked at
@@ -219,7 +219,7 @@ def _reads(module: nn.Module) -> Iterator[bool]:
     for registry in _HOOKS:
         for hook in vars(module).get(registry, {}).values():
             ours = _place(hook).startswith("lightning_accel.precision")
-            if not is_of_torch(hook) and not ours:
+            if not is_of_torch(hook) and not is_recorder(hook) and not ours:
                 yield True
 
 

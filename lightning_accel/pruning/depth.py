@@ -145,7 +145,8 @@ def plan_depth(
             reason or "the network is another one at another size of its input",
             "name the blocks that may go by `select`; the network is as it was",
         )
-    return dataclasses.replace(cut, skipped=(*blocks.refused, *cut.skipped))
+    notes = (*cut.notes, *_fewer_recorded(network, len(cut.bypassed)))
+    return dataclasses.replace(cut, skipped=(*blocks.refused, *cut.skipped), notes=notes)
 
 
 def _proved(
@@ -317,6 +318,13 @@ class _Mix:
     def _tried_error(self, count: int) -> str:
         tried = self._tried[count]
         return "out of reach" if tried is None else f"{tried.error:.1%}"
+
+
+def _fewer_recorded(network: nn.Module, count: int) -> list[str]:
+    """Say where a network collects outputs layer by layer, by their class: those that are gone are missing."""
+    whose = {type(m).__name__ for m in network.modules() if getattr(m, "_can_record_outputs", None)}
+    many = f"{count} fewer of its layers' outputs (`output_hidden_states`) than before"
+    return [f"`{name}` gives {many}" for name in sorted(whose)] if count else []
 
 
 def joined(blocks: Cut, width: Cut) -> Cut:

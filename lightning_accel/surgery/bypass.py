@@ -85,6 +85,7 @@ class Husk:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.emptied: tuple[str, ...] = ()
+        self.recorders: list[tuple[int, Any]] = []
 
     def empty(self, held: set[int]) -> None:
         """Give up the memory of what a checkpoint holds, but not of the tensors named by identity."""
@@ -125,7 +126,7 @@ class Husk:
                     nn.Parameter(made, requires_grad=tensor.requires_grad) if parameter else made
                 )
         made_husk = Husk(copy.deepcopy(self.block, memo))
-        made_husk.emptied = self.emptied
+        made_husk.emptied, made_husk.recorders = self.emptied, list(self.recorders)
         return made_husk
 
 
@@ -197,6 +198,9 @@ def bypass(model: nn.Module, handings: Mapping[str, Handing]) -> list[Gone]:
             continue
         made = stand_in(block, handings[name])
         block._compiled_call_impl = None
+        made.husk.recorders = _recorders(block)
+        for key, _ in made.husk.recorders:
+            del block._forward_hooks[key]
         _move_hooks(block, made)
         replace(model, block, made)
         held = {id(t) for t in (*model.parameters(), *model.buffers())}
@@ -244,6 +248,7 @@ def put_back(model: nn.Module, names: Sequence[str]) -> list[str]:
             if block.training != stands_in.training:
                 block.train(stands_in.training)
             _move_hooks(stands_in, block)
+            block._forward_hooks.update(stands_in.husk.recorders)
             replace(model, stands_in, block)
             found.append(name)
     return found
@@ -323,6 +328,18 @@ def _is_own(tensor: Any) -> bool:
 def _hollow(tensor: Tensor) -> Tensor:
     """Return zeros of a tensor's shape that need the memory of one number."""
     return tensor.detach().new_zeros(()).expand(tensor.shape)
+
+
+def is_recorder(hook: Any) -> bool:
+    """Tell whether a hook is of transformers, which has one on each layer of a class to collect hidden states.
+
+    It is set once, on what there is then, so that of a block that is gone nothing is collected in any process.
+    """
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+def _recorders(block: nn.Module) -> list[tuple[int, Any]]:
+    return [(key, hook) for key, hook in block._forward_hooks.items() if is_recorder(hook)]
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
