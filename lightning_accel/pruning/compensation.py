@@ -147,6 +147,12 @@ def compensate(
     return Compensation(values, errors, tuple(left_out), output)
 
 
+def check(compensate: Any) -> None:
+    """Raise unless this says whether to compensate."""
+    if compensate is not None and type(compensate) is not bool:
+        raise TypeError(explain("`compensate` is true or false", repr(compensate), "pass True"))
+
+
 def _output_error(dense: nn.Module, cut: nn.Module, batches: Sequence[Sequence[Call]]) -> float:
     total = 0.0
     for calls in batches:

@@ -165,7 +165,7 @@ def plan(
         require_alone({**others, "round_to": round_to, "attention": attention})
     rounding.check_round_to(round_to)
     target = None if target is None else target.of(calls)
-    check_compensate(compensate)
+    compensation.check(compensate)
     scoring.check(importance)
     selection.check_scope(scope)
     selection.check_attention(attention)
@@ -289,12 +289,6 @@ def check_asked(ratio: Any, target: Any, pruner: Any = None) -> None:
         check_pruner(pruner)
     if target is not None and not isinstance(target, Target):
         raise TypeError(explain("`target` says what to keep", repr(target), "pass Macs(0.5), say"))
-
-
-def check_compensate(compensate: Any) -> None:
-    """Raise unless this says whether to compensate."""
-    if compensate is not None and type(compensate) is not bool:
-        raise TypeError(explain("`compensate` is true or false", repr(compensate), "pass True"))
 
 
 def _calls(example: Any, examples: Sequence[Any]) -> tuple[Call, ...]:

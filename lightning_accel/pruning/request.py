@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import AccelError, Unsupported
+from lightning_accel.pruning import compensation, selection
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import schedule as scheduling
-from lightning_accel.pruning import selection
 from lightning_accel.pruning.activations import Statistics, collect_gradients
 from lightning_accel.pruning.depth import ONLY, check_depth
 from lightning_accel.pruning.foreign import (
@@ -26,7 +26,7 @@ from lightning_accel.pruning.foreign import (
     require_alone,
 )
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.prune import check_asked, check_compensate, check_ratio, plan
+from lightning_accel.pruning.prune import check_asked, check_ratio, plan
 from lightning_accel.pruning.reconstruction import Reconstruction
 from lightning_accel.pruning.rounding import check_round_to
 from lightning_accel.pruning.sensitivity import graph_of
@@ -75,7 +75,7 @@ class Request:
             require_alone({name: getattr(self, name) for name in SAID_BY_PRUNER})
         if self.ratio is not None:
             check_ratio(self.ratio)
-        check_compensate(self.compensate)
+        compensation.check(self.compensate)
         check_round_to(self.round_to)
         selection.check_attention(self.attention)
         check_depth(self.depth, ratio=self.ratio, pruner=self.pruner, importance=self.importance)
