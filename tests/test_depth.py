@@ -286,7 +286,9 @@ def test_a_step_that_reads_a_weight_keeps_its_block() -> None:
     class Penalty:
         name, trains = "training_step", True
 
-        def __call__(self, model: Any) -> None:
+        def __call__(self, model: Any, cut: Cut) -> None:
+            model = twin(model)
+            cut.apply(model)
             (model(X).sum() + model[2].up.weight.square().sum()).backward()
 
     cut = plan(mlp(), calls=[as_call(X)], ratio=0.999, depth="only", steps=[Penalty()])

@@ -17,6 +17,8 @@ from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.parts import possible, widened
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery import Cut
+from lightning_accel.surgery.bypass import parameters_under
+from lightning_accel.surgery.dropped import entries_of, take_out
 from lightning_accel.surgery.owners import kept_by
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.surgery.shadows import Shadows
@@ -39,10 +41,21 @@ class StepOfFit(NamedTuple):
     def __call__(self, model: LightningModule, cut: Cut) -> None:
         """Raise what the step raises on a copy of `model` after a cut, with all that the module holds beside."""
         with preserve_rng(), inert_copy(self.trainer, model) as copy:
-            shadows = Shadows(copy, {name: kept_by(m) for name, m in copy.named_modules()})
-            widened(cut, possible(self.trainer, cut)).apply(copy)
-            shadows.follow(cut.kept, cut.added)
+            _follow(copy, widened(cut, possible(self.trainer, cut)))
             run_step(self.trainer, copy, self.batch, 0)
+
+
+def _follow(copy: LightningModule, cut: Cut) -> None:
+    """Cut a copy, and what it holds beside its parameters."""
+    holders = {name: kept_by(module) for name, module in copy.named_modules()}
+    shadows = Shadows(copy, holders)
+    lost = parameters_under(copy, cut.bypassed)
+    names = set(lost.values())
+    lost |= {id(shadow.tensor): shadow.name for shadow in shadows if shadow.name in names}
+    entries = entries_of(holders, lost) if lost else []
+    cut.apply(copy)
+    shadows.follow(cut.kept, cut.added)
+    take_out(entries)
 
 
 def steps_of(trainer: Trainer, at_hand: AtHand | None = None) -> list[StepOfFit]:

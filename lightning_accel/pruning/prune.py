@@ -7,7 +7,6 @@ reason; the rest is cut together, in place.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.halving import sound
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.ranking import Ranking
-from lightning_accel.pruning.target import Target
+from lightning_accel.pruning.target import Target, check_share
 from lightning_accel.pruning.trains import Step, Training, in_dtype_of
 from lightning_accel.pruning.verify import Verifier, runs, why_broken
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
@@ -106,7 +105,7 @@ def prune(
     )
     """
     if ratio is not None:
-        check_ratio(ratio)
+        check_share(ratio, "ratio")
     return plan(
         model,
         calls=_calls(example, examples),
@@ -262,16 +261,6 @@ def _choose(
         listed,
         "choose other layers by `select`; the network is as it was",
     )
-
-
-def check_ratio(ratio: Any, name: str = "ratio") -> None:
-    """Raise unless `ratio` is a number above 0 and below 1."""
-    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-    if not number or not math.isfinite(ratio) or not 0 < ratio < 1:
-        error = ValueError if number else TypeError
-        raise error(
-            explain(f"`{name}` is a share above 0 and below 1", repr(ratio), "pass 0.5, say")
-        )
 
 
 def check_asked(ratio: Any, target: Any, pruner: Any = None) -> None:

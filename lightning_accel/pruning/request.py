@@ -26,11 +26,11 @@ from lightning_accel.pruning.foreign import (
     require_alone,
 )
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.prune import check_asked, check_ratio, plan
+from lightning_accel.pruning.prune import check_asked, plan
 from lightning_accel.pruning.reconstruction import Reconstruction
 from lightning_accel.pruning.rounding import check_round_to
 from lightning_accel.pruning.sensitivity import graph_of
-from lightning_accel.pruning.target import Target
+from lightning_accel.pruning.target import Target, check_share
 from lightning_accel.pruning.trains import Step, in_dtype_of
 from lightning_accel.surgery import Cut, Select, Structure, twin
 from lightning_accel.surgery.call import Call
@@ -74,7 +74,7 @@ class Request:
         if self.pruner is not None:
             require_alone({name: getattr(self, name) for name in SAID_BY_PRUNER})
         if self.ratio is not None:
-            check_ratio(self.ratio)
+            check_share(self.ratio, "ratio")
         compensation.check(self.compensate)
         check_round_to(self.round_to)
         selection.check_attention(self.attention)

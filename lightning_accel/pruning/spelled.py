@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_accel.errors import NoEffect, explain
-from lightning_accel.pruning.prune import check_ratio
+from lightning_accel.pruning.target import check_share
 from lightning_accel.surgery import Select
 
 KINDS = ("BasePruner", "GroupNormPruner", "BNScalePruner", "GrowingRegPruner")
@@ -65,10 +65,10 @@ class TorchPruner:
         _require("kind", [kind], KINDS)
         _require("importance", [importance], IMPORTANCES)
         _require("options", list(options or {}), OPTIONS)
-        check_ratio(pruning_ratio, "pruning_ratio")
+        check_share(pruning_ratio, "pruning_ratio")
         for pattern, share in (pruning_ratio_dict or {}).items():
             if share != 0 or isinstance(share, bool):  # 0 keeps a layer whole
-                check_ratio(share, f"pruning_ratio_dict['{pattern}']")
+                check_share(share, f"pruning_ratio_dict['{pattern}']")
         self.kind = kind
         self.importance = importance
         self.pruning_ratio = pruning_ratio

@@ -53,6 +53,27 @@ def opposite(model: nn.Module) -> nn.Module:
     return copy
 
 
+def shaken(model: nn.Module, amount: float = 0.1, *, seed: int = 0) -> nn.Module:
+    """Return a copy with each weight changed by a random share of it, of this size on average."""
+    copy, generator = twin(model), torch.Generator().manual_seed(seed)
+    for parameter in copy.parameters():
+        share = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = parameter.data * (1 + amount * share.to(parameter.data.real))
+    return copy
+
+
+def lively(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield copies whose outputs may hang on their weights where those of the model are stuck at a bound."""
+    for scale in (0.3, 0.03):
+        copy = twin(model)
+        for parameter in copy.parameters():
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.data = parameter.data * scale
+        yield copy
+    for seed in range(1, 4):
+        yield shaken(model, 1.0, seed=seed)
+
+
 def vary(model: nn.Module) -> None:
     """Give parameters whose values are all the same different ones, in place.
 
@@ -70,7 +91,9 @@ def varied_calls(calls: Sequence[Call]) -> tuple[Call, ...]:
 
 
 def _varied(tensor: Tensor) -> Tensor:
-    if tensor.numel() < 2 or not tensor.is_floating_point() or tensor.min() != tensor.max():
+    if not tensor.numel() or not tensor.is_floating_point() or tensor.min() != tensor.max():
+        return tensor
+    if tensor.numel() == 1 and tensor:
         return tensor
     generator = torch.Generator().manual_seed(0)
     shares = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) + 0.5

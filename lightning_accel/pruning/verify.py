@@ -9,19 +9,20 @@ wired to the wrong consumer without any error.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.errors import BrokenModel
+from lightning_accel.errors import AccelError, BrokenModel
 from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.blank import Blank, Masks, masks
 from lightning_accel.pruning.silence import silence
 from lightning_accel.pruning.statistics import Note, Record, Replay
 from lightning_accel.pruning.trains import REMEDY, Training, located
-from lightning_accel.pruning.variants import opposite, resized, varied_calls, vary
+from lightning_accel.pruning.variants import lively, opposite, resized, shaken, varied_calls, vary
 from lightning_accel.surgery import Cut, Structure, twin
 from lightning_accel.surgery.bypass import bypass
 from lightning_accel.surgery.call import (
@@ -29,9 +30,9 @@ from lightning_accel.surgery.call import (
     as_call,
     cast,
     converted,
+    numbers,
     run,
     same_random_state,
-    tensors,
 )
 
 TOLERANCE = 1e-9
@@ -81,10 +82,14 @@ class Verifier:
     def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
         self.model = model
         self.calls = calls
+        self._finite = runs(
+            model, calls, finite=True
+        )  # of masked scores some are infinite, by design
         self.fell_back = self._falls_back()
         # What is dead on these calls lives where all signs are turned.
         self._settings = [self._first, _Setting(opposite(self._first.network), self._first.calls)]
         self._sizes = 1
+        self._require_response()
         self._of: tuple[Cut, Masks] | None = None
 
     def _falls_back(self) -> bool:
@@ -113,9 +118,32 @@ class Verifier:
                 vary(network)
                 calls = varied_calls(calls)
             self._first = _Setting(network, calls)
-            if runs(*self._first, finite=True):
+            if runs(*self._first, finite=self._finite):
                 return True
         return False
+
+    def _require_response(self) -> None:
+        """Raise where any cut would be right: at outputs that hang on no weight, at least not on these calls."""
+        if any(self._responds(setting) for setting in self._settings):
+            return
+        for network in lively(self._first.network):
+            setting = _Setting(network, self._first.calls)
+            if runs(*setting, finite=self._finite) and self._responds(setting):
+                self._settings.append(setting)
+                return
+        raise AccelError(
+            "nothing can be proved on this example: the network gives out the same whatever its weights are",
+            "outputs stuck at a bound, or none that hangs on a weight",
+            "pass an `example` on which its outputs vary",
+        )
+
+    def _responds(self, setting: _Setting) -> bool:
+        """Whether what comes out changes when all weights do, a little; where that is whole numbers, much."""
+        before = _outputs(setting.network, setting.calls)
+        amount = 0.1 if any(t.is_floating_point() or t.is_complex() for t in before) else 1.0
+        after = _outputs(shaken(setting.network, amount), setting.calls)
+        pairs = zip(before, after, strict=False)
+        return any(a.shape != b.shape or not a.equal(b) for a, b in pairs)
 
     @property
     def tolerance(self) -> float:
@@ -158,7 +186,7 @@ class Verifier:
             return True
         for calls in resized(self._first.calls):
             others = [_Setting(setting.network, calls) for setting in self._settings]
-            if not runs(*others[0], finite=True):
+            if not runs(*others[0], finite=self._finite):
                 continue
             try:
                 errors = (self._difference(setting, cut) for setting in others)
@@ -186,7 +214,7 @@ class Verifier:
             if self._stands(setting):
                 raise
             return None
-        if not _is_finite(expected) and not self._stands(setting):
+        if self._finite and not _is_finite(expected) and not self._stands(setting):
             return None
         small, replay = twin(setting.network), Replay(notes, self.tolerance)
         cut.apply(small)
@@ -213,7 +241,7 @@ class Verifier:
             random = same_random_state(network, seed=0)
             with torch.no_grad(), random, unfused(network), located(network):
                 outputs.append(self._numbers(run(network, setting.calls)))
-        if not _is_finite(outputs[0]) and not self._stands(setting):
+        if self._finite and not _is_finite(outputs[0]) and not self._stands(setting):
             return None
         error = _error(*outputs)
         if not cut.kept or not error <= self.tolerance:
@@ -225,7 +253,7 @@ class Verifier:
 
     def _stands(self, setting: _Setting) -> bool:
         """Whether a setting proves anything: the example itself does, others where the network runs."""
-        return setting is self._first or runs(*setting, finite=True)
+        return setting is self._first or runs(*setting, finite=self._finite)
 
     def _masked(self, setting: _Setting, cut: Cut) -> tuple[list[Tensor], Sequence[Note]]:
         """Return what the network computes with all that a cut removes as nothing, and its statistics."""
@@ -239,18 +267,22 @@ class Verifier:
         return self._numbers(expected), record.notes
 
     def _numbers(self, outputs: Any) -> list[Tensor]:
-        found = (t.resolve_conj() for t in tensors(outputs))
+        found = (t.resolve_conj() for t in numbers(outputs))
         return [(torch.view_as_real(t) if t.is_complex() else t).to(self.dtype) for t in found]
 
 
 def _error(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Return the largest difference of two outputs, over the scale of the first."""
+    """Return the largest difference of two outputs, over the scale of the first; infinities stay where they are."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         raise BrokenModel("the cut changes the shape of the network's output", "", REMEDY)
-    if not sum(t.numel() for t in expected):
+    if not any(bool(t.isfinite().any()) for t in expected):
         raise BrokenModel("nothing can be proved: the network's outputs hold no number", "", REMEDY)
     worst = 0.0
     for want, have in zip(expected, found, strict=True):
+        finite = want.isfinite()
+        if not torch.equal(want[~finite].nan_to_num(), have[~finite].nan_to_num()):
+            return math.inf
+        want, have = want[finite], have[finite]
         if want.numel():
             scale = want.abs().max().clamp_min(1e-12)
             error = float((want - have).abs().max() / scale)
@@ -280,7 +312,14 @@ def runs(model: nn.Module, calls: Sequence[Call], *, finite: bool = False) -> bo
             outputs = run(copy, calls)
     except Exception:  # whatever a forward may raise
         return False
-    return not finite or _is_finite(tensors(outputs))
+    return not finite or _is_finite(numbers(outputs))
+
+
+def _outputs(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """Return what a copy of the model gives out in eval mode."""
+    copy = twin(model).eval()
+    with torch.no_grad(), same_random_state(copy, seed=0), unfused(copy):
+        return numbers(run(copy, calls))
 
 
 def _is_finite(outputs: Sequence[Tensor]) -> bool:

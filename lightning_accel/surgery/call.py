@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -110,6 +112,28 @@ def tensors(value: Any) -> list[Tensor]:
     if is_dataclass(value) and not isinstance(value, type):
         return [t for item in vars(value).values() for t in tensors(item)]
     return []
+
+
+def numbers(value: Any, depth: int = 6) -> list[Tensor]:
+    """Return the tensors in an output, and numbers of other kinds as tensors: floats, arrays, what objects hold.
+
+    >>> [n.tolist() for n in numbers({"p": torch.distributions.Normal(0.0, 1.0), "loss": 0.5})]
+    [0.0, 1.0, 0.5]
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, float):
+        return [torch.tensor(value, dtype=torch.float64)]
+    if isinstance(value, np.ndarray):
+        return [torch.as_tensor(value)] if value.dtype.kind in "fcbiu" else []
+    if depth and isinstance(value, Mapping):
+        return [t for item in value.values() for t in numbers(item, depth - 1)]
+    if depth and isinstance(value, (list, tuple)):
+        return [t for item in value for t in numbers(item, depth - 1)]
+    held = getattr(value, "__dict__", None)
+    if not depth or not isinstance(held, dict) or isinstance(value, (nn.Module, type, ModuleType)):
+        return tensors(value)
+    return [t for item in held.values() for t in numbers(item, depth - 1)]
 
 
 def batch_size(calls: Sequence[Call]) -> int | None:

@@ -21,7 +21,7 @@ from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.pruning import sparsity
 from lightning_accel.pruning.graph import Graph, Group
-from lightning_accel.pruning.prune import check_ratio
+from lightning_accel.pruning.target import check_share
 from lightning_accel.surgery import Receipt, Select, twin
 from lightning_accel.surgery.call import first
 from lightning_accel.surgery.optimizers import Steps
@@ -75,7 +75,7 @@ class SparsityTraining(Callback):
                 raise (ValueError if number else TypeError)(
                     explain(f"`{name}` is a number above 0", repr(value), "pass 1e-4, say")
                 )
-        check_ratio(ratio)
+        check_share(ratio, "ratio")
         if type(every) is not int or every < 1:
             raise ValueError(
                 explain("`every` is a positive number of steps", repr(every), "pass 10, say")
