@@ -19,7 +19,7 @@ from lightning_accel.pruning import Params, mask_equivalence, plan, prune
 from lightning_accel.pruning.blocks import Block as Found
 from lightning_accel.pruning.blocks import cut_of, find_blocks
 from lightning_accel.pruning.verify import Verifier
-from lightning_accel.surgery import Select, Structure, follow, twin
+from lightning_accel.surgery import Cut, Select, Structure, follow, twin
 from lightning_accel.surgery.bypass import Bypass, put_back
 from lightning_accel.surgery.call import as_call
 
