@@ -18,10 +18,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
+import zoo_packages
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 CLASSES = 10
 VOCABULARY = 96
@@ -384,12 +387,13 @@ _TORCH: dict[str, Callable[[], nn.Module]] = {
 
 NAMES: tuple[str, ...] = tuple(
     f"{library}/{name}"
-    for library, table in (
-        ("timm", _TIMM),
-        ("torchvision", _TORCHVISION),
-        ("transformers", _TRANSFORMERS),
-        ("torch", _TORCH),
-    )
+    for library, table in {
+        "timm": _TIMM,
+        "torchvision": _TORCHVISION,
+        "transformers": _TRANSFORMERS,
+        "torch": _TORCH,
+        **zoo_packages.ENTRIES,
+    }.items()
     for name in table
 )
 """The architectures of the benchmark, as "library/model"."""
@@ -397,10 +401,14 @@ NAMES: tuple[str, ...] = tuple(
 
 def available() -> list[str]:
     """Return those of `NAMES` whose library is installed here."""
-    needs = {"timm": ("timm", "torchvision"), "torch": ()}
+    needs = {
+        "timm": ("timm", "torchvision"),
+        "torch": (),
+        "segmentation_models_pytorch": ("segmentation_models_pytorch", "timm", "torchvision"),
+    }
     missing = {
         library
-        for library in _BUILDERS
+        for library in (*_BUILDERS, *zoo_packages.ENTRIES)
         if not all(map(importlib.util.find_spec, needs.get(library, (library,))))
     }
     return [name for name in NAMES if name.partition("/")[0] not in missing]
@@ -417,7 +425,11 @@ def build(name: str) -> tuple[nn.Module, Any]:
     """
     library, _, model = name.partition("/")
     torch.manual_seed(0)
-    built, example = _BUILDERS[library](model)
+    if library in zoo_packages.ENTRIES:
+        load_torchvision()
+        built, example = zoo_packages.ENTRIES[library][model].build()
+    else:
+        built, example = _BUILDERS[library](model)
     return built.eval(), example
 
 
@@ -431,7 +443,60 @@ def other_batch(example: Any, size: int) -> Any:
         return {key: other_batch(value, size) for key, value in example.items()}
     if isinstance(example, tuple):
         return tuple(other_batch(value, size) for value in example)
-    return example[torch.arange(size) % len(example)] if isinstance(example, Tensor) else example
+    batched = isinstance(example, Tensor) and example.dim() and len(example) == _BATCH
+    return example[torch.arange(size) % _BATCH] if batched else example
+
+
+def fresh(example: Any) -> Any:
+    """Return other numbers in the same places; whole ones only change places, masks stay.
+
+    >>> sorted(fresh(torch.arange(4)).tolist())
+    [0, 1, 2, 3]
+    """
+
+    def other(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and (tensor != tensor.round()).any():
+            return torch.randn_like(tensor)
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            return tensor
+        return tensor.flatten()[torch.randperm(tensor.numel())].view(tensor.shape)
+
+    return tree_map_only(Tensor, other, example)
+
+
+def other_sizes(example: Any) -> Iterator[Any]:
+    """Yield examples of other sizes that a network may take: of images, of sequences, of both.
+
+    >>> [tuple(x.shape) for x in other_sizes(torch.ones(2, 3, 8, 8))]
+    [(2, 3, 12, 12), (2, 3, 16, 16), (2, 3, 4, 4)]
+    """
+    seen = {_shapes(example)}
+    for dims in ({**_SPACE, **_TIME}, _SPACE, _TIME, _LAST):
+        for factor in (1.5, 2.0, 0.5):
+            sized = partial(_sized, dims=dims, factor=factor)
+            other = tree_map_only(Tensor, sized, example)
+            if _shapes(other) not in seen:
+                seen.add(_shapes(other))
+                yield other
+
+
+# Dimensions by the number of them: of pixels or voxels, of tokens, and of samples of sound.
+_SPACE = {4: (2, 3), 5: (2, 3, 4)}
+_TIME = {2: (1,), 3: (1,)}
+_LAST = {3: (2,), 5: (3, 4)}
+
+
+def _shapes(example: Any) -> tuple[torch.Size, ...]:
+    return tuple(t.shape for t in tree_leaves(example) if isinstance(t, Tensor))
+
+
+def _sized(tensor: Tensor, dims: dict[int, tuple[int, ...]], factor: float) -> Tensor:
+    if tensor.dim() == 2 and (tensor != tensor.round()).any():
+        return tensor  # features, and no tokens
+    for dim in dims.get(tensor.dim(), ()):
+        size = max(1, int(tensor.shape[dim] * factor))
+        tensor = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
+    return tensor
 
 
 def load_torchvision() -> None:
