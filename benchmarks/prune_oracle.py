@@ -12,7 +12,8 @@ import copy
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from lightning_accel.surgery import Structure
 from lightning_accel.surgery.call import as_call, cast, converted, reals, tensors
 
 NOWHERE: Mapping[str, Tensor] = {}
-EXACT = 1e-6
-"""Largest difference between a right network and the masked one, over the scale of the output."""
+EXACT = 1e-5
+"""Largest difference between a right network and the masked one, over the scale of the output.
+
+It is about 1e-15, but where queries are rescaled, which is rounded to float32."""
 
 Blank = Callable[[nn.Module, nn.Module], nn.Module]
 
@@ -201,18 +204,51 @@ def difference(
         LookupError: What is left of a tensor cannot be found in the dense one by its values.
     """
     masked, small = copy.deepcopy(dense).eval(), copy.deepcopy(small).eval()
-    left = {**dict(small.named_parameters()), **dict(small.named_buffers())}
-    with torch.no_grad():
-        for name, tensor in masked.named_parameters():
-            if tensor.shape != left[name].shape:
-                tensor.mul_(_mask(tensor, left[name], name, places.get(name)))
-        for name, tensor in masked.named_buffers():
-            # Equal filters of all channels need no mask, and are no numbers to be told apart by.
-            if tensor.shape != left[name].shape and tensor.unique().numel() == tensor.numel():
-                tensor.mul_(_mask(tensor, left[name], name))
+    _mask_by_value(masked, small, places)
     pair = converted(masked, torch.float64), converted(small, torch.float64)
     errors = [error for example in examples for error in _errors(*pair, example)]
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
+
+
+def _mask_by_value(dense: nn.Module, small: nn.Module, places: Mapping[str, Tensor]) -> None:
+    """Set to zero, in place, what of the dense network is not in the small one."""
+    left = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+    parameters = dict(dense.named_parameters())
+    normed = dict(_norms_of_weights(parameters))
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            if name not in normed and tensor.shape != left[name].shape:
+                mask = _mask(tensor, left[name], name, places.get(name))
+                if name in normed.values():
+                    magnitude = next(parameters[m] for m, d in normed.items() if d == name)
+                    mask = _with_norms(magnitude, tensor, mask)
+                tensor.mul_(mask)
+        for name, tensor in dense.named_buffers():
+            # Equal filters of all channels need no mask, and are no numbers to be told apart by.
+            if tensor.shape != left[name].shape and tensor.unique().numel() == tensor.numel():
+                tensor.mul_(_mask(tensor, left[name], name))
+
+
+def _norms_of_weights(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield magnitude and direction of each weight that is divided by its norm."""
+    for name in names:
+        for magnitude, direction in (("weight_g", "weight_v"), ("original0", "original1")):
+            other = name.removesuffix(magnitude) + direction
+            if name.endswith(magnitude) and other in names:
+                yield name, other
+
+
+def _with_norms(magnitude: Tensor, direction: Tensor, mask: Tensor) -> Tensor:
+    """Let magnitudes, in place, make up for the norms of what is gone; return the mask of directions.
+
+    Directions that are gone whole keep their numbers, or they were divided by nothing.
+    """
+    over = [dim for dim, size in enumerate(magnitude.shape) if size == 1]
+    shares = (direction * mask).norm(dim=over, keepdim=True) / direction.norm(
+        dim=over, keepdim=True
+    )
+    magnitude.mul_(shares)
+    return torch.where(shares > 0, mask, 1.0)
 
 
 def _errors(masked: nn.Module, small: nn.Module, example: Any) -> list[float]:
@@ -221,11 +257,22 @@ def _errors(masked: nn.Module, small: nn.Module, example: Any) -> list[float]:
     outputs = []
     for model in (masked, small):
         torch.manual_seed(0)
-        with torch.no_grad(), _OneNumberPerNorm(model, statistics_of_dense):
+        with torch.no_grad(), _in_float64(), _OneNumberPerNorm(model, statistics_of_dense):
             outputs.append([t for t in reals(model(*call.args, **call.kwargs)) if t.numel()])
     if [t.shape for t in outputs[0]] != [t.shape for t in outputs[1]]:
         return [math.inf]
     return [float((a - b).abs().max()) / _spread(a) for a, b in zip(*outputs, strict=True)]
+
+
+@contextmanager
+def _in_float64() -> Iterator[None]:
+    """Make what a forward makes anew as precise as the rest."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _spread(output: Tensor) -> float:
@@ -267,8 +314,8 @@ def _is_scaled(dense: Tensor, small: Tensor, places: Tensor) -> bool:
 class _OneNumberPerNorm(TorchFunctionMode):
     """Norms scale by one number per call, that of the first network, and then per channel.
 
-    So they stay what they are for each channel, and nothing hangs on how many channels there are.
-    Conversions to float32 within a forward become float64.
+    So they stay what they are for each channel, and nothing hangs on how many channels there are; a mean
+    divides by as many as in the first network. Conversions to float32 within a forward become float64.
     """
 
     def __init__(self, model: nn.Module, numbers: list[Tensor]) -> None:
@@ -301,7 +348,18 @@ class _OneNumberPerNorm(TorchFunctionMode):
             bound = dict(zip(_ARGUMENTS[name], args, strict=False)) | kwargs
             dim = -1 if name in ("layer_norm", "rms_norm") else 1
             return self._affine(bound["input"], bound.get("weight"), bound.get("bias"), dim)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if name == "mean" and result.is_floating_point():
+            divisor = self._as_before(args[0].new_tensor(args[0].numel() / max(result.numel(), 1)))
+            result = result * (args[0].numel() / max(result.numel(), 1) / divisor)
+        return result
+
+    def _as_before(self, number: Tensor) -> Tensor:
+        """Return what this call gave in the first network: in that itself, this number."""
+        if not self.known:
+            self.numbers.append(number)
+        self.count += 1
+        return self.numbers[self.count - 1]
 
     def _module(self, module: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> Tensor:
         weight, bias = _own(module, "weight scale g gamma"), _own(module, "bias b beta")
@@ -318,13 +376,10 @@ class _OneNumberPerNorm(TorchFunctionMode):
 
     def _affine(self, x: Tensor, weight: Any, bias: Any, dim: int) -> Tensor:
         with torch._C.DisableTorchFunction():
-            if not self.known:
-                self.numbers.append(x.square().mean().sqrt().clamp_min(1e-6))
-            x = x / self.numbers[self.count]
-            self.count += 1
+            x = x / self._as_before(x.square().mean().sqrt().clamp_min(1e-6))
             for verb, tensor in ((torch.mul, weight), (torch.add, bias)):
-                if isinstance(tensor, Tensor) and tensor.squeeze().dim() > 1:
-                    x = verb(x, tensor)  # per head
+                if isinstance(tensor, Tensor) and tensor.dim() > 1:
+                    x = verb(x, tensor)  # as it is broadcast
                 elif isinstance(tensor, Tensor):
                     flat = tensor.reshape(-1)
                     shape = [-1 if d == dim % x.dim() else 1 for d in range(x.dim())]
@@ -354,7 +409,7 @@ _ARGUMENTS = {
 def _is_norm(module: nn.Module) -> bool:
     """Whether a module norms over channels in Python of its own, or through torch's functions."""
     name = type(module).__name__.lower()
-    over_channels = re.search(r"layernorm|rmsnorm|groupnorm|responsenorm|simplenorm|grn$", name)
+    over_channels = re.search(r"layernorm|rms_?norm|groupnorm|responsenorm|simplenorm|grn$", name)
     has_layers = any(list(child.parameters()) for child in module.children())
     return bool(over_channels) and not has_layers
 

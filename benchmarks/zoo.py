@@ -427,7 +427,8 @@ def build(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     if library in zoo_packages.ENTRIES:
         load_torchvision()
-        built, example = zoo_packages.ENTRIES[library][model].build()
+        with torch.no_grad():  # or weights under a norm have a graph, and there is no copy of them
+            built, example = zoo_packages.ENTRIES[library][model].build()
     else:
         built, example = _BUILDERS[library](model)
     return built.eval(), example
@@ -455,7 +456,7 @@ def fresh(example: Any) -> Any:
     """
 
     def other(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and (tensor != tensor.round()).any():
+        if _is_noise(tensor):
             return torch.randn_like(tensor)
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
             return tensor
@@ -490,8 +491,12 @@ def _shapes(example: Any) -> tuple[torch.Size, ...]:
     return tuple(t.shape for t in tree_leaves(example) if isinstance(t, Tensor))
 
 
+def _is_noise(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool((tensor != tensor.round()).any())
+
+
 def _sized(tensor: Tensor, dims: dict[int, tuple[int, ...]], factor: float) -> Tensor:
-    if tensor.dim() == 2 and (tensor != tensor.round()).any():
+    if tensor.dim() == 2 and _is_noise(tensor):
         return tensor  # features, and no tokens
     for dim in dims.get(tensor.dim(), ()):
         size = max(1, int(tensor.shape[dim] * factor))

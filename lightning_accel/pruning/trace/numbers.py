@@ -6,12 +6,13 @@ import math
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_accel.pruning.trace.atoms import Ids
@@ -100,7 +101,8 @@ class Numbers(TorchFunctionMode):
             return self._grouped(func, name, args, kwargs)
         after = getattr(self, f"_after_{name.strip('_')}", None)
         if after is not None:
-            result = func(*args, **kwargs)
+            with _unfused(name):
+                result = func(*args, **kwargs)
             after(result, *args, **kwargs)
             return result
         inner = without_override(func)
@@ -263,6 +265,13 @@ class Numbers(TorchFunctionMode):
         axes = self.flow.info(left).axes
         last = axes[-1].atoms if axes else self.flow.atoms.fresh(0)
         self.flow.queries.append((last, scaled))
+
+
+def _unfused(name: str) -> AbstractContextManager[None]:
+    """Take attention apart into products, whichever kernels the forward itself asks for."""
+    if name == "scaled_dot_product_attention":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _is_number(size: Any) -> bool:

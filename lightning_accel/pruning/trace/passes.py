@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_accel.errors import AccelError
 from lightning_accel.measure.flops import unfused
@@ -70,7 +69,6 @@ def _passes(flow: Flow, calls: Sequence[Call], *, counted: bool = True) -> None:
         with (
             torch.no_grad(),
             unfused(flow.model),
-            sdpa_kernel(SDPBackend.MATH),
             _located(flow),
             sizes_not_cached(),
             Numbers(flow),
