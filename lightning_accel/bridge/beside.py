@@ -20,10 +20,11 @@ from lightning_accel.bridge.parts import Part, mark_moving, moving, parts_of
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import StructureMismatch
 from lightning_accel.surgery import Cut, Structure
+from lightning_accel.surgery.attributes import get_size, set_size
 from lightning_accel.surgery.bypass import parameters_under
 from lightning_accel.surgery.dropped import Dropped
 from lightning_accel.surgery.receipt import Kept
-from lightning_accel.surgery.structure import named_tensors, replace_data, set_size
+from lightning_accel.surgery.structure import named_tensors, replace_data
 
 _CUTS = "_accel_cuts"
 _MOVING = "lightning_accel_parts"
@@ -138,7 +139,7 @@ def _resize(part: Part, structure: Structure) -> None:
     """Set the integers that the forward of a copy reads."""
     modules = dict(part.copy.named_modules())
     for name, key, size in _sizes_under(structure, part.of):
-        if name in modules and hasattr(modules[name], key):
+        if name in modules and get_size(modules[name], key) is not None:
             set_size(modules[name], key, size)
 
 

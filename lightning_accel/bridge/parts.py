@@ -20,8 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.errors import Unsupported
 from lightning_accel.surgery import Cut, Structure
+from lightning_accel.surgery.attributes import get_size, set_size
 from lightning_accel.surgery.owners import children, kept_by
-from lightning_accel.surgery.structure import named_tensors, replace_data, set_size
+from lightning_accel.surgery.structure import named_tensors, replace_data
 
 ValueT = TypeVar("ValueT")
 _AT_START: weakref.WeakKeyDictionary[nn.Module, dict[str, float]] = weakref.WeakKeyDictionary()
@@ -196,7 +197,7 @@ class PartState:
         source = self._module.get_submodule(of)
         for name, sizes in _modules_under(pristine(self._module).attributes, of).items():
             for key in sizes:
-                set_size(copy.get_submodule(name), key, getattr(source.get_submodule(name), key))
+                set_size(copy.get_submodule(name), key, get_size(source.get_submodule(name), key))
 
 
 def _kept_by_callbacks(trainer: Trainer) -> Iterator[tuple[str, nn.Module]]:

@@ -24,8 +24,9 @@ from lightning_accel.pruning.trains import Training
 from lightning_accel.pruning.verify import Verifier, why_broken
 from lightning_accel.pruning.watch import Removal
 from lightning_accel.surgery import Change, Cut, Kept, Select, Structure, twin
+from lightning_accel.surgery.attributes import Size, get_size
 from lightning_accel.surgery.call import Call
-from lightning_accel.surgery.structure import Size, named_tensors
+from lightning_accel.surgery.structure import named_tensors
 
 _MODES = ("heads", "width")
 
@@ -178,7 +179,7 @@ class _Translator:
             for name, sizes in removal.sizes.items():
                 for key, change in sizes.items():
                     known = attributes.setdefault(name, {})
-                    present: Any = known.get(key, getattr(modules[name], key))
+                    present: Any = known.get(key, get_size(modules[name], key))
                     known[key] = _plus(present, change)
         before = Structure(
             {name: self._tensors[name] for name in kept},

@@ -17,6 +17,7 @@ from lightning_accel.pruning.scaling import factor, query_rows
 from lightning_accel.pruning.trace import Flow, Ids, traced
 from lightning_accel.pruning.trace.sizes import solve
 from lightning_accel.surgery import Change, Cut, Kept, Select, Structure
+from lightning_accel.surgery.attributes import get_size
 from lightning_accel.surgery.call import Call, in_precision, parameters_of
 from lightning_accel.surgery.structure import named_tensors
 
@@ -251,7 +252,7 @@ class Graph:
             if place < 0:
                 sizes[key] = size
             else:
-                old = list(sizes.get(key, getattr(modules[name], key)))
+                old = list(sizes.get(key, get_size(modules[name], key)))
                 old[place] = size
                 sizes[key] = tuple(old)
         for name, module in modules.items():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_accel.pruning.trace import Flow, Forms, Ids
 from lightning_accel.pruning.trace.sizes import Attribute, Length, leaves
 from lightning_accel.surgery import Change, Select, Structure
+from lightning_accel.surgery.attributes import get_size
 from lightning_accel.surgery.structure import named_tensors
 
 
@@ -330,5 +331,5 @@ _UNSELECTED = "it is not selected"
 
 
 def _attribute(model: nn.Module, leaf: Attribute) -> int:
-    value = getattr(model.get_submodule(leaf.module), leaf.key)
+    value = get_size(model.get_submodule(leaf.module), leaf.key)
     return int(value if leaf.place < 0 else value[leaf.place])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lightning_accel.errors import AccelError, BrokenModel
 from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.blank import Blank, Masks, masks
+from lightning_accel.pruning.precise import Precise
 from lightning_accel.pruning.silence import silence
 from lightning_accel.pruning.statistics import Note, Record, Replay
 from lightning_accel.pruning.trains import REMEDY, Training, located
@@ -119,6 +121,7 @@ class Verifier:
                 calls = varied_calls(calls)
             self._first = _Setting(network, calls)
             if runs(*self._first, finite=self._finite):
+                self._whole = dtype == torch.float64 and _narrows(*self._first)
                 return True
         return False
 
@@ -224,6 +227,7 @@ class Verifier:
             unfused(small),
             located(small),
             replay,
+            self._precise(),
         ):
             found = self._numbers(run(small, setting.calls))
         return _error(expected, found)
@@ -262,9 +266,18 @@ class Verifier:
             nothing = _NOTHING if self.dtype == torch.float64 else 0.0
             self._of = cut, masks(dense, cut, nothing)
         blank = Blank(dense, self._of[1], record)
-        with torch.no_grad(), same_random_state(dense, seed=0), unfused(dense), blank:
+        with (
+            torch.no_grad(),
+            same_random_state(dense, seed=0),
+            unfused(dense),
+            blank,
+            self._precise(),
+        ):
             expected = run(dense, setting.calls)
         return self._numbers(expected), record.notes
+
+    def _precise(self) -> AbstractContextManager[Any]:
+        return Precise() if self._whole else nullcontext()
 
     def _numbers(self, outputs: Any) -> list[Tensor]:
         found = (t.resolve_conj() for t in numbers(outputs))
@@ -304,11 +317,23 @@ def why_broken(verifier: Verifier, training: Training, cut: Callable[[], Cut]) -
 _NOTHING = 1e-30  # for weights that are divided by their own norm
 
 
-def runs(model: nn.Module, calls: Sequence[Call], *, finite: bool = False) -> bool:
+def _narrows(model: nn.Module, calls: Sequence[Call]) -> bool:
+    """Whether a forward goes on in a narrower type somewhere, and runs as well where it does not."""
+    precise = Precise()
+    return runs(model, calls, finite=True, within=precise) and precise.kept > 0
+
+
+def runs(
+    model: nn.Module,
+    calls: Sequence[Call],
+    *,
+    finite: bool = False,
+    within: AbstractContextManager[Any] | None = None,
+) -> bool:
     """Whether a copy of the model runs on these calls in eval mode, and gives numbers if it has to."""
     copy = twin(model).eval()
     try:
-        with torch.no_grad(), same_random_state(copy), unfused(copy):
+        with torch.no_grad(), same_random_state(copy), unfused(copy), within or nullcontext():
             outputs = run(copy, calls)
     except Exception:  # whatever a forward may raise
         return False

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.surgery import Kept, Structure
-from lightning_accel.surgery.structure import Size, named_tensors
+from lightning_accel.surgery.attributes import Size
+from lightning_accel.surgery.structure import named_tensors
 
 
 class Removal(NamedTuple):

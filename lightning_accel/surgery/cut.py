@@ -14,16 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import StructureMismatch
+from lightning_accel.surgery.attributes import Size, set_size
 from lightning_accel.surgery.bypass import Handing, bypass
 from lightning_accel.surgery.receipt import Change, Kept, Moved, Receipt, Removed, summary
-from lightning_accel.surgery.structure import (
-    Size,
-    Structure,
-    named_tensors,
-    replace_data,
-    set_size,
-    text,
-)
+from lightning_accel.surgery.structure import Structure, named_tensors, replace_data, text
 
 
 @dataclass(frozen=True)

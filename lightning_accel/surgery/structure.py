@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import StructureMismatch
+from lightning_accel.surgery.attributes import Size, as_size, get_size, is_size, set_size, sizes_of
 from lightning_accel.surgery.bypass import (
     Bypass,
     Handing,
@@ -31,8 +32,6 @@ from lightning_accel.surgery.bypass import (
     whole_tensors,
 )
 from lightning_accel.surgery.receipt import Change, Receipt, summary
-
-Size = int | tuple[int, ...]
 
 _REMEDY = "use the checkpoint with the code that wrote it; nothing was loaded"
 
@@ -80,7 +79,7 @@ class Structure:
             {
                 name: sizes
                 for name, module in model.named_modules()
-                if not isinstance(module, Bypass) and (sizes := dict(_sizes(module)))
+                if not isinstance(module, Bypass) and (sizes := dict(sizes_of(module)))
             },
             {name: one.handing for name, one in gone(model).items()},
         )
@@ -117,7 +116,7 @@ class Structure:
         return Structure(
             {name: tuple(tensors[name].shape) for name in self.tensors},
             {
-                name: {key: _as_size(getattr(_built(modules[name]), key)) for key in sizes}
+                name: {key: as_size(get_size(_built(modules[name]), key)) for key in sizes}
                 for name, sizes in self.attributes.items()
             },
             {name: missing[name].handing if name in missing else None for name in bypassed},
@@ -184,13 +183,13 @@ class Structure:
         for name, sizes in self.attributes.items():
             for key, size in sizes.items():
                 module = _built(modules.get(name))
-                if not _is_size(getattr(module, key, None)):
+                if module is None or not is_size(get_size(module, key)):
                     raise StructureMismatch(
                         "the stored structure names an attribute that the model lacks",
                         f"{name}.{key}",
                         _REMEDY,
                     )
-                present = _as_size(getattr(module, key))
+                present = as_size(get_size(module, key))
                 _check_size(f"{name}.{key}", size, limit.attributes.get(name, {}).get(key, present))
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,12 +268,6 @@ def _repeated(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor.contiguous()
 
 
-def set_size(module: nn.Module, key: str, size: Size) -> None:
-    """Set an integer attribute, in the container type that the module uses."""
-    as_list = isinstance(getattr(module, key), list)
-    setattr(module, key, list(size) if as_list and isinstance(size, tuple) else size)
-
-
 def text(shape: Any) -> str:
     """Write a shape as people do: 64x3x3x3."""
     return "x".join(map(str, shape)) or "scalar"
@@ -291,22 +284,6 @@ def _graph_expects_other_shape(parameter: nn.Parameter) -> bool:
 def _built(module: Any) -> Any:
     """Return the block itself where a module stands for one that is gone."""
     return module.husk.block if isinstance(module, Bypass) else module
-
-
-def _sizes(module: nn.Module) -> Iterator[tuple[str, Size]]:
-    for key, value in vars(module).items():
-        if _is_size(value):
-            yield key, _as_size(value)
-
-
-def _is_size(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return bool(value) and all(type(v) is int for v in value)
-    return type(value) is int
-
-
-def _as_size(value: Any) -> Size:
-    return value if isinstance(value, int) else tuple(value)
 
 
 def _strict_int(value: Any) -> int:

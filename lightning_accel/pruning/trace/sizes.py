@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_accel.pruning.trace.atoms import Ids
+from lightning_accel.surgery.attributes import axes_of, axis_key, set_axes
 
 
 class Attribute(NamedTuple):
@@ -112,6 +113,13 @@ def remember_attributes(model: nn.Module, compared: Callable[[Any, Any], None]) 
                     Origin(v, Attribute(name, key, place), compared)
                     for place, v in enumerate(value)
                 )
+        axes = {
+            axis: Origin(length, Attribute(name, axis_key(axis)), compared)
+            for axis, length in axes_of(module).items()
+            if type(length) is int
+        }
+        if axes:
+            set_axes(module, {**axes_of(module), **axes})
 
 
 def leaves(expression: Any) -> Iterator[Any]:
