@@ -314,10 +314,9 @@ class Groups:
     def _why_idle(self, name: str) -> str:
         """Return why a weight neither makes nor reads channels; nothing if it shrinks with others."""
         flow = self._flow
-        if name.rpartition(".")[0] not in flow.ran:
-            return "it never ran on the example"
-        if flow.own[name].source not in flow.touched:
-            return "nothing that can be followed reads it"
+        if flow.own[name].source not in flow.touched:  # a method other than forward may read it
+            ran = name.rpartition(".")[0] in flow.ran
+            return "nothing that can be followed reads it" if ran else "it never ran on the example"
         axes = [axis.atoms for axis in flow.own[name].axes]
         if name in self._shrinking:
             return ""

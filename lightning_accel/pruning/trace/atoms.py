@@ -12,6 +12,16 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
+_CAUSE = 1 << 24
+"""Reasons from this number on say why; smaller ones only what became of a dimension that stays anyway."""
+_FOLLOWS = (
+    "a split in the forward",
+    "it is merged",
+    "it has size 1",
+    "it is reduced",
+    "it is stacked",
+)
+
 
 class Atoms:
     """A growing partition; every part is free, or fixed with a reason.
@@ -28,7 +38,7 @@ class Atoms:
         self.count = 0
         self._parent = np.arange(1024)
         self._why = np.zeros(1024, dtype=np.int32)  # 0: free
-        self._reasons = [""]
+        self._reasons, self._codes = [""], {"": 0}
 
     def fresh(self, size: int, reason: str = "") -> Ids:
         """Return `size` new atoms, each on its own; fixed if there is a reason."""
@@ -70,9 +80,9 @@ class Atoms:
     def fix(self, ids: Ids, reason: str) -> None:
         """Keep these atoms, and all that are or will be joined to them, for good."""
         roots = np.unique(self.find(np.ravel(ids)))
-        free = roots[self._why[roots] == 0]
-        if len(free):
-            self._why[free] = self._code(reason)
+        code = self._code(reason)
+        below = _CAUSE if code >= _CAUSE else 1
+        self._why[roots[self._why[roots] < below]] = code
 
     def is_fixed(self, ids: Ids) -> NDArray[np.bool_]:
         return self._why[self.find(ids)] > 0
@@ -82,11 +92,13 @@ class Atoms:
         return bool((self._why[self.find(ids)] == 0).any())
 
     def reason(self, ids: Ids) -> str:
-        """Return why the first fixed one of these atoms is fixed."""
+        """Return why the first fixed one of these atoms is fixed; what only follows comes last."""
         codes = self._why[self.find(ids)]
-        return self._reasons[codes[codes > 0][0]] if (codes > 0).any() else ""
+        known = [*codes[codes >= _CAUSE], *codes[codes > 0]]
+        return self._reasons[known[0] % _CAUSE] if known else ""
 
     def _code(self, reason: str) -> int:
-        if reason != self._reasons[-1]:
+        code = self._codes.setdefault(reason, len(self._reasons))
+        if code == len(self._reasons):
             self._reasons.append(reason)
-        return len(self._reasons) - 1
+        return code + (0 if reason.startswith(_FOLLOWS) else _CAUSE)

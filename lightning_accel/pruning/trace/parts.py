@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.pruning.trace.flow import Axis, Flow
-from lightning_accel.pruning.trace.rule import broadcast, put, rule, still, tensors_in
+from lightning_accel.pruning.trace.rule import broadcast, fixing, put, rule, still, tensors_in
 
 
 @rule("slice")
@@ -93,7 +93,18 @@ def _flip(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     )
 
 
-@rule("topk", "kthvalue", "gather")
+@rule("topk")
+def _topk(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    fixing(flow, a["self"], [a.get("dim", -1)], "places of it are picked", result)
+
+
+@rule("gather")
+def _gather(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    _scattered(flow, a["self"], a["index"], a["dim"])
+    put(flow, result, flow.info(a["index"]).axes)
+
+
+@rule("kthvalue")
 def picked(flow: Flow, a: dict[str, Any], result: Any) -> None:
     for tensor in tensors_in(a):
         for axis in flow.info(tensor).axes:
@@ -155,6 +166,32 @@ def _index(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     at = places[0] if together else 0
     still(flow, result, [*rest[:at], *[None] * width, *rest[at:]])
     return None
+
+
+@rule("index_put", "_index_put_impl")
+def _index_put(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    axes: list[Axis | None] = list(flow.info(a["self"]).axes)
+    taken, dim, width = [], 0, 0
+    for index in a["indices"]:
+        is_mask = index is not None and index.dtype == torch.bool
+        dims = index.dim() if is_mask else 1
+        if index is not None:
+            taken += range(dim, dim + dims)
+            width = max(width, 1 if is_mask else index.dim())
+            for axis in (*axes[dim : dim + dims], *flow.info(index).axes):
+                if axis is not None:
+                    flow.fix(axis, "places of it are written")
+        dim += dims
+    rest = [axis for n, axis in enumerate(axes) if n not in taken]
+    at = taken[0] if taken == list(range(taken[0], taken[-1] + 1)) else 0
+    written: list[Axis | None] = [*rest[:at], *[None] * width, *rest[at:]]
+    for back, given in enumerate(reversed(flow.info(a["values"]).axes), 1):
+        axis = written[-back] if back <= len(written) else None
+        if axis is not None and len(axis.atoms) == len(given.atoms):
+            flow.atoms.join(axis.atoms, given.atoms)
+        elif len(given.atoms) > 1:
+            flow.fix(given, "places of it are written")
+    put(flow, result, flow.info(a["self"]).axes)
 
 
 def _masked(flow: Flow, a: dict[str, Any], result: Tensor) -> None:

@@ -127,7 +127,7 @@ def _trilinear(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     put(flow, result, [axis for dim, axis in enumerate(joined) if dim not in a["sumdim"]])
 
 
-@rule("_cdist_forward")
+@rule("_cdist_forward", "_euclidean_dist")
 def _cdist(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     left, right = flow.info(a["x1"]), flow.info(a["x2"])
     _contract(flow, left, right, left.axes[-1], right.axes[-1])

@@ -75,12 +75,14 @@ def _split(
     grid = flow.atoms.find(axis.atoms).reshape(sizes)
     varying = [n for n in range(len(sizes)) if not (grid == grid.take([0], axis=n)).all()]
     flow.splits[site] = tuple(varying)
-    reason = f"a split in the forward of {flow.here} keeps this part whole"
+    free = flow.atoms.is_free(axis.atoms)
+    reason = "" if free else flow.atoms.reason(axis.atoms)
+    reason = reason or f"a split in the forward of {flow.here} keeps this part whole"
     factors = [
         Axis(np.full(size, flow.atoms.fresh(1, reason)[0]), axis.factors | {(site, n)})
         for n, size in enumerate(sizes)
     ]
-    if not flow.atoms.is_free(axis.atoms):
+    if not free:
         return factors
     able = [n for n in varying if flags[n]]
     if not able:
