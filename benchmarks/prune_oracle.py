@@ -162,8 +162,12 @@ def _fill(tensor: Tensor, generator: torch.Generator) -> None:
         gain = 1.0 if tensor.dim() == 2 else 2**0.5
         spread = max(spread, gain * tensor[0].numel() ** -0.5)
     middle = float(tensor.mean())
-    if tensor.numel() <= 2048 or tensor.dim() < 2:
+    if tensor.numel() <= 2048:
         _draw(tensor, middle, spread if spread > 1e-3 else 0.1, generator)
+        return
+    if tensor.dim() < 2:
+        places = torch.randperm(tensor.numel(), generator=generator)
+        tensor.copy_(middle + 0.1 * torch.linspace(-1, 1, tensor.numel())[places])
         return
     # Points of a grid that float32 holds exactly, in a scrambled order; the scale is a power of two.
     points = 2**25
@@ -336,8 +340,8 @@ class _OneNumberPerNorm(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name == "float" and args[0].dtype == torch.float64:
-            return args[0]
+        if name == "float":
+            return args[0].double()
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
         if name in ("to", "type"):
@@ -409,6 +413,8 @@ _ARGUMENTS = {
 def _is_norm(module: nn.Module) -> bool:
     """Whether a module norms over channels in Python of its own, or through torch's functions."""
     name = type(module).__name__.lower()
+    if "layer_norm" in type(module).forward.__code__.co_names:
+        return False  # which is seen as it is
     over_channels = re.search(r"layernorm|rms_?norm|groupnorm|responsenorm|simplenorm|grn$", name)
     has_layers = any(list(child.parameters()) for child in module.children())
     return bool(over_channels) and not has_layers

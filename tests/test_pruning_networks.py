@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from by_value import Fn, check, masked
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,21 +21,8 @@ from torch.utils.data import DataLoader
 from lightning_accel import StructuredPruning
 from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.pruning import Macs, prune
-from lightning_accel.surgery import Receipt, twin
+from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import as_call
-
-
-class Fn(nn.Module):
-    """A forward, and the modules, parameters and plain attributes that it uses."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.body = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.body(self, *args, **kwargs)
 
 
 def conv(ins: int, outs: int, kernel: int = 3) -> nn.Conv2d:
@@ -44,32 +32,6 @@ def conv(ins: int, outs: int, kernel: int = 3) -> nn.Conv2d:
 def perceptron() -> nn.Sequential:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
     return net.double()
-
-
-def masked(dense: nn.Module, small: nn.Module) -> nn.Module:
-    """Zero, in place, each element of the dense network that the small one has not, found by value."""
-    left = dict(small.named_parameters())
-    with torch.no_grad():
-        for name, tensor in dense.named_parameters():
-            kept = torch.isin(tensor, left[name])
-            assert int(kept.sum()) == left[name].numel(), name
-            tensor.mul_(kept)
-    return dense
-
-
-def check(net: nn.Module, *inputs: Any, ratio: float = 0.5, example: Any = None) -> Receipt:
-    """Prune, and compare with the dense network whose removed elements are zeros, on every input."""
-    net = net.double()
-    dense = copy.deepcopy(net)
-    receipt = prune(net, example=inputs[0] if example is None else example, ratio=ratio)
-    masked(dense, net)
-    for given in inputs:
-        given = given if isinstance(given, tuple) else (given,)
-        with torch.no_grad():
-            torch.testing.assert_close(
-                net.eval()(*given), dense.eval()(*given), rtol=1e-9, atol=1e-9
-            )
-    return receipt
 
 
 # -- hooks that take part in the forward ------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Float64 throughout, also where a forward goes on in a narrower type.
 
 Many a norm and rotation computes in float32 by its own code (`x.float()`). In a float64 copy that rounds, and
-two networks that are the same differ by 1e-7 from there on: too much for a proof to tell from an error.
+two networks that are the same differ by 1e-7 from there on: too much for a proof to tell from an error. Or it
+fails, where a layer in float64 is given whole numbers as float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _NARROWER = {torch.float32, torch.float16, torch.bfloat16}
 
 
 class Precise(TorchDispatchMode):
-    """Leaves float64 as it is where it would be converted to less.
+    """Converts to float64 what would be converted to less.
 
     Attributes:
         kept: How often that was so.
@@ -31,8 +32,8 @@ class Precise(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        converts = func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
-        if converts and kwargs.get("dtype") in _NARROWER:
+        converts = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in _NARROWER
+        if converts and args[0].dtype not in _NARROWER:
             self.kept += 1
             kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)

@@ -222,7 +222,8 @@ def _normalized(
         y = y * given["weight"].view(shape)
     if given.get("bias") is not None:
         y = y + given["bias"].view(shape)
-    return (y.to(out.dtype), *new)
+    # In the layout that the operation gives: noise that is made like it lies in memory as it does.
+    return (out.copy_(y), *new)
 
 
 def _of_groups(note: Note, x: Tensor, groups: int, places: _Places) -> list[Tensor]:

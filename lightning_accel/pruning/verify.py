@@ -120,8 +120,12 @@ class Verifier:
                 vary(network)
                 calls = varied_calls(calls)
             self._first = _Setting(network, calls)
+            precise = Precise()
+            if dtype == torch.float64 and runs(*self._first, finite=self._finite, within=precise):
+                self._whole = precise.kept > 0
+                return True
+            self._whole = False
             if runs(*self._first, finite=self._finite):
-                self._whole = dtype == torch.float64 and _narrows(*self._first)
                 return True
         return False
 
@@ -189,7 +193,7 @@ class Verifier:
             return True
         for calls in resized(self._first.calls):
             others = [_Setting(setting.network, calls) for setting in self._settings]
-            if not runs(*others[0], finite=self._finite):
+            if not runs(*others[0], finite=self._finite, within=self._precise()):
                 continue
             try:
                 errors = (self._difference(setting, cut) for setting in others)
@@ -257,7 +261,7 @@ class Verifier:
 
     def _stands(self, setting: _Setting) -> bool:
         """Whether a setting proves anything: the example itself does, others where the network runs."""
-        return setting is self._first or runs(*setting, finite=self._finite)
+        return setting is self._first or runs(*setting, finite=self._finite, within=self._precise())
 
     def _masked(self, setting: _Setting, cut: Cut) -> tuple[list[Tensor], Sequence[Note]]:
         """Return what the network computes with all that a cut removes as nothing, and its statistics."""
@@ -315,12 +319,6 @@ def why_broken(verifier: Verifier, training: Training, cut: Callable[[], Cut]) -
 
 
 _NOTHING = 1e-30  # for weights that are divided by their own norm
-
-
-def _narrows(model: nn.Module, calls: Sequence[Call]) -> bool:
-    """Whether a forward goes on in a narrower type somewhere, and runs as well where it does not."""
-    precise = Precise()
-    return runs(model, calls, finite=True, within=precise) and precise.kept > 0
 
 
 def runs(

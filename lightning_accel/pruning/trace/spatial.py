@@ -14,7 +14,8 @@ from lightning_accel.pruning.trace.rule import RULES, Rule, put, rule, still
 def _spatial(last: int) -> Rule:
     def rule(flow: Flow, a: dict[str, Any], result: Any) -> None:
         info = flow.info(a["self"] if "self" in a else a["input"])
-        for axis in info.axes[-last:]:
+        places = flow.info(a["grid"]).axes if "grid" in a else ()
+        for axis in (*info.axes[-last:], *places):
             flow.fix(axis, "it is a spatial dimension")
         still(flow, result, info.axes[:-last])
 
@@ -44,6 +45,17 @@ for _name in [
 ]:
     for _last in (1, 2, 3):
         RULES[_name.format(_last)] = _spatial(_last)
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def _unpool(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    info, places = flow.info(a["self"]), flow.info(a["indices"])
+    last = 3 if flow.operation.endswith("3d") else 2
+    for axis, other in zip(info.axes[:-last], places.axes[:-last], strict=True):
+        flow.atoms.join(axis.atoms, other.atoms)
+    for axis in (*info.axes[-last:], *places.axes[-last:]):
+        flow.fix(axis, "it is a spatial dimension")
+    still(flow, result, info.axes[:-last])
 
 
 @rule("im2col")
