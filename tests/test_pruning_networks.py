@@ -385,19 +385,23 @@ def attention(masks: Callable[[Tensor], Tensor], width: int = 16) -> Fn:
     return Fn(forward, qkv=nn.Linear(8, 3 * width), o=nn.Linear(width, 4), heads=4)
 
 
-def test_a_mask_of_the_least_number_is_proved_in_float32_and_says_so() -> None:
-    """In float64 it is minus infinity once the scores are float32: a row of them has no softmax."""
+@pytest.mark.parametrize("has_constant", [False, True])
+def test_a_forward_that_goes_on_in_float32_is_proved_in_float64_where_it_can(
+    has_constant: bool,
+) -> None:
+    """The least number of float64 is minus infinity in float32: a row of it has no softmax."""
 
     def masks(scores: Tensor) -> Tensor:
         scores = scores.clone()
         scores[:, :, 0] = torch.finfo(scores.dtype).min  # a padded query sees nobody
-        return scores.float()
+        scores = scores.float()
+        return scores @ torch.eye(scores.shape[-1]) if has_constant else scores
 
     net, x = attention(masks), torch.randn(2, 6, 8)
     dense = copy.deepcopy(net)
     receipt = prune(net, example=x, ratio=0.5)
     assert net.heads == 2
-    assert any("float32" in note for note in receipt.notes)
+    assert any("float32" in note for note in receipt.notes) == has_constant
     torch.testing.assert_close(net(x), masked(dense, net)(x), rtol=1e-4, atol=1e-5)
 
 

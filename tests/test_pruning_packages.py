@@ -54,6 +54,19 @@ def test_noise_that_is_made_like_a_norm_lies_in_memory_as_it_does() -> None:
     assert net.a.out_channels == net.n.num_channels == 8
 
 
+def test_whole_numbers_that_are_made_floats_are_no_reason_for_a_weaker_proof() -> None:
+    """A table of biases from a network of positions: `arange(n).float()` would not go into a float64 layer."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1]).unsqueeze(-1).float()
+        return s.o(s.a(x) + s.p(places))
+
+    net = Fn(forward, a=nn.Linear(8, 16), p=nn.Linear(1, 16), o=nn.Linear(16, 3))
+    receipt = prune(net, example=torch.randn(2, 5, 8), ratio=0.5)
+    assert net.a.out_features == net.p.out_features == 8
+    assert not any("float32" in note for note in receipt.notes)
+
+
 # -- sizes and kernels that a forward chooses ------------------------------------------------------
 
 
@@ -206,6 +219,22 @@ def test_the_output_is_why_its_layer_stays_also_behind_a_norm_that_merges() -> N
     receipt = prune(net, example=torch.randn(2, 3, 4, 4), ratio=0.5)
     whys = {change.name: change.what for change in receipt.skipped}
     assert whys == dict.fromkeys("bc", "it makes the network's output")
+
+
+def test_pixels_read_as_channels_are_seen_without_a_try() -> None:
+    """As the position attention of MAnet: right only where the example's sizes happen to fit."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        h = s.a(x)
+        b, _, height, width = h.shape
+        return s.o(s.b(h).flatten(2).transpose(1, 2).reshape(b, s.width, height, width) + h)
+
+    layers = {"a": nn.Conv2d(3, 16, 1), "b": nn.Conv2d(16, 16, 1), "o": nn.Conv2d(16, 4, 1)}
+    net = nn.Sequential(Fn(forward, **layers, width=16), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1))
+    receipt = prune(net, example=torch.randn(2, 3, 2, 2), ratio=0.5)
+    whys = {change.name: change.what for change in receipt.skipped}
+    assert "taken for another dimension" in whys["0.b"]
+    assert net[0].a.out_channels == 16 and net[1].out_channels == 4
 
 
 class Streams(nn.Module):

@@ -73,6 +73,7 @@ class Flow(TorchDispatchMode):
         ran: The modules that have run.
         touched: The parameters and buffers that an operation has read, by the first of their names.
         adjustable: Whether the sizes passed to the function now running can follow a cut.
+        others: Whether they count a dimension that stays, that of pixels or samples, say.
         groups: The groups of the grouped operation just run, where whole groups can go.
     """
 
@@ -102,6 +103,7 @@ class Flow(TorchDispatchMode):
         self.ran: set[str] = set()
         self.touched: set[str] = set()
         self.adjustable: Sequence[bool] | None = None
+        self.others: Sequence[bool] = ()
         self.groups_adjustable = True
         self.groups: Ids | None = None
         self.step = 0

@@ -152,15 +152,21 @@ class Numbers(TorchFunctionMode):
 
     def _with_sizes(self, func: Any, args: Any, kwargs: Any, sizes: list[int]) -> Any:
         self.flow.adjustable = [isinstance(s, Origin) or s in (-1, 1) for s in sizes]
+        self.flow.others = [self._stays(size) for size in sizes]
         try:
             result = func(*args, **kwargs)
         finally:
-            self.flow.adjustable = None
+            self.flow.adjustable, self.flow.others = None, ()
         axes = self.flow.info(result).axes
         if len(axes) == len(sizes):
             for size, axis in zip(sizes, axes, strict=True):
                 self._counts(size, axis.atoms)
         return result
+
+    def _stays(self, size: Any) -> bool:
+        """Whether a number is the length of a dimension no part of which can go."""
+        of = getattr(size, "of", None)
+        return isinstance(of, Length) and not self.flow.atoms.is_free(of.atoms)
 
     def _grouped(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         place = self._GROUPED[name]

@@ -22,6 +22,7 @@ def _reshape(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         )
     flags = flow.adjustable
     flags = flags if flags is not None and len(flags) == result.dim() else [True] * result.dim()
+    others = flow.others if len(flow.others) == result.dim() else [False] * result.dim()
     axes: list[Axis | None] = [None] * result.dim()
     olds = [x for x in info.axes if len(x.atoms) != 1]
     news = [(n, size) for n, size in enumerate(result.shape) if size != 1]
@@ -40,9 +41,8 @@ def _reshape(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         else:
             merged = _merge(flow, old)
             places = [n for n, _ in new]
-            factors = _split(
-                flow, merged, [s for _, s in new], [flags[n] for n in places], (flow.step, part)
-            )
+            given = [flags[n] for n in places], [others[n] for n in places]
+            factors = _split(flow, merged, [s for _, s in new], *given, (flow.step, part))
         for (n, _), axis in zip(new, factors, strict=True):
             axes[n] = axis
         part += 1
@@ -68,7 +68,12 @@ def _merge(flow: Flow, axes: Sequence[Axis]) -> Axis:
 
 
 def _split(
-    flow: Flow, axis: Axis, sizes: Sequence[int], flags: Sequence[bool], site: tuple[int, int]
+    flow: Flow,
+    axis: Axis,
+    sizes: Sequence[int],
+    flags: Sequence[bool],
+    others: Sequence[bool],
+    site: tuple[int, int],
 ) -> list[Axis]:
     if len(sizes) == 1:
         return [axis]
@@ -83,6 +88,11 @@ def _split(
         for n, size in enumerate(sizes)
     ]
     if not free:
+        return factors
+    if any(
+        others[n] for n in varying
+    ):  # pixels that are read as channels, which fits at one size only
+        flow.atoms.fix(axis.atoms, f"it is taken for another dimension in {flow.here}")
         return factors
     able = [n for n in varying if flags[n]]
     if not able:
