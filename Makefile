@@ -54,14 +54,15 @@ bench-all: bench
 	@for script in $(OTHERS); do echo "== $$script"; $(PY) benchmarks/$$script || exit 1; done
 
 # Apart from the rest: torchvision beside a torch of another build breaks `import lightning`.
-.venv-zoo/.stamp: pyproject.toml
+.venv-zoo/.stamp: pyproject.toml constraints.txt
 	test -x .venv-zoo/bin/python || "$(PYTHON)" -m venv .venv-zoo
-	.venv-zoo/bin/python -m pip install --quiet -c constraints.txt -e . timm transformers pillow
-	.venv-zoo/bin/python -m pip install --quiet --no-deps torchvision
+	.venv-zoo/bin/python -m pip install --quiet -c constraints.txt -e '.[zoo]'
 	@touch $@
 
 zoo: .venv-zoo/.stamp
-	.venv-zoo/bin/python benchmarks/prune_zoo.py
+	.venv-zoo/bin/python benchmarks/prune_zoo.py --only 'timm/*' 'torch*' 'transformers/*'
+	.venv-zoo/bin/python benchmarks/prune_zoo.py --ratio 0.3 --only \
+		'diffusers/*' 'segmentation*' 'monai/*' 'vit_pytorch/*' 'x_transformers/*'
 
 clean:
 	rm -rf .venv .venv-newest .venv-zoo build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis

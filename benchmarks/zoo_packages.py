@@ -912,7 +912,7 @@ _VIT_PYTORCH: dict[str, tuple[str, dict[str, Any], Callable[[], Any]]] = {
             "window_size": 7,
             "dim_head": 8,
         },
-        _noise(3, 112, 112),
+        _noise(3, 224, 224),
     ),
     "nest": (
         "nest.NesT",
