@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 import zoo
 from proof_nets import NETS
-from prune_zoo import distinct
+from prune_oracle import distinct
 from torch import Tensor, nn
 
 from lightning_accel.errors import BrokenModel, NoEffect
