@@ -203,7 +203,9 @@ def test_networks_that_other_tools_broke_equal_their_masked_twins(
     net: nn.Module, inputs: list[Any], layer: str, left: int
 ) -> None:
     with torch.no_grad():
-        for tensor in net.double().parameters():  # no two numbers of a tensor the same, as norms begin
+        for (
+            tensor
+        ) in net.double().parameters():  # no two numbers of a tensor the same, as norms begin
             tensor.add_(torch.rand_like(tensor), alpha=1.0 if tensor.dim() == 1 else 1e-3)
     check(net.eval(), *inputs)
     weight = net.get_submodule(layer).weight
