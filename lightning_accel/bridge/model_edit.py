@@ -254,7 +254,7 @@ def _explain(trainer: Trainer, pl_module: LightningModule, error: BaseException)
         error.args = (
             explain(
                 "tensors of the network's sizes before its prune are kept where no edit could follow them",
-                f"{', '.join(f'`{where}`' for where in found[:4])}; and so: {text}",
+                f"{text}; and such tensors at {', '.join(f'`{where}`' for where in found[:4])}",
                 "keep them in a dict by the names of parameters, or renew them in "
                 "`on_model_edit_end(trainer, pl_module, receipt)`",
             ),

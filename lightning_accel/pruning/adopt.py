@@ -56,6 +56,7 @@ def adopt(
     *,
     turn: Turn,
     until: float,
+    users: nn.Module,
 ) -> Adopted:
     """Return the proved cut that the pruner makes at this step; change nothing.
 
@@ -67,6 +68,7 @@ def adopt(
         training: Of the same network.
         turn: Which of the pruner's steps are due.
         until: When to stop trying groups one by one, by the monotonic clock.
+        users: The user's network, for whose parameters an importance may have gathered something.
 
     Raises:
         AccelError: The pruner fails.
@@ -74,7 +76,7 @@ def adopt(
         BrokenModel: Nothing of what it removes passes the proof.
     """
     check_pruner(pruner)
-    found, failed = removals(pruner, partial(twin, model), calls, turn)
+    found, failed = removals(pruner, partial(twin, model), calls, turn, users)
     frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
     translator = _translator(model, calls, frozen, found)
     frozen_parts = [(r, name) for r in found if (name := next(iter(frozen & set(r.places)), ""))]

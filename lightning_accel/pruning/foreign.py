@@ -31,6 +31,7 @@ from torch import nn
 
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.pruning.importance import require_gradients
+from lightning_accel.pruning.interop import by_name, of_copy
 from lightning_accel.pruning.watch import Failed, Removal, Watch
 from lightning_accel.surgery import Change, Select, Structure
 from lightning_accel.surgery.call import Call
@@ -123,7 +124,9 @@ def require_alone(settings: Mapping[str, Any]) -> None:
         )
 
 
-def make_pruner(pruner: Pruner, model: nn.Module, calls: Sequence[Call]) -> Any:
+def make_pruner(
+    pruner: Pruner, model: nn.Module, calls: Sequence[Call], users: nn.Module | None = None
+) -> Any:
     """Call the user's function on `model`, a twin, which it leaves in eval mode and all trainable.
 
     Raises:
@@ -151,13 +154,21 @@ def make_pruner(pruner: Pruner, model: nn.Module, calls: Sequence[Call]) -> Any:
                 "`pruner` returns a pruner of torch-pruning", repr(made), "return the pruner itself"
             )
         )
-    if getattr(made, "model", model) is not model:
+    if getattr(made, "current_step", 0):
+        raise AccelError(
+            "the pruner has made a step before it was returned",
+            f"current_step={made.current_step}",
+            "return it as it is made: its steps are made here, at the epochs of `when`",
+        )
+    if getattr(made, "model", model) not in list(model.modules()):
         raise AccelError(
             "`pruner` is called with a copy of the model, and pruned another one",
             type(made.model).__name__,
             "use the function's own argument, and find `ignored_layers` and all other modules in it",
         )
     _require_own(made, model)
+    if users is not None and hasattr(made, "importance"):
+        made.importance = of_copy(by_name(made.importance, users), model)
     return made
 
 
@@ -183,7 +194,11 @@ def release(made: Any, model: nn.Module) -> None:
 
 
 def removals(
-    pruner: Pruner, twins: Callable[[], nn.Module], calls: Sequence[Call], turn: Turn
+    pruner: Pruner,
+    twins: Callable[[], nn.Module],
+    calls: Sequence[Call],
+    turn: Turn,
+    users: nn.Module | None = None,
 ) -> tuple[list[Removal], list[Change]]:
     """Return what the pruner takes at this step, and the groups at which it failed.
 
@@ -192,6 +207,7 @@ def removals(
         twins: Makes a copy of the model, with gradients where it has any.
         calls: Example calls.
         turn: Which of the pruner's steps are due.
+        users: The user's network, for whose parameters an importance may have gathered something.
 
     Raises:
         AccelError: It fails as a whole.
@@ -200,7 +216,7 @@ def removals(
     failed: dict[str, str] = {}
     while True:
         model = twins()
-        made = make_pruner(pruner, model, calls)
+        made = make_pruner(pruner, model, calls, users)
         if reads_gradients(made):
             require_gradients(model)
         try:

@@ -7,6 +7,7 @@ some tensor (not for heads, whose places torch-pruning numbers by itself).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lightning_accel.pruning.groups import Group, Member
+
+
+_GATHERED = "_accel_gathered"
 
 
 class _Target(NamedTuple):
@@ -58,6 +62,45 @@ def is_of_torch_pruning(importance: Any) -> bool:
     return any(base.__module__.startswith("torch_pruning.") for base in type(importance).__mro__)
 
 
+def by_name(importance: Any, model: nn.Module) -> Any:
+    """Return an importance that knows by name what it gathered for parameters of `model`, as Hessians do.
+
+    Every cut is planned on a copy, whose parameters are others.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    gathered = {
+        key: {names.get(id(p), ""): value for p, value in held.items()}
+        for key, held in getattr(importance, "__dict__", {}).items()
+        if isinstance(held, dict) and held and all(id(p) in names for p in held)
+    }
+    if not gathered:
+        return importance
+    made = copy.copy(importance)
+    setattr(made, _GATHERED, gathered)
+    return made
+
+
+def of_copy(importance: Any, model: nn.Module) -> Any:
+    """Return an importance that finds what `by_name` noted at the parameters of a copy.
+
+    Raises:
+        ValueError: It was gathered before the network was cut.
+    """
+    gathered = getattr(importance, "__dict__", {}).get(_GATHERED)
+    if gathered is None:
+        return importance
+    made, parameters = copy.copy(importance), dict(model.named_parameters())
+    for key, held in gathered.items():
+        for name, value in held.items():
+            p = parameters[name]
+            if isinstance(value, Tensor) and value.shape != p.shape:
+                raise ValueError("it was gathered before the network was cut: gather it anew")
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)  # into which torch-pruning writes it
+        vars(made)[key] = {parameters[name]: value for name, value in held.items()}
+    return made
+
+
 def score(model: nn.Module, group: Group, importance: Any) -> Tensor:
     """Return what a torch-pruning importance says of each unit, shape (units,).
 
@@ -69,6 +112,7 @@ def score(model: nn.Module, group: Group, importance: Any) -> Tensor:
     Raises:
         ValueError: The group is of another kind, or the importance has nothing to say of it.
     """
+    importance = of_copy(importance, model)
     items = sorted(_items(model, group), key=lambda item: len(item.idxs))
     if items and len(items[0].idxs) != group.units:
         raise ValueError(

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.errors import AccelError, BrokenModel, NoEffect, explain
-from lightning_accel.pruning import activations, compensation, rounding, selection
+from lightning_accel.errors import BrokenModel, NoEffect, explain
+from lightning_accel.pruning import activations, compensation, interop, rounding, selection
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.adopt import Adopted, adopt
 from lightning_accel.pruning.depth import ONLY, Asked, check_depth, plan_depth
@@ -26,16 +26,16 @@ from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.halving import sound
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.ranking import Ranking
+from lightning_accel.pruning.subject import acting_copy, require_samples, small_calls
 from lightning_accel.pruning.target import Target, check_share
 from lightning_accel.pruning.trains import Step, Training, in_dtype_of
-from lightning_accel.pruning.verify import Verifier, runs, why_broken
+from lightning_accel.pruning.verify import Verifier, why_broken
 from lightning_accel.surgery import Change, Cut, Receipt, Select, Structure, twin
 from lightning_accel.surgery.acting import nothing_heard
-from lightning_accel.surgery.call import Call, as_call, batch_size, first
+from lightning_accel.surgery.call import Call, as_call, batch_size
 from lightning_accel.surgery.mirrors import with_mirrors
 
 _EVERYTHING, _AS_IT_IS, _ONLY = Select(), Structure(), Turn()
-_SAMPLES = 2  # enough for batch norm in train mode
 _NARROW = 0.999  # no share of the channels beyond this is asked for
 
 
@@ -173,10 +173,10 @@ def plan(
     until = time.monotonic() + seconds
     if importance == "taylor":
         scoring.require_gradients(model)
-    _require_samples(calls)
+    require_samples(calls)
     with nothing_heard(model):
-        users, model = model, _with_acting_hooks(model, calls)
-        small = _small(model, calls)
+        users, model = model, acting_copy(model, calls)
+        small = small_calls(model, calls)
         data = batches or [in_dtype_of(calls, model)]
         verifier, training = Verifier(model, small), Training(model, small, steps)
         if depth:
@@ -188,12 +188,16 @@ def plan(
             asked = Asked(ratio, target, select, dense, wide, until, thorough)
             return plan_depth(users, model, calls, data, verifier, training, asked, bool(batches))
         if pruner is not None:
-            found = adopt(model, small, pruner, verifier, training, turn=turn, until=until)
+            found = adopt(
+                model, small, pruner, verifier, training, turn=turn, until=until, users=users
+            )
         else:
             frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
             graph = Graph(
                 twin(model), small, select=select, frozen=frozen, dense=dense, attention=attention
             )
+            if interop.is_of_torch_pruning(importance):
+                importance = interop.by_name(importance, users)
             ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
             reach = partial(
                 rounding.reach,
@@ -337,13 +341,6 @@ def _reached(model: nn.Module, found: Adopted, ratio: float | None, target: Targ
     return f"{share} (asked: {ratio:.3g}): {of_all:.1%} of all, {params:.1%} of parameters are left"
 
 
-def _require_samples(calls: Sequence[Call]) -> None:
-    if batch_size(calls) == 0:
-        raise AccelError(
-            "an example without samples proves nothing", "a batch of 0", "pass one sample or more"
-        )
-
-
 def _unproved(graph: Graph | None, verifier: Verifier, training: Training, cut: Cut) -> list[str]:
     """Write what the proof did not see; warn of layers that may fail."""
     notes = []
@@ -368,29 +365,9 @@ def _may_fail(idle: Mapping[str, str]) -> str:
     listed = ", ".join(f"`{name}` (as wide as `{shrunk}` was)" for name, shrunk in idle.items())
     return (
         f"these layers never ran on the example, and fail if they read what was cut: {listed}; if they"
-        " are in use, pass `examples=` that reach them, or leave what they read whole by `select`"
+        " are in use, pass an `example` (to the function `prune`, several `examples`) that reaches them, or"
+        " leave what they read whole by `select`"
     )
-
-
-def _with_acting_hooks(model: nn.Module, calls: Sequence[Call]) -> nn.Module:
-    """Return a copy with the hooks that take part in the forward."""
-    try:
-        return twin(model, in_dtype_of(calls, model))
-    except Exception as error:  # whatever a forward may raise
-        raise AccelError(
-            "the network cannot be traced: its forward fails on the example",
-            f"{type(error).__name__}: {error}",
-            "pass an `example` that the network accepts",
-        ) from error
-
-
-def _small(model: nn.Module, calls: Sequence[Call]) -> tuple[Call, ...]:
-    """Return the first samples, or all where dimension 0 is no batch (nodes of a graph, say)."""
-    whole = in_dtype_of(calls, model)
-    if (batch_size(whole) or 0) <= _SAMPLES:
-        return whole
-    small = first(whole, _SAMPLES)
-    return small if runs(model, small) else whole
 
 
 def _compensated(found: Adopted, batches: Sequence[Sequence[Call]], *, must: bool) -> Cut:

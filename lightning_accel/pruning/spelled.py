@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from lightning_accel.errors import NoEffect, explain
+from lightning_accel.errors import AccelError, NoEffect, explain
 from lightning_accel.pruning.target import check_share
 from lightning_accel.surgery import Select
 
@@ -91,8 +92,17 @@ class TorchPruner:
         """
         import torch_pruning
 
+        kind = getattr(torch_pruning.pruner, self.kind)
+        options = {k: v for k, v in self.options.items() if v is not None}
+        known = inspect.signature(kind).parameters
+        if odd := [name for name in options if name not in known]:
+            raise AccelError(
+                f"{self.kind} has no option `{odd[0]}`",
+                f"{odd[0]}={options[odd[0]]!r}",
+                f"leave it out: `options.{odd[0]}=null` where the preset sets it",
+            )
         ignored = [m for p in self.ignored_layers for m in Select.of(p).require(model).values()]
-        return getattr(torch_pruning.pruner, self.kind)(
+        return kind(
             model,
             example,
             importance=getattr(torch_pruning.importance, self.importance)(),
@@ -103,7 +113,7 @@ class TorchPruner:
             # Its own defaults are dicts that all of its pruners share.
             in_channel_groups={},
             out_channel_groups={},
-            **self.options,
+            **options,
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_accel.surgery import twin
-from lightning_accel.surgery.call import Call, tensors
+from lightning_accel.surgery.call import Call, is_plain, tensors
 
 _SIZES = 3  # of the sizes of its input that a network may take otherwise
 
@@ -28,7 +28,7 @@ def resized(calls: Sequence[Call]) -> Iterator[tuple[Call, ...]]:
     [(2, 3, 12, 12), (2, 3, 4, 4), (2, 4, 8, 8), (2, 1, 8, 8)]
     """
     held = tensors([(c.args, c.kwargs) for c in calls])
-    sizes = Counter(n for t in held for n in t.shape[1:] if n > 1)
+    sizes = Counter(n for t in held if is_plain(t) for n in t.shape[1:] if n > 1)
     for size, _ in sizes.most_common(_SIZES):
         for other in (size * 3 // 2, size // 2):
             change = partial(_resized, size=size, other=other)
@@ -36,7 +36,7 @@ def resized(calls: Sequence[Call]) -> Iterator[tuple[Call, ...]]:
 
 
 def _resized(value: Any, *, size: int, other: int) -> Any:
-    if isinstance(value, Tensor):
+    if is_plain(value):
         for dim in range(1, value.dim()):
             if value.shape[dim] == size:
                 places = torch.arange(other, device=value.device) % size
@@ -80,7 +80,9 @@ def vary(model: nn.Module) -> None:
     Behind a norm whose weights begin as zeros, any cut would be right, until it learns.
     """
     for parameter in model.parameters():
-        parameter.data = _varied(parameter.data)
+        is_closed = parameter.numel() == 1 and parameter.is_floating_point() and not parameter.any()
+        # A gate that begins closed, as ReZero's, hides all behind it.
+        parameter.data = torch.full_like(parameter, 0.5) if is_closed else _varied(parameter.data)
 
 
 def varied_calls(calls: Sequence[Call]) -> tuple[Call, ...]:
@@ -91,9 +93,9 @@ def varied_calls(calls: Sequence[Call]) -> tuple[Call, ...]:
 
 
 def _varied(tensor: Tensor) -> Tensor:
-    if not tensor.numel() or not tensor.is_floating_point() or tensor.min() != tensor.max():
+    if not is_plain(tensor) or tensor.numel() < 2 or not tensor.is_floating_point():
         return tensor
-    if tensor.numel() == 1 and tensor:
+    if tensor.min() != tensor.max():
         return tensor
     generator = torch.Generator().manual_seed(0)
     shares = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) + 0.5

@@ -136,9 +136,15 @@ def numbers(value: Any, depth: int = 6) -> list[Tensor]:
     return [t for item in held.values() for t in numbers(item, depth - 1)]
 
 
+def is_plain(value: Any) -> bool:
+    """Whether this is a tensor whose elements can be picked: neither sparse nor nested."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+
+
 def batch_size(calls: Sequence[Call]) -> int | None:
     """Return the size of dimension 0 of the first tensor argument that has one."""
-    sizes = (t.shape[0] for c in calls for t in tensors((c.args, c.kwargs)) if t.dim())
+    held = (t for c in calls for t in tensors((c.args, c.kwargs)))
+    sizes = (t.shape[0] for t in held if t.dim() and not t.is_nested)
     return next(sizes, None)
 
 
@@ -151,7 +157,7 @@ def first(calls: Sequence[Call], count: int) -> tuple[Call, ...]:
     batch = batch_size(calls)
 
     def cut(value: Any) -> Any:
-        has_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+        has_batch = is_plain(value) and value.dim() > 0 and value.shape[0] == batch
         return value[:count] if has_batch else value
 
     return tuple(Call(c.name, *tree_map(cut, (c.args, c.kwargs))) for c in calls)

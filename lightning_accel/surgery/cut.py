@@ -17,6 +17,7 @@ from lightning_accel.errors import StructureMismatch
 from lightning_accel.surgery.attributes import Size, set_size
 from lightning_accel.surgery.bypass import Handing, bypass
 from lightning_accel.surgery.receipt import Change, Kept, Moved, Receipt, Removed, summary
+from lightning_accel.surgery.spectral import settle
 from lightning_accel.surgery.structure import Structure, named_tensors, replace_data, text
 
 
@@ -53,8 +54,12 @@ class Cut:
         return summary(f"Cut({counts}, {len(self.skipped)} skipped)", lines)
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> Receipt:
+    def apply(self, model: nn.Module, *, raw: bool = False) -> Receipt:
         """Remove the elements in place, gradients included; parameters stay the same objects.
+
+        Args:
+            model: The network for which the cut was made.
+            raw: Do nothing beside: layers under a spectral norm keep what is left of its vectors.
 
         Raises:
             StructureMismatch: `model` is not of the shape for which the cut was made; it is untouched.
@@ -75,6 +80,8 @@ class Cut:
                 continue  # a tied tensor under its second name
             done.add(id(old))
             old_shape, gradient = tuple(old.shape), old.grad
+            if gradient is not None and gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
             data = kept.take(old)
             if name in self.renormed:
                 data.mul_(kept.take(self.renormed[name].to(old)))
@@ -94,6 +101,9 @@ class Cut:
         for name, change in self.added.items():
             tensors[name].data += change.to(tensors[name])
             changes.append(Change(name, "compensated"))
+        if not raw:
+            settled = settle(model, self.kept)
+            changes += [Change(name, "divided anew by its spectral norm") for name in settled]
         for name, sizes in self.attributes.items():
             for key, size in sizes.items():
                 set_size(modules[name], key, size)
