@@ -234,6 +234,35 @@ def test_what_does_something_to_its_input_is_no_block(change: Any, why: str) -> 
         prune(Net(), example=X, ratio=0.5, depth="only")
 
 
+def test_a_stage_of_blocks_is_none_itself_but_one_with_weights_of_its_own_is() -> None:
+    class Stage(nn.Module):
+        def __init__(self, own: bool) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Residual(), Residual())
+            self.last = nn.Linear(8, 8) if own else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.blocks(x)
+            return out if isinstance(self.last, nn.Identity) else x + self.last(out)
+
+    net = nn.Sequential(nn.Linear(8, 8), Stage(False), Stage(True), nn.Linear(8, 3))
+    names = ["1.blocks.0", "1.blocks.1", "2", "2.blocks.0", "2.blocks.1"]
+    assert found(net, X)[0] == names
+    cut = cut_of(net, [Found(n, {"tensor": [0, "x"]}) for n in ("2.blocks.0", "2")])
+    assert list(cut.bypassed) == ["2"]
+    before, truth = Structure(bypassed=dict.fromkeys(["2", "2.blocks.1"])), by_hand(net, "2")
+    for name in ("2.blocks.1", "2"):  # one after the other
+        cut_of(net, [Found(name, {"tensor": [0, "x"]})]).apply(net)
+    assert torch.equal(net(X), truth(X))
+    fresh = nn.Sequential(nn.Linear(8, 8), Stage(False), Stage(True), nn.Linear(8, 3))
+    state, whole = before.now(net), set(fresh.state_dict())
+    state.apply(fresh)
+    assert set(fresh.state_dict()) == set(net.state_dict())
+    for one in (fresh, net):
+        before.apply(one)
+        assert set(one.state_dict()) == whole and before.now(one) == before
+
+
 def test_dropout_after_the_sum_shows_in_training_only() -> None:
     class Odd(Residual):
         def forward(self, x: Tensor, mask: Any = None) -> Tensor:
@@ -378,8 +407,8 @@ def test_a_block_comes_back_as_it_was_but_for_its_values() -> None:
     net[2].register_buffer("table", torch.arange(3.0), persistent=False)
     dense, parameters = copy.deepcopy(net), list(net.named_parameters())
     shallow(net, "1", "2")
-    net.double().float()
-    held = net[2].husk.block.up.weight
+    assert net.double()[2].husk.block.up.weight.dtype == torch.float64
+    held = net.float()[2].husk.block.up.weight
     assert held.untyped_storage().nbytes() == 4 and held.shape == (12, 8)
     copied = copy.deepcopy(net)
     for one in (net, copied):

@@ -154,10 +154,7 @@ def plan(
     of its steps a `pruner` of torch-pruning is to make. `steps` are what else has to run with the smaller
     network, where it does now. With `depth`, blocks and width are weighed by more than one trial if `thorough`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            explain("`model` is a network", type(model).__name__, "pass a torch.nn.Module")
-        )
+    _require_network(model)
     check_asked(ratio, target, pruner)
     if pruner is not None:
         others = {"select": select, "importance": importance, "scope": scope}
@@ -339,6 +336,13 @@ def _reached(model: nn.Module, found: Adopted, ratio: float | None, target: Targ
     of_all = (dense - left) / (graph.channels + dense - sum(g.units for g in graph.groups))
     params = graph.params(gone) / max(graph.params({}), 1)
     return f"{share} (asked: {ratio:.3g}): {of_all:.1%} of all, {params:.1%} of parameters are left"
+
+
+def _require_network(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            explain("`model` is a network", type(model).__name__, "pass a torch.nn.Module")
+        )
 
 
 def _unproved(graph: Graph | None, verifier: Verifier, training: Training, cut: Cut) -> list[str]:
