@@ -1,12 +1,17 @@
 """Is arithmetic that is gone time that is gone? With channels in measured multiples, and in any number.
 
     python benchmarks/prune_latency.py [--batch 32] [--shares 0.5 0.3] [--threads 2] [--json PATH]
+    python benchmarks/prune_latency.py --depth [--shares 0.5] [--threads 2]
 
 A ResNet, a ViT and a GPT of sizes where arithmetic dominates are cut to shares of their multiply-accumulates.
 The forward is then timed beside the dense network's, in one process, in short blocks of random order. The
 yield is the share of the time saved over the share of the arithmetic saved: 1 is all of it. Exit status 1
 when it is under 0.8 for a network at half of the arithmetic with measured rounding, and its interval says
 that this is no noise.
+
+With `--depth` the same networks are cut to the same arithmetic in width, by whole blocks, and by both, and timed at
+batch 1 and 32. What the outputs change by is that of untrained networks on 32 samples: it says which of two cuts leaves
+more, and nothing about accuracy after fine-tuning.
 """
 
 from __future__ import annotations
@@ -36,6 +41,9 @@ from lightning_accel.measure import Table
 from lightning_accel.measure.flops import count_macs
 from lightning_accel.measure.timing import compare
 from lightning_accel.pruning import Macs, prune
+from lightning_accel.pruning.leftover import Leftover
+from lightning_accel.surgery.bypass import gone
+from lightning_accel.surgery.call import as_call
 
 WANTED = 0.8
 SHARE = 0.5
@@ -101,6 +109,76 @@ def measure(
     }
 
 
+WAYS: dict[str, bool | str] = {"width": False, "blocks": "only", "both": True}
+BATCHES = (1, 32)
+MULTIPLE = 16  # of channels, the same for all ways
+
+
+def measure_ways(
+    make: Callable[[int], tuple[nn.Module, Tensor]], *, share: float, budget_s: float
+) -> list[dict[str, Any]]:
+    """Cut one network in each way to one share, and return what each leaves at each batch size."""
+    torch.manual_seed(0)
+    dense, samples = make(max(BATCHES))
+    leftover = Leftover(dense, [[as_call(samples)]], renews=False)
+    found = []
+    for way, depth in WAYS.items():
+        small = copy.deepcopy(dense)
+        target, rounding = Macs(share), None if depth == "only" else MULTIPLE
+        try:
+            prune(small, example=samples, target=target, round_to=rounding, depth=depth)
+        except NoEffect as error:
+            print(f"{way}, {share:.0%}: {error}", file=sys.stderr)
+            continue
+        macs = [count_macs(model, (samples,)).macs for model in (dense, small)]
+        for batch in BATCHES:
+            example = samples[:batch]
+            with torch.inference_mode():
+                timed = compare(
+                    partial(dense.eval(), example),
+                    partial(small.eval(), example),
+                    budget_s=budget_s,
+                )
+            found.append(
+                {
+                    "way": way,
+                    "batch": batch,
+                    "macs_left": macs[1] / macs[0],
+                    "blocks_gone": len(gone(small)),
+                    "change": leftover.of(small),
+                    "dense_ms": timed.baseline.p10_ms,
+                    "time_left": 1 / timed.ratio,
+                    "low": 1 / timed.high,
+                    "high": 1 / timed.low,
+                    "contended": timed.contended,
+                }
+            )
+    return found
+
+
+def main_of_depth(args: argparse.Namespace) -> int:
+    """Run and print the comparison of width, blocks and both."""
+    rows, findings = [], []
+    for name, make in NETS.items():
+        for share in args.shares if args.only.lower() in name.lower() else ():
+            for one in measure_ways(make, share=share, budget_s=args.budget_s):
+                findings.append({"net": name, "share": share, **one})
+                interval = f"{one['low']:.2f} to {one['high']:.2f}"
+                interval += " (busy)" if one["contended"] else ""
+                row = [name, one["batch"], one["way"], one["macs_left"], one["blocks_gone"]]
+                row += [round(one["change"], 2), one["dense_ms"], one["time_left"], interval]
+                rows.append(row)
+                print(" | ".join(map(str, rows[-1])), file=sys.stderr, flush=True)
+    columns = ["network", "batch", "cut", "MACs left", "blocks gone", "outputs change"]
+    columns += ["dense ms", "time left", "95 % interval"]
+    note = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}."
+    title = f"Width, blocks and both at equal arithmetic, {torch.get_num_threads()} threads"
+    print(Table(columns, rows, title, [note]).to_markdown())
+    if args.json:
+        args.json.write_text(json.dumps(findings, indent=1))
+    return 0
+
+
 def main() -> int:
     """Run it, print it."""
     parser = argparse.ArgumentParser(
@@ -111,11 +189,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="part of a network's name")
     parser.add_argument("--threads", type=int, help="as many as torch takes by default")
     parser.add_argument("--budget-s", type=float, default=10.0, help="of one measurement")
+    parser.add_argument("--depth", action="store_true", help="compare with whole blocks instead")
     parser.add_argument("--json", type=Path, help="where to write all findings")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.depth:
+        return main_of_depth(args)
     rows, findings = [], []
     for name, make in NETS.items():
         if args.only.lower() not in name.lower():

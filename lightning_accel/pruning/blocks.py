@@ -224,6 +224,7 @@ def _reads(module: nn.Module) -> Iterator[bool]:
 
 
 def _place(hook: Callable[..., Any]) -> str:
+    hook = getattr(hook, "hook", hook)  # of a copy
     return str(getattr(hook, "__module__", "") or type(hook).__module__)
 
 

@@ -131,6 +131,8 @@ def plan_depth(
             "leave `depth` out, widen `select`, or unfreeze the blocks",
         )
     leftover = Leftover(network, batches, renews=renews)
+    if not hasattr(asked.target, "batch_size"):
+        calls = verifier.calls  # shares of arithmetic are those of a few samples
     order = Order(network, blocks.found, leftover, asked.target, calls, asked.until)
     if asked.ratio is not None:
         cut = _of_share(network, order, len(before), asked)

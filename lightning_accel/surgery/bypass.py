@@ -212,8 +212,9 @@ def bypass(model: nn.Module, handings: Mapping[str, Handing]) -> list[Gone]:
 
 def stand_in(block: nn.Module, handing: Handing) -> Bypass:
     """Return what can take the place of a block; the plain one wherever TorchScript could read it."""
-    names = list(inspect.signature(block.forward).parameters)
-    plain = len(names) == 1 and handing == {"tensor": [0, names[0]]}
+    taken = list(inspect.signature(block.forward).parameters.values())
+    one = len(taken) == 1 and taken[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    plain = one and handing == {"tensor": [0, taken[0].name]}
     return (Bypass if plain else BypassOfMany)(block, handing)
 
 
@@ -335,6 +336,7 @@ def is_recorder(hook: Any) -> bool:
 
     It is set once, on what there is then, so that of a block that is gone nothing is collected in any process.
     """
+    hook = getattr(hook, "hook", hook)  # of a copy
     return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 

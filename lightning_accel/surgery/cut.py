@@ -111,7 +111,7 @@ class Cut:
 
     @torch.no_grad()
     def masked(self, model: nn.Module, nothing: float = 0.0) -> None:
-        """Set what the cut would remove to zero in place, and remove nothing.
+        """Set what the cut would remove to zero in place, and remove nothing; blocks stay (`pruning.silence`).
 
         Args:
             model: The network for which the cut was made.

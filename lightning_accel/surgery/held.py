@@ -32,7 +32,7 @@ EVERYWHERE = (
     ("hooks of all modules", nn.modules.module._global_forward_hooks),
     ("hooks of all modules", nn.modules.module._global_forward_pre_hooks),
 )
-OURS = ("_compiled_call_impl", "_trainer", "_fabric", "_accel_own")
+OURS = ("_compiled_call_impl", "_trainer", "_fabric", "_accel_own", "husk")
 _OF_THE_FIT = {
     *(
         "_trainer",
