@@ -141,6 +141,79 @@ def test_the_oracle_proves_nothing_with_a_constant_network(oracle: Any) -> None:
         oracle.difference(net, net, [torch.randn(4, 8)])
 
 
+class Scaled(nn.Module):
+    """A layer, and numbers that neither parameters nor sizes hold."""
+
+    def __init__(self, at: int, scale: float) -> None:
+        super().__init__()
+        self.layer, self.at, self.scale = nn.Conv2d(3, 4, 1), at, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * (self.scale if x.shape[-1] == self.at else 1.0)
+
+
+def test_the_oracle_tries_another_size_of_the_input(oracle: Any) -> None:
+    dense, small = Scaled(12, 1.0), Scaled(12, 1.1)
+    small.load_state_dict(dense.state_dict())
+    example = torch.randn(2, 3, 8, 8)
+    assert oracle.difference(dense, small, [example]) == 0
+    found = oracle.checked(dense, small, example, blank=lambda *_: copy.deepcopy(small))
+    assert found["sizes"] and found["error"] > 1e-2
+
+
+def test_the_oracle_wants_the_network_back_from_its_state_dict(oracle: Any) -> None:
+    dense, small = Scaled(8, 1.0), Scaled(8, 1.1)
+    small.load_state_dict(dense.state_dict())
+    found = oracle.checked(dense, small, torch.randn(2, 3, 8, 8))
+    assert not found["runs"] and found["fails"].startswith("state dict")
+
+
+def test_the_oracle_knows_what_a_norm_of_weights_and_a_mean_come_to(
+    prune_zoo: Any, oracle: Any
+) -> None:
+    class Mean(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self[1](self[0](x)).relu()
+            return self[2](hidden) + hidden.mean(-1, keepdim=True)
+
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(24, 16))
+    net, example = Mean(nn.Linear(8, 24), normed, nn.Linear(16, 3)), torch.randn(4, 8)
+    oracle.distinct(net)
+    dense = copy.deepcopy(net)
+    places = prune_zoo.ours(net, example, 0.5)["places"]
+    assert net[0].out_features == 12 and net[1].out_features == 8
+    assert oracle.difference(dense, net, [example], places) < 1e-6
+    with torch.no_grad():
+        net[1].parametrizations.weight.original0.mul_(1.01)
+    assert oracle.difference(dense, net, [example], places) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("found", "word"),
+    [
+        ({"runs": True, "error": 1e-12}, "right"),
+        ({"runs": True, "error": 0.1}, "wrong"),
+        ({"runs": True, "error": None}, "unproved"),
+        ({"runs": False, "error": None}, "crashed"),
+        ({"outcome": "left"}, "left"),
+    ],
+)
+def test_every_outcome_has_a_word(prune_zoo: Any, found: dict[str, Any], word: str) -> None:
+    assert prune_zoo.outcome(found) == word
+    found = {"seconds": 1.0, "params": 0.5, **found}
+    table = prune_zoo.packages({"monai/unet": {"ours": found}}, ["ours"])
+    assert dict(zip(table.columns, table.rows[0], strict=True))[word] == 1
+
+
+def test_inputs_are_made_anew_where_they_are_noise(zoo: Any) -> None:
+    mask, ids, noise = torch.ones(2, 3), torch.arange(6).view(2, 3), torch.randn(2, 3, 4, 4)
+    other = zoo.fresh({"mask": mask, "ids": ids, "noise": noise})
+    assert torch.equal(other["mask"], mask) and not torch.equal(other["noise"], noise)
+    assert sorted(other["ids"].flatten().tolist()) == [*range(6)]
+    sizes = [tuple(e["noise"].shape) + tuple(e["ids"].shape) for e in zoo.other_sizes(other)]
+    assert (2, 3, 6, 6, 2, 4) in sizes and (2, 3, 4, 4, 2, 6) in sizes and len(set(sizes)) == 9
+
+
 def test_a_hang_is_a_result(prune_zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(prune_zoo.WAYS, "ours", lambda *_: time.sleep(3600))
     limits = {"make": 900.0, "prune": 0.3, "check": 900.0}
