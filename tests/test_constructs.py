@@ -3325,7 +3325,7 @@ def padding_by_mode_and_name() -> nn.Module:
     )
 
 
-@construct(images, {"up.weight": (8, 16, 3, 3)}, keeps={"down": "without a rule"})
+@construct(images, {"down.weight": (8, 3, 3, 3), "up.weight": (8, 8, 3, 3)})
 def unpooling() -> Net:  # SegNet
     def forward(self: Any, x: Tensor) -> Tensor:
         x, places = F.max_pool2d(self.down(x), 2, return_indices=True)

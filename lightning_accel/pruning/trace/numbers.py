@@ -130,7 +130,7 @@ class Numbers(TorchFunctionMode):
                 self.flow.equations.append(Equation(number.of, atoms, self.flow.place))
         elif type(number) is int and number > 1 and len(atoms):
             text = f"the size {number} is written in the code of {self.flow.here}"
-            self.flow.atoms.fix(atoms, text)
+            self.flow.atoms.fix(atoms, f"{text}, or in a configuration that it reads")
 
     def _shaped(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         given = args[self._SHAPED[name] :]
