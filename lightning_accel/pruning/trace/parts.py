@@ -172,7 +172,7 @@ def _index(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 def _index_put(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     axes: list[Axis | None] = list(flow.info(a["self"]).axes)
     taken: list[int] = []
-    dim, width = 0, 0
+    dim = width = 0
     for index in a["indices"]:
         is_mask = index is not None and index.dtype == torch.bool
         dims = index.dim() if is_mask else 1
