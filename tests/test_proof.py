@@ -195,9 +195,9 @@ class Counted(nn.Module):
 
 
 def test_a_right_cut_is_proved_in_few_runs() -> None:
-    """One or two to trace it, some to know where it runs, and masked and cut ones at two sizes."""
+    """One or two to trace it, some to know where it runs and that it responds, and masked and cut ones at two sizes."""
     net = Counted()
     receipt = prune(net, example=torch.randn(2, 3, 9, 9), ratio=0.5)
     assert not [change for change in receipt.skipped if "compute" in change.what]
     assert net.a.out_channels == net.b.out_channels == len(net.w) == 4
-    assert len(net.runs) <= 10
+    assert len(net.runs) <= 12

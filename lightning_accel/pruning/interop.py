@@ -67,6 +67,8 @@ def by_name(importance: Any, model: nn.Module) -> Any:
 
     Every cut is planned on a copy, whose parameters are others.
     """
+    if not is_of_torch_pruning(importance):
+        return importance
     names = {id(p): name for name, p in model.named_parameters()}
     gathered = {
         key: {names.get(id(p), ""): value for p, value in held.items()}

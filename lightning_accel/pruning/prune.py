@@ -176,8 +176,9 @@ def plan(
         small = small_calls(model, calls)
         data = batches or [in_dtype_of(calls, model)]
         verifier, training = Verifier(model, small), Training(model, small, steps)
+        how: Any
         if depth:
-            how: Any = {"importance": importance, "scope": scope, "select": select}
+            how = {"importance": importance, "scope": scope, "select": select}
             how |= {"round_to": round_to, "attention": attention, "dense": dense}
             how |= {"batches": batches, "steps": steps}
             width = partial(plan, calls=calls, compensate=compensate, seconds=seconds, **how)
@@ -185,25 +186,16 @@ def plan(
             asked = Asked(ratio, target, select, dense, wide, until, thorough)
             return plan_depth(users, model, calls, data, verifier, training, asked, bool(batches))
         if pruner is not None:
-            found = adopt(
-                model, small, pruner, verifier, training, turn=turn, until=until, users=users
-            )
+            how = {"turn": turn, "until": until, "users": users}
+            found = adopt(model, small, pruner, verifier, training, **how)
         else:
             frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
-            graph = Graph(
-                twin(model), small, select=select, frozen=frozen, dense=dense, attention=attention
-            )
-            if interop.is_of_torch_pruning(importance):
-                importance = interop.by_name(importance, users)
+            how = {"select": select, "frozen": frozen, "dense": dense, "attention": attention}
+            graph = Graph(twin(model), small, **how)
+            importance = interop.by_name(importance, users)
             ranking = Ranking(graph, importance, scope=scope, batches=data, statistics=statistics)
-            reach = partial(
-                rounding.reach,
-                graph,
-                ratio=ratio,
-                target=target,
-                round_to=round_to,
-                batch_size=batch_size(calls),
-            )
+            how = {"ratio": ratio, "target": target, "round_to": round_to}
+            reach = partial(rounding.reach, graph, **how, batch_size=batch_size(calls))
             chosen = _choose(graph, ranking, verifier, training, reach, scope=scope, until=until)
             refused = (*graph.skipped, *chosen.refused)
             found = Adopted(graph.cut(chosen.gone), graph, chosen.gone, refused)
