@@ -44,7 +44,7 @@ check: .venv/.stamp
 
 # What training and inference gain, in under ten minutes on two quiet cores; and then all the others.
 SPEED := overhead.py "train_speed.py --cases mlp gpt_d256 cnn_32px" tune_zoo.py infer_speed.py warm_start.py memory_budget.py
-OTHERS := "train_speed.py --cases gpt_d512 cnn_64px" prune_accuracy.py prune_latency.py prune_selectors.py \
+OTHERS := "train_speed.py --cases gpt_d512 cnn_64px" prune_accuracy.py compensation_cost.py prune_latency.py prune_selectors.py \
 	resume_after_prune.py autocast_cache.py distill_accuracy.py distill_cost.py
 
 bench: .venv/.stamp
