@@ -202,3 +202,23 @@ def test_an_option_that_a_pruner_does_not_know_is_named() -> None:
     net = perceptron()
     prune(net, example=X, pruner=TorchPruner(options={"reg": None}, ignored_layers="4"))
     assert net[0].out_features == 8
+
+
+def test_a_state_of_former_sizes_is_told_before_the_cut() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.out, self.z = nn.GRUCell(8, 24), nn.Linear(24, 3), torch.zeros(0, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.z if len(self.z) == len(x) else x.new_zeros(len(x), self.cell.hidden_size)
+            self.z = self.cell(x, z).detach()
+            return self.out(self.z)
+
+    net = Recurrent()
+    net(X)
+    with pytest.raises(BrokenModel, match="keep tensors from call to call"):
+        prune(net, example=X, ratio=0.5)
+    net.z = torch.zeros(0, 24)
+    prune(net, example=X, ratio=0.5)
+    assert net(X).shape == (6, 3) and net.cell.hidden_size == 12

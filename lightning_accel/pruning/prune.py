@@ -175,7 +175,7 @@ def plan(
         users, model = model, acting_copy(model, calls)
         small = small_calls(model, calls)
         data = batches or [in_dtype_of(calls, model)]
-        verifier, training = Verifier(model, small), Training(model, small, steps)
+        verifier, training = Verifier(model, small), Training(model, small, steps, calls)
         how: Any
         if depth:
             how = {"importance": importance, "scope": scope, "select": select}

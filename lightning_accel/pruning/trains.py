@@ -40,13 +40,27 @@ class Training:
         model: The network; only copies of it are run.
         calls: Example calls, small ones.
         steps: What else is done with the network.
+        whole: The calls with all samples, by which a network may know what it kept from earlier ones.
 
     Attributes:
         why_not: Why the network does not train on a call as it is, if no step shows that it does.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[Call], steps: Sequence[Step] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        steps: Sequence[Step] = (),
+        whole: Sequence[Call] = (),
+    ) -> None:
         self.model = model
+        self._states = [
+            f"{name}.{key}".lstrip(".")
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor)
+        ]
+        self._whole = in_dtype_of(whole, model) if self._states else ()
         self.why_not = ""
         self._trained = in_dtype_of(calls, model)
         self._steps = list(steps)
@@ -64,6 +78,7 @@ class Training:
             pairs = zip(self._trained, whys, strict=True)
             self._trained = tuple(call for call, why in pairs if not why)
             _backward(self._small(cut), self._trained)
+        self._check_states(cut)
         for step in self._broken:
             try:
                 step(self.model, cut)
@@ -74,6 +89,21 @@ class Training:
                     f"{type(cause).__name__}: {cause}",
                     REMEDY,
                 ) from error
+
+    def _check_states(self, cut: Cut) -> None:
+        """Raise `BrokenModel` where tensors that modules keep from call to call do not fit any more."""
+        if not self._whole:
+            return
+        try:
+            _evaluate(self._small(cut), self._whole)
+        except Exception as error:  # whatever a forward may raise
+            if _fails(twin(self.model), self._whole):
+                return
+            raise BrokenModel(
+                "the smaller network fails on the whole example, where modules keep tensors from call to call",
+                f"{', '.join(self._states[:4])}: {type(error).__name__}: {error}",
+                "reset these before the prune",
+            ) from error
 
     def holds_in_steps(self, cut: Cut) -> bool:
         """Whether all steps still run; if not, those that failed count in `check` from now on.
@@ -99,6 +129,20 @@ class Training:
         small = twin(self.model)
         cut.apply(small)
         return small
+
+
+def _evaluate(model: nn.Module, calls: Sequence[Call]) -> None:
+    model.eval()
+    with torch.no_grad(), same_random_state(model):
+        run(model, calls)
+
+
+def _fails(model: nn.Module, calls: Sequence[Call]) -> bool:
+    try:
+        _evaluate(model, calls)
+    except Exception:  # whatever a forward may raise
+        return True
+    return False
 
 
 @contextmanager
