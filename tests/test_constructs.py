@@ -3676,6 +3676,21 @@ def masked_twin(
         alive = torch.isin(values.float(), survivors[name].detach().float())
         assert alive.sum() == survivors[name].numel(), f"{name}: other values than before"
         tensor.data.mul_(alive)
+    with_exact_norms(dense)
+
+
+def with_exact_norms(net: nn.Module) -> None:
+    """Divide what is under a spectral norm by its own norm, which iterations only come near to."""
+    for module in net.modules():
+        if hasattr(module, "weight_u"):
+            raw = module.weight_orig.data
+            torch.nn.utils.remove_spectral_norm(module)
+        elif "SpectralNorm" in str(getattr(module, "parametrizations", "")):
+            raw = module.parametrizations.weight.original.data
+            parametrize.remove_parametrizations(module, "weight")
+        else:
+            continue
+        module.weight.data = raw / torch.linalg.matrix_norm(raw.flatten(1), 2)
 
 
 def with_plain_weights(net: nn.Module) -> None:

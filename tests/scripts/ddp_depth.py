@@ -82,7 +82,7 @@ def fit(folder: Path, ckpt: str | None = None) -> tuple[list[str], list[int]]:
         accelerator="cpu", devices=2, max_epochs=4, logger=False, enable_progress_bar=False,
         enable_model_summary=False, strategy=DDPStrategy(process_group_backend="gloo"),
         callbacks=[
-            StructuredPruning(target=Params(0.4), depth=True, when=[1, 2]),
+            StructuredPruning(target=Params(0.4), depth=True, when=[1, 2], compensate=False),
             digests,
             ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}"),
         ],
