@@ -263,6 +263,29 @@ def test_a_stage_of_blocks_is_none_itself_but_one_with_weights_of_its_own_is() -
         assert set(one.state_dict()) == whole and before.now(one) == before
 
 
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal", "old", "softplus"])
+def test_blocks_of_weights_that_are_made_of_others_go(norm: str) -> None:
+    class Made(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            utils: Any = nn.utils if norm == "old" else nn.utils.parametrizations
+            if norm == "softplus":
+                self.scale = nn.Parameter(torch.zeros(8))
+            else:
+                getattr(utils, {"old": "spectral_norm"}.get(norm, norm))(self.down)
+
+        def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+            return super().forward(x) + (F.softplus(self.scale) * x if norm == "softplus" else 0)
+
+    net = mlp(kind=Made)
+    before = net(X).detach()
+    cut = plan(net, calls=[as_call(X)], ratio=0.4, depth="only")
+    assert len(cut.bypassed) == 1 and mask_equivalence(net, cut, example=X) < 1e-12
+    assert torch.equal(net.eval()(X), before) or norm in ("spectral_norm", "old")  # which iterate
+    cut.apply(net)
+    net.train()(X).sum().backward()  # type: ignore[no-untyped-call]
+
+
 def test_dropout_after_the_sum_shows_in_training_only() -> None:
     class Odd(Residual):
         def forward(self, x: Tensor, mask: Any = None) -> Tensor:

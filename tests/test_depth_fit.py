@@ -375,3 +375,21 @@ def test_masks_of_a_block_rest_and_come_back_with_it(fit: Fit, tmp_path: Path) -
                 (parameter.detach().unflatten(-1, (-1, 4)) == 0) if parameter.dim() > 1 else None
             )
             assert zeros is None or bool((zeros.sum(-1) == 2).all()), name
+
+
+def test_a_narrow_block_that_is_gone_comes_back_narrow_in_another_process(
+    fit: Fit, tmp_path: Path
+) -> None:
+    def callbacks() -> list[Callback]:
+        narrow = StructuredPruning(ratio=0.5, when=1, select="net.*.up")
+        return [narrow, StructuredPruning(ratio=0.8, depth="only", when=3)]
+
+    fit(seeded(), *callbacks(), every_epoch(tmp_path))
+    resumed = Net()
+    trainer = fit(resumed, *callbacks(), ckpt=tmp_path / "epoch=3.ckpt")
+    assert len(gone(resumed)) == 3
+    with pytest.warns(UserWarning, match="another structure"):
+        trainer.test(resumed, loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)
+    assert not gone(resumed) and all(block.up.out_features == 6 for block in resumed.net[1:5])
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    assert same(resumed, load_from_checkpoint(Net, tmp_path / "again.ckpt"))

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_accel.errors import BrokenModel
 from lightning_accel.measure.flops import unfused
-from lightning_accel.pruning.silence import Handed, handed_on, silence
+from lightning_accel.pruning.silence import Handed, handed_on
 from lightning_accel.surgery import Change, Cut, Select, Structure, twin
 from lightning_accel.surgery.acting import FORWARD, is_of_torch
 from lightning_accel.surgery.bypass import Bypass, Handing, is_recorder
@@ -149,7 +149,6 @@ class _Screen:
         copy = twin(module)
         for registry in _HOOKS:  # its own hooks stay with what stands in its place
             vars(copy)[registry].clear()
-        silence(copy, [""])
         try:
             with same_random_state(copy):
                 found = handed_on(copy, args, kwargs, self._tolerance)

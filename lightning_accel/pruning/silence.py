@@ -1,23 +1,27 @@
 """A residual block whose branch says nothing, and what it hands on then.
 
-Whether `x + f(x)` is what a block computes is asked of no name and no source: a copy of it has all of its weights
-and statistics at almost nothing, and is given what the block receives. If it hands that on, number by number, the
-block is a skip with a branch beside it, and its place can be taken by a `Bypass`. A gate, a scaled skip or a norm
-after the sum do something to it, and so are no such blocks.
+Whether `x + f(x)` is what a block computes is asked of no name and no source: a copy of it runs with all of its
+weights and statistics made nothing where they meet data (`blank`), on what the block receives. If it hands that on,
+number by number, the block is a skip with a branch beside it, and its place can be taken by a `Bypass`. A gate, a
+scaled skip or a norm after the sum do something to it, and so are no such blocks.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_spectral_norm
 
 from lightning_accel.errors import BrokenModel
+from lightning_accel.pruning.blank import Blank
 from lightning_accel.surgery.bypass import Handing
+from lightning_accel.surgery.structure import named_tensors
 
 _NOTHING = 1e-30  # for weights that are divided by their own norm
 _VALUES = (bool, int, float, str)
@@ -26,11 +30,16 @@ Path = tuple[Any, ...]
 """Position, name and keys of a tensor among the arguments of a call."""
 
 
-@torch.no_grad()
-def silence(model: nn.Module, names: Iterable[str]) -> None:
-    """Let the branches of these blocks say nothing, in place; what others share of their weights stays."""
+def silence(model: nn.Module, names: Iterable[str]) -> Blank:
+    """Return what runs a network as if the branches of these blocks said nothing.
+
+    What others share of their weights is theirs: in this network, a copy, each has its own from now on, and plain
+    weights in place of those that `torch.nn.utils` makes: a spectral norm makes as much of almost nothing.
+    """
+    masks: dict[str, Tensor] = {}
     for name in names:
         block = model.get_submodule(name)
+        _make_plain(block)
         inside = set(map(id, block.modules()))
         held = {
             id(t)
@@ -42,9 +51,35 @@ def silence(model: nn.Module, names: Iterable[str]) -> None:
             for leaf, weight in module._parameters.items():
                 if weight is not None and id(weight) in held:
                     module._parameters[leaf] = nn.Parameter(weight.detach().clone(), False)
-        for tensor in (*block.parameters(), *block.buffers()):
+        for inner, tensor in named_tensors(block):
             if id(tensor) not in held and (tensor.is_floating_point() or tensor.is_complex()):
-                tensor.data = tensor.detach() * _least(tensor)
+                whole = f"{name}.{inner}".lstrip(".")
+                masks[whole] = (
+                    tensor.detach().real.new_full((), _least(tensor)).expand(tensor.shape)
+                )
+    return Blank(model, masks)
+
+
+def _make_plain(block: nn.Module) -> None:
+    for module in list(block.modules()):
+        for name, child in module.named_children():
+            if parametrize.is_parametrized(child):
+                module._modules[name] = _unparametrized(child)
+        with suppress(ValueError):
+            remove_spectral_norm(module)
+
+
+def _unparametrized(module: nn.Module) -> nn.Module:
+    """Return a module of the class of before; to take a parametrization off would change that of all copies."""
+    kind: Any = type(module).__mro__[1]
+    made: nn.Module = kind.__new__(kind)
+    vars(made).update(vars(module))
+    made._modules = {n: m for n, m in module._modules.items() if n != "parametrizations"}
+    leaves: Any = module.parametrizations
+    values = {leaf: getattr(module, leaf).detach().clone() for leaf in leaves}
+    own = {leaf: nn.Parameter(value, False) for leaf, value in values.items()}
+    made._parameters = {**module._parameters, **own}
+    return made
 
 
 def _least(tensor: Tensor) -> float:
@@ -80,10 +115,10 @@ class Handed(NamedTuple):
 def handed_on(
     block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
 ) -> Handed:
-    """Run a silenced block and tell which arguments it hands on.
+    """Run a block in silence and tell which arguments it hands on.
 
     Args:
-        block: A copy, silenced and without hooks of its own.
+        block: A copy without hooks of its own.
         args: Positional arguments.
         kwargs: Named arguments.
         tolerance: How far what it gives may be from what it got, over the scale of that.
@@ -92,14 +127,16 @@ def handed_on(
         BrokenModel: It gives something else.
     """
     given = list(_leaves(block, args, kwargs))
-    outputs = block(*deepcopy_of(tuple(args)), **deepcopy_of(dict(kwargs)))
+    args, kwargs = deepcopy_of(tuple(args)), deepcopy_of(dict(kwargs))
+    with silence(block, [""]):
+        outputs = block(*args, **kwargs)
     paths: list[tuple[Path, ...]] = []
 
     def read(value: Any) -> Any:
         if isinstance(value, Tensor):
             found = tuple(path for path, one in given if _equal(value, one, tolerance))
             if not found:
-                raise BrokenModel(_why_not(value, [one for _, one in given]))
+                raise BrokenModel(_why_not(value, [one for _, one in given], beside=bool(paths)))
             paths.append(found)
             return "tensor"
         if value is None or type(value) in _VALUES:
@@ -121,9 +158,10 @@ def deepcopy_of(value: Any) -> Any:
     return deepcopy(value, {id(t): t.detach().clone() for t in _tensors(value)})
 
 
-def _why_not(value: Tensor, given: Sequence[Tensor]) -> str:
+def _why_not(value: Tensor, given: Sequence[Tensor], *, beside: bool) -> str:
     if not any(one.shape == value.shape for one in given):
-        return "it gives another shape than it gets"
+        more = "it gives more than it gets, a state or attention weights, say"
+        return more if beside else "it gives another shape than it gets"
     return (
         "without its weights it does not hand on what it gets: no plain skip, or more after the sum"
     )

@@ -262,12 +262,13 @@ class Verifier:
         The rest of the cut is compared in the network without them.
         """
         silent, less = twin(setting.network), twin(setting.network)
-        silence(silent, cut.bypassed)
+        nothing: Any = silence(silent, cut.bypassed)
         bypass(less, cut.bypassed)
         outputs = []
         for network in (silent, less):
             random = same_random_state(network, seed=0)
-            with torch.no_grad(), random, unfused(network), located(network):
+            quiet = nothing if network is silent else nullcontext()
+            with torch.no_grad(), random, unfused(network), located(network), quiet:
                 outputs.append(self._numbers(run(network, setting.calls)))
         if self._finite and not _is_finite(outputs[0]) and not self._stands(setting):
             return None
