@@ -42,6 +42,7 @@ def test_ranks_agree_through_prune_and_resume(tmp_path: Path, importance: str, u
 
 
 def test_ranks_agree_on_whole_blocks(tmp_path: Path) -> None:
+    """And no rank waits for a gradient of one (huggingface/accelerate#1191, facebookresearch/fairseq#2389)."""
     zero, one = run_ranks("ddp_depth.py", tmp_path)
     assert zero == one and zero["gone"]
     assert len(set(zero["whole"])) == 4
