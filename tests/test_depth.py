@@ -286,6 +286,16 @@ def test_blocks_of_weights_that_are_made_of_others_go(norm: str) -> None:
     net.train()(X).sum().backward()  # type: ignore[no-untyped-call]
 
 
+def test_a_skip_that_goes_on_in_float32_says_so() -> None:
+    class Rounding(Residual):
+        def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+            return super().forward(x).double() - x + x.float()
+
+    names, whys = found(mlp(kind=Rounding), X)
+    assert not names and len(whys) == 3
+    assert all("another number format" in why for why in whys.values())
+
+
 def test_dropout_after_the_sum_shows_in_training_only() -> None:
     class Odd(Residual):
         def forward(self, x: Tensor, mask: Any = None) -> Tensor:

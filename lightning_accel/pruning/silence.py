@@ -24,6 +24,7 @@ from lightning_accel.surgery.bypass import Handing
 from lightning_accel.surgery.structure import named_tensors
 
 _NOTHING = 1e-30  # for weights that are divided by their own norm
+_ROUNDED = 1e-6
 _VALUES = (bool, int, float, str)
 
 Path = tuple[Any, ...]
@@ -162,6 +163,8 @@ def _why_not(value: Tensor, given: Sequence[Tensor], *, beside: bool) -> str:
     if not any(one.shape == value.shape for one in given):
         more = "it gives more than it gets, a state or attention weights, say"
         return more if beside else "it gives another shape than it gets"
+    if any(_equal(value, one, _ROUNDED) for one in given):
+        return "it hands on what it gets in another number format, float32 say, and so rounds it"
     return (
         "without its weights it does not hand on what it gets: no plain skip, or more after the sum"
     )
@@ -209,7 +212,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _equal(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if one.shape != other.shape or (one.dtype != other.dtype and tolerance < _ROUNDED):
         return False
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
