@@ -200,6 +200,7 @@ def test_a_restored_network_without_layers_is_pruned_and_saved_again(
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in stored["state_dict"].items())
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 def test_layers_of_transformers_go_and_its_cache_goes_on() -> None:
     """huggingface/transformers#30508, with the library itself."""
     transformers = pytest.importorskip("transformers")
