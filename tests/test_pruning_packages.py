@@ -127,6 +127,27 @@ def test_attention_goes_where_the_forward_asks_for_a_kernel() -> None:
     assert (net.heads, net.qkv.out_features) == (2, 48)
 
 
+def test_biases_that_are_gathered_for_every_head_go_with_it() -> None:
+    """A split in three, of which one part is the batch of a product, and another the heads further on."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (t.view(b, n, s.heads, -1).transpose(1, 2) for t in s.qkv(x).chunk(3, -1))
+        curves = s.table(x).view(b, n, 2, s.heads, -1).permute(2, 0, 3, 1, 4)
+        curves = torch.einsum("wbhnd,wdr->wbhnr", curves, s.bank)
+        rows = torch.arange(n)
+        places = (rows[:, None] - rows).abs().expand(2, b, s.heads, n, n)
+        bias = curves.gather(-1, places).sum(0)
+        out = ((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return s.o(out)
+
+    bank = nn.Parameter(torch.randn(2, 5, 9))
+    layers = {"qkv": nn.Linear(8, 96), "table": nn.Linear(8, 40), "o": nn.Linear(32, 3)}
+    net = Fn(forward, heads=4, bank=bank, **layers)
+    check(net, *(torch.randn(2, n, 8, dtype=torch.float64) for n in (5, 7)))
+    assert net.heads == 2 and net.table.out_features == 20
+
+
 # -- operations ------------------------------------------------------------------------------------
 
 

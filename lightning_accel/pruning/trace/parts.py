@@ -101,7 +101,8 @@ def _topk(flow: Flow, a: dict[str, Any], result: Any) -> None:
 @rule("gather")
 def _gather(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     _scattered(flow, a["self"], a["index"], a["dim"])
-    put(flow, result, flow.info(a["index"]).axes)
+    pairs = zip(flow.info(a["index"]).axes, flow.info(a["self"]).axes, strict=True)
+    put(flow, result, [Axis(x.atoms, x.factors | other.factors) for x, other in pairs])
 
 
 @rule("kthvalue")
