@@ -1,4 +1,8 @@
-"""Networks of x-transformers: one option of its layers at a time."""
+"""Networks of x-transformers: one option of its layers at a time.
+
+But for `tie_embedding`: its head is a function of its own that holds the embedding, and a copy's reads the
+weights of the original. No comparison of copies says anything of that.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +72,6 @@ ENTRIES: dict[str, Entry] = {
     "encoder": _text(_layers("Encoder")),
     "memory_tokens": _text(_layers("Encoder"), num_memory_tokens=3),
     "embedding_narrow": _text(_layers(), emb_dim=16),
-    "tied_embedding": _text(_layers(), tie_embedding=True),
     "encoder_decoder": Entry(
         "x_transformers.XTransformer",
         {
