@@ -473,7 +473,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one seed, short trainings")
     parser.add_argument("--task", choices=TASKS, help="only one of the two")
     parser.add_argument("--importance", nargs="*", help=f"of {', '.join(KNOWN)}")
-    parser.add_argument("--scope", default="local", help="local, global or isomorphic")
+    parser.add_argument("--scope", default="local", help="local, global, isomorphic or sensitivity")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--json", type=Path, help="where to write all values")
     parser.add_argument("--svg", type=Path, default=Path("outputs/prune_accuracy.svg"))

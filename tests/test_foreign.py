@@ -11,9 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
-from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, MissingConfigException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision

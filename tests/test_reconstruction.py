@@ -853,8 +853,7 @@ def test_each_batch_takes_one_forward_however_many_layers_are_solved() -> None:
     for net in nets[:2]:
         net.register_forward_hook(lambda module, *_: ran.append(id(module)))
     compensate(nets[0], nets[1], batches=_batches(*torch.randn(3, 40, 5)), **nets[2])
-    # The order of the layers, and the output before and after; the others are made on copies.
-    assert len(ran) == 3
+    assert len(ran) == 1  # for the order of the layers; the others are made on copies
     assert threading.active_count() == 1
 
 

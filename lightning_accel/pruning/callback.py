@@ -74,7 +74,7 @@ class StructuredPruning(ModelEdit):
         importance: One of `importance.KNOWN`, or a function of model and group; those that measure do so
             on ten training batches.
         scope: "local" takes the same share of every layer, "global" ranks all channels together,
-            "isomorphic" those of layers of equal structure.
+            "isomorphic" those of layers of equal structure, "sensitivity" by what each layer costs, measured.
         schedule: How the share rises over the epochs of `when`: "linear", "cubic" (most of it early),
             "iterative" (the same share of what is left), or "one_shot" for one epoch.
         select: Layers whose channels may go: a `Select`, a name pattern or several. The last layer is

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lightning_accel.errors import explain
 from lightning_accel.pruning.least_squares import Piece, improved
+from lightning_accel.pruning.leftover import Leftover
 from lightning_accel.pruning.lockstep import Lockstep, OutOfStep
 from lightning_accel.pruning.reconstruction import evaluating
 from lightning_accel.pruning.unfold import (
@@ -43,7 +44,7 @@ from lightning_accel.pruning.unfold import (
     why_unreadable,
 )
 from lightning_accel.surgery import Change, twin
-from lightning_accel.surgery.call import Call, reals, run
+from lightning_accel.surgery.call import Call, run
 from lightning_accel.surgery.preserve import preserve_rng
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ class Compensation(NamedTuple):
         values: Parameter name -> tensor of the pruned model's shape and dtype, to be copied into it.
         errors: Layer name -> squared error of its pre-activation before and after, summed over data.
         left_out: Layers that read pruned channels but were not solved, and why.
-        output: Squared error of what the network gives out, before and after, each output relative to its own
-            size; on the batches that are held out where there are several.
+        output: Change of what the network gives out, before and after, relative to its size; on the batches that
+            are held out where there are several.
     """
 
     values: dict[str, Tensor]
@@ -124,7 +125,8 @@ def compensate(
     errors: dict[str, tuple[float, float]] = {}
     with evaluating(dense), evaluating(work):
         tried = [calls for i, calls in enumerate(steps) if _held_out(1, i, len(steps))[1]] or steps
-        before = _output_error(dense, work, tried)
+        leftover = Leftover(dense, tried, renews=False)
+        before = leftover.of(work)
         order = _counted(dense, readers, steps[0])
         once = [name for name, count in order.items() if count == 1]
         with _Seen(dense, work, steps, once) as seen:
@@ -141,7 +143,7 @@ def compensate(
                     assert parameter is not None
                     parameter.copy_(value)
                     values[f"{name}.{leaf}".lstrip(".")] = parameter.detach().clone()
-        output = before, _output_error(dense, work, tried)
+        output = before, leftover.of(work)
     missed = set(readers) - set(errors) - {change.name for change in left_out}
     left_out += [Change(name, "its forward is not called") for name in sorted(missed)]
     return Compensation(values, errors, tuple(left_out), output)
@@ -151,21 +153,6 @@ def check(compensate: Any) -> None:
     """Raise unless this says whether to compensate."""
     if compensate is not None and type(compensate) is not bool:
         raise TypeError(explain("`compensate` is true or false", repr(compensate), "pass True"))
-
-
-def _output_error(dense: nn.Module, cut: nn.Module, batches: Sequence[Sequence[Call]]) -> float:
-    total = 0.0
-    for calls in batches:
-        outputs = []
-        for network in (dense, cut):
-            with preserve_rng():
-                outputs.append([exact(t) for t in reals(run(network, calls))])
-        for wanted, given in zip(*outputs, strict=False):
-            if given.shape != wanted.shape:
-                continue
-            size = float(wanted.square().sum())
-            total += float((given - wanted).square().sum()) / (size or 1.0)
-    return total
 
 
 def _readers(

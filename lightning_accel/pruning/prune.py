@@ -71,7 +71,8 @@ def prune(
         importance: One of `importance.KNOWN`, or a function of model and group ("taylor" needs
             gradients; "activation" measures on `example`).
         scope: "local" takes the same share of every group of layers; "global" ranks all channels
-            together, "isomorphic" those of groups of equal structure.
+            together, "isomorphic" those of groups of equal structure, "sensitivity" all by what each group
+            costs for what it saves, measured on `example`.
         select: Layers whose channels may go; everything by default.
         round_to: Kept channels are raised to a multiple of this; "measured" tries which is fastest here,
             which `Latency` does by itself.

@@ -11,6 +11,7 @@ from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.graph import Gone, Graph
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.reconstruction import Reconstruction, Selector
+from lightning_accel.pruning.weighing import weighed
 from lightning_accel.surgery import Change
 from lightning_accel.surgery.call import Call
 
@@ -68,6 +69,9 @@ class Ranking:
                     )
             except ValueError as error:
                 self.refused.append(Change(group.name, str(error)))
+
+        if scope == "sensitivity" and self.scores:
+            self.scores = weighed(graph, self.scores, batches)
 
     def refined(self, gone: Gone) -> dict[str, list[int]]:
         """Return as many units per group, chosen together where that is possible."""

@@ -21,7 +21,7 @@ from lightning_accel.surgery import Change
 if TYPE_CHECKING:
     from lightning_accel.pruning.graph import Group
 
-SCOPES = ("local", "global", "isomorphic")
+SCOPES = ("local", "global", "isomorphic", "sensitivity")
 
 _SHALLOW = 0.9
 """One ranking over groups takes no more than this share of a group before all have lost as much."""
@@ -43,7 +43,7 @@ def choose(
         ratio: Share of the dense units to remove, 0 to 1. At least one unit of each group stays.
         scope: "local" takes the same share of every group; "global" ranks all units together, taking
             more than 90 % of a group only after the others; "isomorphic" does so among groups of equal
-            structure (Fang et al. 2024, arXiv:2407.04616).
+            structure (Fang et al. 2024, arXiv:2407.04616). "sensitivity" is "global", for the scores of `weighing`.
         round_to: Kept channels are raised to a multiple of this; heads are not rounded. Groups that
             are too narrow for it stay whole, and `immovable` names them.
 
@@ -60,7 +60,7 @@ def choose(
     columns = _columns(groups, round_to)
     if scope == "local":
         sets = [[column] for column in columns]
-    elif scope == "global":
+    elif scope in ("global", "sensitivity"):
         sets = [columns]
     else:
         sets = _isomorphic(columns)
