@@ -419,3 +419,31 @@ def test_a_step_that_reads_what_is_not_cut_is_refused(trainer_kwargs: dict[str, 
     fit = Trainer(**trainer_kwargs, callbacks=[StructuredPruning(ratio=0.5, when=1)]).fit
     with pytest.raises(BrokenModel, match="training_step"):
         fit(Masked(), DataLoader([torch.randn(8) for _ in range(12)], batch_size=4))
+
+
+def test_networks_that_a_step_calls_one_by_one_are_told_of_their_forward(
+    trainer_kwargs: dict[str, Any],
+) -> None:
+    class Pair(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.ModuleDict({"code": nn.Linear(8, 16), "back": nn.Linear(16, 8)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net["back"](self.net["code"](x).relu())
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            code = self.net["code"](batch).relu()
+            return (self.net["back"](code) - batch).square().mean()
+
+    data = DataLoader([torch.randn(8) for _ in range(12)], batch_size=4)
+    with pytest.raises(NoEffect, match="a `forward` that calls these networks"):
+        Trainer(**trainer_kwargs, callbacks=[StructuredPruning(ratio=0.5, when=0)]).fit(
+            Pair(), data
+        )
+    module, example = Pair(), torch.randn(4, 8)
+    pruning = StructuredPruning(ratio=0.5, when=0, example=example)
+    with pytest.warns(UserWarning, match="looks untrained"):
+        Trainer(**trainer_kwargs, callbacks=[pruning]).fit(module, data)
+    assert module.net["code"].out_features == 8
+    assert any("net.back" in n for n in pruning.receipt.notes if n.startswith("not compensated"))

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_accel.errors import explain
+from lightning_accel.errors import AccelError, explain
 from lightning_accel.pruning.least_squares import Piece, improved
 from lightning_accel.pruning.leftover import Leftover
 from lightning_accel.pruning.lockstep import Lockstep, OutOfStep
@@ -96,6 +96,7 @@ def compensate(
 
     Raises:
         ValueError: `ridge` is not positive, or there is no batch.
+        AccelError: `cut` fails on the batches.
 
     >>> from lightning_accel.pruning.graph import Group, Member
     >>> dense = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))  # its two units are dependent
@@ -124,6 +125,7 @@ def compensate(
     values: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
     with evaluating(dense), evaluating(work):
+        _require_runs(work, steps[0])
         tried = [calls for i, calls in enumerate(steps) if _held_out(1, i, len(steps))[1]] or steps
         leftover = Leftover(dense, tried, renews=False)
         before = leftover.of(work)
@@ -153,6 +155,19 @@ def check(compensate: Any) -> None:
     """Raise unless this says whether to compensate."""
     if compensate is not None and type(compensate) is not bool:
         raise TypeError(explain("`compensate` is true or false", repr(compensate), "pass True"))
+
+
+def _require_runs(cut: nn.Module, calls: Sequence[Call]) -> None:
+    """Raise where training calls what no cut can follow, such as a decoder on codes of the encoder's former size."""
+    try:
+        with preserve_rng():
+            run(cut, calls)
+    except Exception as error:  # whatever a forward may raise
+        raise AccelError(
+            "the smaller network fails on the calls of a training batch",
+            f"{', '.join(call.name or 'the network' for call in calls)}: {type(error).__name__}: {error}",
+            "let training call what the `example` is for, or pass compensate=False",
+        ) from error
 
 
 def _readers(

@@ -63,10 +63,13 @@ class Graph:
         self.skipped: list[Change] = self._found.skipped
         if not self.groups:
             reasons = "; ".join(f"{c.name}: {c.what}" for c in self.skipped[:4])
+            apart = len({call.name for call in calls}) > 1
             raise NoEffect(
                 "no layer can be pruned",
                 reasons or f"no convolution or linear layer in {type(model).__name__}",
-                "widen `select`, or unfreeze the layers to prune",
+                "pass the `example` of a `forward` that calls these networks: one by one, each gives an output"
+                if apart
+                else "widen `select`, or unfreeze the layers to prune",
             )
         self.dense_macs = self.macs({})
         self._queries = self._find_queries()

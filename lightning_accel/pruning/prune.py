@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.errors import BrokenModel, NoEffect, explain
+from lightning_accel.errors import AccelError, BrokenModel, NoEffect, explain
 from lightning_accel.pruning import activations, compensation, interop, rounding, selection
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning.adopt import Adopted, adopt
@@ -378,12 +378,12 @@ def _compensated(found: Adopted, batches: Sequence[Sequence[Call]], *, must: boo
         solved = compensation.compensate(
             graph.model, small, groups=graph.groups, gone=gone, batches=batches
         )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, AccelError) as error:
         if must:
             raise
-        return dataclasses.replace(
-            cut, notes=("not compensated: there is not enough memory for it",)
-        )
+        is_told = isinstance(error, AccelError)
+        why = str(error) if is_told else "there is not enough memory for it"
+        return dataclasses.replace(cut, notes=(f"not compensated: {why}",))
     raw, after = solved.output
     if not (must or after <= raw):
         why = f"not compensated: the error of the output would rise from {raw:.2g} to {after:.2g}"
