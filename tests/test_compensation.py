@@ -217,3 +217,27 @@ def test_the_function_has_an_example_and_no_data() -> None:
     prune(same, example=rows(), ratio=0.5, compensate=False)
     for a, b in zip(raw.parameters(), same.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Scaled(nn.Linear):
+    """Equalized learning rates (Karras et al. 2018): the weight is not what is multiplied with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 4, self.bias)
+
+
+@pytest.mark.parametrize("way", ["subclass", "hook"])
+def test_layers_that_compute_something_else_are_left_and_the_others_solved(
+    way: str, trainer_kwargs: dict[str, Any]
+) -> None:
+    dense = Mixer()
+    if way == "subclass":
+        dense.net[3] = Scaled(20, 3)
+    else:
+        dense.net[3].register_forward_hook(lambda _, __, output: output.sigmoid())
+    _, pruning = fitted(trainer_kwargs, dense)
+    notes = [n for n in pruning.receipt.notes if n.startswith("not compensated")]
+    assert notes == [
+        "not compensated: `net.3`: it gives out something else than its input times its weight, and its bias"
+    ]
+    assert {c.name for c in pruning.receipt.changes if c.what == "compensated"} >= {"net.2.weight"}

@@ -549,3 +549,22 @@ def test_width_is_proved_beside_depth() -> None:
     assert rows is not None
     other = {**cut.kept, name: cut.kept[name]._replace(dims=(rows.flip(0), *rest))}
     assert mask_equivalence(net, dataclasses.replace(cut, kept=other), example=X) > 1e-3
+
+
+def test_what_a_block_keeps_of_its_last_forward_hangs_on_no_graph() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.kept = nn.Linear(8, 8), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept: Any = {"maps": [self.up(x)]}
+            return x + self.kept["maps"][0].relu()
+
+    net = nn.Sequential(nn.Linear(8, 8), Keeps(), Keeps(), nn.Linear(8, 2)).double()
+    example = torch.randn(4, 8, dtype=torch.float64)
+    net(example).sum().backward()
+    prune(net, example=example, ratio=0.5, depth="only")
+    with torch.no_grad():  # so that the block that is left keeps no graph either
+        output = net(example)
+    assert torch.equal(copy.deepcopy(net)(example), output)

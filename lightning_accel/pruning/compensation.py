@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lightning_accel.pruning.graph import Group
 
 Gone = Mapping[str, Sequence[int]]
+_COMPUTES_MORE = "it gives out something else than its input times its weight, and its bias"
 _ENOUGH, _AT_LEAST = 32, 4096
 """Samples for each input of a layer, and of a layer: of more, as many are drawn."""
 
@@ -129,7 +130,8 @@ def compensate(
         tried = [calls for i, calls in enumerate(steps) if _held_out(1, i, len(steps))[1]] or steps
         leftover = Leftover(dense, tried, renews=False)
         before = leftover.of(work)
-        order = _counted(dense, readers, steps[0])
+        order, others = _counted(dense, readers, steps[0])
+        left_out += [Change(name, _COMPUTES_MORE) for name in sorted(others)]
         once = [name for name, count in order.items() if count == 1]
         with _Seen(dense, work, steps, once) as seen:
             for name in order:
@@ -199,17 +201,43 @@ def _readers(
     return found, list(left_out.values())
 
 
-def _counted(dense: nn.Module, names: Iterable[str], calls: Sequence[Call]) -> dict[str, int]:
-    """Count the calls of layers, in the order of their first ones."""
+def _counted(
+    dense: nn.Module, names: Iterable[str], calls: Sequence[Call]
+) -> tuple[dict[str, int], set[str]]:
+    """Count the calls of layers, in the order of their first ones; and name those that compute something else.
+
+    A subclass with a forward of its own, or a hook on a layer, may do anything with its weight.
+    """
     by_module = {dense.get_submodule(name): name for name in names}
     order: Counter[str] = Counter()
+    others: set[str] = set()
 
-    def note(module: nn.Module, *_: Any) -> None:
-        order[by_module[module]] += 1
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        name = by_module[module]
+        order[name] += 1
+        x = only_input(args, kwargs)
+        if x is not None and isinstance(output, Tensor) and not _is_product(module, x, output):
+            others.add(name)
 
     with _after(by_module, note), preserve_rng():
         run(dense, calls)
-    return dict(order)
+    return {name: count for name, count in order.items() if name not in others}, others
+
+
+def _is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether a layer gives out its input times its matrix, and its bias, as far as the first sample shows."""
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    assert weight is not None
+    given, wanted = samples(layer, x)[:1], samples(layer, y)[:1]
+    rows = matrix(layer, weight)
+    found = patches(layer, given) @ rows.mT
+    if bias is not None:
+        found = found + exact(bias).view(rows.shape[:2])[:, None]
+    wanted = by_block(layer, wanted)
+    if found.shape != wanted.shape:
+        return False
+    scale = wanted.abs().amax() if wanted.numel() else 0.0
+    return bool(((found - wanted).abs() <= 0.02 * scale).all() or not wanted.isfinite().all())
 
 
 def _kept_outputs(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_accel.errors import StructureMismatch
 from lightning_accel.surgery.acting import is_of_torch
@@ -198,6 +199,7 @@ def bypass(model: nn.Module, handings: Mapping[str, Handing]) -> list[Gone]:
             continue
         made = stand_in(block, handings[name])
         block._compiled_call_impl = None
+        _detach(block)
         made.husk.recorders = _recorders(block)
         for key, _ in made.husk.recorders:
             del block._forward_hooks[key]
@@ -208,6 +210,18 @@ def bypass(model: nn.Module, handings: Mapping[str, Handing]) -> list[Gone]:
         made.husk.empty(held)
         found.append(Gone(name, block, own))
     return found
+
+
+def _detach(block: nn.Module) -> None:
+    """Let what modules kept of their last forward hang on no graph, which nothing could copy."""
+    for module in block.modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules") and not isinstance(
+                value, nn.Module
+            ):
+                leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+                if any(leaf.grad_fn is not None for leaf in leaves):
+                    module.__dict__[key] = tree_map_only(Tensor, Tensor.detach, value)
 
 
 def stand_in(block: nn.Module, handing: Handing) -> Bypass:
