@@ -210,6 +210,29 @@ def test_averages_and_slow_weights_are_changed_as_their_weights(
         assert set(made[0].state[p]["squares"].flatten().tolist()) == {0.009999999776482582}
 
 
+class Heads(nn.Module):
+    """Two layers with a bias in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.one, self.two = nn.Linear(8, 24), nn.Linear(24, 3), nn.Linear(24, 3)
+        self.two.bias = self.one.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(x).tanh()
+        return torch.cat([self.one(x), self.two(x)], 1)
+
+
+def test_a_bias_that_two_layers_share_stays(trainer_kwargs: dict[str, Any]) -> None:
+    dense = Mixer()
+    dense.net = Heads()  # type: ignore[assignment]
+    made, pruning = fitted(trainer_kwargs, dense)
+    assert torch.equal(made.net.one.bias, dense.net.one.bias)  # type: ignore[arg-type]
+    assert made.net.one.bias is made.net.two.bias
+    changed = {c.name for c in pruning.receipt.changes if c.what == "compensated"}
+    assert changed == {"net.one.weight", "net.two.weight"}
+
+
 def test_the_function_has_an_example_and_no_data() -> None:
     dense = Mixer().net
     raw, same = copy.deepcopy(dense), copy.deepcopy(dense)

@@ -122,6 +122,7 @@ def compensate(
     if not steps:
         raise ValueError(explain("there is nothing to solve from", "no batch"))
     work = twin(cut)
+    holders = Counter(id(p) for module in work.modules() for p in module._parameters.values())
     readers, left_out = _readers(work, groups, gone)
     values: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
@@ -137,7 +138,9 @@ def compensate(
             for name in order:
                 kept = _kept_outputs(dense, name, groups, gone)
                 layer, pairs = work.get_submodule(name), seen.pairs(name)
-                found = _solve_layer(layer, pairs, len(steps), kept, ridge)
+                bias = layer._parameters.get("bias")
+                free = bias is not None and bias.requires_grad and holders[id(bias)] == 1
+                found = _solve_layer(layer, pairs, len(steps), kept, ridge, free=int(free))
                 if isinstance(found, str):
                     left_out.append(Change(name, found))
                     continue
@@ -262,13 +265,14 @@ def _solve_layer(
     count: int,
     kept: Tensor | None,
     ridge: float | None,
+    *,
+    free: int,
 ) -> tuple[dict[str, Tensor], tuple[float, float]] | str:
     """Return new values and the error before and after, or why there are none."""
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
     old = matrix(layer, weight)  # (groups, outputs, inputs x kernel)
     offset = old.new_zeros(old.shape[:2]) if bias is None else exact(bias).view(old.shape[:2])
-    free = int(bias is not None and bias.requires_grad)
     rows = torch.cat([old, offset[..., None]], -1) if free else old
 
     def data() -> Iterator[Piece]:

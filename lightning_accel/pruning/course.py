@@ -163,6 +163,8 @@ def report(
         text += f"\n  {target[0]}"
     for change in receipt.skipped:
         text += f"\n  left alone: `{change.name}`: {change.what}"
+    for note in receipt.notes[1:]:  # the first says how much is gone
+        text += f"\n  {note}"
     rank_zero_info(text)
     for logger in trainer.loggers:
         logger.log_metrics(values, trainer.global_step)
