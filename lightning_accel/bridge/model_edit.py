@@ -147,7 +147,7 @@ def commit(
     optimizers = optimizers_of(trainer, pl_module, hidden)
     _warn_of_resets(follow(optimizers, receipt))
     _add_to_slow_weights(optimizers, pl_module, cut.added)
-    _tell_of_shadows(shadows.follow(cut.kept, cut.added))
+    _tell_of_shadows(shadows.follow(cut.kept))
     Dropped(pl_module).add(entries)
     if finish is not None:
         finish()

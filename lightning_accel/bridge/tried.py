@@ -41,21 +41,36 @@ class StepOfFit(NamedTuple):
     def __call__(self, model: LightningModule, cut: Cut) -> None:
         """Raise what the step raises on a copy of `model` after a cut, with all that the module holds beside."""
         with preserve_rng(), inert_copy(self.trainer, model) as copy:
-            _follow(copy, widened(cut, possible(self.trainer, cut)))
+            real = self.trainer.lightning_module
+            _follow(copy, widened(cut, possible(self.trainer, cut)), _Beside(real, cut))
             run_step(self.trainer, copy, self.batch, 0)
 
 
-def _follow(copy: LightningModule, cut: Cut) -> None:
-    """Cut a copy, and what it holds beside its parameters."""
-    holders = {name: kept_by(module) for name, module in copy.named_modules()}
-    shadows = Shadows(copy, holders)
-    lost = parameters_under(copy, cut.bypassed)
-    names = set(lost.values())
-    lost |= {id(shadow.tensor): shadow.name for shadow in shadows if shadow.name in names}
-    entries = entries_of(holders, lost) if lost else []
+class _Beside:
+    """What a module holds beside its parameters, that a cut of it changes."""
+
+    def __init__(self, module: LightningModule, cut: Cut) -> None:
+        holders = {name: kept_by(m) for name, m in module.named_modules()}
+        self.shadows = Shadows(module, holders)
+        lost = parameters_under(module, cut.bypassed)
+        names = set(lost.values())
+        lost |= {id(shadow.tensor): shadow.name for shadow in self.shadows if shadow.name in names}
+        self.entries = entries_of(holders, lost) if lost else []
+
+    def tensors(self) -> set[int]:
+        return {id(shadow.tensor) for shadow in self.shadows}
+
+    def containers(self) -> set[int]:
+        return {id(entry.container) for entry in self.entries}
+
+
+def _follow(copy: LightningModule, cut: Cut, real: _Beside) -> None:
+    """Cut a copy, and what it holds beside its parameters, but for what its functions hold of the real one."""
+    own = _Beside(copy, cut)
+    theirs, held = real.tensors(), real.containers()
     cut.apply(copy)
-    shadows.follow(cut.kept, cut.added)
-    take_out(entries)
+    own.shadows.follow(cut.kept, but=theirs)
+    take_out([entry for entry in own.entries if id(entry.container) not in held])
 
 
 def steps_of(trainer: Trainer, at_hand: AtHand | None = None) -> list[StepOfFit]:

@@ -12,7 +12,7 @@ A record of weights cannot be told from an anchor, and is cut along; a list of d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -106,16 +106,15 @@ class Shadows:
         yield from self._found.values()
 
     @torch.no_grad()
-    def follow(
-        self, kept: Mapping[str, Kept], added: Mapping[str, Tensor] | None = None
-    ) -> list[Shadow]:
-        """Cut each as its parameter was cut, and return those; averages are changed by what was `added` to it."""
-        cut = [shadow for shadow in self._found.values() if shadow.name in kept]
+    def follow(self, kept: Mapping[str, Kept], *, but: Container[int] = ()) -> list[Shadow]:
+        """Cut each as its parameter was cut, but for tensors of these identities, and return those.
+
+        What a compensated cut adds to weights is not added: an anchor is no average, and comes back without it.
+        """
+        mine = [shadow for shadow in self._found.values() if id(shadow.tensor) not in but]
+        cut = [shadow for shadow in mine if shadow.name in kept]
         for shadow in cut:
             shadow.tensor.data = kept[shadow.name].take(shadow.tensor)
-        for shadow in self._found.values():
-            if added and shadow.name in added:
-                add_to_average(shadow.tensor, self._tensors[shadow.name], added[shadow.name])
         return cut
 
     def unclear(self, parts: Mapping[str, Sequence[Tensor | None]]) -> list[Shadow]:

@@ -72,8 +72,10 @@ class Averages(Callback):
             was, weight = map(torch.from_numpy, before)
             if f"net.{name}" in kept:
                 was, weight = (kept[f"net.{name}"].take(tensor) for tensor in (was, weight))
-            expected = was + (live[name].detach() - weight)  # what was compensated, if anything
-            self.right.append(all(torch.allclose(held, expected, 0, 1e-6) for held in (one, other)))
+            added = (
+                live[name].detach() - weight
+            )  # what was compensated, and is in copies of the module
+            self.right.append(torch.equal(one, was) and torch.allclose(other, was + added, 0, 1e-6))
 
     def state_dict(self) -> dict[str, Any]:
         return {"kept": [t.clone() for t in self.tensors()]}
