@@ -60,7 +60,8 @@ class Averages(Callback):
 
     def on_model_edit_start(self, trainer: Trainer, pl_module: Any) -> None:
         live = dict(pl_module.net.named_parameters())
-        both = [(n, t, live[n].detach()) for n, t in self.named.items()]
+        copies = dict(self.part.named_parameters())
+        both = [(n, t, copies[n].data, live[n].detach()) for n, t in self.named.items()]
         self.before = [(n, *(t.numpy().copy() for t in pair)) for n, *pair in both]
 
     def on_model_edit_end(self, trainer: Trainer, pl_module: Any, receipt: Any) -> None:
@@ -69,13 +70,16 @@ class Averages(Callback):
         for (name, *before), one, other in zip(
             self.before, self.named.values(), self.part.parameters(), strict=True
         ):
-            was, weight = map(torch.from_numpy, before)
+            was, in_copy, weight = map(torch.from_numpy, before)
             if f"net.{name}" in kept:
-                was, weight = (kept[f"net.{name}"].take(tensor) for tensor in (was, weight))
+                take = kept[f"net.{name}"].take
+                was, in_copy, weight = take(was), take(in_copy), take(weight)
             added = (
                 live[name].detach() - weight
             )  # what was compensated, and is in copies of the module
-            self.right.append(torch.equal(one, was) and torch.allclose(other, was + added, 0, 1e-6))
+            self.right.append(
+                torch.equal(one, was) and torch.allclose(other, in_copy + added, 0, 1e-6)
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"kept": [t.clone() for t in self.tensors()]}
