@@ -154,7 +154,7 @@ def report(
     values = {"pruning/params": float(after), "pruning/params_left": after / before}
     text = (
         f"Pruned before epoch {trainer.current_epoch}: {before:,} -> {after:,} parameters "
-        f"({after / before:.0%}), {len(receipt.changes) - len(blocks)} tensors."
+        f"({after / before:.0%}), {len({c.name for c in receipt.changes if c.what == 'pruned'})} tensors."
     )
     if blocks:
         text += f"\n  whole blocks: {', '.join(f'`{name}`' for name in blocks)}"
