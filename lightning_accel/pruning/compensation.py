@@ -159,7 +159,9 @@ def compensate(
 def check(compensate: Any) -> None:
     """Raise unless this says whether to compensate."""
     if compensate is not None and type(compensate) is not bool:
-        raise TypeError(explain("`compensate` is true or false", repr(compensate), "pass True"))
+        raise TypeError(
+            explain("`compensate` is true or false", repr(compensate), "pass True or False")
+        )
 
 
 def _require_runs(cut: nn.Module, calls: Sequence[Call]) -> None:
