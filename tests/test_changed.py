@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import Distillation, Macs, Params, SparsityTraining, WeightMasks
 from lightning_accel import StructuredPruning as Pruning
 from lightning_accel.errors import AccelError
+from lightning_accel.pruning.history import left
 
 ASKED = "asked for something else than in the fit that the checkpoint comes from"
 
@@ -132,7 +133,7 @@ def test_a_schedule_goes_on_in_its_own_unit(fits: Fits, now: Any) -> None:
     before, again = Pruning(target=Macs(0.5), when=[0, 1]), Pruning(target=now, when=[0, 1])
     if isinstance(now, Macs):
         assert fits(before, again) == []
-        assert again._left() == pytest.approx(0.3, abs=0.06)
+        assert left(again.history) == pytest.approx(0.3, abs=0.06)
     else:
         with pytest.raises(AccelError, match=r"in the unit in which it began.*target=Macs.*Params"):
             fits(before, again)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -27,26 +26,19 @@ from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import NoEffect
 from lightning_accel.pruning import course
 from lightning_accel.pruning import guard as guarding
+from lightning_accel.pruning import history as past
 from lightning_accel.pruning import schedule as scheduling
 from lightning_accel.pruning.foreign import Pruner
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.recalibrate import check_batches
-from lightning_accel.pruning.request import Request
+from lightning_accel.pruning.request import Decision, Request
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trained import UNTRAINED, looks_untrained
-from lightning_accel.surgery import Cut, Receipt, Select, Stage, Structure
+from lightning_accel.surgery import Receipt, Select, Stage, Structure
 from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.preserve import preserve_rng
 
 _BATCHES = 10  # of training data, for an importance that measures
-
-
-class _Decision(NamedTuple):
-    """What to take out, what that leaves of the target's unit, and how that or a refusal is told."""
-
-    cut: Cut
-    kept: float | None
-    text: str
 
 
 class StructuredPruning(ModelEdit):
@@ -67,7 +59,7 @@ class StructuredPruning(ModelEdit):
             start of the fit, as all shares here. A fit that resumes from a checkpoint is one with that which
             wrote it; a new fit of a network that was pruned before starts from what is left.
         when: Epoch before which to prune, counted from 0; or the share of the fit (0.4 of 20 epochs is
-            epoch 8); or a list of either. With 0 the network should be one that is trained already: it is
+            epoch 8); or a list of either. Of a search one is where it begins, `patience` apart. With 0 the network should be one that is trained already: it is
             warned of one that looks untrained (`warnings.filterwarnings("ignore", "StructuredPruning")`).
         target: Instead of `ratio`, what to keep of the network at the start of the fit: `Macs(0.5)`,
             `Params(0.5)`, `Latency(0.5)` on the device of the fit, `Memory(0.5)`.
@@ -75,6 +67,7 @@ class StructuredPruning(ModelEdit):
             on ten training batches.
         scope: "local" takes the same share of every layer, "global" ranks all channels together,
             "isomorphic" those of layers of equal structure, "sensitivity" by what each layer costs, measured.
+            By default "local", and "sensitivity" in a search.
         schedule: How the share rises over the epochs of `when`: "linear", "cubic" (most of it early),
             "iterative" (the same share of what is left), or "one_shot" for one epoch.
         select: Layers whose channels may go: a `Select`, a name pattern or several. The last layer is
@@ -88,7 +81,9 @@ class StructuredPruning(ModelEdit):
             those that change the outputs on ten training batches least for what they save.
         recalibrate: Training batches for new batch-norm statistics after each prune; 0 keeps the old.
         max_drop: How much worse `monitor` may get than before the first prune. Beyond that when the next
-            prune is due, or at the end, the last prune is taken back and none follows.
+            prune is due, or at the end, the last prune is taken back and none follows. Without `ratio`,
+            `target` and `pruner` this is a search: it prunes as far as the metric allows, in steps that grow
+            until one is taken back and are halved from there. `trade_off` tells what was seen.
         monitor: A metric that is logged in validation.
         mode: "max" where more of it is better, "min" where less is.
         patience: With `max_drop`, epochs of fine-tuning before a prune can be taken back; a prune that
@@ -116,7 +111,7 @@ class StructuredPruning(ModelEdit):
         when: float | Iterable[float],
         target: Target | None = None,
         importance: Importance = "magnitude",
-        scope: str = "local",
+        scope: str | None = None,
         schedule: str = "linear",
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
         round_to: int | str | None = None,
@@ -134,11 +129,12 @@ class StructuredPruning(ModelEdit):
         self._when = scheduling.moments(when)
         self._epochs: tuple[int, ...] | None = None
         self.select = Select.of(select)
+        searches = max_drop is not None and ratio is None and target is None and pruner is None
         self.request = Request(
             ratio=ratio,
             target=target,
             importance=importance,
-            scope=scope,
+            scope=scope or ("sensitivity" if searches else "local"),
             steps=len(self._when),
             schedule=schedule,
             select=self.select,
@@ -147,6 +143,7 @@ class StructuredPruning(ModelEdit):
             compensate=compensate,
             depth=depth,
             pruner=pruner,
+            is_search=searches,
         )
         self._sparse = course.SparseTraining(pruner, example)
         check_batches(recalibrate)
@@ -172,6 +169,13 @@ class StructuredPruning(ModelEdit):
     def when(self) -> tuple[float, ...]:
         """The epochs before which to prune; shares of the fit until a fit has begun."""
         return self._when if self._epochs is None else self._epochs
+
+    @property
+    def trade_off(self) -> list[dict[str, Any]]:
+        """What `monitor` was at each size: `kept` of the target's unit, `params`, `score`, `pareto` (none is better)."""
+        if self.guard is None:
+            return []
+        return past.trade_off(self.history, self.guard.baseline, self.guard.mode)
 
     @property
     @override
@@ -212,6 +216,8 @@ class StructuredPruning(ModelEdit):
         guards.refuse_sharded(trainer.strategy, what)
         guards.refuse_spawn(trainer.strategy, what)
         self._epochs = scheduling.epochs(self._when, trainer.max_epochs)
+        if self.request.is_search and self.guard is not None:
+            self._epochs = past.moments(self._epochs, trainer.max_epochs, self.guard.patience)
         if not guards.is_trial(trainer):
             scheduling.require_reached(self._epochs, trainer.max_epochs)
         self.request.refuse_manual(pl_module.automatic_optimization)
@@ -241,7 +247,7 @@ class StructuredPruning(ModelEdit):
             self._start = pristine(pl_module).now(pl_module)
         if not self.history:
             self._sparse.begin(trainer, pl_module)
-        if self._done() < len(self.when):
+        if self._done() < len(self.when) and not (self.request.is_search and self.history):
             with preserve_rng(), nothing_heard(pl_module):
                 try:
                     calls = find_example(trainer, pl_module, self.example, reach=True)
@@ -250,7 +256,7 @@ class StructuredPruning(ModelEdit):
                 self.request.rehearse(
                     unfrozen(pl_module),
                     calls,
-                    left=self._left(),
+                    left=past.left(self.history),
                     dense=self._dense(pl_module),
                     source=TrainingData(trainer, pl_module, _BATCHES),
                     steps=steps_of(trainer),
@@ -327,6 +333,8 @@ class StructuredPruning(ModelEdit):
         if self.guard is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self.guard.note(trainer.callback_metrics)
+        if self.guard.latest is not None:
+            past.note_score(self.history, self.guard.latest)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -340,7 +348,9 @@ class StructuredPruning(ModelEdit):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._may_go_on(trainer, pl_module, final=True)
         bests.save_at_end(trainer, pl_module)
-        if self.guard is not None and self.guard.stopped:
+        if self.guard is not None and self.request.is_search and self.history:
+            rank_zero_info(past.says(self.trade_off, self.guard.monitor))
+        if self.request.is_search or (self.guard is not None and self.guard.stopped):
             return
         # `current_epoch` counts on before this hook; with a guard, steps that are past may be put off.
         late = trainer.current_epoch if self.guard is None else 0
@@ -363,11 +373,11 @@ class StructuredPruning(ModelEdit):
         if self._done() == len(self.when) or (self.guard is not None and self.guard.stopped):
             happens = "every step is done or taken back, and nothing more is pruned"
             rank_zero_warn(in_vain(type(self).__name__, difference, happens))
-        elif self.request.target is not None:
+        else:
             self.request.refuse_other_unit(self._before["target"])
 
     def _done(self) -> int:
-        return min(int(self.history[-1]["step"]), len(self.when)) if self.history else 0
+        return past.done(self.history, len(self.when))
 
     def _may_go_on(self, trainer: Trainer, pl_module: LightningModule, final: bool = False) -> bool:
         """Judge the last prune, and take it back if need be; whether the next one may come."""
@@ -377,23 +387,26 @@ class StructuredPruning(ModelEdit):
         verdict = trainer.strategy.broadcast(verdict)
         if verdict == "back":
             assert self.guard.snapshot is not None
-            rank_zero_warn(
+            # In a search that is how the bound is found.
+            told = rank_zero_info if self.request.is_search else rank_zero_warn
+            told(
                 f"The prune before epoch {self.guard.pruned_at} is taken back: {self.guard.says()}."
             )
             self.receipt = self.receipt + rewind(trainer, pl_module, self.guard.snapshot)
             self.history[-1]["rolled_back"] = trainer.current_epoch
+        goes_on = self.request.is_search and not final and any(past.next_steps(self.history))
         if verdict == "back" or (verdict == "go" and final):
-            self.guard.close(stopped=verdict == "back")
-        return verdict == "go"
+            self.guard.close(stopped=verdict == "back" and not goes_on)
+        return verdict == "go" or (verdict == "back" and goes_on)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, due: int) -> bool:
         before = sum(p.numel() for p in pl_module.parameters())
         found = self._decide(trainer, pl_module, due)
         if not found.cut:  # rounding can put a step off, but not the whole
-            if due == len(self.when) and not self.history:
+            if (due == len(self.when) or self.request.is_search) and not self.history:
                 raise NoEffect(found.text)
-            if self.history:
-                self.history[-1]["step"] = due
+            if self.history:  # a search has tried smaller ones
+                self.history[-1]["step"] = len(self.when) if self.request.is_search else due
             rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.text}")
             return False
         earlier = bests.bests(trainer)
@@ -415,33 +428,22 @@ class StructuredPruning(ModelEdit):
                 "bests": earlier,
             }
         )
-        told = (found.text, self._left()) if found.text else None
+        told = (found.text, past.left(self.history)) if found.text else None
         course.report(trainer, pl_module, receipt, before, told)
         return True
 
-    def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> _Decision:
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> Decision:
         """Decide on all processes, because networks may talk to each other, and take rank 0's word."""
         data = TrainingData(trainer, pl_module, _BATCHES, self._at_hand)
-        left, dense = self._left(), self._dense(pl_module)
+        what: dict[str, Any] = {"dense": self._dense(pl_module), "source": data}
+        what["history"] = self.history
         with preserve_rng(), nothing_heard(pl_module):
             calls = find_example(trainer, pl_module, self.example, self._at_hand, reach=True)
-            steps = steps_of(trainer, self._at_hand)
-            try:
-                cut = self.request.plan(
-                    pl_module, calls, due=due, left=left, dense=dense, source=data, steps=steps
-                )
-                kept = self.request.kept(pl_module, calls, cut)
-                device = trainer.strategy.root_device
-                text = self.request.says(calls, due, left * (kept or 1.0), device)
-                found = _Decision(cut, kept, text)
-            except NoEffect as error:
-                found = _Decision(Cut(), None, str(error))
+            what["steps"] = steps_of(trainer, self._at_hand)
+            device = trainer.strategy.root_device
+            found = self.request.decide(pl_module, calls, due=due, device=device, **what)
         return trainer.strategy.broadcast(found)
 
     def _dense(self, pl_module: LightningModule) -> Structure:
         """Return the sizes at the start of the fit of what has been pruned by now."""
         return pristine(pl_module).updated(self._start or Structure())
-
-    def _left(self) -> float:
-        """Return the share of the target's unit that is left since the start of the fit."""
-        return math.prod(step["kept"] for step in self.history if step["kept"] is not None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.errors import AccelError, Unsupported
+from lightning_accel.errors import AccelError, NoEffect, Unsupported
 from lightning_accel.pruning import compensation, selection
+from lightning_accel.pruning import history as past
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import schedule as scheduling
 from lightning_accel.pruning.activations import Statistics, collect_gradients
@@ -47,6 +48,14 @@ class Source(Protocol):
     def losses(self, copy: Any) -> Iterable[Tensor]: ...
 
 
+class Decision(NamedTuple):
+    """What to take out, what that leaves of the target's unit, and how that or a refusal is told."""
+
+    cut: Cut
+    kept: float | None
+    text: str
+
+
 @dataclass(frozen=True)
 class Request:
     """The arguments of `StructuredPruning` that say what to prune; checked.
@@ -68,8 +77,14 @@ class Request:
     compensate: bool | None = None
     depth: bool | str = False
     pruner: Pruner | None = None
+    is_search: bool = False
+    """Whether only a metric says how much may go."""
 
     def __post_init__(self) -> None:
+        if self.is_search:
+            past.require_no_schedule(self.schedule)
+            self.asked([])  # each checked
+            return
         check_asked(self.ratio, self.target, self.pruner)
         if self.pruner is not None:
             require_alone({name: getattr(self, name) for name in SAID_BY_PRUNER})
@@ -85,7 +100,11 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """Return what is asked, by the names of the arguments of `StructuredPruning`."""
-        left_out = ("select", "steps")  # the state's key, and `when`
+        left_out = (
+            "select",
+            "steps",
+            "is_search",
+        )  # the state's key, `when`, and what follows from them
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -110,8 +129,10 @@ class Request:
         Raises:
             AccelError: They were.
         """
-        name = type(self.target).__name__
-        if before.partition("(")[0] != name:
+        if self.target is None and not self.is_search:
+            return
+        name = type(self.target or self.asked([])[0].target).__name__
+        if before.partition("(")[0] != name and not (self.is_search and before == "None"):
             raise AccelError(
                 "a schedule that has begun goes on in the unit in which it began",
                 f"target={before} in the checkpoint, {self.target} now",
@@ -171,6 +192,41 @@ class Request:
         )
         return dataclasses.replace(cut, notes=(*cut.notes, *why_not))
 
+    def decide(
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        *,
+        due: int,
+        history: Sequence[past.Entry],
+        device: torch.device,
+        **how: Any,
+    ) -> Decision:
+        """Return the plan, what it leaves and how to say so; an empty cut if there is none. As `plan`."""
+        left = past.left(history)
+        due = 1 if self.is_search else due
+        for asked in self.asked(history):
+            try:
+                cut = asked.plan(model, calls, due=due, left=left, **how)
+            except NoEffect as error:
+                found = Decision(Cut(), None, str(error))
+                continue
+            kept = asked.kept(model, calls, cut)
+            if self.is_search and kept in past.in_vain(history):
+                found = Decision(
+                    Cut(), None, "The least that could go next was taken back already."
+                )
+                continue
+            return Decision(cut, kept, asked.says(calls, due, left * (kept or 1.0), device))
+        return found
+
+    def asked(self, history: Sequence[past.Entry]) -> list[Request]:
+        """Return what is asked; of a search what is asked next, and what where that cannot be had."""
+        if not self.is_search:
+            return [self]
+        step = dataclasses.replace(self, steps=1, is_search=False, target=next(past.next_steps([])))
+        return [dataclasses.replace(step, target=target) for target in past.next_steps(history)]
+
     def _calibration(self, source: Source) -> tuple[list[Sequence[Call]], list[str]]:
         """Return the calls of training batches for what measures on them, or why what is no must has none."""
         joint = self.importance == "reconstruction" or isinstance(self.importance, Reconstruction)
@@ -198,6 +254,10 @@ class Request:
         Raises:
             NoEffect: There is nothing to remove, or the target is out of reach.
         """
+        if self.is_search:
+            asked = self.asked([])[0]
+            asked.rehearse(model, calls, left=left, dense=dense, source=source, steps=steps)
+            return
         if self.pruner is not None:
             self.plan(
                 model, calls, due=self.steps, left=left, dense=dense, source=source, steps=steps

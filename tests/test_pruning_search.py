@@ -1,0 +1,272 @@
+"""Pruning as far as a metric allows, against bounds that the metric itself sets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_accel import Macs, Params, StructuredPruning
+from lightning_accel.errors import AccelError, NoEffect
+from lightning_accel.pruning import history as past
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+]
+
+
+def macs(net: nn.Module) -> int:
+    """Multiply-accumulates of a ConvNet on an image of 8 x 8, counted by hand."""
+    sizes = {"stem.0": 64, "conv.0": 64, "down.0": 9, "head": 1}
+    return sum(size * net.get_parameter(f"{name}.weight").numel() for name, size in sizes.items())
+
+
+class Bounded(LightningModule):
+    """Its score is good while at least `bound` of the arithmetic is there, and the sizes that it saw are kept."""
+
+    def __init__(self, bound: float, width: int = 24, good: float = 0.9, bad: float = 0.5) -> None:
+        super().__init__()
+        self.net = tiny.ConvNet(width)
+        self.dense, self.bound, self.scores = macs(self.net), bound, (good, bad)
+        self.seen: list[tuple[float, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        left = macs(self.net) / self.dense
+        score = self.scores[left < self.bound]
+        if batch_idx == 0:
+            self.seen.append((left, score))
+        self.log("score", score, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def loader() -> DataLoader[Any]:
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x, torch.arange(16) % 4), 8)
+
+
+Fit = Callable[..., Trainer]
+
+
+@pytest.fixture
+def fit(trainer_kwargs: dict[str, Any]) -> Fit:
+    def run(
+        module: LightningModule, *callbacks: Callback, ckpt: Any = None, epochs: int = 12, **kw: Any
+    ) -> Trainer:
+        saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        given = {"max_epochs": epochs, "enable_checkpointing": saves, **kw}
+        trainer = Trainer(**{**trainer_kwargs, **given, "callbacks": list(callbacks)})
+        trainer.fit(module, loader(), loader(), ckpt_path=ckpt)
+        return trainer
+
+    return run
+
+
+def search(**changed: Any) -> StructuredPruning:
+    return StructuredPruning(**{"when": 1, "max_drop": 0.01, "monitor": "score", **changed})
+
+
+def bounded(bound: float, **how: Any) -> Bounded:
+    torch.manual_seed(0)
+    return Bounded(bound, **how)
+
+
+@pytest.mark.parametrize(("bound", "mode"), [(0.7, "max"), (0.35, "min"), (0.1, "max")])
+def test_it_goes_as_far_as_the_metric_allows_and_no_further(
+    fit: Fit, bound: float, mode: str
+) -> None:
+    scores = {"good": 0.9, "bad": 0.5} if mode == "max" else {"good": 0.1, "bad": 0.5}
+    model, pruning = bounded(bound, **scores), search(mode=mode)
+    fit(model, pruning)
+    left = macs(model.net) / model.dense
+    assert bound <= left < 1.12 * bound + 0.02
+    # what was kept, and what was taken back, is what validation saw
+    seen = [pair for pair, _ in itertools.groupby(model.seen)]
+    points = pruning.trade_off
+    told = [(point["kept"], pytest.approx(point["score"])) for point in points]
+    assert seen[: len(told)] == [(pytest.approx(kept), score) for kept, score in told]
+    assert len(seen) - len(told) in (0, 1)  # the last taken back, and then validated again
+    left_of_it = [(entry["params_before"], entry["params_after"]) for entry in pruning.history]
+    assert len(set(left_of_it)) == len(left_of_it)  # nothing is tried twice
+    for entry in pruning.history:
+        assert ("rolled_back" in entry) == (entry["score"] == pytest.approx(scores["bad"]))
+    sign = 1 if mode == "max" else -1
+    for point in points:
+        better = [
+            p for p in points
+            if (p["params"], -sign * p["score"]) != (point["params"], -sign * point["score"])
+            and p["params"] <= point["params"] and sign * p["score"] >= sign * point["score"]
+        ]  # fmt: skip
+        assert point["pareto"] == (not better)
+
+
+def test_a_step_of_a_search_is_a_prune_to_that_target(fit: Fit) -> None:
+    """One step, and the same said by hand: to the bit."""
+    one, two = bounded(0.0), bounded(0.0)
+    fit(one, search(), epochs=2)
+    fit(two, StructuredPruning(target=Macs(0.8), scope="sensitivity", when=1), epochs=2)
+    assert macs(one.net) < one.dense
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
+
+
+def test_a_search_that_has_not_begun_is_the_plain_fit(fit: Fit) -> None:
+    one, two = bounded(0.0), bounded(0.0)
+    fit(one, search(when=3), epochs=4, limit_train_batches=1, max_steps=3)
+    fit(two, epochs=4, limit_train_batches=1, max_steps=3)
+    assert all(torch.equal(v, two.state_dict()[n]) for n, v in one.state_dict().items())
+
+
+def test_a_prune_that_is_taken_back_leaves_the_fit_as_it_was(fit: Fit) -> None:
+    """The weights after the last prune is taken back are those before it."""
+
+    class Watch(Callback):
+        def __init__(self) -> None:
+            self.states: list[dict[str, Tensor]] = []
+
+        def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.states.append({n: v.clone() for n, v in pl_module.state_dict().items()})
+
+    model, watch, pruning = bounded(1.0), Watch(), search()
+    fit(
+        model, watch, pruning, epochs=3
+    )  # before epoch 1; back and a smaller one before 2; back at the end
+    before, taken_back, smaller = watch.states[0], watch.states[2], model.state_dict()
+    assert [entry["rolled_back"] for entry in pruning.history] == [2, 2]
+    assert 0.78 < pruning.history[0]["kept"] < 0.8 < pruning.history[1]["kept"] < 0.9
+    for name, value in before.items():
+        assert torch.equal(value, taken_back[name]) and torch.equal(value, smaller[name]), name
+
+
+def test_a_resumed_search_goes_on_as_the_uninterrupted_one(fit: Fit, tmp_path: Path) -> None:
+    class Draws(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            torch.manual_seed(trainer.global_step)
+
+    whole, pruning = bounded(0.5, width=16), search()
+    keep = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
+    fit(whole, pruning, Draws(), keep, epochs=6)
+    assert [entry.get("rolled_back") for entry in pruning.history] == [None, None, 4, 5, 5]
+    for epoch in (1, 3, 4):  # between two steps, and between one and its way back
+        resumed, again = bounded(0.5, width=16), search()
+        fit(resumed, again, Draws(), epochs=6, ckpt=tmp_path / f"epoch={epoch}.ckpt")
+        assert again.history == pruning.history and again.trade_off == pruning.trade_off
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), (epoch, name)
+
+
+def test_a_search_goes_on_from_a_schedule_of_the_same_unit_only(fit: Fit, tmp_path: Path) -> None:
+    for target, fits in ((Macs(0.7), True), (Params(0.7), False)):
+        before = StructuredPruning(target=target, when=[1, 2], max_drop=0.01, monitor="score")
+        keep = ModelCheckpoint(dirpath=tmp_path / str(fits), save_top_k=-1, filename="{epoch}")
+        fit(bounded(0.0, width=8), before, keep, epochs=3)
+        model, again = bounded(0.0, width=8), search()
+        with nullcontext() if fits else pytest.raises(AccelError, match="in the unit in which"):
+            fit(model, again, epochs=4, ckpt=tmp_path / str(fits) / "epoch=1.ckpt")
+        if fits:
+            assert past.left(again.history) == pytest.approx(macs(model.net) / model.dense)
+
+
+def test_steps_gallop_until_one_is_taken_back_and_are_halved_from_there() -> None:
+    good, bad = {"kept": 0.5}, {"kept": 0.5, "rolled_back": 3}
+
+    def asked(*history: dict[str, Any]) -> float:
+        return 1 - next(past.next_steps(history)).share / past.left(history)
+
+    assert [asked(*[good] * n) for n in range(4)] == pytest.approx([0.2, 0.3, 0.45, 0.5])
+    assert asked(good, bad) == pytest.approx(0.15) == asked(good, bad, good)
+    assert asked(good, bad, good, bad) == pytest.approx(0.075)
+    assert not list(past.next_steps([good, *[bad] * 4]))
+    shares = [target.share for target in past.next_steps([good])]
+    gone = [1 - share / 0.5 for share in shares]
+    assert all(b == pytest.approx(a / 2) for a, b in itertools.pairwise(gone))
+
+
+def test_where_nothing_more_can_go_it_ends(fit: Fit) -> None:
+    model = bounded(0.0, width=4)
+    pruning = search()
+    fit(model, pruning, epochs=14)
+    assert all("rolled_back" not in entry for entry in pruning.history)
+    assert model.net.conv[0].out_channels == 1 and len(pruning.history) < 13
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_one_epoch_is_where_it_begins_and_every_step_can_be_judged(fit: Fit, patience: int) -> None:
+    pruning = search(when=2, patience=patience)
+    fit(bounded(0.0), pruning, epochs=8)
+    assert pruning.when == tuple(range(2, 8 - patience + 1, patience))
+    assert [entry["epoch"] for entry in pruning.history] == list(pruning.when)
+    assert all("score" in entry for entry in pruning.history)
+
+
+def test_several_epochs_are_those_of_the_steps(fit: Fit) -> None:
+    pruning = search(when=[1, 4])
+    fit(bounded(0.0), pruning, epochs=6)
+    assert [entry["epoch"] for entry in pruning.history] == [1, 4]
+
+
+def test_what_was_seen_is_told_at_the_end(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+    model = bounded(0.7)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        fit(model, search(), epochs=4)
+    (told,) = [r.message for r in caplog.records if "at each size" in r.message]
+    assert "* " in told and "100.0% of the multiply-accumulates" in told and "0.9" in told
+    assert not json.loads(json.dumps(told)).endswith("\n")
+
+
+def test_a_metric_that_breaks_is_no_good_metric(fit: Fit) -> None:
+    model, pruning = bounded(0.5, bad=math.nan), search()
+    fit(model, pruning, epochs=8)
+    assert macs(model.net) / model.dense >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"schedule": "cubic"}, "has none"),
+        ({"when": 0}, "before the first prune"),
+        ({"monitor": None}, "a metric and how much worse"),
+        ({"scope": "glocal"}, "scope"),
+        ({"max_drop": None, "monitor": None}, "either `ratio` or `target`"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        search(**given)
+
+
+def test_a_fit_without_an_end_needs_the_epochs(fit: Fit) -> None:
+    with pytest.raises(ValueError, match="no number of epochs"):
+        fit(bounded(0.0), search(), epochs=-1, max_steps=4)
+    pruning = search(when=[1])
+    with pytest.raises(ValueError, match="no number of epochs"):
+        fit(bounded(0.0), pruning, epochs=-1, max_steps=4)
+
+
+def test_a_network_of_which_nothing_can_go_says_so_at_the_start(fit: Fit) -> None:
+    class Narrow(Bounded):
+        def __init__(self) -> None:
+            LightningModule.__init__(self)
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+
+    with pytest.raises(NoEffect):
+        fit(Narrow(), search())
