@@ -349,7 +349,8 @@ class StructuredPruning(ModelEdit):
         self._may_go_on(trainer, pl_module, final=True)
         bests.save_at_end(trainer, pl_module)
         if self.guard is not None and self.request.is_search and self.history:
-            rank_zero_info(past.says(self.trade_off, self.guard.monitor))
+            bound = len(past.standing(self.history)) < len(self.history)
+            rank_zero_info(past.says(self.trade_off, self.guard.monitor, bound=bound))
         if self.request.is_search or (self.guard is not None and self.guard.stopped):
             return
         # `current_epoch` counts on before this hook; with a guard, steps that are past may be put off.

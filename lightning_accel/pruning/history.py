@@ -129,8 +129,8 @@ def trade_off(history: Sequence[Entry], first: float | None, mode: str) -> list[
     return points
 
 
-def says(points: Sequence[Entry], monitor: str) -> str:
-    """Write the trade-off as a small table, the Pareto points marked."""
+def says(points: Sequence[Entry], monitor: str, *, bound: bool) -> str:
+    """Write the trade-off as a small table, the Pareto points marked, and whether the metric set a bound."""
     lines = [f"What `{monitor}` was at each size (* none is smaller and better):"]
     for point in points:
         share = (
@@ -138,4 +138,6 @@ def says(points: Sequence[Entry], monitor: str) -> str:
         )
         mark = "*" if point["pareto"] else " "
         lines.append(f"  {mark} {share}{point['params']:>12,} parameters: {point['score']:.4g}")
+    if not bound:
+        lines.append("No step was taken back: a longer fit may go further.")
     return "\n".join(lines)
