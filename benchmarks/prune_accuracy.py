@@ -5,7 +5,7 @@ multiply-accumulates, and asked twice: right after the cut, with batch-norm stat
 unlabelled batches, and after a few epochs of fine-tuning. Each importance is tried as it is and with the
 readers' weights solved anew on the same batches ("compensated"). Beside it, bare torch-pruning on the same
 trained network: tiny steps until no more than the same arithmetic is left, and the same re-estimation and
-fine-tuning.
+fine-tuning; and the same pruner of torch-pruning brought through `pruner=`, cut and compensated by us.
 
     python benchmarks/prune_accuracy.py [--seeds 5] [--jobs 2] [--quick] [--json PATH] [--svg PATH]
 
@@ -23,7 +23,6 @@ import copy
 import json
 import math
 import multiprocessing
-import statistics
 import sys
 import time
 import warnings
@@ -35,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accuracy_picture import Found, joined, picture, table
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -44,7 +44,6 @@ from data.pydoc import Pydoc
 from models.gpt import GPT, CausalAttention
 from models.resnet import ResNet
 
-from lightning_accel.measure import Table
 from lightning_accel.measure.flops import count_macs
 from lightning_accel.pruning import Macs, plan, recalibrate
 from lightning_accel.pruning.activations import collect_gradients
@@ -58,6 +57,7 @@ SHARES = (0.7, 0.5, 0.35, 0.25)
 BATCHES = 10
 """Of training data, for everything that measures."""
 THEIRS = ("magnitude", "taylor", "random")
+_MOMENTS = {"cut": "right after the cut", "tuned": "after fine-tuning"}
 _STEPS = 200
 """Steps in which torch-pruning would remove all channels."""
 
@@ -178,7 +178,10 @@ def ours(
 ) -> Iterator[tuple[str, float, nn.Module]]:
     """Yield the label of each variant, the share asked for, and the pruned network."""
     example = [Call("", (batches[0][0][:2],), {})]
-    for importance in importances:
+    asked = [(importance, scope, importance) for importance in importances]
+    if "magnitude" in importances and scope != "sensitivity":
+        asked.append(("magnitude", "sensitivity", "magnitude by sensitivity"))
+    for importance, way, label in asked:
         model, measured = twin(base), None
         if importance == "taylor":
             model = _with_gradients(model, task, batches)
@@ -193,14 +196,56 @@ def ours(
                     calls=example,
                     target=Macs(share),
                     importance=importance,
-                    scope=scope,
+                    scope=way,
                     batches=calls_of(batches),
                     statistics=measured,
                     compensate=compensate,
                 )
                 small = twin(base)
                 cut.apply(small)
-                yield importance + ", compensated" * compensate, share, small
+                yield label + ", compensated" * compensate, share, small
+
+
+def brought(
+    base: nn.Module, task: Task, batches: list[Batch]
+) -> Iterator[tuple[str, float, nn.Module]]:
+    """Yield the networks that torch-pruning's own pruner chooses, cut by us: `plan(pruner=)`."""
+    calls = [Call("", (batches[0][0][:2],), {})]
+    dense = _macs(base, batches[0][0][:2])
+    for share in SHARES:
+        low, high, ratio = 0.0, 1.0, 0.5
+        for _ in range(7):  # the smallest ratio that leaves no more than the share
+            ratio = (low + high) / 2
+            small = twin(base)
+            plan(base, calls=calls, pruner=partial(_pruner, ratio=ratio)).apply(small)
+            enough = _macs(small, batches[0][0][:2]) <= share * dense
+            low, high = (low, ratio) if enough else (ratio, high)
+        for compensate in (False, True):
+            how = {"pruner": partial(_pruner, ratio=high), "compensate": compensate}
+            cut = plan(base, calls=calls, batches=calls_of(batches), **how)
+            small = twin(base)
+            cut.apply(small)
+            yield (
+                "torch-pruning through `pruner=`, magnitude" + ", compensated" * compensate,
+                share,
+                small,
+            )
+
+
+def _pruner(model: nn.Module, example: tuple[Tensor], *, ratio: float) -> object:
+    import torch_pruning
+
+    return torch_pruning.pruner.BasePruner(
+        model,
+        example,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(),
+        pruning_ratio=ratio,
+        ignored_layers=[model.head],
+        num_heads=_heads(model),
+        # Its defaults are dicts that all pruners of a process share.
+        in_channel_groups={},
+        out_channel_groups={},
+    )
 
 
 def _with_gradients(model: nn.Module, task: Task, batches: list[Batch]) -> nn.Module:
@@ -279,9 +324,6 @@ def _macs(model: nn.Module, example: Tensor) -> int:
 
 # -- what comes out --------------------------------------------------------------------------------
 
-Found = dict[tuple[str, float, str], list[float]]
-"""Variant, share and moment ("cut", "tuned", "macs") to one value per seed."""
-
 
 def run(
     name: str,
@@ -328,6 +370,7 @@ def _variants(
     scope: str,
 ) -> Iterator[tuple[str, float, nn.Module | None]]:
     yield from ours(base, task, batches, importances, scope)
+    yield from brought(base, task, batches)
     for importance in baselines:
         for told_heads in (False, True)[: 1 + bool(_heads(base))]:
             try:
@@ -338,130 +381,8 @@ def _variants(
                 yield from ((label, share, None) for share in SHARES)
 
 
-def _joined(seeds: list[Found]) -> Found:
-    found: Found = {}
-    for one in seeds:
-        for key, values in one.items():
-            found.setdefault(key, []).extend(values)
-    return found
-
-
-def table(task: Task, found: Found, moment: str) -> Table:
-    """Show mean and standard error per variant and share."""
-    when = {"cut": "right after the cut", "tuned": f"after {task.tuning} epochs of fine-tuning"}
-    dense = found["dense", 1.0, "cut"]
-    title = (
-        f"{task.name}: {task.metric}, {when[moment]} (dense: {_cell(dense)}, {len(dense)} seeds)"
-    )
-    names = dict.fromkeys(name for name, _, at in found if at == moment and name != "dense")
-    rows = [
-        [name, *(_cell(found.get((name, share, moment), [])) for share in SHARES)] for name in names
-    ]
-    return Table(["importance", *(f"{share:.0%} of the MACs" for share in SHARES)], rows, title)
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "fails"
-    return f"{statistics.fmean(values):.2f} ± {_standard_error(values):.2f}"
-
-
-def _standard_error(values: list[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-_COLOURS = (
-    *("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7"),
-    *("#a463f2", "#97bbf5", "#9c6b4e", "#9498a0", "#1f1f1f", "#c9366b"),
-)
-_PANEL, _MARGIN, _LEGEND = (420, 300), (60, 46), 240
-
-
-def picture(tasks: list[tuple[Task, Found]]) -> str:
-    """Draw a panel per task and moment as one SVG without any reference to the outside."""
-    names = list(
-        dict.fromkeys(
-            n.removesuffix(", compensated")
-            for _, found in tasks
-            for n, _, _ in found
-            if n != "dense"
-        )
-    )
-    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
-    width = 2 * (_PANEL[0] + _MARGIN[0]) + _LEGEND
-    height = len(tasks) * (_PANEL[1] + 2 * _MARGIN[1])
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif" font-size="12"><rect width="{width}" height="{height}" '
-        f'fill="white"/>'
-    ]
-    for row, (task, found) in enumerate(tasks):
-        for column, moment in enumerate(("cut", "tuned")):
-            left = _MARGIN[0] + column * (_PANEL[0] + _MARGIN[0])
-            top = _MARGIN[1] + row * (_PANEL[1] + 2 * _MARGIN[1])
-            parts.append(f'<g transform="translate({left},{top})">')
-            parts += _panel(task, found, moment, colours)
-            parts.append("</g>")
-    left = width - _LEGEND + 20
-    for index, name in enumerate((*names, "dashed: compensated")):
-        y = _MARGIN[1] + 20 * index
-        colour = colours.get(name, "none")
-        parts.append(f'<rect x="{left}" y="{y - 8}" width="16" height="4" fill="{colour}"/>')
-        parts.append(f'<text x="{left + 24}" y="{y}">{name}</text>')
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def _panel(task: Task, found: Found, moment: str, colours: dict[str, str]) -> Iterator[str]:
-    when = {"cut": "right after the cut", "tuned": "after fine-tuning"}
-    lines = {
-        name: [
-            (share, values)
-            for share in (1.0, *SHARES)
-            if (values := found.get((name, share, moment)) or _dense(found, share))
-        ]
-        for name in dict.fromkeys(n for (n, _, at), v in found.items() if at == moment and v)
-        if name != "dense"
-    }
-    means = [statistics.fmean(values) for line in lines.values() for _, values in line]
-    low, high = min(means), max(means)
-    span = high - low or 1.0
-
-    def x_of(share: float) -> float:
-        return _PANEL[0] * (1 - share) / (1 - SHARES[-1]) * 0.97
-
-    def y_of(value: float) -> float:
-        return _PANEL[1] * (1 - (value - low) / span)
-
-    yield f'<text x="0" y="-12" font-weight="bold">{task.name}, {when[moment]}: {task.metric}</text>'
-    yield f'<rect width="{_PANEL[0]}" height="{_PANEL[1]}" fill="none" stroke="#ccc"/>'
-    for share in (1.0, *SHARES):
-        yield (
-            f'<text x="{x_of(share):.0f}" y="{_PANEL[1] + 16}" text-anchor="middle">{share:g}</text>'
-        )
-    yield f'<text x="{_PANEL[0] / 2}" y="{_PANEL[1] + 32}" text-anchor="middle">share of MACs</text>'
-    for step in range(5):
-        value = low + span * step / 4
-        y = y_of(value)
-        yield f'<line x1="0" x2="{_PANEL[0]}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>'
-        yield f'<text x="-6" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
-    for name, line in lines.items():
-        colour = colours[name.removesuffix(", compensated")]
-        dashes = ' stroke-dasharray="5 3"' if name.endswith(", compensated") else ""
-        points = [(x_of(share), y_of(statistics.fmean(values))) for share, values in line]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        yield (
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"{dashes}/>'
-        )
-        for (x, y), (_, values) in zip(points, line, strict=True):
-            bar = _PANEL[1] * _standard_error(values) / span
-            yield (
-                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - bar:.1f}" y2="{y + bar:.1f}" '
-                f'stroke="{colour}"/>'
-            )
-
-
-def _dense(found: Found, share: float) -> list[float]:
-    return found["dense", 1.0, "cut"] if share == 1.0 else []
+def _what(task: Task) -> str:
+    return f"{task.name}: {task.metric}"
 
 
 def main() -> int:
@@ -493,18 +414,22 @@ def main() -> int:
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         waiting = {name: [pool.submit(one, name, seed) for seed in seeds] for name in tasks}
         results = [
-            (TASKS[name](args.quick), _joined([future.result() for future in futures]))
+            (TASKS[name](args.quick), joined([future.result() for future in futures]))
             for name, futures in waiting.items()
         ]
     for task, found in results:
-        for moment in ("cut", "tuned"):
-            print(table(task, found, moment).to_markdown(), end="\n\n")
+        moments = {
+            "cut": "right after the cut",
+            "tuned": f"after {task.tuning} epochs of fine-tuning",
+        }
+        for moment, when in moments.items():
+            print(table(_what(task), found, moment, when).to_markdown(), end="\n\n")
     print(
         "Mean and standard error over seeds. Fine-tuned digits alone cannot tell a good criterion "
         "from a random one: compare the tables right after the cut, and the other task."
     )
     args.svg.parent.mkdir(parents=True, exist_ok=True)
-    args.svg.write_text(picture(results))
+    args.svg.write_text(picture([(_what(task), found) for task, found in results], _MOMENTS))
     print(f"Picture: {args.svg}")
     if args.json:
         rows = [

@@ -21,7 +21,8 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["forks", "hydra", "lightning_accel", "torch._dynamo"])
+# What is installed: the server does not see the path of the tests, and is silent about what it cannot import.
+_SERVER.set_forkserver_preload(["hydra", "lightning.pytorch", "lightning_accel", "torch._dynamo"])
 _PATIENCE = 900.0  # seconds
 
 

@@ -55,6 +55,7 @@ class Graph:
         dense: Structure = _AS_IT_IS,
         attention: str = "heads",
     ) -> None:
+        self.trains = {name for name, module in model.named_modules() if module.training}
         self.model = model.eval()
         self.calls = tuple(calls)
         self._flow = traced(self.model, calls, attention=attention)

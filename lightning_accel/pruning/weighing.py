@@ -19,9 +19,10 @@ from lightning_accel.pruning.graph import Graph, Group
 from lightning_accel.pruning.leftover import Leftover
 from lightning_accel.pruning.selection import least
 from lightning_accel.surgery import twin
-from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.call import Call, batch_size
 
 _SHARES = (0.25, 0.5, 0.75)
+_SAMPLES = 64
 _BEYOND = 4.0  # times the price of what was measured last
 _NEARLY_NOTHING = 1e-9
 
@@ -36,7 +37,7 @@ def weighed(
         scores: One per unit, by name of the group.
         batches: Calibration batches.
     """
-    leftover = Leftover(graph.model, batches, renews=True)
+    leftover = Leftover(graph.model, _few(batches), renews=True)
     bundles: dict[Any, list[Group]] = {}
     for group in graph.groups:
         if group.name in scores:
@@ -56,6 +57,8 @@ def weighed(
                 }
                 after = twin(graph.model)
                 graph.cut(gone).apply(after)
+                for name, module in after.named_modules():  # norms that train get new statistics
+                    module.training = name in graph.trains
                 saved = 1 - graph.macs(gone) / whole
                 knots.append((count, leftover.of(after) ** 2, saved))
         prices = _prices(knots, units)
@@ -65,6 +68,17 @@ def weighed(
             found[group.name] = torch.empty(group.units, dtype=torch.float64)
             found[group.name][order.cpu()] = prices[places]
     return found
+
+
+def _few(batches: Sequence[Sequence[Call]]) -> list[Sequence[Call]]:
+    """Return the first batches that hold enough samples together; many networks run on them."""
+    few, samples = [], 0
+    for calls in batches:
+        few.append(calls)
+        samples += batch_size(calls) or 1
+        if samples >= _SAMPLES:
+            break
+    return few
 
 
 def _of(group: Group, groups: Sequence[Group], count: int) -> int:
