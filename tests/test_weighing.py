@@ -91,3 +91,37 @@ def test_a_target_is_reached_and_nothing_of_the_network_is_touched() -> None:
     macs = 36 * 27 * net[0].out_channels + 16 * 9 * net[0].out_channels * net[3].out_channels
     macs += 16 * net[3].out_channels * 4
     assert 0.4 < macs / (36 * 27 * 16 + 16 * 9 * 16 * 8 + 16 * 8 * 4) <= 0.5
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_norm_that_trains_is_judged_with_the_statistics_that_it_will_have(trains: bool) -> None:
+    """By hand: units silenced behind their norm, the next norm's statistics of the batch or those of before."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.BatchNorm1d(6)
+    )
+    net.append(nn.Linear(6, 2)).double()
+    x = 3 + X.double()
+    for _ in range(200):
+        net(x)  # its statistics are those of its data
+    net.train(trains)
+    graph = graph_of(net, [as_call(x)])
+    scores = {g.name: score(graph.model, g, "magnitude") for g in graph.groups}
+    prices = weighed(graph, scores, [[as_call(x)]])["0"]
+    order = scores["0"].argsort(stable=True)
+
+    def out(silent: Tensor | list[int]) -> Tensor:
+        copied = copy.deepcopy(net).eval()
+        copied[3].weight.data[:, silent] = 0
+        if trains:
+            copied[1].train()  # as is the first norm when the second looks
+            before = copied[:4](x)
+            copied[1].eval()
+            copied[4].running_mean, copied[4].running_var = before.mean(0), before.var(0)
+        return copied(x)
+
+    with torch.no_grad():
+        wanted = net.eval()(x)
+        error = ((out(order[:2]) - wanted).norm() / wanted.norm()).square()
+    saved = 2 * (8 + 6) / (8 * 8 + 8 * 6 + 6 * 2)
+    assert float(prices[order[0]]) == pytest.approx(float(error) / saved, rel=1e-4)
