@@ -444,7 +444,7 @@ def test_two_processes_follow_the_first_ones_verdict(root: Path, tmp_path: Path)
     status, printed = forks.run_ranks(script, str(tmp_path), cwd=tmp_path)
     assert status == 0, printed[-3000:]
     zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    for run in ("whole", "resumed"):
+    for run in ("whole", "resumed", "search"):
         assert zero[run]["state"] == one[run]["state"]
         assert zero[run]["widths"] == one[run]["widths"]
     # Starts and ends of epochs 0 and 1, the prune before 2, its epoch, back before 3, and the rest.
@@ -455,3 +455,8 @@ def test_two_processes_follow_the_first_ones_verdict(root: Path, tmp_path: Path)
         assert rank["whole"]["random"][after] == rank["whole"]["random"][before]
     assert zero["resumed"]["widths"] == zero["whole"]["widths"][-len(zero["resumed"]["widths"]) :]
     assert zero["resumed"]["state"][1] == zero["whole"]["state"][after]
+    # A search takes each step back, and tries a smaller one at once.
+    assert zero["search"]["widths"] == [8] * 5 + [6] * 3 + [8] + [7] * 3 + [8] * 4
+    for rank in (zero, one):
+        state = rank["search"]["state"]
+        assert state[4] == state[8] == state[12]

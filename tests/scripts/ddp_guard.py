@@ -72,7 +72,10 @@ def _digest(tensors: list[Tensor]) -> str:
     return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
 
 
-def fit(folder: Path, ckpt: str | None = None) -> dict[str, Any]:
+STEPS: dict[str, Any] = {"ratio": 0.5, "when": [2, 3]}
+
+
+def fit(folder: Path, ckpt: str | None = None, steps: dict[str, Any] = STEPS) -> dict[str, Any]:
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(32, 3, 8, 8), torch.arange(32) % 4), 4)
     digests = Digests()
@@ -80,7 +83,7 @@ def fit(folder: Path, ckpt: str | None = None) -> dict[str, Any]:
         accelerator="cpu", devices=2, max_epochs=5, logger=False, enable_progress_bar=False,
         enable_model_summary=False, strategy=DDPStrategy(process_group_backend="gloo"),
         callbacks=[
-            StructuredPruning(ratio=0.5, when=[2, 3], max_drop=0.1, monitor="val_acc"),
+            StructuredPruning(**steps, max_drop=0.1, monitor="val_acc"),
             digests,
             ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}"),
         ],
@@ -94,5 +97,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     whole = fit(folder / "a")
     resumed = fit(folder / "b", str(folder / "a" / "epoch=2.ckpt"))
+    search = fit(folder / "c", steps={"when": 2})
     rank = torch.distributed.get_rank()
-    (folder / f"rank{rank}.json").write_text(json.dumps({"whole": whole, "resumed": resumed}))
+    found = {"whole": whole, "resumed": resumed, "search": search}
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
