@@ -15,6 +15,7 @@ from torch import Tensor, distributions, nn
 
 from lightning_accel.errors import AccelError, BrokenModel
 from lightning_accel.pruning import TorchPruner, prune
+from lightning_accel.surgery import twin
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
 
@@ -104,9 +105,43 @@ def test_what_is_random_in_evaluation_mode_is_told() -> None:
 
 def test_what_cannot_be_copied_is_told() -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    net.lock = threading.Lock()
+    net.numbers = (i for i in range(3))
     with pytest.raises(AccelError, match="cannot be copied"):
         prune(net, example=X, ratio=0.5)
+
+
+def test_a_copy_has_locks_of_its_own() -> None:
+    class Locked(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+            self.own, self.locks = threading.local(), [threading.Lock(), threading.RLock()]
+            self.own.scale, self.condition = 2.0, threading.Condition()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with self.locks[0], self.locks[1], self.condition:
+                return self.own.scale * super().forward(x)
+
+    net = Locked()
+    net.locks[0].acquire()  # which a copy that shared it would wait for
+    try:
+        copied = twin(net)
+        assert copied.own is not net.own and copied.own.scale == 2.0
+        assert torch.equal(copied(X), 2 * nn.Sequential.forward(net, X))
+    finally:
+        net.locks[0].release()
+    prune(net, example=X, ratio=0.5)
+    assert net[0].out_features == 8
+    with pytest.raises(TypeError):
+        copy.deepcopy(net.locks[0])  # as ever
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    ragged = torch.nested.nested_tensor([X[:3], X[:2]], layout=layout)
+    with pytest.raises(AccelError, match="nested tensors"):
+        prune(net, example=ragged, ratio=0.5)
 
 
 def test_a_sparse_gradient_is_cut_with_its_parameter() -> None:

@@ -447,3 +447,35 @@ def test_networks_that_a_step_calls_one_by_one_are_told_of_their_forward(
         Trainer(**trainer_kwargs, callbacks=[pruning]).fit(module, data)
     assert module.net["code"].out_features == 8
     assert any("net.back" in n for n in pruning.receipt.notes if n.startswith("not compensated"))
+
+
+class PerSample(LightningModule):
+    """Whose step asks for the gradient of each sample, by `torch.func`, beside the plain loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weights = {name: p.detach() for name, p in self.named_parameters()}
+
+        def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(torch.func.functional_call(self, weights, (x[None],)), y[None])
+
+        each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, *batch)
+        self.norms = torch.stack([g.flatten(1).norm(dim=1) for g in each.values()]).norm(dim=0)
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_step_with_gradients_of_each_sample_is_pruned(trainer_kwargs: dict[str, Any]) -> None:
+    model = PerSample()
+    data = DataLoader(TensorDataset(torch.randn(8, 4), torch.arange(8) % 2), 4)
+    pruning = StructuredPruning(ratio=0.5, when=1)
+    Trainer(**{**trainer_kwargs, "max_epochs": 3, "callbacks": [pruning]}).fit(model, data)
+    assert model.a.out_features == 4 and model.norms.shape == (4,)

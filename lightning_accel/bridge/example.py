@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
 from lightning_accel.bridge.data import batches, validation_batches
@@ -290,7 +290,7 @@ def _noting(copy: LightningModule, calls: dict[str, Call], ran: set[str]) -> Ite
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal depth
             ran.add(name)
-            if depth == 0 and name not in calls:
+            if depth == 0 and name not in calls and not _is_transformed(args, kwargs):
                 calls[name] = Call(name, *tree_map(_frozen, (args, kwargs)))
             depth += 1
 
@@ -310,6 +310,12 @@ def _noting(copy: LightningModule, calls: dict[str, Call], ran: set[str]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_transformed(*given: Any) -> bool:
+    """Whether a call is one of many that `torch.func` makes at once; none of them stands for itself."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(isinstance(t, Tensor) and wrapped(t) for t in tree_leaves(given))
 
 
 def _entry(pl_module: LightningModule) -> str:

@@ -10,12 +10,19 @@ from lightning_accel.errors import AccelError
 from lightning_accel.pruning.trains import in_dtype_of
 from lightning_accel.pruning.verify import runs
 from lightning_accel.surgery import twin
-from lightning_accel.surgery.call import Call, batch_size, first
+from lightning_accel.surgery.call import Call, batch_size, first, tensors
 
 _SAMPLES = 2  # enough for batch norm in train mode
 
 
 def require_samples(calls: Sequence[Call]) -> None:
+    """Raise `AccelError` where no forward of the calls could be followed."""
+    if any(t.is_nested for c in calls for t in tensors((c.args, c.kwargs))):
+        raise AccelError(
+            "channels cannot be followed through nested tensors",
+            "one among the arguments of the network",
+            "pass an `example` that is padded",
+        )
     if batch_size(calls) == 0:
         raise AccelError(
             "an example without samples proves nothing", "a batch of 0", "pass one sample or more"
@@ -27,22 +34,11 @@ def acting_copy(model: nn.Module, calls: Sequence[Call]) -> nn.Module:
     try:
         return twin(model, in_dtype_of(calls, model))
     except Exception as error:  # whatever a forward, or copying a user's objects, may raise
-        _require_copies(model)
+        twin(model)  # which says so where it is copying that fails
         raise AccelError(
             "the network cannot be traced: its forward fails on the example",
             f"{type(error).__name__}: {error}",
             "pass an `example` that the network accepts",
-        ) from error
-
-
-def _require_copies(model: nn.Module) -> None:
-    try:
-        twin(model)
-    except Exception as error:
-        raise AccelError(
-            "the network cannot be copied, and every cut is proved on a copy",
-            f"{type(error).__name__}: {error}",
-            "keep locks, files and the like elsewhere, or give what holds them a `__deepcopy__`",
         ) from error
 
 

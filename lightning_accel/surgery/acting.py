@@ -13,7 +13,9 @@ it is not copied; `nothing_heard` puts lists, dicts, sets and numbers back to wh
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
+import threading
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_accel.errors import AccelError
 from lightning_accel.surgery.call import Call, ModuleT, run, same_random_state, tensors
 
 _ALL: Any = nn.modules.module  # which knows the hooks of all modules
@@ -39,6 +42,13 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+
+
+_ANEW: dict[type, Callable[[Any], Any]] = {
+    type(threading.Lock()): lambda _: (threading.Lock, ()),
+    type(threading.RLock()): lambda _: (threading.RLock, ()),
+    threading.local: lambda local: (threading.local, (), vars(local)),
+}
 
 
 class Acting:
@@ -66,10 +76,21 @@ def copied(model: ModuleT, memo: dict[int, Any]) -> ModuleT:
     """Return a deep copy, whose `Acting` hooks are bound to it; those of the user are those of the original.
 
     They are not copied: they may hold a Trainer, or what cannot be copied at all.
+
+    Raises:
+        AccelError: Something that the modules hold cannot be copied.
     """
     held = {id(hooks[key]): hooks[key] for hooks, key in users_hooks(model, HOOKS)}
     memo |= held
-    made = copy.deepcopy(model, memo)
+    try:
+        with _locks_anew():
+            made = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever copying a user's objects may raise
+        raise AccelError(
+            "the network cannot be copied, and whatever is done to it is tried on a copy first",
+            f"{type(error).__name__}: {error}",
+            "keep files and the like elsewhere, or give what holds them a `__deepcopy__`",
+        ) from error
     for key in held:
         del memo[key]
     for hooks, key in users_hooks(made):
@@ -77,6 +98,19 @@ def copied(model: ModuleT, memo: dict[int, Any]) -> ModuleT:
             hooks[key] = Acting(rebound(hooks[key].hook, memo), acts=hooks[key].acts)
     attend(model, made, hooked=False)
     return made
+
+
+@contextmanager
+def _locks_anew() -> Iterator[None]:
+    """Let `deepcopy` give a copy locks of its own, and of what each thread has that of this one."""
+    table: dict[type, Any] = copyreg.dispatch_table
+    fresh = {kind: reduce for kind, reduce in _ANEW.items() if kind not in table}
+    table.update(fresh)
+    try:
+        yield
+    finally:
+        for kind in fresh:
+            table.pop(kind, None)
 
 
 def attend(model: nn.Module, made: nn.Module, *, hooked: bool) -> None:
