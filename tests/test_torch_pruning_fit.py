@@ -291,6 +291,20 @@ def test_gradients_that_are_still_scaled_get_a_scaled_penalty() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_a_regularizer_that_fails_is_told_before_the_first_step(tmp_path: Path) -> None:
+    class Fails(tp.pruner.GroupNormPruner):
+        def regularize(self, model: nn.Module, **_: Any) -> None:
+            raise IndexError("the shape of the mask does not match")
+
+    model, steps = Lit(), []
+    model.on_before_optimizer_step = lambda *_: steps.append(0)  # type: ignore[method-assign]
+    with pytest.raises(
+        Unsupported, match=r"sparse training fails.*IndexError: the shape of the mask"
+    ):
+        fit(tmp_path, by(Fails, pruning_ratio=0.5), model=model)
+    assert not steps and all(p.grad is None for p in model.parameters())
+
+
 def test_a_regularizer_that_wants_a_loss_is_refused(tmp_path: Path) -> None:
     class Own(tp.pruner.BasePruner):  # type: ignore[misc]
         def regularize(self, model: Any, loss: Any) -> None: ...

@@ -42,6 +42,7 @@ class Regularizer:
         self.steps = 0
         if self.acts:
             _require_model_only(self._pruner)
+            self._try()
             self._share()
             self._pruner.update_regularizer()
 
@@ -101,6 +102,25 @@ class Regularizer:
         if [tuple(s.shape) for s in state] == [tuple(s.shape) for s in strengths.values()]:
             for group, strength in zip(strengths, state, strict=True):
                 strengths[group] = strength.clone()
+
+    def _try(self) -> None:
+        """Regularize the copy once, so that what fails does so before the fit begins."""
+        parameters = list(self._twin.parameters())
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            self._pruner.update_regularizer()
+            with torch.no_grad():
+                self._pruner.regularize(self._twin)
+        except Exception as error:  # whatever torch-pruning, or a pruner of the user's, may raise
+            raise Unsupported(
+                "the pruner's sparse training fails on this network",
+                f"{type(self._pruner).__name__}.regularize: {type(error).__name__}: {error}",
+                "bring a pruner without one, such as `BasePruner`, or leave the layers in question out",
+            ) from error
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
 
     def _share(self) -> None:
         """Put the model's parameters into what was traced, and let go of the trace."""
