@@ -22,10 +22,11 @@ ADAPTERS = {
     "strategy.py",
     "module.py",
     "course.py",
+    "judge.py",
     "manual.py",
     "rehearsal.py",
 }
-"""The last three: what a callback knows of a fit, of a step by hand, and what it tries on a copy before it."""
+"""The last four: what a callback knows of a fit, of a step by hand, and what it tries on a copy before it."""
 FLOOR = {"surgery": 1, "measure": 1, "bridge": 3, "tuning": 4, "cli": 4}
 """Floors of the folders; every other folder is a technique on floor 2, its adapters on floor 3.
 Tuning chooses among all techniques, and so stands above them."""

@@ -14,11 +14,16 @@ import tiny
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel import Macs, Params, StructuredPruning
+from lightning_accel import Distillation, Macs, Objective, Params, StructuredPruning
 from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.pruning import history as past
 
@@ -38,7 +43,7 @@ def macs(net: nn.Module) -> int:
 class Bounded(LightningModule):
     """Its score is good while at least `bound` of the arithmetic is there, and the sizes that it saw are kept."""
 
-    def __init__(self, bound: float, width: int = 24, good: float = 0.9, bad: float = 0.5) -> None:
+    def __init__(self, bound: float, width: int = 16, good: float = 0.9, bad: float = 0.5) -> None:
         super().__init__()
         self.net = tiny.ConvNet(width)
         self.dense, self.bound, self.scores = macs(self.net), bound, (good, bad)
@@ -128,6 +133,7 @@ def test_a_step_of_a_search_is_a_prune_to_that_target(fit: Fit) -> None:
         assert torch.equal(value, two.state_dict()[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:The fit ended before the first step")
 def test_a_search_that_has_not_begun_is_the_plain_fit(fit: Fit) -> None:
     one, two = bounded(0.0), bounded(0.0)
     fit(one, search(when=3), epochs=4, limit_train_batches=1, max_steps=3)
@@ -151,7 +157,7 @@ def test_a_prune_that_is_taken_back_leaves_the_fit_as_it_was(fit: Fit) -> None:
     )  # before epoch 1; back and a smaller one before 2; back at the end
     before, taken_back, smaller = watch.states[0], watch.states[2], model.state_dict()
     assert [entry["rolled_back"] for entry in pruning.history] == [2, 2]
-    assert 0.78 < pruning.history[0]["kept"] < 0.8 < pruning.history[1]["kept"] < 0.9
+    assert 0.75 < pruning.history[0]["kept"] < 0.8 < pruning.history[1]["kept"] < 0.9
     for name, value in before.items():
         assert torch.equal(value, taken_back[name]) and torch.equal(value, smaller[name]), name
 
@@ -223,16 +229,24 @@ def test_several_epochs_are_those_of_the_steps(fit: Fit) -> None:
     assert [entry["epoch"] for entry in pruning.history] == [1, 4]
 
 
-@pytest.mark.parametrize("bound", [0.7, 0.0])
-def test_what_was_seen_is_told_at_the_end(
-    fit: Fit, caplog: pytest.LogCaptureFixture, bound: float
-) -> None:
-    model = bounded(bound)
+def test_what_was_seen_is_told_at_the_end(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-        fit(model, search(), epochs=4)
+        fit(bounded(0.7), search(), epochs=3)
     (told,) = [r.message for r in caplog.records if "at each size" in r.message]
     assert "* " in told and "100.0% of the multiply-accumulates" in told and "0.9" in told
-    assert ("a longer fit may go further" in told) == (not bound)
+    assert "a longer one may go further" in told
+
+
+def test_why_it_ended_is_told() -> None:
+    good = {"kept": 0.5, "params_before": 4, "params_after": 2, "score": 0.9, "epoch": 1}
+    bad = good | {"rolled_back": 2}
+    for history, says in [
+        ([good], "a longer one may go further"),
+        ([good, *[bad] * 4], "less than 2% of what is left"),
+        ([good | {"exhausted": True}], "Nothing more could go"),
+        ([good, bad | {"exhausted": True}], "No smaller step was left"),
+    ]:
+        assert says in past.says(past.trade_off(history, 0.9, "max"), "score", history)
 
 
 def test_a_metric_that_breaks_is_no_good_metric(fit: Fit) -> None:
@@ -272,3 +286,129 @@ def test_a_network_of_which_nothing_can_go_says_so_at_the_start(fit: Fit) -> Non
 
     with pytest.raises(NoEffect):
         fit(Narrow(), search())
+
+
+# --- what may not go unsaid ---------------------------------------------------------------------
+
+
+def test_a_guard_beside_another_prune_is_refused(fit: Fit) -> None:
+    for others in (
+        StructuredPruning(ratio=0.5, when=2, select="net.stem*"),
+        search(select="net.conv*"),
+    ):
+        with pytest.raises(AccelError, match="what others have pruned since"):
+            fit(bounded(0.0), search(select="net.down*"), others)
+
+
+def test_the_best_so_far_is_what_a_search_compares_with(fit: Fit) -> None:
+    """A score that rises with training: 0.01 below the first value would be nothing."""
+
+    class Rises(Bounded):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            small = macs(self.net) / self.dense < 0.5
+            self.log("score", 0.5 if small else 0.5 + 0.02 * self.current_epoch)
+
+    torch.manual_seed(0)
+    model = Rises(0.0)
+    fit(model, search(), epochs=8)
+    assert macs(model.net) / model.dense >= 0.5
+
+
+def test_a_network_that_is_worse_at_the_end_than_when_it_passed_is_told(fit: Fit) -> None:
+    class Decays(Bounded):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            left = macs(self.net) / self.dense
+            good = left == 1 or (left > 0.7 and self.current_epoch < 6)
+            self.log("score", 0.9 if good else 0.1)
+
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"worse at the end.*`score` 0.1, 0.9 at best"):
+        fit(Decays(0.0), search(), epochs=9)
+
+
+def test_a_value_that_is_left_over_judges_nothing(fit: Fit) -> None:
+    """Logged in every third epoch only."""
+
+    class Seldom(Bounded):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if self.current_epoch % 3 == 0:
+                super().validation_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    model, pruning = Seldom(0.85), search(when=2)
+    fit(model, pruning, epochs=8)
+    for entry in pruning.history:
+        assert ("score" in entry) == (entry["epoch"] <= 6 and entry["params_after"] is not None)
+    assert [entry["epoch"] for entry in pruning.history] == [2, 4, 7]
+    assert macs(model.net) / model.dense >= 0.85
+
+
+def test_what_is_left_after_a_way_back_is_what_others_read(fit: Fit) -> None:
+    model, objective = bounded(1.0), Objective("score")
+    trainer = fit(model, search(), objective, epochs=3)
+    assert macs(model.net) == model.dense
+    assert (
+        objective.value(trainer) == pytest.approx(0.9) == float(trainer.callback_metrics["score"])
+    )
+
+
+def test_a_way_back_comes_before_an_average_takes_over(fit: Fit) -> None:
+    """SWA gives a network with batch norm one epoch more, for the average's statistics."""
+    model, average = bounded(1.0), StochasticWeightAveraging(1e-3, swa_epoch_start=1)
+    fit(model, search(when=3), average, epochs=5)
+    assert macs(model.net) == model.dense
+    assert torch.equal(model.net.head.weight, average._average_model.net.head.weight)
+
+
+def test_a_network_that_is_whole_again_is_taught_no_more(fit: Fit) -> None:
+    torch.manual_seed(0)
+    one = Bounded(1.0)
+    torch.manual_seed(0)
+    two = Bounded(1.0)
+    how = {"target": Macs(0.8), "when": [1, 3], "max_drop": 0.01, "monitor": "score"}
+    with pytest.warns(UserWarning, match="taken back"):
+        fit(one, StructuredPruning(**how), Distillation("self", {"kd": {"weight": 0.9}}), epochs=5)
+    with pytest.warns(UserWarning, match="taken back"):
+        fit(two, StructuredPruning(**how), epochs=5)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_is_nothing_to_compare_with(fit: Fit, value: float) -> None:
+    with pytest.raises(AccelError, match="is no number before the first prune"):
+        fit(bounded(0.0, good=value), search(), epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"limit_val_batches": 0}, "no validation in this fit"),
+        ({"check_val_every_n_epoch": 3}, "every 3 epochs, and a prune before epoch 2"),
+        (
+            {"check_val_every_n_epoch": None, "val_check_interval": 5},
+            "every 5 batches, and a prune after 4",
+        ),
+    ],
+)
+def test_what_can_never_be_judged_is_refused_at_the_start(
+    fit: Fit, given: dict[str, Any], says: str
+) -> None:
+    model = bounded(0.0)
+    with pytest.raises(AccelError, match=says):
+        fit(model, search(when=2), epochs=6, **given)
+    assert not model.trainer.global_step
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", "val_loss", "Loss", "test.mse/dataloader_idx_0"])
+def test_what_should_be_low_is_not_taken_for_what_should_be_high(monitor: str) -> None:
+    with pytest.raises(ValueError, match="mode='min'"):
+        search(monitor=monitor)
+    assert search(monitor=monitor, mode="min").guard
+    assert search(monitor="lossless_share").guard
+
+
+def test_a_fit_that_ends_before_the_first_step_says_so(fit: Fit) -> None:
+    stop = EarlyStopping("score", patience=1, mode="max")
+    with pytest.warns(UserWarning, match="before the first step of the search"):
+        fit(bounded(0.0), search(when=4), stop, epochs=8)

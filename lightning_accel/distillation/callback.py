@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
 from lightning_accel.bridge import guards
-from lightning_accel.bridge.restore import averages
+from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import heads, rehearsal
 from lightning_accel.distillation.arguments import index_of, name_of, number, path_of, whole
@@ -331,6 +331,11 @@ class Distillation(Callback):
     ) -> None:
         """Make all ready anew, for the new shape, within the next step."""
         course = self._of_this_fit()
+        whole = pristine(pl_module)
+        if whole.now(pl_module) == whole:  # as after a prune that is taken back: nobody smaller is to be taught
+            for teacher in self.teachers:
+                if teacher.kind == SELF:
+                    teacher.forget()
         course.edit, course.ready = course.edit + receipt, False
 
     def _waits(self) -> bool:

@@ -20,11 +20,11 @@ from lightning_accel.bridge.hand import reads_once
 from lightning_accel.bridge.model_edit import ModelEdit, commit
 from lightning_accel.bridge.parts import note_parts
 from lightning_accel.bridge.restore import pristine
-from lightning_accel.bridge.rewind import remember_fit, rewind
+from lightning_accel.bridge.rewind import remember_fit
 from lightning_accel.bridge.tried import steps_of
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import NoEffect
-from lightning_accel.pruning import course
+from lightning_accel.pruning import course, judge
 from lightning_accel.pruning import guard as guarding
 from lightning_accel.pruning import history as past
 from lightning_accel.pruning import schedule as scheduling
@@ -152,7 +152,7 @@ class StructuredPruning(ModelEdit):
         self._is_set_up = False
         self.recalibrate = recalibrate
         guarded = {"max_drop": max_drop, "monitor": monitor, "mode": mode, "patience": patience}
-        self.guard = guarding.guard(**guarded, when=self._when)
+        self.guard = guarding.guard(**guarded, when=self._when, follows_best=searches)
         self._settings = written({"when": self._when, **self.request.settings(), **guarded})
         self._before: dict[str, str] = {}  # settings of the fit that a checkpoint comes from
         self.example = example
@@ -175,7 +175,7 @@ class StructuredPruning(ModelEdit):
         """What `monitor` was at each size: `kept` of the target's unit, `params`, `score`, `pareto` (none is better)."""
         if self.guard is None:
             return []
-        return past.trade_off(self.history, self.guard.baseline, self.guard.mode)
+        return past.trade_off(self.history, self.guard.first, self.guard.mode)
 
     @property
     @override
@@ -213,6 +213,7 @@ class StructuredPruning(ModelEdit):
         if stage != "fit":
             return
         what = type(self).__name__
+        judge.require_one_guard(trainer, self)
         guards.refuse_sharded(trainer.strategy, what)
         guards.refuse_spawn(trainer.strategy, what)
         self._epochs = scheduling.epochs(self._when, trainer.max_epochs)
@@ -247,6 +248,8 @@ class StructuredPruning(ModelEdit):
             self._start = pristine(pl_module).now(pl_module)
         if not self.history:
             self._sparse.begin(trainer, pl_module)
+            if self.guard is not None and not guards.is_trial(trainer):
+                judge.require_validation(trainer, self.guard.monitor, int(self.when[0]))
         if self._done() < len(self.when) and not (self.request.is_search and self.history):
             with preserve_rng(), nothing_heard(pl_module):
                 try:
@@ -317,11 +320,12 @@ class StructuredPruning(ModelEdit):
         if not self._may_go_on(trainer, pl_module):
             return False
         self.guard.require_value()
-        snapshot = remember_fit(trainer, pl_module)
+        metrics, snapshot = dict(trainer.callback_metrics), remember_fit(trainer, pl_module)
         steps = range(self._done() + 1, due + 1)  # one at a time; rounding can put some off
         pruned = any(self._prune(trainer, pl_module, step) for step in steps)
         if pruned:
             self.guard.begin(epoch=trainer.current_epoch, snapshot=snapshot)
+            self.guard.metrics = metrics
         return pruned
 
     @override
@@ -332,8 +336,7 @@ class StructuredPruning(ModelEdit):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.guard is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self.guard.note(trainer.callback_metrics)
-        if self.guard.latest is not None:
+        if self.guard.note(trainer.callback_metrics) and self.guard.latest is not None:
             past.note_score(self.history, self.guard.latest)
 
     @override
@@ -341,16 +344,15 @@ class StructuredPruning(ModelEdit):
         super().on_train_epoch_end(trainer, pl_module)
         self._sparse.epoch_ends()
         # Before the last checkpoint is written, so that it holds the network that passed.
-        if trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs:
+        if judge.is_last_epoch(trainer):
             self._may_go_on(trainer, pl_module, final=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._may_go_on(trainer, pl_module, final=True)
         bests.save_at_end(trainer, pl_module)
-        if self.guard is not None and self.request.is_search and self.history:
-            bound = len(past.standing(self.history)) < len(self.history)
-            rank_zero_info(past.says(self.trade_off, self.guard.monitor, bound=bound))
+        if self.guard is not None and not guards.is_trial(trainer):
+            judge.tell_end(self.guard, self.history, self.request.is_search)
         if self.request.is_search or (self.guard is not None and self.guard.stopped):
             return
         # `current_epoch` counts on before this hook; with a guard, steps that are past may be put off.
@@ -387,13 +389,9 @@ class StructuredPruning(ModelEdit):
         verdict = self.guard.verdict(epoch=trainer.current_epoch, final=final)
         verdict = trainer.strategy.broadcast(verdict)
         if verdict == "back":
-            assert self.guard.snapshot is not None
             # In a search that is how the bound is found.
             told = rank_zero_info if self.request.is_search else rank_zero_warn
-            told(
-                f"The prune before epoch {self.guard.pruned_at} is taken back: {self.guard.says()}."
-            )
-            self.receipt = self.receipt + rewind(trainer, pl_module, self.guard.snapshot)
+            self.receipt = self.receipt + judge.take_back(trainer, pl_module, self.guard, told)
             self.history[-1]["rolled_back"] = trainer.current_epoch
         goes_on = self.request.is_search and not final and any(past.next_steps(self.history))
         if verdict == "back" or (verdict == "go" and final):
@@ -408,6 +406,7 @@ class StructuredPruning(ModelEdit):
                 raise NoEffect(found.text)
             if self.history:  # a search has tried smaller ones
                 self.history[-1]["step"] = len(self.when) if self.request.is_search else due
+                self.history[-1]["exhausted"] = self.request.is_search
             rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.text}")
             return False
         earlier = bests.bests(trainer)

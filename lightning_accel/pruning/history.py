@@ -125,12 +125,13 @@ def trade_off(history: Sequence[Entry], first: float | None, mode: str) -> list[
         return min(gains) >= 0 and max(gains) > 0
 
     for point in points:
-        point["pareto"] = not any(beats(other, point) for other in points)
+        finite = math.isfinite(point["score"])
+        point["pareto"] = finite and not any(beats(other, point) for other in points)
     return points
 
 
-def says(points: Sequence[Entry], monitor: str, *, bound: bool) -> str:
-    """Write the trade-off as a small table, the Pareto points marked, and whether the metric set a bound."""
+def says(points: Sequence[Entry], monitor: str, history: Sequence[Entry]) -> str:
+    """Write the trade-off as a small table, the Pareto points marked, and why it ends there."""
     lines = [f"What `{monitor}` was at each size (* none is smaller and better):"]
     for point in points:
         share = (
@@ -138,6 +139,11 @@ def says(points: Sequence[Entry], monitor: str, *, bound: bool) -> str:
         )
         mark = "*" if point["pareto"] else " "
         lines.append(f"  {mark} {share}{point['params']:>12,} parameters: {point['score']:.4g}")
-    if not bound:
-        lines.append("No step was taken back: a longer fit may go further.")
+    if history[-1].get("exhausted"):
+        back = "rolled_back" in history[-1]
+        lines.append("No smaller step was left to try." if back else "Nothing more could go.")
+    elif any(next_steps(history)):
+        lines.append("The fit ended before the steps did: a longer one may go further.")
+    else:
+        lines.append(f"Steps of less than {_LEAST:.0%} of what is left are not tried.")
     return "\n".join(lines)
