@@ -344,6 +344,7 @@ def run(
     batches, test = task.data(seed)
     train(base, task, batches, task.epochs, task.lr)
     found: Found = {("dense", 1.0, "cut"): [judged(base, task, test)]}
+    base.train()  # as a fit is when it prunes: norms get new statistics
     known = [i for i in importances if i not in task.skips]
     dense_macs = _macs(base, batches[0][0][:2])
     for variant, share, model in _variants(base, task, batches, known, baselines, scope):

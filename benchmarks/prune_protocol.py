@@ -215,6 +215,7 @@ def run(name: str, seed: int) -> Found:
     found: Found = {("dense", 1.0, moment): [accuracy(longer, test)] for moment in MOMENTS}
     found["dense", 1.0, "cut"] = [accuracy(base, test)]
     dense = macs(base)
+    base.train()  # as a fit is when it prunes: norms get new statistics
     for variant, make in ways(base, batches):
         for share in SHARES[name]:
             model = copy.deepcopy(base)
