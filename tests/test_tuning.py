@@ -814,10 +814,10 @@ class NoLoss(Net):
         return None if batch_idx == 1 else super().training_step(batch, batch_idx)
 
 
-class Locked(Net):
+class Uncopyable(Net):
     def __init__(self) -> None:
         super().__init__()
-        self.lock = threading.Lock()
+        self.numbers = (i for i in range(3))
 
 
 class Unoptimized(Net):
@@ -846,7 +846,7 @@ class ByHand(ManualClosure):
 
 HARD: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "no loss": (NoLoss, data),
-    "lock": (Locked, data),
+    "no copy": (Uncopyable, data),
     "no optimizer": (Unoptimized, data),
     "one shot": (Net, lambda: DataLoader(OneShot(), 4)),
     "by hand": (ByHand, data),

@@ -233,17 +233,16 @@ def test_promises_are_kept_only_if_all_networks_are_right(prune_zoo: Any) -> Non
 
 def test_the_picture_of_accuracy_is_one_file(benchmark: Any) -> None:
     accuracy = benchmark("prune_accuracy")
-    task = accuracy.digits(True)
     found = {("dense", 1.0, "cut"): [99.0, 98.0]}
     for share in accuracy.SHARES:
         for name in ("magnitude", "magnitude, compensated"):
             for moment in ("cut", "tuned"):
                 found[name, share, moment] = [90 * share, 80 * share]
-    svg = accuracy.picture([(task, found)])
+    svg = accuracy.picture([("digits", found)], {"cut": "at once", "tuned": "later"})
     root = ElementTree.fromstring(svg)
     assert root.tag.endswith("svg") and "href" not in svg
     assert len(root.findall(".//{*}polyline")) == 4
-    assert "59.50 ± 3.50" in accuracy.table(task, found, "cut").to_markdown()
+    assert "59.50 ± 3.50" in accuracy.table("digits", found, "cut", "at once").to_markdown()
 
 
 @pytest.mark.slow

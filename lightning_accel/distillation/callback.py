@@ -332,7 +332,9 @@ class Distillation(Callback):
         """Make all ready anew, for the new shape, within the next step."""
         course = self._of_this_fit()
         whole = pristine(pl_module)
-        if whole.now(pl_module) == whole:  # as after a prune that is taken back: nobody smaller is to be taught
+        if (
+            whole.now(pl_module) == whole
+        ):  # as after a prune that is taken back: nobody smaller is to be taught
             for teacher in self.teachers:
                 if teacher.kind == SELF:
                     teacher.forget()

@@ -39,8 +39,10 @@ class Guard:
 
     >>> guard = Guard(max_drop=0.01, monitor="val_acc", mode="max", patience=1)
     >>> guard.note({"val_acc": 0.95})
+    True
     >>> guard.begin(epoch=2, snapshot=None)
     >>> guard.note({"val_acc": 0.93})
+    True
     >>> guard.verdict(epoch=2), guard.verdict(epoch=3)
     ('wait', 'back')
     """
