@@ -331,13 +331,10 @@ class Distillation(Callback):
     ) -> None:
         """Make all ready anew, for the new shape, within the next step."""
         course = self._of_this_fit()
-        whole = pristine(pl_module)
-        if (
-            whole.now(pl_module) == whole
-        ):  # as after a prune that is taken back: nobody smaller is to be taught
-            for teacher in self.teachers:
-                if teacher.kind == SELF:
-                    teacher.forget()
+        dense = pristine(pl_module)
+        if dense.now(pl_module) == dense:  # the first prune was taken back: nobody smaller is there
+            for teacher in (t for t in self.teachers if t.kind == SELF):
+                teacher.forget()
         course.edit, course.ready = course.edit + receipt, False
 
     def _waits(self) -> bool:
