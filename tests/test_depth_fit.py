@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from tiny import Fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,21 +72,9 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, torch.arange(16) % 4), 8)
 
 
-Fit = Callable[..., Trainer]
-
-
 @pytest.fixture
 def fit(trainer_kwargs: dict[str, Any]) -> Fit:
-    def run(
-        module: LightningModule, *callbacks: Callback, ckpt: Any = None, epochs: int = 5, **kw: Any
-    ) -> Trainer:
-        saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-        given = {"max_epochs": epochs, "enable_checkpointing": saves, **kw}
-        trainer = Trainer(**{**trainer_kwargs, **given, "callbacks": list(callbacks)})
-        trainer.fit(module, loader(), loader(), ckpt_path=ckpt)
-        return trainer
-
-    return run
+    return tiny.fits(trainer_kwargs, loader, epochs=5)
 
 
 def every_epoch(folder: Path) -> ModelCheckpoint:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from tiny import Fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -64,21 +65,9 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, torch.arange(16) % 4), 8)
 
 
-Fit = Callable[..., Trainer]
-
-
 @pytest.fixture
 def fit(trainer_kwargs: dict[str, Any]) -> Fit:
-    def run(
-        module: LightningModule, *callbacks: Callback, ckpt: Any = None, epochs: int = 6, **kw: Any
-    ) -> Trainer:
-        saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-        given = {"max_epochs": epochs, "enable_checkpointing": saves, **kw}
-        trainer = Trainer(**{**trainer_kwargs, **given, "callbacks": list(callbacks)})
-        trainer.fit(module, loader(), loader(), ckpt_path=ckpt)
-        return trainer
-
-    return run
+    return tiny.fits(trainer_kwargs, loader, epochs=6)
 
 
 def seeded(scores: Sequence[float] = ()) -> Told:

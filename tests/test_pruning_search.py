@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from tiny import Fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -68,21 +68,9 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, torch.arange(16) % 4), 8)
 
 
-Fit = Callable[..., Trainer]
-
-
 @pytest.fixture
 def fit(trainer_kwargs: dict[str, Any]) -> Fit:
-    def run(
-        module: LightningModule, *callbacks: Callback, ckpt: Any = None, epochs: int = 12, **kw: Any
-    ) -> Trainer:
-        saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-        given = {"max_epochs": epochs, "enable_checkpointing": saves, **kw}
-        trainer = Trainer(**{**trainer_kwargs, **given, "callbacks": list(callbacks)})
-        trainer.fit(module, loader(), loader(), ckpt_path=ckpt)
-        return trainer
-
-    return run
+    return tiny.fits(trainer_kwargs, loader, epochs=12)
 
 
 def search(**changed: Any) -> StructuredPruning:
@@ -262,6 +250,7 @@ def test_a_metric_that_breaks_is_no_good_metric(fit: Fit) -> None:
         ({"when": 0}, "before the first prune"),
         ({"monitor": None}, "a metric and how much worse"),
         ({"scope": "glocal"}, "scope"),
+        ({"scope": ""}, "scope"),
         ({"max_drop": None, "monitor": None}, "either `ratio` or `target`"),
     ],
 )

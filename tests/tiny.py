@@ -1,11 +1,14 @@
-"""Four tiny nets, one per family of models: dense, convolutional, attention, tied weights; and a silent Trainer."""
+"""Four tiny nets, one per family of models: dense, convolutional, attention, tied weights; and a silent Trainer, and its fits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -102,3 +105,29 @@ def silent(folder: Path) -> dict[str, Any]:
         "num_sanity_val_steps": 0,
         "default_root_dir": str(folder),
     }
+
+
+Fit = Callable[..., Trainer]
+
+
+def fits(settings: dict[str, Any], loader: Callable[[], Any], epochs: int) -> Fit:
+    """Return a function that fits a module with callbacks, and validates it, on what `loader` makes.
+
+    Checkpoints are on where a `ModelCheckpoint` is among the callbacks.
+    """
+    usual = epochs
+
+    def run(
+        module: LightningModule,
+        *callbacks: Callback,
+        ckpt: Any = None,
+        epochs: int = usual,
+        **kw: Any,
+    ) -> Trainer:
+        saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        given = {"max_epochs": epochs, "enable_checkpointing": saves, **kw}
+        trainer = Trainer(**{**settings, **given, "callbacks": list(callbacks)})
+        trainer.fit(module, loader(), loader(), ckpt_path=ckpt)
+        return trainer
+
+    return run

@@ -59,8 +59,9 @@ class StructuredPruning(ModelEdit):
             start of the fit, as all shares here. A fit that resumes from a checkpoint is one with that which
             wrote it; a new fit of a network that was pruned before starts from what is left.
         when: Epoch before which to prune, counted from 0; or the share of the fit (0.4 of 20 epochs is
-            epoch 8); or a list of either. Of a search one is where it begins, `patience` apart. With 0 the network should be one that is trained already: it is
+            epoch 8); or a list of either. With 0 the network should be one that is trained already: it is
             warned of one that looks untrained (`warnings.filterwarnings("ignore", "StructuredPruning")`).
+            A single one is where a search begins, with a step every `patience` epochs.
         target: Instead of `ratio`, what to keep of the network at the start of the fit: `Macs(0.5)`,
             `Params(0.5)`, `Latency(0.5)` on the device of the fit, `Memory(0.5)`.
         importance: One of `importance.KNOWN`, or a function of model and group; those that measure do so
@@ -81,9 +82,9 @@ class StructuredPruning(ModelEdit):
             those that change the outputs on ten training batches least for what they save.
         recalibrate: Training batches for new batch-norm statistics after each prune; 0 keeps the old.
         max_drop: How much worse `monitor` may get than before the first prune. Beyond that when the next
-            prune is due, or at the end, the last prune is taken back and none follows. Without `ratio`,
-            `target` and `pruner` this is a search: it prunes as far as the metric allows, in steps that grow
-            until one is taken back and are halved from there. `trade_off` tells what was seen.
+            prune is due, or at the end, the last prune is taken back and none follows. Without `ratio`, `target`
+            and `pruner` this is a search, as far as the metric allows below the best so far of any network: in
+            steps that grow until one is taken back and are halved from there to 2 %; see `trade_off`.
         monitor: A metric that is logged in validation.
         mode: "max" where more of it is better, "min" where less is.
         patience: With `max_drop`, epochs of fine-tuning before a prune can be taken back; a prune that
@@ -134,7 +135,7 @@ class StructuredPruning(ModelEdit):
             ratio=ratio,
             target=target,
             importance=importance,
-            scope=scope or ("sensitivity" if searches else "local"),
+            scope=("sensitivity" if searches else "local") if scope is None else scope,
             steps=len(self._when),
             schedule=schedule,
             select=self.select,
