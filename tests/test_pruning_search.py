@@ -167,6 +167,30 @@ def test_a_resumed_search_goes_on_as_the_uninterrupted_one(fit: Fit, tmp_path: P
             assert torch.equal(value, resumed.state_dict()[name]), (epoch, name)
 
 
+class ByHand(Bounded):
+    def __init__(self, bound: float) -> None:
+        super().__init__(bound)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("kind", [Bounded, ByHand])
+def test_it_keeps_the_bound_in_any_format_and_by_hand(
+    fit: Fit, kind: type[Bounded], precision: Any
+) -> None:
+    torch.manual_seed(0)
+    model, pruning = kind(0.5), search()
+    fit(model, pruning, epochs=5, precision=precision)
+    assert 0.5 <= macs(model.net) / model.dense < 0.7
+    assert any("rolled_back" in entry for entry in pruning.history)
+
+
 def test_a_search_goes_on_from_a_schedule_of_the_same_unit_only(fit: Fit, tmp_path: Path) -> None:
     for target, fits in ((Macs(0.7), True), (Params(0.7), False)):
         before = StructuredPruning(target=target, when=[1, 2], max_drop=0.01, monitor="score")

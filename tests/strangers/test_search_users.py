@@ -24,6 +24,7 @@ from lightning_accel.surgery.call import as_call
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -169,3 +170,75 @@ def test_a_score_that_rises_as_the_network_shrinks_is_no_error(tmp_path: Path) -
     assert [p["pareto"] for p in pruning.trade_off] == [False] * (len(pruning.trade_off) - 1) + [
         True
     ]
+
+
+class Momentum(Grows):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(
+            (p for p in self.parameters() if p.requires_grad), 1e-2, momentum=0.9
+        )
+
+
+def test_every_layer_goes_on_training_with_its_momentum(tmp_path: Path) -> None:
+    """FasterAI-Labs/fasterai#92 and #93: after a step the optimizer held the old parameters, or began cold."""
+    model = Momentum()
+    trainer = fit(model, search(), path=tmp_path, epochs=4)
+    (optimizer,) = trainer.optimizers
+    assert model.net[1].out_features < 16
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
+        id(p) for p in model.parameters()
+    ]
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        assert optimizer.state[p]["momentum_buffer"].shape == p.shape
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_what_is_frozen_stays_frozen_and_as_it_was(tmp_path: Path) -> None:
+    """FasterAI-Labs/fasterai#92: parameters that are made anew by a prune began to train."""
+    model = Momentum()
+    model.net[3].bias.requires_grad_(False)
+    frozen = model.net[3].bias.detach().clone()
+    fit(model, search(compensate=False), path=tmp_path, epochs=4)
+    assert model.net[1].out_features < 16 and not model.net[3].bias.requires_grad
+    assert torch.equal(model.net[3].bias, frozen)
+
+
+def test_metrics_are_those_of_the_network_that_came_back(tmp_path: Path) -> None:
+    """Lightning-AI/pytorch-lightning#13099: after a way back the logged loss has to be right as well."""
+    seen: list[tuple[int, float]] = []
+
+    class Looks(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, module: Any, batch: Any, index: int
+        ) -> None:
+            if index == 0 and trainer.current_epoch:
+                seen.append((module.net[1].out_features, float(trainer.callback_metrics["acc"])))
+
+    model = Grows()
+    pruning = StructuredPruning(ratio=0.9, when=[1, 2, 3], max_drop=0.01, monitor="acc")
+    with pytest.warns(UserWarning, match="taken back"):
+        fit(model, pruning, Looks(), path=tmp_path, epochs=5)
+    back = pruning.history[-1]["rolled_back"]
+    width, score = seen[back - 1]
+    assert width >= 8 and score == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_file_of_a_search_is_read_into_the_wide_network(tmp_path: Path) -> None:
+    """PaddlePaddle/PaddleX#600 and lmbxmu/FilterSketch#1: no resume in a prune, or with another accuracy."""
+    model, keep = Grows(), ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    trainer = fit(model, search(), keep, path=tmp_path, epochs=5)
+    again, batches = Grows(), DataLoader(TensorDataset(X, torch.arange(32) % 4), 16)
+    other = Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[search()],
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    other.validate(again, batches, ckpt_path=keep.last_model_path, verbose=False)
+    assert again.net[1].out_features == model.net[1].out_features < 16
+    assert trainer.current_epoch == 5
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in again.state_dict().items())
