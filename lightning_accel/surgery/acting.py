@@ -28,8 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery.call import Call, ModuleT, run, same_random_state, tensors
+from lightning_accel.surgery.owners import ATOMS
 
 _ALL: Any = nn.modules.module  # which knows the hooks of all modules
+_REGISTRIES = {OrderedDict, dict, set}
+_WAYS = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__")
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 FORWARD = ("_forward_pre_hooks", "_forward_hooks")
 attendants: list[Callable[[nn.Module, nn.Module, bool], None]] = []
@@ -84,6 +87,7 @@ def copied(model: ModuleT, memo: dict[int, Any]) -> ModuleT:
     memo |= held
     try:
         with _locks_anew():
+            _copy_plainly(model, memo)
             made = copy.deepcopy(model, memo)
     except Exception as error:  # whatever copying a user's objects may raise
         raise AccelError(
@@ -98,6 +102,37 @@ def copied(model: ModuleT, memo: dict[int, Any]) -> ModuleT:
             hooks[key] = Acting(rebound(hooks[key].hook, memo), acts=hooks[key].acts)
     attend(model, made, hooked=False)
     return made
+
+
+def _copy_plainly(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Put copies of modules that are copied like any object into the memo: `deepcopy` takes thrice the time for them.
+
+    A module has some thirty attributes, nearly all of them numbers, flags, and registries of hooks that are empty.
+    """
+    plain = [m for m in model.modules() if id(m) not in memo and _is_plainly_copied(m)]
+    memo |= {id(module): type(module).__new__(type(module)) for module in plain}
+    for module in plain:
+        state = {}
+        for name, value in module.__getstate__().items():
+            kind = type(value)
+            if kind in _REGISTRIES and not value and id(value) not in memo:
+                memo[id(value)] = kind()
+            state[name] = value if kind in ATOMS else copy.deepcopy(value, memo)
+        memo[id(module)].__setstate__(state)
+
+
+def _is_plainly_copied(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        all(getattr(kind, way) is getattr(nn.Module, way) for way in _WAYS)
+        and kind.__setstate__.__module__.startswith("torch.nn.modules.")
+        and not any(
+            hasattr(kind, own) for own in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+        )
+        and "__deepcopy__" not in vars(module)
+        and kind not in copyreg.dispatch_table
+        and not copyreg._slotnames(kind)  # type: ignore[attr-defined]
+    )
 
 
 @contextmanager

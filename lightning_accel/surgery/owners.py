@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -38,6 +38,8 @@ _MOST = 10_000  # entries of one container: more is data
 IN_ORDER = (list, tuple, deque, nn.ParameterList)
 _SEQUENCES = (*IN_ORDER, set, frozenset)
 _PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, nn.Module, Optimizer)
+ATOMS = frozenset({str, bytes, bool, int, float, complex, type(None)})
+"""Kinds of most attributes; they hold nothing."""
 _APART = {"Trainer", "Strategy", "DataLoader", "Dataset", "LightningDataModule", "Logger"}
 """Bases of what leads away, to data or to the whole fit."""
 _OF_OTHERS = {
@@ -108,6 +110,8 @@ def children(value: Any) -> list[tuple[Any, str, Any]]:
     >>> children({"a": 1}), children((2,))
     ([('a', "['a']", 1)], [(0, '[0]', 2)])
     """
+    if type(value) in ATOMS:
+        return []
     if isinstance(value, nn.ParameterDict):
         value = dict(value.items())
     if isinstance(value, (Mapping, *_SEQUENCES)):
@@ -120,6 +124,20 @@ def children(value: Any) -> list[tuple[Any, str, Any]]:
     ):
         return []
     return [(k, f".{k}", v) for k, v in kept_by(value).items()]
+
+
+def holds_nothing(value: Any) -> bool:
+    """Whether this is a number, a text, or an empty or short row of such: so are most attributes of modules.
+
+    >>> holds_nothing((3, 3)), holds_nothing({}), holds_nothing([object()])
+    (True, True, False)
+    """
+    kind = type(value)
+    if kind in ATOMS:
+        return True
+    if kind in (tuple, list, set):
+        return len(value) < 8 and all(type(one) in ATOMS for one in value)
+    return kind in (dict, OrderedDict) and not value
 
 
 def kept_by(one: Any) -> dict[str, Any]:

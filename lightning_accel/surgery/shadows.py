@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.surgery.owners import IN_ORDER, children
+from lightning_accel.surgery.owners import IN_ORDER, children, holds_nothing
 from lightning_accel.surgery.receipt import Kept
 
 _DEPTH = 6
@@ -166,7 +166,8 @@ class Shadows:
         for _, at, one in held:
             if isinstance(one, Tensor) and at.startswith("."):
                 self._note_flat(one, where + at)
-            self._queue.append((one, where + at, depth + 1))
+            if not holds_nothing(one):
+                self._queue.append((one, where + at, depth + 1))
 
     def _by_key(self, held: Mapping[Any, tuple[str, Any]], where: str) -> None:
         """Find whose the entries are by name, also of a module and then of its parameter, or by who is the key."""

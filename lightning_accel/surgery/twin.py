@@ -44,7 +44,6 @@ def twin(model: ModuleT, calls: Sequence[Call] = (), *, hooked: bool = False) ->
     (True, False)
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _attached_tensors(model)}
-    memo |= _empty_registries(model)
     made = copied(model, memo)
     named = model.named_parameters(remove_duplicate=False)
     gradients = {name: p.grad for name, p in named if p.grad is not None}
@@ -65,12 +64,6 @@ def twin(model: ModuleT, calls: Sequence[Call] = (), *, hooked: bool = False) ->
     if calls:
         sort_out(made, calls)
     return made
-
-
-def _empty_registries(model: nn.Module) -> dict[int, Any]:
-    """Return copies of registries that are empty, by identity: `deepcopy` would take most of its time for them."""
-    values = (value for module in model.modules() for value in vars(module).values())
-    return {id(v): type(v)() for v in values if type(v) in (OrderedDict, set) and not v}
 
 
 def _attached_tensors(model: nn.Module) -> Iterator[Tensor]:
