@@ -28,7 +28,8 @@ from lightning_accel.pruning import prune, schedule
 from lightning_accel.pruning.guard import Guard
 from lightning_accel.pruning.target import Macs
 from lightning_accel.surgery import Structure, follow
-from lightning_accel.surgery.snapshot import Snapshot, random_state, set_random_state
+from lightning_accel.surgery.rng import random_state, set_random_state
+from lightning_accel.surgery.snapshot import Snapshot
 
 pytestmark = [
     # These scores fall by the epoch, whatever the network.

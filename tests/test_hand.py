@@ -20,7 +20,7 @@ from lightning_accel.bridge.data import ReadOnce
 from lightning_accel.bridge.hand import Hand
 from lightning_accel.memory import ActivationBudget
 from lightning_accel.pruning.sparsify import SparsityTraining
-from lightning_accel.surgery.snapshot import random_state
+from lightning_accel.surgery.rng import random_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),

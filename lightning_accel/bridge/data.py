@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -37,6 +36,7 @@ from lightning_accel.surgery.preserve import (
     reachable,
     runs,
 )
+from lightning_accel.surgery.rng import seed_rng
 
 _SEED = 0
 _LOOK_AHEAD = 4096
@@ -124,7 +124,8 @@ def _draw(loader: Any, count: int, limit: int, epoch: int) -> list[Any]:
     elif _has_workers(loader):
         found = _by_workers(loader, {}, min(count, limit))
     else:
-        with preserve_rng(), _seeded():
+        with preserve_rng():
+            seed_rng(_SEED)
             other = _copied(loader)
             _set_sampler_epoch(other, epoch)  # as the fit's is told: some have none before
             found = list(islice(other, min(count, limit)))
@@ -149,7 +150,8 @@ def _has_workers(loader: Any) -> bool:
 def _by_index(loader: Any, count: int, limit: int, epoch: int) -> list[Any]:
     dataset = loader.dataset
     name = "batch_sampler" if loader._auto_collation else "sampler"
-    with preserve_rng(), _seeded():
+    with preserve_rng():
+        seed_rng(_SEED)
         indices = _copied(loader._index_sampler, dataset)
         _set_sampler_epoch(SimpleNamespace(**{name: indices}), epoch)
         chosen = _spread(list(islice(indices, limit)), count)
@@ -162,7 +164,8 @@ def _by_index(loader: Any, count: int, limit: int, epoch: int) -> list[Any]:
         dataset, loader._auto_collation, loader.collate_fn, loader.drop_last
     )
     try:
-        with preserve_state(dataset, loader.collate_fn), _seeded():
+        with preserve_state(dataset, loader.collate_fn):
+            seed_rng(_SEED)
             return [fetcher.fetch(index) for index in chosen]
     except CannotPreserve as error:
         raise _read_once(dataset, error) from error
@@ -172,7 +175,8 @@ def _by_workers(loader: Any, changes: dict[str, Any], count: int) -> list[Any]:
     """Let processes read, as the fit does: what they change stays with them."""
     other = copy.copy(loader)
     vars(other).update({"_iterator": None, "persistent_workers": False, **changes})
-    with preserve_rng(loader), _seeded():
+    with preserve_rng(loader):
+        seed_rng(_SEED)
         iterator = iter(other)
         try:
             return list(islice(iterator, count))
@@ -240,15 +244,6 @@ def _reseed(generator: Any) -> None:
         generator.bit_generator.state = type(generator.bit_generator)(_SEED).state
     else:
         generator.seed(_SEED)
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Begin with the same random numbers each time; stands within something that puts them back."""
-    torch.manual_seed(_SEED)
-    random.seed(_SEED)
-    np.random.seed(_SEED)
-    yield
 
 
 def _read_once(loader: Any, why: object) -> ReadOnce:

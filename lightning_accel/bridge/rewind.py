@@ -21,7 +21,8 @@ from lightning_accel.bridge.parts import PartState, parts_of
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.surgery import Receipt, Structure
 from lightning_accel.surgery.dropped import Dropped
-from lightning_accel.surgery.snapshot import Snapshot, random_state
+from lightning_accel.surgery.rng import random_state
+from lightning_accel.surgery.snapshot import Snapshot
 
 
 def remember_fit(trainer: Trainer, pl_module: LightningModule) -> Snapshot:

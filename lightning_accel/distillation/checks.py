@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_accel.seldom import is_due
 from lightning_accel.surgery.preserve import preserve_rng
-from lightning_accel.surgery.snapshot import random_state
+from lightning_accel.surgery.rng import random_state
 
 EXACT, SHORT = 1e-3, 5e-2
 """How much of its largest number an answer may differ by, in 32 bits and in 16: kernels depend on the batch."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from lightning_accel.surgery.preserve import generator_state, generators
-from lightning_accel.surgery.snapshot import random_state
+from lightning_accel.surgery.rng import random_state
 
 _DEPTH = 5
 _MOST = 2000

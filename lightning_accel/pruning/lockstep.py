@@ -19,7 +19,7 @@ from torch import nn
 from lightning_accel.surgery.acting import copied
 from lightning_accel.surgery.call import Call, run
 from lightning_accel.surgery.preserve import preserve_rng
-from lightning_accel.surgery.snapshot import random_state, set_random_state
+from lightning_accel.surgery.rng import random_state, set_random_state
 
 
 class OutOfStep(Exception):

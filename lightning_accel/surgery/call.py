@@ -89,11 +89,12 @@ def same_random_state(model: nn.Module, seed: int | None = None) -> Iterator[Non
     """
     places = {p.device for p in model.parameters()}
     with torch.random.fork_rng(devices=[d for d in places if d.type == "cuda"]):
-        if seed is not None and any(d.type != "cpu" for d in places):
-            torch.manual_seed(seed)
-        elif seed is not None:
-            # What torch.manual_seed does for devices that nobody uses takes longer than a small network.
+        if seed is not None:
             torch.default_generator.manual_seed(seed)
+            for device in places:
+                if device.type == "cuda":  # others of its kind keep their states
+                    with torch.cuda.device(device):
+                        torch.cuda.manual_seed(seed)
         yield
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_accel.surgery.held import MOST, behind, held
 from lightning_accel.surgery.named import differing, equal
 from lightning_accel.surgery.preserve import generator_state, generators
-from lightning_accel.surgery.snapshot import random_state
+from lightning_accel.surgery.rng import random_state
 
 _SAMPLES = 16
 """Numbers of each tensor that show whether it was written behind its version counter."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.surgery.snapshot import random_state, set_random_state
+from lightning_accel.surgery.rng import random_state, seed_of_cuda, set_random_state
 
 _DEPTH = 6
 _MOST = 2000
@@ -45,12 +45,13 @@ def preserve_rng(*holders: Any) -> Iterator[None]:
     >>> torch.equal(before, torch.get_rng_state())
     True
     """
-    world = random_state()
+    world, keep_seed = random_state(), seed_of_cuda()
     own = [(generator, generator_state(generator)) for generator in generators(*holders)]
     try:
         yield
     finally:
         set_random_state(world)
+        keep_seed()
         for generator, state in own:
             set_generator_state(generator, state)
 

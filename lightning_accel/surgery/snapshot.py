@@ -7,12 +7,10 @@ copied to the CPU, and put back bit for bit. All of it is safe for `torch.load(w
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -20,6 +18,7 @@ from torch.utils._pytree import tree_map
 from lightning_accel.errors import StructureMismatch
 from lightning_accel.surgery.bypass import whole_tensors
 from lightning_accel.surgery.receipt import Change, Receipt, summary
+from lightning_accel.surgery.rng import set_random_state
 from lightning_accel.surgery.structure import Structure, named_tensors, replace_data, text
 
 
@@ -146,30 +145,6 @@ class Snapshot:
             _plain(plain["random"]),
             dict(plain.get("members", {})),
         )
-
-
-def random_state() -> dict[str, Any]:
-    """Return the states of this process's generators as plain data."""
-    version, words, gauss = random.getstate()
-    numbers: Any = np.random.get_state(legacy=True)
-    kind, keys, place, has_gauss, cached = numbers
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "python": [version, list(words), gauss],
-        "numpy": [kind, keys.tolist(), int(place), int(has_gauss), float(cached)],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` returned."""
-    version, words, gauss = state["python"]
-    kind, keys, *rest = state["numpy"]
-    torch.set_rng_state(state["torch"].cpu())
-    for device, held in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(held.cpu(), device)
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -9,13 +9,11 @@ nothing, and the settings are applied by the same functions as in a real fit.
 from __future__ import annotations
 
 import copy
-import random
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -34,6 +32,7 @@ from lightning_accel.precision import channels_last, matmul_precision
 from lightning_accel.precision.autocast import autocast
 from lightning_accel.precision.layout import convert_inputs
 from lightning_accel.surgery.moment import Moments
+from lightning_accel.surgery.rng import seed_rng
 from lightning_accel.tuning.settings import PLAIN, Settings, node
 
 _REMEMBERED = 20
@@ -101,7 +100,7 @@ class Replica:
                 held.enter_context(context)
             if self._count >= _DRIFT:
                 self.rewind()
-            _seed(self._block if seed is None else seed)
+            seed_rng(self._block if seed is None else seed)
             self._block += 1
             if self.hooks and self._count == 0:
                 self.module.on_train_start()
@@ -390,12 +389,6 @@ def _renewed(value: Any, clones: bool) -> Any:
 def _dense(gradient: Tensor) -> Tensor:
     dense = gradient.to_dense() if gradient.is_sparse else gradient
     return dense.detach().float().clone()
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
 
 
 class _Products(TorchDispatchMode):

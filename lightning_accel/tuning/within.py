@@ -32,7 +32,7 @@ from lightning_accel.attention import uses_attention
 from lightning_accel.bridge.data import batches
 from lightning_accel.bridge.example import placed
 from lightning_accel.errors import AccelError, Unsupported
-from lightning_accel.surgery.snapshot import random_state, set_random_state
+from lightning_accel.surgery.rng import random_state, set_random_state
 from lightning_accel.tuning import store
 from lightning_accel.tuning.alone import alone
 from lightning_accel.tuning.candidates import find
