@@ -47,7 +47,9 @@ def _seeds() -> None:
     random.seed(0)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(0)
-    torch.default_generator.manual_seed(0)  # without a GPU, milliseconds less than `torch.manual_seed`
+    torch.default_generator.manual_seed(
+        0
+    )  # without a GPU, milliseconds less than `torch.manual_seed`
 
 
 @pytest.fixture(autouse=True)

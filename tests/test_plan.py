@@ -417,7 +417,15 @@ def test_a_hydra_configuration_is_planned_with_its_own_data_and_loss(
 ) -> None:
     words = [
         *("--config", str(root / "conf" / "config.yaml"), "--allow", "models.", "--allow", "data."),
-        *("--budget-s", "1", "--json", "model=vit", "data=digits", "accelerator=cpu"),
+        *(
+            "--budget-s",
+            "0.2",
+            "--json",
+            "model=vit",
+            "model.depth=1",
+            "data=digits",
+            "accelerator=cpu",
+        ),
     ]
     done = subprocess.run(
         [sys.executable, "-c", "from lightning_accel.cli import main; main()", "plan", *words],

@@ -137,7 +137,7 @@ def masked_twin(dense: nn.Module, small: nn.Module, receipt: object) -> nn.Modul
 
 @pytest.mark.slow
 @settings(
-    max_examples=160,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,

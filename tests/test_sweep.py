@@ -54,11 +54,11 @@ def inspect(run: Path, *options: str) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_logs_one_run_per_job_grouped_with_config_and_report(tmp_path: Path) -> None:
-    sweep_of = ["+accel=none,amp,amp_prune", "seed=0,1", "logger=wandb"]
-    train(tmp_path, "-m", *sweep_of, "+callbacks.report.budget_s=1", *FAST)
+    sweep_of = ["+accel=none,amp_prune", "seed=0,1", "logger=wandb"]
+    train(tmp_path, "-m", *sweep_of, "+callbacks.report.budget_s=0.2", *FAST)
     (sweep,) = (tmp_path / "outputs").iterdir()
     runs = sorted(sweep.glob("*/wandb/offline-run-*"))
-    assert len(runs) == 6
+    assert len(runs) == 4
     seen = []
     for run in runs:
         (summary,) = inspect(run, "--summary")
@@ -76,10 +76,10 @@ def test_a_sweep_logs_one_run_per_job_grouped_with_config_and_report(tmp_path: P
         techniques = {"amp": "precision", "prune": "pruning", "none": None}
         assert {*summary["tags"]} == {preset, *map(techniques.get, config["accel"])} - {None}
         assert summary["summary"]["report/gains_table"]["nrows"] >= 2
-    presets = [("none",), ("amp",), ("amp", "prune")]
+    presets = [("none",), ("amp", "prune")]
     assert sorted(seen) == sorted((preset, seed) for preset in presets for seed in (0, 1))
     reports = [json.loads(p.read_text()) for p in sorted(sweep.glob("*/**/report.json"))]
-    assert len(reports) == 6
+    assert len(reports) == 4
 
 
 def test_a_run_belongs_to_no_group_and_keeps_no_secret(
@@ -162,7 +162,7 @@ def test_a_sweep_on_two_processes_trains_its_teacher_once(tmp_path: Path) -> Non
         "teacher.model.depth=1",
         "teacher.trainer.max_epochs=1",
     ]
-    two = ["trainer.strategy=ddp", "trainer.devices=2", "+callbacks.report.budget_s=0.5"]
+    two = ["trainer.strategy=ddp", "trainer.devices=2", "+callbacks.report.budget_s=0.2"]
     printed = train(tmp_path, "-m", "+accel=distill", "seed=0,1", *FAST, *two, *teacher)
     assert printed.count("Training the teacher first") == 1
     assert len(list((tmp_path / "outputs" / "teachers").iterdir())) == 1
