@@ -389,3 +389,41 @@ def test_a_narrow_block_that_is_gone_comes_back_narrow_in_another_process(
     assert not gone(resumed) and all(block.up.out_features == 6 for block in resumed.net[1:5])
     trainer.save_checkpoint(tmp_path / "again.ckpt")
     assert same(resumed, load_from_checkpoint(Net, tmp_path / "again.ckpt"))
+
+
+class Bounded(Net):
+    """Its score is good while as many blocks are there, and so many of their multiply-accumulates."""
+
+    def __init__(self, blocks: int, share: float) -> None:
+        super().__init__()
+        self.least, self.full = (blocks, share), macs(self)
+        self.seen: list[tuple[int, float]] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        there = 4 - len(gone(self)), macs(self) / self.full
+        if not self.trainer.sanity_checking and there not in self.seen[-1:]:
+            self.seen.append(there)
+        good = there[0] >= self.least[0] and there[1] >= self.least[1]
+        self.log("score", 0.9 if good else 0.5, on_epoch=True)
+
+
+def macs(module: Net) -> int:
+    """Multiply-accumulates of one sample, counted by hand: all is in linear layers."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
+@pytest.mark.parametrize(("depth", "blocks", "share"), [("only", 2, 0.0), (True, 0, 0.45)])
+def test_a_search_takes_whole_blocks_as_far_as_the_metric_allows(
+    fit: Fit, depth: Any, blocks: int, share: float
+) -> None:
+    torch.manual_seed(0)
+    model = Bounded(blocks, share)
+    pruning = StructuredPruning(when=1, max_drop=0.01, monitor="score", depth=depth)
+    fit(model, pruning, epochs=14)
+    left, kept = 4 - len(gone(model)), macs(model) / model.full
+    if depth == "only":
+        assert left == blocks and len(model.seen) > 3
+    else:  # width or blocks, whichever changes the outputs less
+        assert share <= kept < 1.25 * share
+    assert sum(1 for point in pruning.trade_off if point["kept"] == pytest.approx(kept)) == 1
+    assert model.seen[0] == (4, 1.0)
