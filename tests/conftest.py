@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import random
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,10 +53,23 @@ def _seeds() -> None:
     )  # without a GPU, milliseconds less than `torch.manual_seed`
 
 
+@pytest.fixture(scope="session")
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
 @pytest.fixture(autouse=True)
-def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in `tmp_path`, so that nothing a test writes lands in the tree."""
-    monkeypatch.chdir(tmp_path)
+def _empty_folder(
+    request: pytest.FixtureRequest, _shared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Work in an empty folder, so that nothing a test writes lands in the tree: in `tmp_path` where that is used."""
+    own = "tmp_path" in request.fixturenames
+    folder = request.getfixturevalue("tmp_path") if own else _shared_folder
+    monkeypatch.chdir(folder)
+    yield
+    if not own:
+        for left in _shared_folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @pytest.fixture(autouse=True)

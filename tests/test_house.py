@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,18 @@ def _parts(path: Path) -> tuple[str, ...]:
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-def _imports(tree: ast.AST, path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield each imported module with whether it is imported when the file is."""
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def _imports(path: Path) -> list[tuple[str, bool]]:
+    """Return each imported module with whether it is imported when the file is."""
+    return list(_imported(_tree(path), path))
+
+
+def _imported(tree: ast.AST, path: Path) -> Iterator[tuple[str, bool]]:
     late = {
         id(inner)
         for node in ast.walk(tree)
@@ -101,7 +112,7 @@ def _is_type_checking(node: ast.AST) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_imports_point_down_the_floors(path: Path) -> None:
     own = _parts(path)
-    for module, _ in _imports(ast.parse(path.read_text()), path):
+    for module, _ in _imports(path):
         if module.split(".")[0] != "lightning_accel" or path == PACKAGE / "__init__.py":
             continue
         other = tuple(module.split(".")[1:])
@@ -125,21 +136,21 @@ def test_only_adapters_import_lightning(path: Path) -> None:
     parts = path.relative_to(PACKAGE).parts
     if path.name in ADAPTERS or parts[0] in ("bridge", *TOP) or path.stem in ROOFS:
         return
-    for module, _ in _imports(ast.parse(path.read_text()), path):
+    for module, _ in _imports(path):
         root = module.split(".")[0]
         assert root not in ("lightning", "pytorch_lightning"), f"{_id(path)} imports {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_optional_packages_are_imported_inside_functions(path: Path) -> None:
-    for module, at_import in _imports(ast.parse(path.read_text()), path):
+    for module, at_import in _imports(path):
         if at_import:
             assert module.split(".")[0] not in LATE, f"{_id(path)} imports {module} at once"
 
 
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_nothing_in_the_package_runs_strings_or_pickles(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
@@ -157,7 +168,7 @@ def test_nothing_in_the_package_runs_strings_or_pickles(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_the_package_prints_in_cli_only_and_swallows_no_error(path: Path) -> None:
     in_cli = path.relative_to(PACKAGE).parts[0] == "cli"
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
             assert in_cli, f"{_id(path)}:{node.lineno} prints"
         if isinstance(node, ast.ExceptHandler):
@@ -171,7 +182,7 @@ def test_the_package_prints_in_cli_only_and_swallows_no_error(path: Path) -> Non
 
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_a_file_says_what_it_knows_and_stays_readable(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = _tree(path)
     assert ast.get_docstring(tree), f"{_id(path)} has no docstring"
     lines = path.read_text().count("\n")
     assert lines <= 450, f"{_id(path)} has {lines} lines; about 250 is the aim"

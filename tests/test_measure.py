@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import tiny
 import torch
@@ -1385,23 +1386,11 @@ trainer.test(model, t.data(), verbose=False)
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_processes_report_once_and_count_all_samples(tmp_path: Path, root: Path) -> None:
-    import os
-    import subprocess
-    import sys
-
     out = tmp_path / "report.json"
     script = tmp_path / "script.py"
     script.write_text(DDP.format(tests=str(root / "tests"), out=str(out)))
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, printed = forks.run_ranks(script, cwd=tmp_path, path=(root,))
+    assert status == 0, printed[-3000:]
     plain = json.loads(out.read_text())
     assert plain["world_size"] == 2
     assert plain["ratios"]["params"] > 2

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import tiny
 import torch
@@ -415,16 +413,8 @@ def test_two_processes_agree_on_the_format(tmp_path: Path, root: Path) -> None:
             open(f"rank{rank}", "w").write(str(precision.policy.dtype))
         """)
     )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    status, printed = forks.run_ranks(script, cwd=tmp_path, path=(root,))
+    assert status == 0, printed[-2000:]
     assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == ["torch.bfloat16"] * 2
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -273,11 +274,8 @@ def test_every_process_has_the_numbers_that_the_first_measured(tmp_path: Path) -
     script = tmp_path / "script.py"
     tests = str(Path(__file__).parent)
     script.write_text(DDP.format(tests=tests, out=str(tmp_path / "report.json")))
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, printed = forks.run_ranks(script, cwd=tmp_path, path=(ROOT,))
+    assert status == 0, printed[-3000:]
     first, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == other
     report = json.loads((tmp_path / "report.json").read_text())
