@@ -121,6 +121,7 @@ def test_attach_misspelt_is_refused_whoever_has_the_callbacks(folder: Path) -> N
         trainer.fit(Tiny())
 
 
+@pytest.mark.slow
 def test_attach_keeps_to_the_order_of_stages_and_to_the_list_of_users(folder: Path) -> None:
     eager = "+callbacks.compilation.backend=eager"
     cfg = compose("train", ["+accel=[compile,prune]", "+accel.attach=true", eager, *BARE])

@@ -181,6 +181,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one(name: str, after: int, tmp_path:
         assert p.shape == q.shape and torch.equal(p, q)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Byol, Inside])
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_resumed_module_with_an_average_inside(

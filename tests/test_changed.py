@@ -112,6 +112,7 @@ def test_the_same_settings_are_not_worth_a_word(fits: Fits, name: str) -> None:
     assert fits(before(), before()) == []
 
 
+@pytest.mark.slow
 def test_steps_to_come_are_done_as_is_asked_now(fits: Fits) -> None:
     again = Pruning(ratio=0.75, when=[0, 1])
     assert fits(Pruning(ratio=0.5, when=[0, 1]), again) == []

@@ -139,6 +139,7 @@ def test_a_device_that_is_not_there_is_said_in_one_line(capsys: pytest.CaptureFi
     assert "no such device here: nonsense" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_env_reads_what_is_installed_here_without_importing_it(root: Path) -> None:
     code = (
         "import sys; from lightning_accel.cli import env; f = env.gather();"

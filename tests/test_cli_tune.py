@@ -44,6 +44,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 QUICK = ["--budget-s", "1", "--no-cache", "--technique", "optimizer", "--accelerator", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_is_tuned_and_the_files_are_written(
     code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +64,7 @@ def test_a_module_of_ones_own_is_tuned_and_the_files_are_written(
     assert [rate["batch_size"] for rate in report["rates"]] == [8]
 
 
+@pytest.mark.slow
 def test_a_module_with_data_of_its_own_needs_no_other(
     code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +72,7 @@ def test_a_module_with_data_of_its_own_needs_no_other(
     assert json.loads(capsys.readouterr().out)["trials"]
 
 
+@pytest.mark.slow
 def test_json_is_one_object(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", f"{code}:build", *QUICK, "--json", "--steps", "1000"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -75,6 +75,7 @@ def fitted(
     return module, pruning
 
 
+@pytest.mark.slow
 def test_by_default_the_layers_that_read_what_is_gone_are_solved_anew(
     trainer_kwargs: dict[str, Any],
 ) -> None:
@@ -134,6 +135,7 @@ def test_of_a_stream_the_batch_at_hand_is_solved_on(trainer_kwargs: dict[str, An
     assert taken[0] == taken[1]  # of what the fit has not read
 
 
+@pytest.mark.slow
 def test_where_no_batch_can_be_had_the_prune_goes_on_and_says_so(
     trainer_kwargs: dict[str, Any],
 ) -> None:
@@ -189,6 +191,7 @@ class Kept(Callback):
             self.fisher[name] = torch.full_like(p, 0.01)
 
 
+@pytest.mark.slow
 def test_slow_weights_of_an_optimizer_are_changed_as_their_weights(
     trainer_kwargs: dict[str, Any],
 ) -> None:

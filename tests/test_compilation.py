@@ -346,6 +346,7 @@ def test_two_kinds_do_not_make_each_other_dynamic() -> None:
     assert spy.static
 
 
+@pytest.mark.slow
 def test_more_kinds_than_dynamos_limit_are_all_compiled() -> None:
     net, spy = nn.ModuleList(Block(8 + i) for i in range(12)), Spy()
     compile_blocks(net, backend=spy)
@@ -368,6 +369,7 @@ def test_gradients_hooks_and_train_flags_are_those_of_the_eager_network() -> Non
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.slow
 def test_hooks_that_come_and_go_are_obeyed() -> None:
     net, x = Stack(), torch.ones(4, 8)
     heard: list[str] = []
@@ -454,6 +456,7 @@ def test_layers_without_shapes_of_their_own_stay_static_too() -> None:
     assert spy.static
 
 
+@pytest.mark.slow
 def test_many_prunes_after_graph_breaks_do_not_use_up_dynamos_limit() -> None:
     net, spy, x = Branching(), Spy(), torch.ones(4, 8)
     net.fc, net.out = nn.Linear(8, 32), nn.Linear(32, 4)
@@ -691,6 +694,7 @@ def test_a_selection_of_nothing_is_an_error_at_setup(trainer: Any) -> None:
         trainer(BlockCompile("nowhere", backend="eager")).fit(module(), data())
 
 
+@pytest.mark.slow
 def test_a_target_that_captured_nothing_is_named_though_others_did(trainer: Any) -> None:
     class Both(Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -732,6 +736,7 @@ def test_a_module_that_calls_nothing_is_an_error(trainer: Any) -> None:
         trainer(BlockCompile(backend="eager")).fit(module(nn.Linear(8, 4), kind=Functional), data())
 
 
+@pytest.mark.slow
 def test_graph_breaks_are_told_with_the_line(trainer: Any) -> None:
     with pytest.warns(UserWarning, match=r"graph break.*test_compilation.py:\d+"):
         trainer(BlockCompile(backend="eager")).fit(module(Branching()), data())
@@ -781,6 +786,7 @@ def test_what_is_compiled_after_training_is_not_of_the_training(trainer: Any) ->
     assert edit.totals["graphs"] == edit.report.rows[0][2] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", [Stack, tiny.MLP])
 def test_a_prune_in_mid_training_compiles_once_more_per_kind(trainer: Any, net: Any) -> None:
     spy, counts = Spy(), []
@@ -799,6 +805,7 @@ def test_a_prune_in_mid_training_compiles_once_more_per_kind(trainer: Any, net: 
     assert edit.totals == {"graphs": 3, "graph_breaks": 0, "recompilations": 0, "eager_calls": 0}
 
 
+@pytest.mark.slow
 def test_a_prune_after_a_graph_break_stays_static_too(trainer: Any) -> None:
     spy = Spy()
     edit = BlockCompile(backend=spy, on_graph_break="ignore")
@@ -816,6 +823,7 @@ def test_a_prune_before_the_first_step_is_no_error(trainer: Any) -> None:
     assert len(edit.report.rows) == 1
 
 
+@pytest.mark.slow
 def test_a_pruned_checkpoint_is_compiled_in_its_own_shape(trainer: Any, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, "a")
     edits = [StructuredPruning(0.5, when=1), BlockCompile(backend="eager"), saver]

@@ -241,6 +241,7 @@ def test_other_sizes_run_eagerly_until_they_are_the_rule() -> None:
         assert spy.runs > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made_inside", [True, False])
 def test_inputs_made_in_inference_mode_or_before_are_both_served(made_inside: bool) -> None:
     net, spy = tiny.MLP().eval(), Spy()

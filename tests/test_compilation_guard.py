@@ -168,6 +168,7 @@ def test_marks_are_taken_off_again_and_the_users_stay() -> None:
     assert y._dynamo_dynamic_indices == {0}
 
 
+@pytest.mark.slow
 def test_sequences_with_the_batch_second_are_marked_there() -> None:
     spy = Count()
     net = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
@@ -190,6 +191,7 @@ def test_batch_sizes_are_those_that_come() -> None:
 # --- after the warm-up --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_after_the_warm_up_a_new_size_runs_eagerly_and_is_told(trainer: Any) -> None:
     spy = Count()
     edit = BlockCompile(backend=spy)

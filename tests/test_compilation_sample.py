@@ -175,6 +175,7 @@ ACTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACTS)
 def test_a_comparison_leaves_nothing_behind(name: str) -> None:
     net, plain, found = network(ACTS[name])

@@ -236,6 +236,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fitted]:
     return fit_once
 
 
+@pytest.mark.slow
 @every_row
 def test_a_fit_finishes_with_finite_weights(fitted: Any, row: str) -> None:
     _, trainer, model, _ = fitted(row)
@@ -289,6 +290,7 @@ def test_every_parameter_still_learns_at_the_end(fit: Fit, row: str) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(last.before, model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @each_alone
 def test_train_flags_and_requires_grad_are_the_users(fit: Fit, row: str) -> None:
     model = module()
@@ -301,6 +303,7 @@ def test_train_flags_and_requires_grad_are_the_users(fit: Fit, row: str) -> None
     assert learns == {n: p.requires_grad for n, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @every_row
 def test_resume_is_bit_equal_to_the_uninterrupted_run(fit: Fit, tmp_path: Path, row: str) -> None:
     whole = module()
@@ -322,6 +325,7 @@ def test_checkpoints_load_safely_and_without_the_technique(
     assert same(fitted(row).model, load_from_checkpoint(Module, path))
 
 
+@pytest.mark.slow
 @every_row
 def test_a_fresh_trainer_evaluates_the_checkpoint(
     fit: Fit, tmp_path: Path, trainer_kwargs: dict[str, Any], row: str
@@ -354,6 +358,7 @@ def test_manual_optimization_works(fit: Fit, row: str) -> None:
     assert len(model.orders) == 12
 
 
+@pytest.mark.slow
 @each_alone
 def test_a_moving_average_goes_along(fit: Fit, row: str) -> None:
     model = module()
@@ -361,6 +366,7 @@ def test_a_moving_average_goes_along(fit: Fit, row: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @each_alone
 def test_it_learns_what_the_plain_run_learns(fitted: Any, row: str) -> None:
     plain, with_row = (

@@ -175,6 +175,7 @@ def by_hand(net: nn.Module, *names: str) -> nn.Module:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_are_found_and_go(family: str) -> None:
     make, x, names = FAMILIES[family]

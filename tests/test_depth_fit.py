@@ -27,6 +27,7 @@ from lightning_accel.pruning import Params
 from lightning_accel.surgery.bypass import Bypass
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]

@@ -177,6 +177,7 @@ print(digest(Net()))
 """
 
 
+@pytest.mark.slow
 def test_a_digest_is_the_same_in_another_process() -> None:
     code = WRITTEN.format(tests=str(Path(__file__).parent))
     env = {**os.environ, "PYTHONHASHSEED": "7"}  # another order of sets

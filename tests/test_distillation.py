@@ -447,6 +447,7 @@ def test_a_step_without_batch_idx_works(fit: Fit) -> None:
     assert apart(model.net, by_hand("dkd")[0]) == 0
 
 
+@pytest.mark.slow
 def test_data_without_an_index_works(fit: Fit) -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:

@@ -244,6 +244,7 @@ def states(trainer: Trainer) -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resume_is_bit_equal_to_the_uninterrupted_fit(fit: Fit, tmp_path: Path, name: str) -> None:
     whole: Any = Adam()
@@ -260,6 +261,7 @@ def test_resume_is_bit_equal_to_the_uninterrupted_fit(fit: Fit, tmp_path: Path, 
 # --- compiled networks ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_dynamo")
 @pytest.mark.parametrize(
     ("backend", "style", "warm"),
@@ -315,6 +317,7 @@ def test_a_step_that_cannot_be_added_to_is_refused(fit: Fit) -> None:
             fit(model, Distillation(teacher(), "kd"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_dynamo")
 def test_a_compiled_teacher_teaches_the_same_in_every_fit(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
@@ -383,6 +386,7 @@ class Judged(Adam):
         self.log("val_acc", 0.9 if self.trainer.current_epoch < 1 else 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_dynamo")
 @pytest.mark.parametrize(
     ("pruned", "amp", "compiled", "source"),
@@ -433,6 +437,7 @@ def test_a_projector_keeps_the_columns_of_the_channels_that_stay(fit: Fit) -> No
     assert len(kept[0]) == 4 and torch.equal(seen[-1], seen[0][:, kept[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The prune before epoch")
 @pytest.mark.parametrize(
     ("source", "first"), [("module", False), ("self", True), ("ema", False), ("module", True)]

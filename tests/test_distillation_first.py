@@ -148,6 +148,7 @@ def test_a_network_under_no_grad_is_no_student(fit: Fit) -> None:
     assert apart(model.net, by_hand("kd")[0]) == 0
 
 
+@pytest.mark.slow
 def test_a_first_step_is_compiled_as_all_others(fit: Fit, clean_dynamo: None) -> None:
     from torch._dynamo.testing import CompileCounter
 

@@ -124,6 +124,7 @@ def test_it_learns_from_the_teacher_alone(fit: Fit) -> None:
     assert apart(module.student, net) < 1e-6
 
 
+@pytest.mark.slow
 def test_it_prunes_itself_with_the_unpruned_network_as_teacher(fit: Fit) -> None:
     module = made(teacher=teacher("self"))
     fit(module, StructuredPruning(ratio=0.5, when=1))

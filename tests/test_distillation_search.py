@@ -114,6 +114,7 @@ def data() -> Any:
     return DataLoader(rows(), 8)
 
 
+@pytest.mark.slow
 def test_a_search_for_a_batch_size_runs_the_teacher(trainer_kwargs: dict[str, Any]) -> None:
     asked: list[int] = []
 
@@ -163,6 +164,7 @@ def test_a_step_that_nothing_teaches_is_an_error() -> None:
         model.training_step(next(iter(data())), 0)
 
 
+@pytest.mark.slow
 def test_a_search_beside_a_prune_is_one_without_a_teacher_as_the_fit_begins_so(fit: Fit) -> None:
     finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
     model = Rated()

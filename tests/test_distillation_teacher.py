@@ -394,6 +394,7 @@ def test_the_average_of_another_callback_is_used_and_that_of_swa_is_not(fit: Fit
     assert (beside_swa - start).abs().max() > 1e-3 and (ours - start).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_second_fit_of_another_module_has_its_own_unpruned_teacher(fit: Fit) -> None:
     distillation = Distillation(teacher("self"), BOTH)
     for width in (8, 16):

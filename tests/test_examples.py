@@ -171,6 +171,7 @@ def test_the_gpt_ties_its_head_and_looks_back_only() -> None:
         torch.testing.assert_close(model(tokens)[:, :-1], model(changed)[:, :-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ResNet, ViT])
 def test_image_models_learn(kind: Any, trainer_kwargs: dict[str, Any]) -> None:
     small = {"widths": (8, 16), "depth": 1} if kind is ResNet else {"dim": 32, "depth": 1}
@@ -179,6 +180,7 @@ def test_image_models_learn(kind: Any, trainer_kwargs: dict[str, Any]) -> None:
     assert trainer.callback_metrics["val/acc"] > 0.6
 
 
+@pytest.mark.slow
 def test_the_gpt_learns_more_than_letter_frequencies(trainer_kwargs: dict[str, Any]) -> None:
     trainer = Trainer(**trainer_kwargs | {"max_epochs": 1})
     data = Pydoc(batch_size=16, context=64, num_windows=3200)
@@ -208,6 +210,7 @@ def test_a_secret_on_the_command_line_ends_the_run_and_is_not_kept(tmp_path: Pat
     assert not [path for path in kept if b"c4n4ry" in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_train_runs_as_a_program_of_its_own(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples/train.py"), "trainer=fast", "accelerator=cpu"],

@@ -184,6 +184,7 @@ def test_callbacks_that_are_empty_take_a_preset_in(folder: Path, config: str) ->
     assert list(cfg.callbacks) == ["precision", "report", "pruning"] and cfg.lr == 2
 
 
+@pytest.mark.slow
 def test_a_trainer_whose_list_reads_the_named_callbacks_needs_nothing_else(folder: Path) -> None:
     listed = CONFIG + "  logger: false\n  callbacks: ${oc.dict.values:callbacks}\n"
     (folder / "train.yaml").write_text(listed)

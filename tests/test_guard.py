@@ -136,6 +136,7 @@ class Watch(Callback):
 # --- rolling back ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_prune_that_costs_too_much_is_taken_back_bit_equal(fit: Fit) -> None:
     # Epochs 0 and 1 dense, prune before 2, good; prune before 4, bad; the end.
     model, watch = seeded([0.9, 0.9, 0.9, 0.9, 0.5, 0.5]), Watch()
@@ -149,6 +150,7 @@ def test_a_prune_that_costs_too_much_is_taken_back_bit_equal(fit: Fit) -> None:
     assert [step.get("rolled_back") for step in pruning.history] == [None, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", [False, True])
 def test_the_first_prune_is_taken_back_to_the_dense_network(fit: Fit, average: bool) -> None:
     model, watch = seeded([0.9, 0.9, 0.5]), Watch()
@@ -162,6 +164,7 @@ def test_the_first_prune_is_taken_back_to_the_dense_network(fit: Fit, average: b
     assert not equal(watch.after[-1]["weights"], watch.before[0]["weights"])  # training went on
 
 
+@pytest.mark.slow
 def test_within_the_budget_every_step_is_done(fit: Fit) -> None:
     model, pruning = seeded([0.95, 0.95, 0.94]), guarded()
     fit(model, pruning)
@@ -169,6 +172,7 @@ def test_within_the_budget_every_step_is_done(fit: Fit) -> None:
     assert pruning.guard is not None and pruning.guard.snapshot is None  # memory is given back
 
 
+@pytest.mark.slow
 def test_mode_min_watches_a_loss(fit: Fit) -> None:
     model = seeded([0.3, 0.3, 0.32])
     with pytest.warns(UserWarning, match="taken back"):
@@ -179,6 +183,7 @@ def test_mode_min_watches_a_loss(fit: Fit) -> None:
     assert model.net[0].stem[0].out_channels == 4
 
 
+@pytest.mark.slow
 def test_a_prune_may_recover_within_its_patience(fit: Fit) -> None:
     scores = [0.9, 0.9, 0.5, 0.5, 0.9]
     model, watch = seeded(scores), Watch()
@@ -191,6 +196,7 @@ def test_a_prune_may_recover_within_its_patience(fit: Fit) -> None:
     assert model.net[0].stem[0].out_channels == 8
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_not_a_number_is_beyond_any_budget(fit: Fit) -> None:
     model = seeded([0.9, 0.9, float("nan")])
     with pytest.warns(UserWarning, match="taken back"):
@@ -198,6 +204,7 @@ def test_a_metric_that_is_not_a_number_is_beyond_any_budget(fit: Fit) -> None:
     assert model.net[0].stem[0].out_channels == 8
 
 
+@pytest.mark.slow
 def test_a_prune_that_was_never_validated_is_taken_back(fit: Fit) -> None:
     model = seeded()
     with pytest.warns(UserWarning, match="not validated since"):
@@ -205,6 +212,7 @@ def test_a_prune_that_was_never_validated_is_taken_back(fit: Fit) -> None:
     assert model.net[0].stem[0].out_channels == 8
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_holds_the_network_that_passed(fit: Fit, tmp_path: Path) -> None:
     model = seeded([0.9, 0.9, 0.9, 0.9, 0.5, 0.5])
     with pytest.warns(UserWarning, match="taken back"):
@@ -217,6 +225,7 @@ def every_epoch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", [[0.9, 0.9, 0.9, 0.9, 0.5], [0.9, 0.9, 0.5], [0.9]])
 def test_a_resumed_fit_judges_like_the_uninterrupted_one(
     fit: Fit, tmp_path: Path, scores: list[float]
@@ -246,6 +255,7 @@ def test_a_resumed_fit_judges_like_the_uninterrupted_one(
 # --- schedules ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "cubic", "iterative"])
 def test_a_schedule_resumes_bit_equal_between_any_two_steps(
     fit: Fit, tmp_path: Path, name: str
@@ -287,6 +297,7 @@ def test_schedules_are_those_of_the_literature() -> None:
     assert factors == pytest.approx([0.2**0.25] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "cubic", "iterative"])
 def test_a_fit_follows_its_schedule(fit: Fit, name: str) -> None:
     model, pruning = (
@@ -420,6 +431,7 @@ def test_a_prune_without_a_validation_before_it_is_an_error(fit: Fit) -> None:
         fit(seeded(), guarded(), limit_val_batches=0)
 
 
+@pytest.mark.slow
 def test_a_trial_run_prunes_and_judges_nothing(fit: Fit) -> None:
     model = seeded([0.0])
     fit(model, guarded(), fast_dev_run=True)

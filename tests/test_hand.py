@@ -23,6 +23,7 @@ from lightning_accel.pruning.sparsify import SparsityTraining
 from lightning_accel.surgery.rng import random_state
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),

@@ -99,6 +99,7 @@ def test_a_container_limit_lowers_the_cores(monkeypatch: pytest.MonkeyPatch) -> 
     assert hardware.num_usable_cores() == 3
 
 
+@pytest.mark.slow
 def test_importing_touches_no_device() -> None:
     code = (
         "import torch, lightning_accel.hardware as h;"

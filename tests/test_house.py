@@ -220,6 +220,7 @@ assert not loaded, f"imported at once: {sorted(loaded)}"
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_optional_and_touches_no_device() -> None:
     modules = [".".join(("lightning_accel", *_parts(path))) for path in FILES]
     modules = [name for name in modules if not name.endswith("__main__")]

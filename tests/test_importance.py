@@ -351,6 +351,7 @@ def test_taylor2_is_the_mean_of_squares_and_not_the_square_of_a_mean() -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_taylor2_is_the_loss_change_of_a_fitted_model_to_second_order() -> None:
     # Squared error at a perfect fit, one unit-variance target per sample: the Hessian of the gates is
     # E[J^T J] and the Fisher information with sampled labels has the same diagonal.
@@ -649,6 +650,7 @@ def some_groups(draw: Any) -> list[Group]:
     return groups
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     some_groups(),

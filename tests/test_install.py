@@ -171,6 +171,7 @@ for words in sys.argv[1:]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_missing_group_of_a_users_app_stays_missing(installed: Path, app: Path) -> None:
     """What we have such a group for: in the package, and in our examples."""
     (app / "composes.py").write_text(COMPOSES)

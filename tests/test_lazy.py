@@ -77,6 +77,7 @@ def fit(kwargs: dict[str, Any], module: Lazy, callbacks: list[Callback], **more:
 FIRST = (None, "__init__", "setup", "configure_model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", FIRST)
 def test_a_lazy_network_is_pruned_as_the_same_one_with_sizes(
     trainer_kwargs: dict[str, Any], first: str | None

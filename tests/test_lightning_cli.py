@@ -74,6 +74,7 @@ def fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tin
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["1", "[1]", "1.0", "0.4"])
 @pytest.mark.parametrize("name", ["StructuredPruning", "lightning_accel.StructuredPruning"])
 def test_epochs_are_what_yaml_says(fitted: Callable[..., Tiny], when: str, name: str) -> None:
@@ -89,6 +90,7 @@ def test_callbacks_are_added_on_the_command_line(fitted: Callable[..., Tiny]) ->
     assert model.pruned_at == [1]
 
 
+@pytest.mark.slow
 def test_arguments_that_are_classes_have_short_names_too(fitted: Callable[..., Tiny]) -> None:
     model = fitted("""
     - class_path: StructuredPruning

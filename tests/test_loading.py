@@ -634,6 +634,7 @@ def test_choose_iterates_no_sampler() -> None:
     assert choice.ways and not choice.ways[0].skipped
 
 
+@pytest.mark.slow
 def test_choose_says_why_a_way_was_skipped(clock: Clock) -> None:
     loader = DataLoader(taking(clock, _augment), 4)
     given: Any = {"step_ms": 1.0, "budget_s": 2.0, "workers": (1,), "unchanging": True}

@@ -197,6 +197,7 @@ def test_a_resumed_fit_is_the_resumed_plain_fit(
     assert_same(run(list, "plain"), run(lambda: [FastLoading(True, False, False)], "fast"))
 
 
+@pytest.mark.slow
 def test_a_second_fit_starts_afresh(trainer_kwargs: dict[str, Any]) -> None:
     def run(callbacks: list[Callback]) -> tuple[Module, Any]:
         given = CombinedLoader({"a": loader(num_workers=1, persistent_workers=True)})
@@ -273,6 +274,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
+@pytest.mark.slow
 def test_vouched_for_it_holds_what_is_slow_to_read_and_says_what_it_leaves(
     trainer_kwargs: dict[str, Any], clock: Clock
 ) -> None:
@@ -290,6 +292,7 @@ def test_vouched_for_it_holds_what_is_slow_to_read_and_says_what_it_leaves(
     assert any("draws random numbers" in change.after for change in fast.receipt.skipped)
 
 
+@pytest.mark.slow
 def test_auto_measures_workers_after_the_first_epoch(
     trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

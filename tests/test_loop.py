@@ -234,6 +234,7 @@ def check_same(one: Record, two: Record) -> None:
         assert one[key] == two[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches",
     [
@@ -262,6 +263,7 @@ def test_every_logged_value_is_that_of_the_plain_loop(
     check_same(plain, lean)
 
 
+@pytest.mark.slow
 def test_a_resume_in_mid_epoch_logs_the_same(record: Callable[..., Record], tmp_path: Path) -> None:
     record("whole")
     ckpt = tmp_path / "whole" / "middle" / "step=3.ckpt"
@@ -275,6 +277,7 @@ class Overrides(Logging):
         super().log(name if name == "monitored" else f"my/{name}", *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_module_that_overrides_log_keeps_its_override(record: Callable[..., Record]) -> None:
     lean = LeanLoop()
     check_same(record("plain", kind=Overrides), record("lean", lean, kind=Overrides))

@@ -577,6 +577,7 @@ def test_parameters_with_gaps_in_memory_keep_their_neighbours() -> None:
     assert held.tolist() == [[0.5, 1.0, 0.5, 1.0]] * 2 and weight.tolist() == [0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_it_goes_with_a_prune_and_channels_last(fit: Fit) -> None:
     ends = []
     for fused in ([], [FusedOptimizer()]):

@@ -379,6 +379,7 @@ def test_they_hold_between_the_steps_of_manual_optimization(fit: Fit) -> None:
     assert model.zeros == [0.75] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"amount": 0.5}, {"pattern": "2:4"}], ids=["amount", "pattern"])
 def test_resume_is_bit_equal_from_any_step(fit: Fit, tmp_path: Path, given: dict[str, Any]) -> None:
     def callbacks() -> list[Callback]:
@@ -399,6 +400,7 @@ def test_resume_is_bit_equal_from_any_step(fit: Fit, tmp_path: Path, given: dict
         assert all(torch.equal(held[name], again[0].masks[name]) for name in held)
 
 
+@pytest.mark.slow
 def test_a_cut_takes_the_masks_along(fit: Fit) -> None:
     class Before(Callback):
         def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -414,6 +416,7 @@ def test_a_cut_takes_the_masks_along(fit: Fit) -> None:
     assert len(watch.shares) == 12
 
 
+@pytest.mark.slow
 def test_a_cut_leaves_the_pattern_whole(fit: Fit) -> None:
     class Before(Callback):
         def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -429,6 +432,7 @@ def test_a_cut_leaves_the_pattern_whole(fit: Fit) -> None:
     assert [c.name for c in masks.receipt.skipped] == ["net.stem.0.weight"]  # three colours
 
 
+@pytest.mark.slow
 def test_a_pattern_that_a_cut_makes_impossible_is_told(fit: Fit) -> None:
     masks = WeightMasks(pattern="2:4", select="net.conv.*")
     with pytest.warns(UserWarning, match=r"net.conv.0.weight.*its 7 inputs"):

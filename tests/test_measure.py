@@ -821,6 +821,7 @@ def test_step_meter_does_nothing_on_the_device(fit: Fit) -> None:
     assert meter.last
 
 
+@pytest.mark.slow
 @timed
 @quiet
 def test_step_meter_leaves_out_the_steps_after_an_edit(fit: Fit) -> None:
@@ -848,6 +849,7 @@ def test_a_wrong_budget_is_refused(budget: float) -> None:
         AccelReport(budget_s=budget)
 
 
+@pytest.mark.slow
 @quiet
 def test_a_fit_without_edits_gains_nothing(fit: Fit, tmp_path: Path) -> None:
     fit(Module(), AccelReport(budget_s=0.6))
@@ -872,6 +874,7 @@ class Validations(Callback):
         self.losses.append(float(trainer.callback_metrics["val_loss"]))
 
 
+@pytest.mark.slow
 @quiet
 def test_a_pruned_fit_is_compared_with_what_the_class_builds(fit: Fit, tmp_path: Path) -> None:
     model, watch = Module(), Validations()
@@ -901,6 +904,7 @@ def test_a_pruned_fit_is_compared_with_what_the_class_builds(fit: Fit, tmp_path:
     assert "test_loss" in next(tmp_path.rglob("report.md")).read_text()
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_metric_is_labelled_with_the_epoch_of_its_own_validation(
@@ -966,6 +970,7 @@ def test_a_test_of_a_less_pruned_checkpoint_is_said(fit: Fit, tmp_path: Path) ->
     assert any("of the weights in" in n and "epoch=1.ckpt" in n for n in saved(tmp_path)["notes"])
 
 
+@pytest.mark.slow
 @quiet
 def test_a_metric_of_the_network_before_the_edit_is_left_out(fit: Fit, tmp_path: Path) -> None:
     report, logger = AccelReport(tmp_path / "report.json", budget_s=0.1), Recording()
@@ -979,6 +984,7 @@ def test_a_metric_of_the_network_before_the_edit_is_left_out(fit: Fit, tmp_path:
     assert not any(key.startswith("report/final_metrics") for key in row)
 
 
+@pytest.mark.slow
 @quiet
 def test_a_report_goes_to_the_log_folder_and_never_to_the_working_folder(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -1115,6 +1121,7 @@ def test_a_failed_measurement_keeps_what_is_known(
     assert "out of luck" in plain["notes"][0]
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.usefixtures("clean_dynamo")
 def test_the_compiled_code_is_what_is_timed(fit: Fit) -> None:
@@ -1238,6 +1245,7 @@ def test_several_networks_are_measured_together(fit: Fit, tmp_path: Path) -> Non
     assert plain["final"]["steps_per_s"] is not None
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("stop", [0, 1, 2])
@@ -1267,6 +1275,7 @@ def test_a_resumed_fit_reports_as_the_uninterrupted_one(
         assert before == whole["observed_steps_per_s"]["before"]
 
 
+@pytest.mark.slow
 @quiet
 def test_a_trial_run_writes_nothing(fit: Fit, tmp_path: Path) -> None:
     report = AccelReport()
@@ -1308,6 +1317,7 @@ class WandbLogger(Recording):
         self.tables.append((key, columns, data))
 
 
+@pytest.mark.slow
 @quiet
 def test_every_logger_gets_flat_numbers_and_wandb_a_table(fit: Fit, tmp_path: Path) -> None:
     plain, wandb = Recording(), WandbLogger()
@@ -1337,6 +1347,7 @@ def test_a_logger_that_fails_does_not_take_the_report_with_it(fit: Fit, tmp_path
     assert saved(tmp_path)["ratios"]["macs"] == 1.0
 
 
+@pytest.mark.slow
 @quiet
 def test_state_is_plain_and_the_callback_can_be_pickled(fit: Fit) -> None:
     import pickle
@@ -1352,6 +1363,7 @@ def test_state_is_plain_and_the_callback_can_be_pickled(fit: Fit) -> None:
     pickle.dumps(StepMeter())
 
 
+@pytest.mark.slow
 @quiet
 def test_the_same_callback_starts_anew_with_another_module(fit: Fit) -> None:
     report = AccelReport(budget_s=0.05)

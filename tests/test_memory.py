@@ -200,6 +200,7 @@ def test_views_of_one_storage_count_once() -> None:
     assert saved_bytes(lambda: (x @ w) + (x.T @ w) + (x * w)) == 64
 
 
+@pytest.mark.slow
 def test_saved_bytes_are_the_same_each_time_and_freed() -> None:
     net = Stack()
     counts = {saved_bytes(lambda: net(X)) for _ in range(3)}
@@ -288,6 +289,7 @@ def test_a_torch_with_another_partitioner_is_refused(monkeypatch: pytest.MonkeyP
         pass
 
 
+@pytest.mark.slow
 def test_kept_bytes_fall_with_the_budget() -> None:
     net, kept = Stack(dim=32), {}
     for value in (1.0, 0.7, 0.5, 0.0):
@@ -309,6 +311,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "format"),
     [
@@ -374,6 +377,7 @@ def test_inductor_recomputes_with_the_dropout_of_the_forward(
 # The trial
 
 
+@pytest.mark.slow
 def test_a_trial_counts_what_the_compiled_code_keeps_and_leaves_the_original_alone() -> None:
     net = compiled(Stack(dim=32))
     for value in (1.0, 0.5):
@@ -429,6 +433,7 @@ def test_no_budget_that_fits_is_an_error() -> None:
 # ActivationBudget
 
 
+@pytest.mark.slow
 def test_a_fit_keeps_less_says_so_and_puts_the_setting_back(fit: Fit) -> None:
     budget = ActivationBudget(0.5)
     choose = partitioners.choose_saved_values_set
@@ -440,6 +445,7 @@ def test_a_fit_keeps_less_says_so_and_puts_the_setting_back(fit: Fit) -> None:
     assert partitioners.choose_saved_values_set is choose
 
 
+@pytest.mark.slow
 def test_the_fit_learns_bit_for_bit_what_it_learns_without(fit: Fit) -> None:
     plain, model = module(), module()
     fit(plain, BlockCompile(backend="aot_eager"))
@@ -481,6 +487,7 @@ def test_a_user_s_own_compiled_module_has_a_budget(fit: Fit) -> None:
     assert budget.savings.ratio < 0.75
 
 
+@pytest.mark.slow
 def test_the_largest_budget_that_fits_is_found(fit: Fit) -> None:
     def auto(limit: int) -> ActivationBudget:
         torch._dynamo.reset()
@@ -818,6 +825,7 @@ def test_a_fit_with_all_beside_is_that_without_checkpointing(fit: Fit) -> None:
     torch.testing.assert_close(*[list(m.parameters()) for m in models], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_checkpointing_goes_with_a_prune(trainer_kwargs: dict[str, Any]) -> None:
     images = TensorDataset(torch.randn(16, 3, 8, 8), torch.arange(16) % 4)
     nets = []
@@ -851,6 +859,7 @@ def test_a_callback_that_matches_nothing_is_an_error(fit: Fit) -> None:
         fit(module(), ActivationCheckpointing(select="nowhere.*"))
 
 
+@pytest.mark.slow
 def test_it_comes_before_compiling_whatever_the_order(fit: Fit) -> None:
     edits = BlockCompile(backend="eager"), ActivationCheckpointing()
     trainer = fit(module(), *edits)

@@ -217,6 +217,7 @@ def _mask_memories(optimizer: Any, p: nn.Parameter, index: int, keep: Tensor) ->
         optimizer.slow[0][index] *= keep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPERS)
 @pytest.mark.parametrize("kind", [Module, ByHand])
 def test_masks_hold_in_optimizers_inside_others(name: str, kind: type[Module]) -> None:
@@ -289,6 +290,7 @@ def masks_of(kept: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Module, ByHand, Hidden])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_prune_is_followed_by_every_optimizer(name: str, kind: type[Module]) -> None:
@@ -312,6 +314,7 @@ class Freezes(Callback):
         gc.unfreeze()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [[], [Freezes]], ids=["", "frozen"])
 def test_lookahead_in_closures_follows_a_prune_and_masks(others: list[Any]) -> None:
     module, cuts = Closed(sgd), Cuts()
@@ -500,6 +503,7 @@ def test_weights_that_are_computed_in_eight_bits_are_refused(
         fit(make(), plugins=[Bf16Precision(kind)])
 
 
+@pytest.mark.slow
 def test_weights_that_are_set_again_and_again_are_not() -> None:
     class Clips(Module):
         def on_train_batch_end(self, *_: Any) -> None:

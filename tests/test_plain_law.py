@@ -64,6 +64,7 @@ def hold(case: Case, team: Team, kwargs: dict[str, Any], folder: Path) -> None:
     assert_same(follow(team, folder / "with"), follow(None, folder / "plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "team"),
     [
@@ -136,6 +137,7 @@ def _below(*kinds: type) -> Iterator[type]:
             yield from _below(sub)
 
 
+@pytest.mark.slow
 def test_the_search_that_takes_nothing_did_search(
     trainer_kwargs: dict[str, Any], nothing_wins: list[str]
 ) -> None:

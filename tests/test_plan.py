@@ -384,6 +384,7 @@ def test_an_example_can_be_of_tokens() -> None:
     assert plan.tensor("2,3:bfloat16").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:StructuredPruning cuts before the first step")
 def test_a_pruned_checkpoint_is_planned_in_its_own_shape(
     folder: Path, trainer_kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]

@@ -652,6 +652,7 @@ def test_a_loaded_state_keeps_the_format() -> None:
     assert not channels_last(net)  # nothing left to do
 
 
+@pytest.mark.slow
 def test_the_format_survives_a_prune_and_its_checkpoint(trainer: Any, tmp_path: Path) -> None:
     images = data(tiny.ConvNet)
     saver = ModelCheckpoint(tmp_path, "a")

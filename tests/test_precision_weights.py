@@ -280,6 +280,7 @@ class Steady(Module):
         return torch.optim.SGD(self.parameters(), 2e-3, momentum=0.9)
 
 
+@pytest.mark.slow
 def test_it_learns_what_fp32_learns_and_better_than_bf16_true(fit: Any) -> None:
     losses = {}
     plugins = {

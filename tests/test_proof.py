@@ -51,6 +51,7 @@ def test_no_wrong_cut_passes_and_the_right_one_does(mutations: Any, name: str) -
     assert float(found["note"].partition("%")[0]) >= 30  # of the 40 % asked for, in whole channels
 
 
+@pytest.mark.slow
 def test_a_proof_that_replays_too_much_is_found_out(
     mutations: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

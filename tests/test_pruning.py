@@ -524,6 +524,7 @@ def seeded() -> Images:
     return Images()
 
 
+@pytest.mark.slow
 def test_resume_from_the_last_step_of_an_epoch_prunes_in_time(fit: Fit, tmp_path: Path) -> None:
     """Lightning leaves out the next epoch's start there."""
     whole = seeded()
@@ -538,6 +539,7 @@ def test_resume_from_the_last_step_of_an_epoch_prunes_in_time(fit: Fit, tmp_path
     assert same(whole, resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", ["magnitude", "taylor", "random"])
 def test_resume_before_between_and_after_prunes_is_bit_equal(
     fit: Fit, tmp_path: Path, importance: str
@@ -556,6 +558,7 @@ def test_resume_before_between_and_after_prunes_is_bit_equal(
     assert not same(whole, other)  # the comparison can fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights_only_save", [False, True])
 def test_every_way_of_restoring_gives_the_same_network(
     fit: Fit, tmp_path: Path, trainer_kwargs: dict[str, Any], weights_only_save: bool
@@ -579,6 +582,7 @@ def test_every_way_of_restoring_gives_the_same_network(
         assert same(model, fresh), verb
 
 
+@pytest.mark.slow
 def test_a_less_pruned_best_checkpoint_comes_back_and_forth(fit: Fit, tmp_path: Path) -> None:
     model = seeded()
     trainer = fit(model, StructuredPruning(ratio=0.5, when=[1, 3]), every_epoch(tmp_path / "a"))
@@ -591,6 +595,7 @@ def test_a_less_pruned_best_checkpoint_comes_back_and_forth(fit: Fit, tmp_path: 
     assert all(torch.equal(final[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_after_the_fit_carries_the_structure(fit: Fit, tmp_path: Path) -> None:
     model = seeded()
     trainer = fit(model, StructuredPruning(ratio=0.5, when=2))
@@ -604,6 +609,7 @@ def test_a_checkpoint_saved_after_the_fit_carries_the_structure(fit: Fit, tmp_pa
     assert checkpoint["lightning_accel"]["structure"]["tensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [6, 12])
 def test_a_pruned_network_of_another_width_is_refused(fit: Fit, tmp_path: Path, width: int) -> None:
     model = seeded()
@@ -620,6 +626,7 @@ def test_a_pruned_network_of_another_width_is_refused(fit: Fit, tmp_path: Path, 
     assert same(model, load_from_checkpoint(Images, path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["fit", "test", "before sharding", "teacher"])
 @pytest.mark.parametrize("width", [6, 12])
 def test_no_way_to_a_pruned_checkpoint_takes_that_of_another_width(
@@ -651,6 +658,7 @@ def test_no_way_to_a_pruned_checkpoint_takes_that_of_another_width(
     assert all(torch.equal(held[n], tensor) for n, tensor in other.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ours",
     [UsePrecision(AutocastPrecision("fp32")), FrozenPredict(backend="eager"), AccelReport()],
@@ -676,6 +684,7 @@ def test_unpruned_checkpoints_load_as_ever(fit: Fit, tmp_path: Path) -> None:
     assert same(model, load_from_checkpoint(Images, tmp_path / "a" / "epoch=0.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tamper",
     [
@@ -698,6 +707,7 @@ def test_a_tampered_checkpoint_is_refused_and_the_module_untouched(
         load_from_checkpoint(Images, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["ratio", "target"])
 @pytest.mark.parametrize("way", ["the same module", "a checkpoint"])
 def test_shares_count_from_the_start_of_a_fit_and_go_on_in_a_resumed_one(
@@ -730,6 +740,7 @@ def test_shares_count_from_the_start_of_a_fit_and_go_on_in_a_resumed_one(
         assert size(again) == size(model), name
 
 
+@pytest.mark.slow
 def test_two_prunings_of_the_same_layers_are_refused_and_of_others_work(fit: Fit) -> None:
     twice = [StructuredPruning(ratio=0.5, when=1), StructuredPruning(ratio=0.2, when=2)]
     with pytest.raises(AccelError, match=r"same layers.*ratio=0.5, when=\(1,\).*when=\[1, 2\]"):
@@ -744,6 +755,7 @@ def test_two_prunings_of_the_same_layers_are_refused_and_of_others_work(fit: Fit
     assert (model.net.stem[0].out_channels, model.net.down[0].out_channels) == (4, 12)
 
 
+@pytest.mark.slow
 def test_the_optimizer_goes_on_with_what_it_had(fit: Fit) -> None:
     class Watch(Callback):
         seen: dict[str, Any] = {}
@@ -774,6 +786,7 @@ def test_the_optimizer_goes_on_with_what_it_had(fit: Fit) -> None:
     assert watch.seen["compared"]
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_fit_the_pruned_network(fit: Fit) -> None:
     class Measure(Callback):
         def on_model_edit_end(
@@ -790,6 +803,7 @@ def test_batch_norm_statistics_fit_the_pruned_network(fit: Fit) -> None:
     assert not torch.allclose(measure.stored, measure.seen, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_run_is_not_disturbed_before_the_prune(fit: Fit, tmp_path: Path) -> None:
     plain, pruned = seeded(), seeded()
     fit(plain, every_epoch(tmp_path / "plain"), epochs=2)
@@ -801,6 +815,7 @@ def test_the_run_is_not_disturbed_before_the_prune(fit: Fit, tmp_path: Path) -> 
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "average", [EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-3, 0.5)]
 )
@@ -828,6 +843,7 @@ def test_prune_before_the_first_epoch_needs_no_batch_to_have_run(fit: Fit) -> No
     assert model.net.stem[0].out_channels == 4
 
 
+@pytest.mark.slow
 def test_an_untrained_network_is_not_cut_in_silence(fit: Fit) -> None:
     with pytest.warns(UserWarning, match=r"looks untrained.*`when` is 0"):
         fit(seeded(), StructuredPruning(ratio=0.5, when=0), epochs=1)
@@ -854,6 +870,7 @@ def test_a_whole_number_is_an_epoch_in_any_type(when: Any) -> None:
     assert all(type(epoch) is int for epoch in read)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:StructuredPruning cuts before the first step")
 def test_a_target_of_macs_is_met_along_a_schedule(fit: Fit) -> None:
     model = Images(width=32)
@@ -863,6 +880,7 @@ def test_a_target_of_macs_is_met_along_a_schedule(fit: Fit) -> None:
     assert 0.34 <= macs(model.net, x) / dense <= 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [5, 6, 8])
 def test_a_schedule_ends_where_one_cut_would(fit: Fit, width: int) -> None:
     once, thrice = Images(width), Images(width)
@@ -871,6 +889,7 @@ def test_a_schedule_ends_where_one_cut_would(fit: Fit, width: int) -> None:
     assert [p.shape for p in once.parameters()] == [p.shape for p in thrice.parameters()]
 
 
+@pytest.mark.slow
 def test_a_step_that_rounding_puts_off_is_made_up_for(fit: Fit) -> None:
     model, pruning = Images(8), StructuredPruning(ratio=0.5, when=[1, 2, 3], round_to=4)
     fit(model, pruning)
@@ -1036,6 +1055,7 @@ class TestExamples:
         assert plain.steps == pruned.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "max_epochs", "epochs"), [(0.4, 5, (2,)), ([0.3, 0.9], 4, (1, 3)), (0.1, 2, (1,))]
 )
@@ -1140,6 +1160,7 @@ def test_the_same_trainer_going_on_does_not_prune_again(trainer_kwargs: dict[str
     assert model.net.stem[0].out_channels == 4
 
 
+@pytest.mark.slow
 def test_the_receipt_and_the_history_say_what_was_done(fit: Fit) -> None:
     pruning = StructuredPruning(ratio=0.5, when=2, select=Select("net"))
     model = seeded()

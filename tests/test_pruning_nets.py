@@ -17,6 +17,8 @@ from lightning_accel.errors import BrokenModel, NoEffect
 from lightning_accel.pruning import prune
 from lightning_accel.surgery import Structure, follow
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["conv", "residual", "concat", "depthwise", "squeeze", "split", "grouped"]
 KINDS += ["attention", "separate", "two_readers", "gated", "shuffle"]
 

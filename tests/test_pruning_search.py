@@ -82,6 +82,7 @@ def bounded(bound: float, **how: Any) -> Bounded:
     return Bounded(bound, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bound", "mode"), [(0.7, "max"), (0.35, "min"), (0.1, "max")])
 def test_it_goes_as_far_as_the_metric_allows_and_no_further(
     fit: Fit, bound: float, mode: str
@@ -111,6 +112,7 @@ def test_it_goes_as_far_as_the_metric_allows_and_no_further(
         assert point["pareto"] == (not better)
 
 
+@pytest.mark.slow
 def test_a_step_of_a_search_is_a_prune_to_that_target(fit: Fit) -> None:
     """One step, and the same said by hand: to the bit."""
     one, two = bounded(0.0), bounded(0.0)
@@ -129,6 +131,7 @@ def test_a_search_that_has_not_begun_is_the_plain_fit(fit: Fit) -> None:
     assert all(torch.equal(v, two.state_dict()[n]) for n, v in one.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_prune_that_is_taken_back_leaves_the_fit_as_it_was(fit: Fit) -> None:
     """The weights after the last prune is taken back are those before it."""
 
@@ -150,6 +153,7 @@ def test_a_prune_that_is_taken_back_leaves_the_fit_as_it_was(fit: Fit) -> None:
         assert torch.equal(value, taken_back[name]) and torch.equal(value, smaller[name]), name
 
 
+@pytest.mark.slow
 def test_a_resumed_search_goes_on_as_the_uninterrupted_one(fit: Fit, tmp_path: Path) -> None:
     class Draws(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -179,6 +183,7 @@ class ByHand(Bounded):
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("kind", [Bounded, ByHand])
 def test_it_keeps_the_bound_in_any_format_and_by_hand(
@@ -191,6 +196,7 @@ def test_it_keeps_the_bound_in_any_format_and_by_hand(
     assert any("rolled_back" in entry for entry in pruning.history)
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_from_a_schedule_of_the_same_unit_only(fit: Fit, tmp_path: Path) -> None:
     for target, fits in ((Macs(0.7), True), (Params(0.7), False)):
         before = StructuredPruning(target=target, when=[1, 2], max_drop=0.01, monitor="score")
@@ -218,6 +224,7 @@ def test_steps_gallop_until_one_is_taken_back_and_are_halved_from_there() -> Non
     assert all(b == pytest.approx(a / 2) for a, b in itertools.pairwise(gone))
 
 
+@pytest.mark.slow
 def test_where_nothing_more_can_go_it_ends(fit: Fit) -> None:
     model = bounded(0.0, width=4)
     pruning = search()
@@ -226,6 +233,7 @@ def test_where_nothing_more_can_go_it_ends(fit: Fit) -> None:
     assert model.net.conv[0].out_channels == 1 and len(pruning.history) < 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", [1, 2, 3])
 def test_one_epoch_is_where_it_begins_and_every_step_can_be_judged(fit: Fit, patience: int) -> None:
     pruning = search(when=2, patience=patience)
@@ -235,12 +243,14 @@ def test_one_epoch_is_where_it_begins_and_every_step_can_be_judged(fit: Fit, pat
     assert all("score" in entry for entry in pruning.history)
 
 
+@pytest.mark.slow
 def test_several_epochs_are_those_of_the_steps(fit: Fit) -> None:
     pruning = search(when=[1, 4])
     fit(bounded(0.0), pruning, epochs=6)
     assert [entry["epoch"] for entry in pruning.history] == [1, 4]
 
 
+@pytest.mark.slow
 def test_what_was_seen_is_told_at_the_end(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         fit(bounded(0.7), search(), epochs=3)
@@ -261,6 +271,7 @@ def test_why_it_ended_is_told() -> None:
         assert says in past.says(past.trade_off(history, 0.9, "max"), "score", history)
 
 
+@pytest.mark.slow
 def test_a_metric_that_breaks_is_no_good_metric(fit: Fit) -> None:
     model, pruning = bounded(0.5, bad=math.nan), search()
     fit(model, pruning, epochs=8)
@@ -313,6 +324,7 @@ def test_a_guard_beside_another_prune_is_refused(fit: Fit) -> None:
             fit(bounded(0.0), search(select="net.down*"), others)
 
 
+@pytest.mark.slow
 def test_the_best_so_far_is_what_a_search_compares_with(fit: Fit) -> None:
     """A score that rises with training: 0.01 below the first value would be nothing."""
 
@@ -327,6 +339,7 @@ def test_the_best_so_far_is_what_a_search_compares_with(fit: Fit) -> None:
     assert macs(model.net) / model.dense >= 0.5
 
 
+@pytest.mark.slow
 def test_a_network_that_is_worse_at_the_end_than_when_it_passed_is_told(fit: Fit) -> None:
     class Decays(Bounded):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -339,6 +352,7 @@ def test_a_network_that_is_worse_at_the_end_than_when_it_passed_is_told(fit: Fit
         fit(Decays(0.0), search(), epochs=9)
 
 
+@pytest.mark.slow
 def test_a_value_that_is_left_over_judges_nothing(fit: Fit) -> None:
     """Logged in every third epoch only."""
 
@@ -356,6 +370,7 @@ def test_a_value_that_is_left_over_judges_nothing(fit: Fit) -> None:
     assert macs(model.net) / model.dense >= 0.85
 
 
+@pytest.mark.slow
 def test_what_is_left_after_a_way_back_is_what_others_read(fit: Fit) -> None:
     model, objective = bounded(1.0), Objective("score")
     trainer = fit(model, search(), objective, epochs=3)
@@ -365,6 +380,7 @@ def test_what_is_left_after_a_way_back_is_what_others_read(fit: Fit) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_way_back_comes_before_an_average_takes_over(fit: Fit) -> None:
     """SWA gives a network with batch norm one epoch more, for the average's statistics."""
     model, average = bounded(1.0), StochasticWeightAveraging(1e-3, swa_epoch_start=1)
@@ -373,6 +389,7 @@ def test_a_way_back_comes_before_an_average_takes_over(fit: Fit) -> None:
     assert torch.equal(model.net.head.weight, average._average_model.net.head.weight)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_whole_again_is_taught_no_more(fit: Fit) -> None:
     torch.manual_seed(0)
     one = Bounded(1.0)

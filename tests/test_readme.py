@@ -26,6 +26,8 @@ import lightning_accel
 from lightning_accel import AccelReport
 from lightning_accel._hydra_plugins import LightningAccelSearchPath, register
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)

@@ -511,6 +511,7 @@ def test_nothing_is_built_when_one_target_is_refused(
     assert seen == []
 
 
+@pytest.mark.slow
 def test_a_target_outside_the_list_is_not_even_imported(tmp_path: Path) -> None:
     (tmp_path / "evil_module.py").write_text("open('imported', 'w')\nclass Model: pass\n")
     script = (
@@ -703,6 +704,7 @@ print("PATH", prepare_teacher(cfg, allow=(boring,)))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_training_leaves_nothing_that_is_taken_for_a_teacher(tmp_path: Path) -> None:
     (tmp_path / "prepare.py").write_text(KILLED)
 
@@ -905,6 +907,7 @@ def test_a_preset_that_does_not_exist_is_an_error_of_hydra() -> None:
         composed("+accel=typo")
 
 
+@pytest.mark.slow
 def test_a_part_of_a_preset_can_be_changed_and_taken_out() -> None:
     assert composed("+accel=prune", "accel/pruning=taylor").callbacks.pruning.importance == "taylor"
     assert composed("+accel=prune", "callbacks.pruning.ratio=0.3").callbacks.pruning.ratio == 0.3
@@ -922,6 +925,7 @@ def test_a_teacher_is_of_the_students_class_and_larger(chosen: list[str]) -> Non
     assert composed(*chosen, "teacher=resnet").teacher.model._target_ == "models.resnet.ResNet"
 
 
+@pytest.mark.slow
 def test_what_a_student_learns_from_can_be_changed() -> None:
     logits = composed("+accel=distill").callbacks.distillation
     language = composed("+accel=distill", "experiment=pydoc_gpt").callbacks.distillation

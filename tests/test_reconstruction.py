@@ -857,6 +857,7 @@ def test_each_batch_takes_one_forward_however_many_layers_are_solved() -> None:
     assert threading.active_count() == threads
 
 
+@pytest.mark.slow
 def test_a_few_samples_that_anything_fits_change_nothing_that_does_worse_on_others() -> None:
     """With 12 samples of 48 inputs, what fits them best is far from what fits others."""
     torch.manual_seed(0)

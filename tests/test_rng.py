@@ -87,6 +87,7 @@ def test_cuda_that_starts_within_a_trial_gets_the_promised_seed(
     assert [generator.initial_seed() for generator in generators] == [users] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:StructuredPruning cuts before")
 @pytest.mark.parametrize("technique", ["prune", "tune"])
 def test_a_fit_on_the_cpu_promises_no_other_seed_to_cuda(

@@ -310,6 +310,7 @@ def test_a_record_that_is_cut_along_is_told(
     assert "`Keeps1.first` (5)" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["part", "whole"])
 def test_a_copy_that_two_hold_is_cut_once(trainer_kwargs: dict[str, Any], of: str) -> None:
     class Holds(Callback):

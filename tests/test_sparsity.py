@@ -315,6 +315,7 @@ class Registered(Module):
         register(self)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_resume_is_bit_equal_before_and_after_a_cut(fit: Fit, tmp_path: Path, penalty: str) -> None:
     def callbacks() -> list[Callback]:

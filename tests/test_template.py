@@ -146,11 +146,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
-    "ignore:Checkpoint directory",
-    "ignore:the teacher is hardly better than guessing",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
+        "ignore:Checkpoint directory",
+        "ignore:the teacher is hardly better than guessing",
+    ),
+]
 
 CHEAP = {  # what a part of a preset is given here, so that a test takes a second
     "compile": ["+callbacks.compilation.backend=eager"],

@@ -329,6 +329,7 @@ def test_layers_of_another_network_are_told() -> None:
             prune(net, example=images(), pruner=by(**given))
 
 
+@pytest.mark.slow
 def test_no_layer_of_a_copy_outlives_the_prune() -> None:
     """Dicts that are defaults of torch-pruning's hold every grouped layer that any pruner has seen."""
     made: list[Any] = []

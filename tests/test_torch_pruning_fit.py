@@ -77,6 +77,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
+@pytest.mark.slow
 def test_each_epoch_of_when_is_one_step_of_the_pruner(tmp_path: Path) -> None:
     pruner = by(iterative_steps=2)
     module, pruning, _ = fit(tmp_path, pruner, when=[1, 2], model=None, max_epochs=3)
@@ -167,6 +168,7 @@ def test_without_a_regularizer_the_fit_is_the_plain_one_until_it_prunes(tmp_path
     assert not equal(plain[2], seen[2])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:StructuredPruning cuts before")
 def test_after_the_prune_no_regularizer_acts(tmp_path: Path) -> None:
     kinds = (by(), by(tp.pruner.GroupNormPruner, reg=1.0))
@@ -206,6 +208,7 @@ def test_the_function_gets_the_module_whatever_its_step_calls(tmp_path: Path) ->
     assert all("shape of the network's output" in t for t in pruning.history[0]["skipped"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 @pytest.mark.parametrize(("name", "epoch"), [("growing", 0), ("growing", 2), ("steps", 1)])
 def test_a_resumed_fit_is_the_whole_one(tmp_path: Path, name: str, epoch: int) -> None:
@@ -219,6 +222,7 @@ def test_a_resumed_fit_is_the_whole_one(tmp_path: Path, name: str, epoch: int) -
     assert equal(whole[3], resumed[-1])
 
 
+@pytest.mark.slow
 def test_a_fit_that_ends_before_its_prune_goes_on_from_where_it_was(tmp_path: Path) -> None:
     _, _, whole = fit(tmp_path, SPARSE["growing"], when=2)
     with pytest.warns(UserWarning, match="the fit ended before"):
@@ -333,6 +337,7 @@ def preset(**changes: Any) -> dict[str, Any]:
     return {"trainer": trainer, "model": model, "callbacks": {"pruning": node}}
 
 
+@pytest.mark.slow
 def test_a_preset_says_by_names_what_a_function_says() -> None:
     options = {"reg": 1e-2, "round_to": None}
     tree = preset(options=options, ignored_layers=["net.head"])

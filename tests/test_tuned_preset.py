@@ -68,6 +68,7 @@ def test_paths_may_be_absolute_or_lead_upwards(
     assert composed(root, "+accel=../tuned.yaml")["accel"] == {"tuned": True}
 
 
+@pytest.mark.slow
 def test_a_file_goes_with_presets_by_name(root: Path, tuned: Path) -> None:
     found = composed(root, "+accel=[amp,./tuned.yaml]")
     assert found["accel"] == {"amp": True, "tuned": True}
@@ -289,6 +290,7 @@ def app(root: Path, tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> An
     return run
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_over_files_wherever_its_jobs_run(app: Any) -> None:
     done = app("-m", "+accel=./second.yaml,./tuned.yaml", "hydra.job.chdir=true")
     assert done.returncode == 0, done.stderr
@@ -296,6 +298,7 @@ def test_a_sweep_goes_over_files_wherever_its_jobs_run(app: Any) -> None:
     assert len(jobs) == 2 and "second:" in jobs[0] and "tuned:" in jobs[1]
 
 
+@pytest.mark.slow
 def test_the_search_path_can_be_shown(app: Any) -> None:
     shown = app("--info", "searchpath")
     assert shown.returncode == 0 and "preset://" in shown.stdout, shown.stderr

@@ -438,6 +438,7 @@ class Looks(Callback):
         self.fused = [g.get("fused") for o in trainer.optimizers for g in o.param_groups]
 
 
+@pytest.mark.slow
 def test_settings_hold_during_the_fit_and_not_after(
     picks: type[Picks], trainer_kwargs: dict[str, Any]
 ) -> None:
@@ -458,6 +459,7 @@ def test_settings_hold_during_the_fit_and_not_after(
     assert set(model.seen) == {"torch.float32"}
 
 
+@pytest.mark.slow
 def test_settings_train_as_if_they_had_been_passed(
     picks: type[Picks], trainer_kwargs: dict[str, Any]
 ) -> None:
@@ -475,6 +477,7 @@ def assert_equal(one: LightningModule, other: LightningModule) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 def test_the_same_trainer_fits_twice(picks: type[Picks], trainer_kwargs: dict[str, Any]) -> None:
     picks.wanted, before, looks, model = MANY, flags(), Looks(), Net()
     trainer = train(model, data(), [tuner(), looks], **{**trainer_kwargs, "max_epochs": 1})
@@ -516,6 +519,7 @@ def test_settings_that_cannot_come_in_leave_nothing(
     assert flags() == before and len(trainer.callbacks) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_equal_and_searches_no_more(
     picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -542,6 +546,7 @@ def test_a_resumed_run_is_bit_equal_and_searches_no_more(
     assert stored["callbacks"]["AutoTune"]["report"]["settings"] == MANY.to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "searches"), [({"numerics": "exact"}, 2), ({"budget_s": 5.0}, 1)], ids=str
 )
@@ -561,6 +566,7 @@ def test_a_run_that_is_resumed_under_other_terms_is_tuned_anew(
     assert tuning.settings == (Settings() if searches == 2 else Settings(precision="bf16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [{"format": 99}, {"settings": []}, {"bars": None}])
 def test_a_checkpoint_of_another_version_searches_anew(
     picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path, damage: dict[str, Any]
@@ -596,6 +602,7 @@ class OtherStep(Net):
 OtherStep.__qualname__ = Net.__qualname__  # as if edited between two runs
 
 
+@pytest.mark.slow
 def test_a_second_run_starts_at_once(
     picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -609,6 +616,7 @@ def test_a_second_run_starts_at_once(
     assert_equal(*models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "loader", "kwargs", "tuning"),
     [
@@ -639,6 +647,7 @@ def test_what_an_answer_depends_on_makes_a_new_one(
     assert picks.searches == 2
 
 
+@pytest.mark.slow
 def test_the_way_of_clipping_and_the_threads_count_too(
     picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -655,6 +664,7 @@ def test_the_way_of_clipping_and_the_threads_count_too(
     assert picks.searches == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '"x"', '{"format": 1}', '{"format": 1, "settings": []}', "\x00"]
 )
@@ -721,6 +731,7 @@ def test_products_in_float32_are_found(
     assert found == [kind is Net and not kwargs, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Greedy, Hooked, Chancy, GAN, Newton])
 def test_a_copy_repeats_its_step(
     picks: type[Picks],
@@ -751,6 +762,7 @@ def test_a_copy_repeats_its_step(
         assert all(torch.equal(g, found[0][1][name]) for name, g in gradients.items())
 
 
+@pytest.mark.slow
 def test_what_the_logger_gets_is_one_number(
     picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -896,6 +908,7 @@ def test_a_step_that_draws_its_own_batches_is_refused(trainer_kwargs: dict[str, 
         train(Draws(), data(), [tuner()], **trainer_kwargs)
 
 
+@pytest.mark.slow
 def test_others_beside(picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path) -> None:
     picks.wanted = MANY
 
@@ -947,6 +960,7 @@ def test_a_precision_that_is_set_stays(picks: type[Picks], trainer_kwargs: dict[
     assert reasons["bf16"] == "the Trainer already has DoublePrecision"
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_rejected_with_its_figure(
     quiet: None, trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1014,6 +1028,7 @@ def test_several_steps_are_compared_over_which_the_modules_own_schedules_move(
     assert found[1] == found[3] == (1.0, 1.0, 0)
 
 
+@pytest.mark.slow
 def test_a_candidate_that_keeps_an_old_value_is_refused(
     quiet: None, trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1055,6 +1070,7 @@ def test_products_in_float32_are_seen_until_autocast_takes_them(
     assert seen == {"plain": True, "bf16": False}
 
 
+@pytest.mark.slow
 def test_a_real_search_leaves_no_trace(quiet: None, trainer_kwargs: dict[str, Any]) -> None:
     found, before = [], flags()
     techniques = ("precision", "matmul", "optimizer", "attention")
@@ -1075,6 +1091,7 @@ def test_a_real_search_leaves_no_trace(quiet: None, trainer_kwargs: dict[str, An
     assert found[1][1] != Settings() or found[0][0] == found[1][0]
 
 
+@pytest.mark.slow
 def test_tune_leaves_module_data_and_process_alone(quiet: None) -> None:
     generator = torch.Generator().manual_seed(5)
     model, loader = Net(), data(shuffle=True, generator=generator)
@@ -1132,6 +1149,7 @@ def test_tune_wants_a_module(module: Any) -> None:
         tune(module, data())
 
 
+@pytest.mark.slow
 def test_the_length_of_the_run_is_known(
     picks: type[Picks], trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

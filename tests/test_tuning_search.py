@@ -174,6 +174,7 @@ def reason(found: Found, value: str) -> str:
     return next(t.reason for t in found.trials if t.value == value)
 
 
+@pytest.mark.slow
 def test_what_is_faster_is_taken_and_the_rest_is_plain(world: World) -> None:
     world.factors = {
         "precision bf16": 0.5,

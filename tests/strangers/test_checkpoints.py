@@ -18,6 +18,7 @@ from lightning_accel import StructuredPruning, load_from_checkpoint
 from lightning_accel.errors import Unsupported
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
     pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),

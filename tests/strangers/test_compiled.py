@@ -115,6 +115,7 @@ def test_pythons_own_random_numbers_are_those_of_the_plain_block(op: Any) -> Non
         same(net, plain, torch.randn(4, 8))
 
 
+@pytest.mark.slow
 def test_a_hook_that_a_module_inside_gets_later_is_called() -> None:
     """pytorch#117758, #115750: features taken by hooks, from the second epoch on."""
     net, plain = both(lambda x, p: x * p, "aot_eager")

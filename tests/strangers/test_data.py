@@ -153,6 +153,7 @@ def test_pseudo_labels_written_into_the_tensors_are_seen_at_once(
     assert "on the CPU" not in str(fast.receipt.skipped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", MOMENTS)
 @pytest.mark.parametrize("persistent", [False, True])
 def test_labels_reach_workers_when_a_loader_would_start_them(
@@ -176,6 +177,7 @@ def test_a_copy_stands_for_the_workers_memory(
     assert "own tensors" in fast.receipt.changes[0].after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", MOMENTS)
 def test_every_write_is_seen_where_rows_are_looked_up(
     trainer_kwargs: dict[str, Any], when: str
@@ -356,6 +358,7 @@ def test_parts_that_change_below_a_concatenation(trainer_kwargs: dict[str, Any])
     assert_plain(trainer_kwargs, make, deed)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_rewritten_under_the_dataset(
     trainer_kwargs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -462,6 +465,7 @@ ORDERS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Your .* has `shuffle=True`")
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("workers", [0, 1])

@@ -174,6 +174,7 @@ def data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(16, 5, 8), torch.arange(16) % 4), 8)
 
 
+@pytest.mark.slow
 def test_a_restored_network_without_layers_is_pruned_and_saved_again(
     trainer_kwargs: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -154,6 +154,7 @@ def test_a_step_that_returns_nothing_may_be_searched(fit: Fit) -> None:
     assert model.steps == 6 + 2 * 6
 
 
+@pytest.mark.slow
 def test_both_searches_and_a_cache_end_with_the_fit_that_follows_alone(
     fit: Fit, tmp_path: Any, trainer_kwargs: dict[str, Any]
 ) -> None:
@@ -173,6 +174,7 @@ def test_both_searches_and_a_cache_end_with_the_fit_that_follows_alone(
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_teacher_with_another_temperature_inside_is_another_teacher(
     fit: Fit, tmp_path: Any
 ) -> None:

@@ -83,6 +83,7 @@ def composed(folder: Path, *overrides: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_preset_that_brings_a_callback_of_hydra_runs_no_code(app: Path, root: Path) -> None:
     (app / "app.py").write_text(APP)
     (app / "evil.py").write_text(EVIL)

@@ -158,6 +158,7 @@ def test_a_teacher_that_is_loaded_draws_nothing(
     assert module.order == by_hand(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(odd.LOADERS)[::4])
 def test_what_was_measured_before_does_not_change_the_training(
     trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str

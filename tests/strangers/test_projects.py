@@ -130,6 +130,7 @@ def values(**callbacks: Callback) -> list[Callback]:
     return list(callbacks.values())
 
 
+@pytest.mark.slow
 def test_template_5_callbacks_that_a_function_collects(
     project: Callable[..., DictConfig],
 ) -> None:
@@ -156,6 +157,7 @@ def test_template_216_nodes_that_are_not_built_recursively(
         hydra.utils.instantiate(cfg.callbacks.precision, _recursive_=False)
 
 
+@pytest.mark.slow
 def test_template_127_a_custom_callback_beside_ours(project: Callable[..., DictConfig]) -> None:
     """lightning-hydra-template#127: the reporter's own class in `callbacks`, built by the app's loop."""
     own = f"callbacks: {{mine: {{_target_: {__name__}.Counting, start: 3}}}}\n{TRAINER}}}\n"
@@ -239,6 +241,7 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return made
 
 
+@pytest.mark.slow
 def test_lightning_21259_an_integer_that_the_cli_makes_a_float(cli: Callable[..., Any]) -> None:
     """Lightning#21259: of `int | float` the command line makes a float, also of 1; a share is below 1."""
     words = ["fit", "--trainer.callbacks+=StructuredPruning", "--trainer.callbacks.ratio=0.5"]
@@ -246,6 +249,7 @@ def test_lightning_21259_an_integer_that_the_cli_makes_a_float(cli: Callable[...
         assert cli(*words, f"--trainer.callbacks.when={when}").model.widths == [8] * 4 + [4] * 4
 
 
+@pytest.mark.slow
 def test_lightning_15007_a_callback_of_several_arguments(cli: Callable[..., Any]) -> None:
     """Lightning#15007, #11489, jsonargparse#256: all arguments reach it, and an older list is kept."""
     given = [
@@ -262,6 +266,7 @@ def test_lightning_15007_a_callback_of_several_arguments(cli: Callable[..., Any]
     assert found.model.widths == [8] * 4 + [6] * 4
 
 
+@pytest.mark.slow
 def test_lightning_7540_a_saved_config_trains_the_same_again(
     cli: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -282,6 +287,7 @@ def test_lightning_7540_a_saved_config_trains_the_same_again(
     assert second.model.widths == first.model.widths and first.model.widths[-1] < 8
 
 
+@pytest.mark.slow
 def test_lightning_17263_a_callback_that_a_program_forces(cli: Callable[..., Any]) -> None:
     """Lightning#17263: `add_lightning_class_args` with our class, its defaults set by the program."""
     from lightning.pytorch.cli import LightningCLI

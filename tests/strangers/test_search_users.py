@@ -122,6 +122,7 @@ def search(**changed: Any) -> StructuredPruning:
     return StructuredPruning(**{"when": 1, "max_drop": 0.01, "monitor": "acc", **changed})
 
 
+@pytest.mark.slow
 def test_the_best_file_is_of_a_network_that_was_not_taken_back(tmp_path: Path) -> None:
     """openvinotoolkit/nncf#1149: the best checkpoints of an adaptive compression were not those of its result."""
     model, keep = Grows(), ModelCheckpoint(dirpath=tmp_path, monitor="acc", mode="max")
@@ -132,6 +133,7 @@ def test_the_best_file_is_of_a_network_that_was_not_taken_back(tmp_path: Path) -
     assert best.net[1].out_features == model.net[1].out_features >= 8
 
 
+@pytest.mark.slow
 def test_a_metric_of_every_other_epoch_is_waited_for(tmp_path: Path) -> None:
     """tensorflow/addons#1306 and others: `check_val_every_n_epoch=2`, and the metric is an epoch old."""
     model, pruning = Grows(), search(when=2)
@@ -157,6 +159,7 @@ def test_a_fit_that_is_stopped_early_ends_within_the_budget(tmp_path: Path) -> N
     assert "rolled_back" in pruning.history[-1]
 
 
+@pytest.mark.slow
 def test_a_score_that_rises_as_the_network_shrinks_is_no_error(tmp_path: Path) -> None:
     """PaddlePaddle/PaddleDetection#2504: losses of sensitivity that are negative."""
 
@@ -179,6 +182,7 @@ class Momentum(Grows):
         )
 
 
+@pytest.mark.slow
 def test_every_layer_goes_on_training_with_its_momentum(tmp_path: Path) -> None:
     """FasterAI-Labs/fasterai#92 and #93: after a step the optimizer held the old parameters, or began cold."""
     model = Momentum()
@@ -226,6 +230,7 @@ def test_metrics_are_those_of_the_network_that_came_back(tmp_path: Path) -> None
     assert width >= 8 and score == pytest.approx(0.9, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_file_of_a_search_is_read_into_the_wide_network(tmp_path: Path) -> None:
     """PaddlePaddle/PaddleX#600 and lmbxmu/FilterSketch#1: no resume in a prune, or with another accuracy."""
     model, keep = Grows(), ModelCheckpoint(dirpath=tmp_path, save_last=True)

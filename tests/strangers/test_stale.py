@@ -237,6 +237,7 @@ class Turning(Net):
         return super().forward(x).roll(next(self.turns), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "make", "options", "do"),
     [

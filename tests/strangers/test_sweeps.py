@@ -282,6 +282,7 @@ def test_every_process_has_the_numbers_that_the_first_measured(tmp_path: Path) -
     assert first[:2] == [report["ratios"]["macs"], report["final"]["params"]]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_and_the_metric_of_a_sweep_are_of_one_network(
     fit: Fit, tmp_path: Path
 ) -> None:

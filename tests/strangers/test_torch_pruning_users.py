@@ -68,6 +68,7 @@ def fit(folder: Path, pruner: Any, when: Any, module: Any = None, **given: Any) 
     return module, pruning
 
 
+@pytest.mark.slow
 def test_loss_goes_on_falling_through_many_small_steps(tmp_path: Path) -> None:
     """VainF/Torch-Pruning#379: a hundredth in a hundred steps, and the loss stops where the first one was made.
 

@@ -39,6 +39,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> World:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_the_same_function_twice_is_never_faster_than_itself(clocked: World, seed: int) -> None:
     """teddykoker/torchsort#47, pytorch/pytorch#113854: a copy of a function drew another curve; there was no spread.
@@ -58,6 +59,7 @@ def test_the_same_function_twice_is_never_faster_than_itself(clocked: World, see
     assert not [trial for trial in found.trials if trial.verdict == "taken"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [0.9, 1.15])
 def test_a_build_that_is_twenty_percent_off_without_a_reason_is_the_scale(
     clocked: World, gain: float
@@ -71,6 +73,7 @@ def test_a_build_that_is_twenty_percent_off_without_a_reason_is_the_scale(
     assert found.settings == Settings(optimizer="foreach"), "1.6x is more than that"
 
 
+@pytest.mark.slow
 def test_what_stands_beside_a_case_does_not_change_its_number(clocked: World) -> None:
     """csarofeen/pytorch#2242: a case read 13 % better alone than behind six others.
 
@@ -231,6 +234,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "time", SimpleNamespace(perf_counter=lambda: 0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 7}])
 def test_a_search_is_no_part_of_the_training(
     quiet: None, trainer_kwargs: dict[str, Any], given: dict[str, Any]

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import StructuredPruning, WeightMasks
 from lightning_accel.precision import Bf16Precision
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 
 
