@@ -128,7 +128,16 @@ def test_the_wheel_holds_the_presets_and_no_generic_group(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_a_users_app_finds_the_presets_of_the_wheel(installed: Path, app: Path) -> None:
-    printed = checked([str(installed), "app.py", "+accel=amp_prune", "hydra.run.dir=out"], app)
+    printed = checked(
+        [
+            str(installed),
+            "app.py",
+            "+accel=amp_prune",
+            "+callbacks.report.budget_s=0.2",
+            "hydra.run.dir=out",
+        ],
+        app,
+    )
     assert "WIDTHS [4, 2]" in printed, "half of the hidden units went, the outputs stayed"
     assert str(ROOT) not in printed.split("HOME")[1]
 

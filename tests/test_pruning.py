@@ -708,8 +708,9 @@ def test_a_tampered_checkpoint_is_refused_and_the_module_untouched(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", ["ratio", "target"])
-@pytest.mark.parametrize("way", ["the same module", "a checkpoint"])
+@pytest.mark.parametrize(
+    ("way", "asked"), [("the same module", "ratio"), ("a checkpoint", "target")]
+)
 def test_shares_count_from_the_start_of_a_fit_and_go_on_in_a_resumed_one(
     fit: Fit, tmp_path: Path, asked: str, way: str
 ) -> None:

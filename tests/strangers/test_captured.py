@@ -299,7 +299,7 @@ def test_a_second_run_carries_no_number_of_the_first(
         for callbacks in ([], [WarmStart(tmp_path / "compiled.zip"), BlockCompile("net.0")]):
             torch._dynamo.reset()
             ends.append(Scheduled(start))
-            fit(ends[-1], trainer_kwargs, *callbacks, max_epochs=1, limit_train_batches=3)
+            fit(ends[-1], trainer_kwargs, *callbacks, max_epochs=1, limit_train_batches=2)
         for one, other in zip(*[e.parameters() for e in ends], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
