@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import plain
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.trainer import call
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel
@@ -28,8 +32,10 @@ from lightning_accel import (
     AutocastPrecision,
     BlockCompile,
     Distillation,
+    FusedOptimizer,
     StepMeter,
     StructuredPruning,
+    WarmStart,
     load_from_checkpoint,
 )
 from lightning_accel.bridge import ModelEdit
@@ -37,14 +43,18 @@ from lightning_accel.distillation import Teacher
 from lightning_accel.errors import NoEffect
 from lightning_accel.loading import FastLoading
 from lightning_accel.loop import LeanLoop
-from lightning_accel.memory import ActivationCheckpointing
-from lightning_accel.precision import MemoryFormat
+from lightning_accel.memory import ActivationBudget, ActivationCheckpointing
+from lightning_accel.precision import MatmulPrecision, MemoryFormat
 from lightning_accel.pruning import SparsityTraining, WeightMasks
 from lightning_accel.tuning import Settings, TuneReport
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:WarmStart had no effect"
+    ),  # nothing here compiles by inductor
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
     pytest.mark.usefixtures("clean_dynamo"),
 ]
 
@@ -108,6 +118,12 @@ ROWS: dict[str, Technique] = {
     "lean": lambda: {"callbacks": [LeanLoop()]},
     "checkpointing": lambda: {"callbacks": [ActivationCheckpointing(select="net.conv")]},
     "loading": lambda: {"callbacks": [FastLoading(resident=True)]},
+    "matmul": lambda: {"callbacks": [MatmulPrecision("medium")]},
+    "optimizer": lambda: {"callbacks": [FusedOptimizer("for-loop")]},
+    "warm": lambda: {"callbacks": [WarmStart("compiled.zip")]},
+    "compile+budget": lambda: {
+        "callbacks": [BlockCompile(backend="aot_eager"), ActivationBudget(0.5)]
+    },
     "tuned": lambda: TuneReport(
         Settings(
             precision="bf16", matmul="medium", memory_format="channels_last", optimizer="fused"
@@ -369,11 +385,11 @@ def test_a_moving_average_goes_along(fit: Fit, row: str) -> None:
 @pytest.mark.slow
 @each_alone
 def test_it_learns_what_the_plain_run_learns(fitted: Any, row: str) -> None:
-    plain, with_row = (
+    stock, with_row = (
         float(fitted(name, 12).trainer.callback_metrics["val_loss"]) for name in (None, row)
     )
-    assert plain < 0.4  # of 1.39 at the start
-    assert with_row < plain + 0.45
+    assert stock < 0.4  # of 1.39 at the start
+    assert with_row < stock + 0.45
 
 
 @each_alone
@@ -381,6 +397,102 @@ def test_fast_dev_run_works(fit: Fit, row: str) -> None:
     model = module()
     fit(model, row, fast_dev_run=True)
     assert (model.net.stem[0].out_channels == 4) == ("prune" in row or row == "all")
+
+
+# --- what is left behind ------------------------------------------------------------------------
+
+
+class Stops(Module):
+    """Fails in a step of the third epoch, when everything has acted."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.global_step == 7:
+            raise KeyError("the user's")
+        return super().training_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0])
+
+
+_KINDS: list[Any] = [LightningModule, Trainer, torch.nn.Module, torch.nn.Conv2d, tiny.ConvNet]
+_KINDS += [torch.optim.Optimizer, DataLoader, F, torch, torch.autograd, call]
+WHOLE = {kind: {n: v for n, v in vars(kind).items() if callable(v)} for kind in _KINDS}
+"""What may be patched, as it is before any test."""
+STAYS = ("on_save_checkpoint", "on_load_checkpoint", "_accel_pristine", "_accel_beside")
+"""What a module keeps after a fit, so that its checkpoints tell its shapes."""
+ALSO = {"prune": ("_accel_cuts", "_accel_dropped"), "compile": ("_compiled_call_impl",)}
+ALSO["all"] = ALSO["prune"] + ALSO["compile"]
+
+
+def around(model: Module, row: str | None = None) -> dict[str, Any]:
+    """Return the state of the process, what is patched in it, and all of a module that is no tensor.
+
+    But for what a row is known to leave.
+    """
+    parts = (row or "").replace(" ", "+").split("+")
+    stays = {*STAYS, *(name for part in parts for name in ALSO.get(part, ()))} if row else set()
+    modules = {
+        f"{name}.{key}": _told(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if not key.startswith(("_trainer", "_log_", "_current_fx", "orders")) and key not in stays
+    }
+    return {
+        "process": plain.process(),
+        "patched": [
+            f"{kind}.{name}"
+            for kind, held in WHOLE.items()
+            for name, value in held.items()
+            if vars(kind).get(name) is not value
+            and name not in ("__init__", "__setstate__")  # dynamo's
+        ],
+        "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        "attention": [
+            getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+            for name in ("math", "flash", "mem_efficient", "cudnn")
+        ],
+        "budget": functorch.activation_memory_budget,
+        "modules": modules,
+        "kinds": [type(module) for module in model.modules()],
+    }
+
+
+def _told(value: Any) -> Any:
+    """Return what must not change: a flag, or which hooks there are."""
+    if isinstance(value, (bool, str)):
+        return value
+    return sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+
+
+@every_row
+def test_an_error_in_the_middle_of_a_fit_leaves_nothing_behind(fit: Fit, row: str) -> None:
+    left = []
+    for one in (None, row):
+        model = module(Stops)
+        with pytest.raises(KeyError, match="the user's"):
+            fit(model, one)
+        left.append({**around(model, one), "random": plain.chance()})
+    plain.assert_same(left[1], left[0])
+
+
+@every_row
+def test_a_second_fit_and_what_follows_leave_nothing_behind(fit: Fit, row: str) -> None:
+    class Goes(Stops):
+        training_step = Module.training_step
+
+    left = []
+    for one in (None, row):
+        model = module(Goes)
+        trainer = fit(model, one, max_epochs=3)
+        between = around(model, one)
+        trainer.fit_loop.max_epochs = 5
+        trainer.fit(model, data(), data())
+        assert trainer.global_step == 15 and len(model.orders) == 15
+        trainer.test(model, data(), verbose=False)
+        outputs = trainer.predict(model, data())
+        assert outputs is not None and torch.stack([*outputs]).isfinite().all()
+        left.append([between, {**around(model, one), "random": plain.chance()}])
+    plain.assert_same(left[1], left[0])
 
 
 @pytest.mark.parametrize("name", EDITS)

@@ -125,7 +125,7 @@ def _is_plainly_copied(module: nn.Module) -> bool:
     kind = type(module)
     return (
         all(getattr(kind, way) is getattr(nn.Module, way) for way in _WAYS)
-        and kind.__setstate__.__module__.startswith("torch.nn.modules.")
+        and kind.__setstate__.__module__.startswith(("torch.nn.modules.", "torch._dynamo."))
         and not any(
             hasattr(kind, own) for own in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
         )
