@@ -10,11 +10,13 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, strategies
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_accel import AccelReport, Distillation
 from lightning_accel.bridge import ModelEdit, batches_of, find_example
+from lightning_accel.bridge.strategies import holding
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.surgery import Stage
 
@@ -177,3 +179,39 @@ def test_the_other_package_of_lightning_is_told_apart(trainer_kwargs: dict[str, 
     data = DataLoader(TensorDataset(torch.randn(4, 8)), 4)
     with pytest.raises(Unsupported, match=r"Trainer of `pytorch_lightning`.*lightning\.pytorch"):
         trainer.fit(BoringModel(), data)
+
+
+HOLDINGS = {
+    "whole": [strategies.SingleDeviceStrategy],
+    "replicated": [strategies.DDPStrategy],
+    "sharded": [
+        *(strategies.FSDPStrategy, strategies.ModelParallelStrategy, strategies.DeepSpeedStrategy),
+        type("MyFSDPStrategy", (strategies.DDPStrategy,), {}),
+        type("Unheard", (strategies.ParallelStrategy,), {"root_device": torch.device("cpu")}),
+    ],
+    "traced": [
+        *(strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy),
+        type("SingleXLA", (strategies.SingleDeviceStrategy,), {}),
+    ],
+}
+
+
+@pytest.mark.parametrize("expected", HOLDINGS)
+def test_how_a_strategy_holds_parameters_is_known_in_one_place(expected: str) -> None:
+    for kind in HOLDINGS[expected]:
+        kind.__abstractmethods__ = frozenset()  # no instance does anything here
+        assert holding(kind.__new__(kind)) == expected, kind
+
+
+@pytest.mark.parametrize("make", [lambda: Distillation("ema"), lambda: AccelReport()])
+def test_what_needs_whole_parameters_refuses_children_of_ddp_that_shard(
+    trainer_kwargs: dict[str, Any], make: Callable[[], Callback]
+) -> None:
+    """Lightning's DeepSpeed strategy is a child of `DDPStrategy`."""
+    trainer = Trainer(**{**trainer_kwargs, "callbacks": [make()]})
+    strategy: Any = trainer.strategy
+    strategy.__class__ = type("DeepSpeedStrategy", (type(strategy),), {})
+    data = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 4), 4)
+    told = (Unsupported, UserWarning)  # a report ends no training
+    with pytest.raises(told, match=r"whole parameters.*Found: DeepSpeedStrategy"):
+        trainer.fit(Module(), data)

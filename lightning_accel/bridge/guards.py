@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch.nn.parameter import is_lazy
 
+from lightning_accel.bridge.strategies import holding
 from lightning_accel.errors import AccelError, Unsupported
 
 
@@ -23,12 +24,10 @@ def refuse_mirror(trainer: object) -> None:
 
 def refuse_sharded(strategy: Strategy, what: str) -> None:
     """Raise unless parameters are whole on every rank and can be re-wrapped in mid-training."""
-    lineage = [base.__name__ for base in type(strategy).__mro__]
-    plain = isinstance(strategy, (DDPStrategy, SingleDeviceStrategy))
-    if not plain or any("XLA" in name or "DeepSpeed" in name or "FSDP" in name for name in lineage):
+    if holding(strategy) in ("sharded", "traced"):
         raise Unsupported(
             f"{what} cannot change tensors that a strategy has already sharded or traced",
-            lineage[0],
+            type(strategy).__name__,
             "call `lightning_accel.pruning.prune_before_sharding(self, example=..., ratio=...)` in "
             "`configure_model`, or train with one device or strategy='ddp'",
         )

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import load_from_checkpoint
+from lightning_accel.bridge.strategies import holding
 from lightning_accel.distillation import evidence
 from lightning_accel.distillation.criterion import Hearing, Listener
 from lightning_accel.distillation.engine import Engine
@@ -40,7 +40,7 @@ _LONG = 600  # letters of another library's error
 
 def is_sharded(trainer: Trainer) -> bool:
     """Tell whether a strategy shards parameters, so that there is nothing to copy."""
-    return not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy))
+    return holding(trainer.strategy) == "sharded"
 
 
 def view(batch: Any) -> Any:

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.bridge.optimizers import optimizers_of
+from lightning_accel.bridge.strategies import is_of
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.loop import bar, hooks, log
 from lightning_accel.loop.fused import Original, check, sparse_weights, use_implementation
@@ -61,7 +62,7 @@ class FusedOptimizer(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
-        if any("DeepSpeed" in base.__name__ for base in type(trainer.strategy).__mro__):
+        if is_of(trainer.strategy, "DeepSpeed"):
             raise Unsupported(
                 "DeepSpeed builds its own optimizers",
                 type(trainer.strategy).__name__,

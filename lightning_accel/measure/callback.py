@@ -15,7 +15,6 @@ import lightning
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -28,6 +27,7 @@ from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.objective import bring, logged
 from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine, register
+from lightning_accel.bridge.strategies import holding
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.measure.dashboard import to_wandb
 from lightning_accel.measure.flops import undisturbed
@@ -379,7 +379,7 @@ def _reformatted(trainer: Trainer) -> set[str]:
 
 
 def _refuse_sharded(trainer: Trainer) -> None:
-    if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+    if holding(trainer.strategy) == "sharded":
         raise Unsupported(
             "a report needs whole parameters on one process",
             type(trainer.strategy).__name__,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_accel.bridge.strategies import is_of
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.precision.autocast import autocast
 from lightning_accel.precision.gate import Gate
@@ -199,9 +200,7 @@ class AutocastPrecision(MixedPrecision):
 
 
 def _refuse(strategy: Strategy) -> None:
-    lineage = [base.__name__ for base in type(strategy).__mro__]
     for kind, instead in _REFUSED.items():
-        if any(kind in name for name in lineage):
-            raise Unsupported(
-                "AutocastPrecision does not go with this strategy", lineage[0], instead
-            )
+        if is_of(strategy, kind):
+            what = "AutocastPrecision does not go with this strategy"
+            raise Unsupported(what, type(strategy).__name__, instead)

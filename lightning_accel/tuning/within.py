@@ -23,7 +23,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -31,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_accel.attention import uses_attention
 from lightning_accel.bridge.data import batches
 from lightning_accel.bridge.example import placed
+from lightning_accel.bridge.strategies import holding
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.surgery.rng import random_state, set_random_state
 from lightning_accel.tuning import store
@@ -163,12 +163,10 @@ def _key(trainer: Trainer, pl_module: LightningModule, data: list[Any], asked: A
 def refuse(trainer: Trainer, pl_module: LightningModule) -> None:
     """Raise for strategies whose modules cannot be copied, and steps that cannot be repeated."""
     strategy = trainer.strategy
-    lineage = [base.__name__ for base in type(strategy).__mro__]
-    plain = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not plain or any("XLA" in n or "DeepSpeed" in n or "FSDP" in n for n in lineage):
+    if holding(strategy) in ("sharded", "traced"):
         raise Unsupported(
             "AutoTune measures whole copies of the module on one device",
-            lineage[0],
+            type(strategy).__name__,
             "tune on one device with `lightning-accel tune`, and use the preset that it writes",
         )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:

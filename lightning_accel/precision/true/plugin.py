@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_accel.bridge.guards import refuse_lazy
 from lightning_accel.bridge.optimizers import kept_beside
+from lightning_accel.bridge.strategies import is_of
 from lightning_accel.errors import StructureMismatch, Unsupported, explain
 from lightning_accel.precision.mistakes import misplaced
 from lightning_accel.precision.weights import SHORT, ShortWeights
@@ -306,11 +307,10 @@ def _names(model: nn.Module | None) -> dict[nn.Parameter, str]:
 
 
 def _refuse(strategy: Strategy, what: str, kinds: tuple[str, ...]) -> None:
-    lineage = [base.__name__ for base in type(strategy).__mro__]
-    if any(kind in name for kind in kinds for name in lineage):
+    if is_of(strategy, *kinds):
         raise Unsupported(
             f"{what} exchanges whole parameters around a step, which this strategy shards or traces",
-            lineage[0],
+            type(strategy).__name__,
             "use `AutocastPrecision('bf16')`, Trainer(precision='bf16-mixed'), or `XlaPrecision` on XLA",
         )
 
