@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -33,6 +34,7 @@ def leads_elsewhere(text: str) -> bool:
 def free(path: Path, is_free: Callable[[Path], bool]) -> Path:
     """Return `path`, or the first numbered name beside it where writing replaces nothing but a file of ours.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = Path(folder, "a.md").write_text("mine")
     ...     free(Path(folder, "a.md"), lambda path: not path.exists()).name
@@ -59,22 +61,31 @@ def starts_with(path: Path, pattern: str) -> bool:
 
 
 def replace(target: Path, text: str) -> None:
-    """Write a file in one go: readers see the old one or the new one, and a link is replaced, not followed."""
+    """Write a text as `written_whole` does."""
+    with written_whole(target) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(target: Path, mode: int = 0o666) -> Iterator[Path]:
+    """Give an empty file beside `target`, which takes its place in one go if nothing is raised.
+
+    Readers see the old file or the new one, also after the machine failed; a link is replaced, not followed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with written_whole(Path(folder) / "new" / "a.txt") as part:
+    ...         _ = part.write_text("all of it")
+    ...     [path.name for path in (Path(folder) / "new").iterdir()]
+    ['a.txt']
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    part.touch(mode, exist_ok=False)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield part
+        with part.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0o600, which hides it from others
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    present = os.umask(0)
-    os.umask(present)
-    return present
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)

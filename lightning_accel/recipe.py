@@ -35,6 +35,7 @@ from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_root
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.job import refuse_nan, seed_of
+from lightning_accel.places import written_whole
 from lightning_accel.provenance import withheld
 from lightning_accel.redact import below_secrets, redacted, unsaid
 from lightning_accel.surgery.preserve import preserve_rng
@@ -238,13 +239,8 @@ def _train_teacher(
             seed(recipe["seed"])
         run = build({**recipe, "trainer": trainer}, allow=allow)
         run.trainer.fit(run.model, run.data)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with written_whole(path) as part:
             run.trainer.save_checkpoint(part, weights_only=True)
-            os.replace(part, path)  # whole, or not at all
-        finally:
-            part.unlink(missing_ok=True)
     found = [f"{k} {float(v):.4g}" for k, v in run.trainer.callback_metrics.items() if "val" in k]
     rank_zero_info(f"The teacher is ready: {', '.join(found)}")
 

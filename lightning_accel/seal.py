@@ -21,6 +21,7 @@ import uuid
 from pathlib import Path
 
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.places import written_whole
 
 VARIABLE = "LIGHTNING_ACCEL_KEY"
 _NUM_BYTES = 32
@@ -148,12 +149,8 @@ def is_own(path: Path) -> bool:
 
 def put(path: Path, data: bytes) -> None:
     """Write a file whole: a part of it under another name first, which then takes the place of what was there."""
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        _write_new(part, data, 0o666)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(path) as part:
+        part.write_bytes(data)
 
 
 def refuse_others(path: Path, *, alone: bool = False) -> None:

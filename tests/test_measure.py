@@ -49,7 +49,6 @@ from lightning_accel.measure import callback as callback_file
 from lightning_accel.measure.report import Ratios, Side
 from lightning_accel.measure.subject import (
     Runnable,
-    is_compiled,
     localise_norms,
     measure_subjects,
     num_samples,
@@ -58,6 +57,7 @@ from lightning_accel.measure.subject import (
 )
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.compiled import is_compiled
 
 quiet = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_accel.bridge.strategies import holding
 from lightning_accel.errors import AccelError, Unsupported
+from lightning_accel.surgery.compiled import runs_compiled
 
 
 def refuse_mirror(trainer: object) -> None:
@@ -46,7 +47,7 @@ def refuse_spawn(strategy: Strategy, what: str) -> None:
 
 def refuse_compiled(pl_module: LightningModule) -> None:
     """Raise when the LightningModule itself was compiled."""
-    if getattr(pl_module, "_compiler_ctx", None) or getattr(pl_module, "_compiled_call_impl", None):
+    if getattr(pl_module, "_compiler_ctx", None) or runs_compiled(pl_module):
         raise Unsupported(
             "the LightningModule itself is compiled, which breaks its hooks and logging",
             f"torch.compile on {type(pl_module).__name__}",

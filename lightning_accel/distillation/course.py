@@ -30,13 +30,14 @@ from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.seen import LOGITS, Answer, Seen
 from lightning_accel.distillation.steps import differentiable
 from lightning_accel.distillation.suitable import check_top_classes
-from lightning_accel.distillation.tape import Record, Tape, is_compiled, layer
+from lightning_accel.distillation.tape import Record, Tape, layer
 from lightning_accel.distillation.teacher import EMA, Teacher
 from lightning_accel.distillation.views import views_in
 from lightning_accel.distillation.watch import Calls, Watch, around_compiled
 from lightning_accel.distillation.world import all_rows, share_of_all
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery import Receipt
+from lightning_accel.surgery.compiled import is_compiled
 
 _EARLY = 16
 """Steps after which a teacher with classes in another order is told, and one that knows nothing."""

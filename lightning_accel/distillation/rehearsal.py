@@ -28,11 +28,12 @@ from lightning_accel.distillation.criterion import Hearing, Listener
 from lightning_accel.distillation.engine import Engine
 from lightning_accel.distillation.schedule import Moment
 from lightning_accel.distillation.seen import Seen
-from lightning_accel.distillation.tape import INPUT, Record, Tape, is_compiled, layer
+from lightning_accel.distillation.tape import INPUT, Record, Tape, layer
 from lightning_accel.distillation.teacher import EMA, SELF, Teacher
 from lightning_accel.errors import AccelError, UnsafeFile, Unsupported
 from lightning_accel.surgery import Stage, twin
 from lightning_accel.surgery.call import tensors
+from lightning_accel.surgery.compiled import is_compiled
 from lightning_accel.surgery.preserve import preserve_rng
 
 _LONG = 600  # letters of another library's error

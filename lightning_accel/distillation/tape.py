@@ -180,17 +180,6 @@ def layer(model: nn.Module, name: str) -> nn.Module:
     return found
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Tell whether any part runs compiled code, in which later hooks would never fire."""
-    return any(map(runs_compiled, model.modules()))
-
-
-def runs_compiled(module: nn.Module) -> bool:
-    """Tell whether a call of this very module runs compiled code."""
-    compiled = module._compiled_call_impl is not None
-    return compiled or isinstance(module, torch._dynamo.OptimizedModule)
-
-
 class _State:
     """What the hooks write to; dynamo follows plain attributes and lists."""
 

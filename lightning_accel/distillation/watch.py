@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_accel.distillation.tape import runs_compiled
+from lightning_accel.surgery.compiled import runs_compiled
 
 _CALL = "_compiled_call_impl"
 _NONE = object()

@@ -34,7 +34,6 @@ from lightning_accel.measure.flops import undisturbed
 from lightning_accel.measure.report import Report
 from lightning_accel.measure.subject import (
     Runnable,
-    is_compiled,
     localise_norms,
     measure_subjects,
     restore,
@@ -42,6 +41,7 @@ from lightning_accel.measure.subject import (
 from lightning_accel.places import free
 from lightning_accel.surgery import Receipt, Stage
 from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.compiled import is_compiled
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.surgery.structure import named_tensors
 

@@ -167,15 +167,6 @@ def _fill(name: str, tensor: Tensor) -> None:
         tensor.fill_(1.0)  # scales and variances
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether a part of `model` is compiled in place, which a copy would not be.
-
-    >>> is_compiled(nn.Linear(2, 2))
-    False
-    """
-    return any(module._compiled_call_impl is not None for module in model.modules())
-
-
 def localise_norms(model: nn.Module) -> bool:
     """Make every `SyncBatchNorm` local in place, so that one rank can run alone; say if any was.
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_accel.errors import AccelError
+from lightning_accel.surgery.compiled import runs_compiled
 
 _SERIAL = count()
 
@@ -28,7 +29,7 @@ def compiled_names(model: nn.Module) -> list[str]:
     >>> compiled_names(net)
     ['0']
     """
-    return [name for name, module in model.named_modules() if _is_compiled(module)]
+    return [name for name, module in model.named_modules() if runs_compiled(module)]
 
 
 def compile_for_trial(copy: nn.Module, names: list[str]) -> None:
@@ -91,12 +92,6 @@ class _Call:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.module, *args, **kwargs)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or isinstance(
-        module, torch._dynamo.OptimizedModule
-    )
 
 
 def _front_only() -> Callable[..., Any]:

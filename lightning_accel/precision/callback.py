@@ -18,6 +18,7 @@ from lightning_accel.errors import AccelError, NoEffect, explain
 from lightning_accel.precision import float8, matmul
 from lightning_accel.precision.layout import channels_last, convert_inputs
 from lightning_accel.surgery import Receipt, Select, Stage
+from lightning_accel.surgery.compiled import is_compiled
 
 
 class MemoryFormat(ModelEdit):
@@ -274,7 +275,7 @@ class Float8Linear(ModelEdit):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         precision = str(trainer.precision_plugin.precision)
         missing = [] if "bf16" in precision else [f"precision {precision!r}"]
-        if not any(getattr(m, "_compiled_call_impl", None) for m in pl_module.modules()):
+        if not is_compiled(pl_module):
             missing.append("no compiled network")
         if missing and not self.emulate:
             rank_zero_warn(

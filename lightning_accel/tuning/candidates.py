@@ -18,9 +18,9 @@ from torch import nn
 from lightning_accel.bridge.model_edit import ModelEdit
 from lightning_accel.compilation import find_blocks
 from lightning_accel.errors import NoEffect, explain
-from lightning_accel.measure.subject import is_compiled
 from lightning_accel.precision.autocast import takes_effect
 from lightning_accel.surgery import Stage
+from lightning_accel.surgery.compiled import is_compiled
 from lightning_accel.tuning.settings import TECHNIQUES
 
 

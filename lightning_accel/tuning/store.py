@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import CodeType
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_flatten
 
 import lightning_accel
 from lightning_accel import hardware
+from lightning_accel.places import written_whole
 from lightning_accel.tuning.report import FORMAT, TuneReport
 
 
@@ -113,14 +113,8 @@ def save(folder: Path, key: str, report: TuneReport) -> str | None:
     """Keep an answer, whole or not at all; return why it could not be kept."""
     text = report.to_json()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
-            file.write(text)
-        try:
-            os.replace(file.name, folder / f"{key}.json")
-        except OSError:
-            os.unlink(file.name)
-            raise
+        with written_whole(folder / f"{key}.json") as part:
+            part.write_text(text)
     except OSError as error:
         return f"the answer could not be kept in {folder}: {error}"
     return None

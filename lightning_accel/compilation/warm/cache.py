@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_accel.errors import AccelError, NoEffect, explain
+from lightning_accel.places import written_whole
 from lightning_accel.seal import is_sealed, key_file, refuse_others, seal
 
 _FORMAT = 3  # 1 could hold values of attributes that had changed since, 1 and 2 have no seal
@@ -96,14 +97,8 @@ def pack(
         )
     path = Path(path)
     _refuse_foreign(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            count = _write(file, root, names)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    with written_whole(path, 0o600) as part, part.open("wb") as file:
+        count = _write(file, root, names)
     return Packed(count, path.stat().st_size)
 
 
