@@ -32,7 +32,7 @@ from lightning_accel.bridge.data import batches
 from lightning_accel.bridge.example import placed
 from lightning_accel.bridge.strategies import holding
 from lightning_accel.errors import AccelError, Unsupported
-from lightning_accel.surgery.rng import random_state, set_random_state
+from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.tuning import store
 from lightning_accel.tuning.alone import alone
 from lightning_accel.tuning.candidates import find
@@ -230,7 +230,7 @@ def steps_left(trainer: Trainer) -> int:
 @contextmanager
 def untouched(trainer: Trainer) -> Iterator[None]:
     """Put back what a search changes in the process: random states, loggers, threads, captured code."""
-    state, loggers = random_state(), trainer.loggers
+    loggers = trainer.loggers
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     seen = set(_captured())
     trainer.loggers = [DummyLogger() for _ in loggers]
@@ -239,7 +239,7 @@ def untouched(trainer: Trainer) -> Iterator[None]:
     if frozen:
         gc.collect()
         gc.freeze()  # what was there before is not garbage, and looking through it takes a third of a second
-    with ExitStack() as quiet:
+    with preserve_rng(), ExitStack() as quiet:
         quiet.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of copies, about which nobody can do anything
         quiet.enter_context(redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
@@ -258,7 +258,6 @@ def untouched(trainer: Trainer) -> Iterator[None]:
                     torch._dynamo.eval_frame.reset_code(code)
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
-            set_random_state(state)
 
 
 def _captured() -> list[Any]:
