@@ -25,8 +25,7 @@ from lightning_accel.compilation.region import (
 from lightning_accel.errors import NoEffect
 from lightning_accel.seldom import check_seldom
 from lightning_accel.surgery import Receipt, Select
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+from lightning_accel.surgery.siblings import is_called, is_metric, siblings
 
 
 def compile_blocks(
@@ -115,7 +114,7 @@ def _networks(
     barred = any(
         _is_recurrent(m) or (excluded and excluded.matches(n, m)) for n, m in inner.items()
     )
-    if allowed and not barred and _has_forward(module) and select.matches(name, module):
+    if allowed and not barred and is_called(module) and select.matches(name, module):
         yield name, module
         return
     for child_name, child in module.named_children():
@@ -123,9 +122,9 @@ def _networks(
 
 
 def _blocks(network: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    siblings = list(_siblings(network, name))
-    for kind in dict.fromkeys(type(module) for _, module in siblings):
-        alike = [(n, m) for n, m in siblings if type(m) is kind]
+    beside = list(siblings(network, name))
+    for kind in dict.fromkeys(type(module) for _, module in beside):
+        alike = [(n, m) for n, m in beside if type(m) is kind]
         repeated = [(n, m) for n, m in alike if _is_block(m)]
         kinds = len({signature(m) for _, m in repeated})
         if len(repeated) >= 2 and len(repeated) >= 2 * kinds:
@@ -135,25 +134,13 @@ def _blocks(network: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
                 yield from _blocks(child, child_name)
 
 
-def _siblings(network: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield children, those of plain containers in place of the container."""
-    for child_name, child in network.named_children():
-        full = f"{name}.{child_name}".strip(".")
-        if type(child) in _CONTAINERS:
-            yield from _siblings(child, full)
-        else:
-            yield full, child
-
-
 def _is_block(module: nn.Module) -> bool:
     composed = any(True for _ in module.children()) or not is_of_torch(module)
-    usable = _has_forward(module) and not _is_compiled_by_others(module)
-    return composed and usable and any(True for _ in module.parameters())
+    return composed and is_called(module) and not _is_compiled_by_others(module)
 
 
 def _is_network(module: nn.Module) -> bool:
-    metric = any(base.__module__.startswith("torchmetrics") for base in type(module).__mro__)
-    usable = not metric and not _is_recurrent(module)
+    usable = not is_metric(module) and not _is_recurrent(module)
     return usable and any(True for _ in module.parameters())
 
 
@@ -164,10 +151,6 @@ def _is_recurrent(module: nn.Module) -> bool:
 def _is_compiled_by_others(module: nn.Module) -> bool:
     foreign = module._compiled_call_impl is not None and region(module) is None
     return foreign or isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule))
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def _weight(module: nn.Module) -> int:

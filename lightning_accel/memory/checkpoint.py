@@ -30,7 +30,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from types import MethodType
 from typing import Any
@@ -51,10 +51,10 @@ from lightning_accel.memory.saved import note_kept
 from lightning_accel.seldom import check_seldom
 from lightning_accel.surgery import Change, Receipt, Select
 from lightning_accel.surgery.moment import Moment
+from lightning_accel.surgery.siblings import is_called, siblings
 
 POLICIES = ("full", "selective")
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "linear", "convolution",
     "_scaled_mm", "_grouped_mm", "_scaled_grouped_mm", "_linear_pointwise", "_convolution_pointwise",
@@ -141,10 +141,10 @@ def find_repeated(model: nn.Module) -> dict[str, nn.Module]:
     >>> list(find_repeated(nn.ModuleDict({"body": nn.Sequential(*layers), "head": nn.Linear(4, 2)})))
     ['body.0', 'body.1', 'body.2']
     """
-    siblings = list(_siblings(model, ""))
+    beside = list(siblings(model))
     found: dict[str, nn.Module] = {}
-    for kind in dict.fromkeys(type(module) for _, module in siblings):
-        alike = [(name, module) for name, module in siblings if type(module) is kind]
+    for kind in dict.fromkeys(type(module) for _, module in beside):
+        alike = [(name, module) for name, module in beside if type(module) is kind]
         blocks = [(name, module) for name, module in alike if _is_block(module)]
         if len({id(module) for _, module in blocks}) >= 2:
             found |= dict(blocks)
@@ -177,34 +177,14 @@ def _chosen(model: nn.Module, select: Select) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if not name or name.startswith(inside or ("\0",)):
             continue
-        if select.matches(name, module) and _has_forward(module) and _has_parameters(module):
+        if select.matches(name, module) and is_called(module):
             found[name] = module
             inside += (f"{name}.",)
     return found
 
 
-def _siblings(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield children, those of plain containers in place of the container."""
-    for name, child in model.named_children():
-        full = f"{prefix}.{name}".strip(".")
-        if type(child) in _CONTAINERS:
-            yield from _siblings(child, full)
-        else:
-            yield full, child
-
-
 def _is_block(module: nn.Module) -> bool:
-    composed = any(True for _ in module.children())
-    metric = any(base.__module__.startswith("torchmetrics") for base in type(module).__mro__)
-    return composed and not metric and _has_forward(module) and _has_parameters(module)
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+    return any(True for _ in module.children()) and is_called(module)
 
 
 def _own_forward(module: nn.Module) -> tuple[Any, ...] | None:
