@@ -226,7 +226,8 @@ def test_a_resumed_run_drops_no_row_and_its_report_stands_at_its_step(tmp_path: 
     """wandb#1626, #5913, Lightning#13382: rows dropped after a resume, and tables that shift W&B's own step."""
     script = LOGGED.format(tests=str(Path(__file__).parent))
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    env |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env |= {"PYTHONPATH": path, "HOME": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     env |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
