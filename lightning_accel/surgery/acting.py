@@ -105,7 +105,7 @@ def copied(model: ModuleT, memo: dict[int, Any]) -> ModuleT:
 
 
 def _copy_plainly(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Put copies of modules that are copied like any object into the memo: `deepcopy` takes thrice the time for them.
+    """Put copies of modules that are copied like any object into the memo: `deepcopy` takes twice the time for them.
 
     A module has some thirty attributes, nearly all of them numbers, flags, and registries of hooks that are empty.
     """
