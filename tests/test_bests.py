@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from tiny import Fit
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -65,26 +66,12 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, torch.arange(16) % 4), 4)
 
 
-Fit = Callable[..., Trainer]
 BETTER_BEFORE = (0.90, 0.95, 0.50, 0.60)
 
 
 @pytest.fixture
 def fit(trainer_kwargs: dict[str, Any]) -> Fit:
-    def run(
-        model: LightningModule,
-        *callbacks: Callback,
-        ckpt: Any = None,
-        data: Any = loader,
-        **kw: Any,
-    ) -> Trainer:
-        saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-        given = {"max_epochs": 4, "enable_checkpointing": saves, **kw}
-        trainer = Trainer(**{**trainer_kwargs, **given, "callbacks": list(callbacks)})
-        trainer.fit(model, data(), loader(), ckpt_path=ckpt)
-        return trainer
-
-    return run
+    return tiny.fits(trainer_kwargs, loader, epochs=4)
 
 
 def pruning(**kw: Any) -> StructuredPruning:

@@ -115,16 +115,8 @@ class Module(LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
-class Manual(Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__(net)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
+class Manual(tiny.ByHand, Module):
+    """Of the user's, by hand."""
 
 
 Fit = Callable[..., Trainer]

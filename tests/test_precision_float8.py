@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -378,16 +379,8 @@ def test_a_network_made_late_is_converted_at_the_start_of_the_fit(fit: Any) -> N
     assert model.kinds == {"Float8Linear"}
 
 
-class Manual(Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
+class Manual(tiny.ByHand, Module):
+    """Of the user's, by hand."""
 
 
 @needs_torchao

@@ -171,16 +171,8 @@ def test_a_resumed_search_goes_on_as_the_uninterrupted_one(fit: Fit, tmp_path: P
             assert torch.equal(value, resumed.state_dict()[name]), (epoch, name)
 
 
-class ByHand(Bounded):
-    def __init__(self, bound: float) -> None:
-        super().__init__(bound)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
+class ByHand(tiny.ByHand, Bounded):
+    """Of the user's, by hand."""
 
 
 @pytest.mark.slow

@@ -107,13 +107,27 @@ def silent(folder: Path) -> dict[str, Any]:
     }
 
 
+class ByHand(LightningModule):
+    """Optimizes by hand what the next of its bases computes: `class Manual(ByHand, Module)`."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
 Fit = Callable[..., Trainer]
 
 
 def fits(settings: dict[str, Any], loader: Callable[[], Any], epochs: int) -> Fit:
     """Return a function that fits a module with callbacks, and validates it, on what `loader` makes.
 
-    Checkpoints are on where a `ModelCheckpoint` is among the callbacks.
+    Checkpoints are on where a `ModelCheckpoint` is among the callbacks. `data` makes other loaders to train on.
     """
     usual = epochs
 
@@ -122,12 +136,13 @@ def fits(settings: dict[str, Any], loader: Callable[[], Any], epochs: int) -> Fi
         *callbacks: Callback,
         ckpt: Any = None,
         epochs: int = usual,
+        data: Callable[[], Any] = loader,
         **kw: Any,
     ) -> Trainer:
         saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
         given = {"max_epochs": epochs, "enable_checkpointing": saves, **kw}
         trainer = Trainer(**{**settings, **given, "callbacks": list(callbacks)})
-        trainer.fit(module, loader(), loader(), ckpt_path=ckpt)
+        trainer.fit(module, data(), loader(), ckpt_path=ckpt)
         return trainer
 
     return run
