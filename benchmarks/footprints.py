@@ -6,7 +6,9 @@ Each row is a step of about 5 ms with the bookkeeping against the same step with
 
 - four blocks that recompute by `ActivationCheckpointing`, against `torch.utils.checkpoint` on the same blocks;
 - four compiled blocks that are compared with themselves at every 64th call, against blocks that never are;
-- a frozen network with its footprint looked at before each call, and every 128th compared, against its graph alone.
+- a frozen network with its footprint looked at before each call, against its graph alone.
+
+The first and the last also compare results now and then, at every 64th and 128th call; "looks alone" is without.
 
 `share` is the ratio less one, with its 95 % interval; the goal is 2 %. The last rows are microseconds of one look at a
 block, by the calmest tenth. Exit code 1 when an interval lies above the goal.
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_accel.compilation import compile_blocks, frozen
+from lightning_accel.compilation.frozen import Frozen
 from lightning_accel.measure.timing import compare, time_call
 from lightning_accel.memory import checkpoint_activations
 from lightning_accel.surgery.footprint import Footprint
@@ -66,9 +69,12 @@ def pairs(x: Tensor) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     """Return by name the call without the bookkeeping, and the one with it."""
     torch.manual_seed(0)
     plain = Blocks()
-    theirs, ours = Blocks(recomputes=True), copy.deepcopy(plain)
-    checkpoint_activations(ours)
-    found = {"recomputed": (step_of(theirs, x), step_of(ours, x))}
+    theirs = Blocks(recomputes=True)
+    found: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    for name, every in (("recomputed", 64), ("recomputed, looks alone", None)):
+        ours = copy.deepcopy(plain)
+        checkpoint_activations(ours, check_every=every)
+        found[name] = (step_of(theirs, x), step_of(ours, x))
     sides = []
     for every in (None, 64):
         net = copy.deepcopy(plain)
@@ -77,12 +83,17 @@ def pairs(x: Tensor) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     found["compiled"] = (sides[0], sides[1])
     model = GPT()
     net, tokens = model.net.eval(), model.batch(9, 1)[0]
-    with frozen(net, backend="eager") as networks, torch.no_grad():
-        for _ in range(_SETTLED):
-            net(tokens)
-        network = networks[0]
-    found["frozen"] = (lambda: network._run((tokens,), {}), lambda: network(tokens))
+    for name, every in (("frozen", 128), ("frozen, looks alone", None)):
+        with frozen(net, backend="eager", check_every=every) as networks, torch.no_grad():
+            for _ in range(_SETTLED):
+                net(tokens)
+        found[name] = calls_of(networks[0], tokens)
     return found
+
+
+def calls_of(network: Frozen, tokens: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return a call of the graph alone, and one with the look before it."""
+    return (lambda: network._run((tokens,), {})), (lambda: network(tokens))
 
 
 def main(threads: int, budget_s: float, as_json: bool) -> int:
@@ -90,7 +101,7 @@ def main(threads: int, budget_s: float, as_json: bool) -> int:
     torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
     for name, (without, having) in pairs(torch.randn(2, 32, 128)).items():
-        with torch.set_grad_enabled(name != "frozen"):
+        with torch.set_grad_enabled(not name.startswith("frozen")):
             for _ in range(_SETTLED):
                 without(), having()
             gain = compare(having, without, budget_s=budget_s)
@@ -113,10 +124,10 @@ def main(threads: int, budget_s: float, as_json: bool) -> int:
     else:
         for row in rows:
             if "us" in row:
-                print(f"{row['what']:20s} {row['us']:7.1f} us")
+                print(f"{row['what']:24s} {row['us']:7.1f} us")
             else:
                 print(
-                    f"{row['what']:20s} {row['share']:+7.1%} [{row['low']:+.1%} to {row['high']:+.1%}] "
+                    f"{row['what']:24s} {row['share']:+7.1%} [{row['low']:+.1%} to {row['high']:+.1%}] "
                     f"of {row['ms']:.1f} ms"
                 )
     return int(any(row.get("low", 0.0) > GOAL for row in rows))

@@ -163,27 +163,27 @@ class Moment:
         copied = [*moments.few, *written, *(moments.many if whole else ())]
         self._tensors = [(t, t.detach().clone()) for t in copied]
         self._arrays = [(a, a.copy()) for a in moments.arrays]
-        self._versions = [(t, t._version) for t in moments.many]
+        self._many = moments.many
+        self._versions = [t._version for t in moments.many]
         self._random: Chance | None = Chance(moments.generators, whole or moments.draws_numpy)
 
     def written(self) -> list[Tensor]:
         """Return parameters and large tensors that were written since, and of which there is no copy."""
+        now = [t._version for t in self._many]
+        if now == self._versions:
+            return []
         copied = {id(t) for t, _ in self._tensors}
-        return [t for t, version in self._versions if t._version != version and id(t) not in copied]
+        pairs = zip(self._many, self._versions, now, strict=True)
+        return [t for t, before, after in pairs if before != after and id(t) not in copied]
 
     def stepped(self) -> list[Tensor]:
         """Return parameters that learn and were written since by others, in place."""
-        copied = {id(t) for t, _ in self._tensors}
-        return [
-            t
-            for t, version in self._versions
-            if t._version != version and t.requires_grad and t.is_leaf and id(t) not in copied
-        ]
+        return [t for t in self.written() if t.requires_grad and t.is_leaf]
 
     def note_written(self) -> None:
         """Remember which large tensors the call wrote, also through `.data`, and drop the other copies."""
         few = {id(t) for t in self._moments.few}
-        versions = {id(t): version for t, version in self._versions}
+        versions = {id(t): version for t, version in zip(self._many, self._versions, strict=True)}
         kept = []
         for tensor, before in self._tensors:
             if id(tensor) in few:
