@@ -1,18 +1,18 @@
 """Make the training of an existing LightningModule faster and its model smaller, and measure it."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from warnings import filterwarnings
 
+from lightning_accel.lazy import lazily
 from lightning_accel.shortnames import load_beside_cli
 
 if TYPE_CHECKING:
-    from lightning_accel.attention.callback import AttentionBackend
+    from lightning_accel.attention.callbacks.attention_backend import AttentionBackend
     from lightning_accel.bridge.objective import Objective
     from lightning_accel.bridge.restore import load_from_checkpoint
-    from lightning_accel.compilation.callback import BlockCompile
-    from lightning_accel.compilation.frozen.callback import FrozenPredict
-    from lightning_accel.compilation.warm.callback import WarmStart
+    from lightning_accel.compilation.callbacks.block_compile import BlockCompile
+    from lightning_accel.compilation.callbacks.frozen_predict import FrozenPredict
+    from lightning_accel.compilation.callbacks.warm_start import WarmStart
     from lightning_accel.distillation.cache import TeacherCache
     from lightning_accel.distillation.callback import Distillation
     from lightning_accel.distillation.module import DistillationModule
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from lightning_accel.distillation.teacher import Teacher
     from lightning_accel.distillation.views import SeededViews
     from lightning_accel.loading.callback import FastLoading
-    from lightning_accel.loop.callback import FusedOptimizer, LeanLoop
+    from lightning_accel.loop.callbacks.fused_optimizer import FusedOptimizer
+    from lightning_accel.loop.callbacks.lean_loop import LeanLoop
     from lightning_accel.measure.callback import AccelReport
     from lightning_accel.measure.meter.callback import StepMeter
-    from lightning_accel.memory.callback import ActivationBudget, ActivationCheckpointing
-    from lightning_accel.precision.callback import (
-        Float8Linear,
-        MatmulPrecision,
-        MemoryFormat,
-        UsePrecision,
-    )
+    from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
+    from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
+    from lightning_accel.precision.callbacks.float8_linear import Float8Linear
+    from lightning_accel.precision.callbacks.matmul_precision import MatmulPrecision
+    from lightning_accel.precision.callbacks.memory_format import MemoryFormat
+    from lightning_accel.precision.callbacks.use_precision import UsePrecision
     from lightning_accel.precision.plugin import AutocastPrecision
     from lightning_accel.precision.true.plugin import Bf16Precision, XlaPrecision
     from lightning_accel.pruning.callback import StructuredPruning
@@ -54,25 +54,25 @@ filterwarnings(
 
 _HOMES = {
     "AccelReport": "measure.callback",
-    "ActivationBudget": "memory.callback",
-    "ActivationCheckpointing": "memory.callback",
-    "AttentionBackend": "attention.callback",
+    "ActivationBudget": "memory.callbacks.activation_budget",
+    "ActivationCheckpointing": "memory.callbacks.activation_checkpointing",
+    "AttentionBackend": "attention.callbacks.attention_backend",
     "AutoTune": "tuning.callback",
     "AutocastPrecision": "precision.plugin",
     "Bf16Precision": "precision.true.plugin",
-    "BlockCompile": "compilation.callback",
+    "BlockCompile": "compilation.callbacks.block_compile",
     "Distillation": "distillation.callback",
     "DistillationModule": "distillation.module",
     "FastLoading": "loading.callback",
-    "Float8Linear": "precision.callback",
-    "FrozenPredict": "compilation.frozen.callback",
-    "FusedOptimizer": "loop.callback",
+    "Float8Linear": "precision.callbacks.float8_linear",
+    "FrozenPredict": "compilation.callbacks.frozen_predict",
+    "FusedOptimizer": "loop.callbacks.fused_optimizer",
     "Latency": "pruning.target",
-    "LeanLoop": "loop.callback",
+    "LeanLoop": "loop.callbacks.lean_loop",
     "Macs": "pruning.target",
-    "MatmulPrecision": "precision.callback",
+    "MatmulPrecision": "precision.callbacks.matmul_precision",
     "Memory": "pruning.target",
-    "MemoryFormat": "precision.callback",
+    "MemoryFormat": "precision.callbacks.memory_format",
     "Objective": "bridge.objective",
     "Params": "pruning.target",
     "QuboSelector": "pruning.qubo",
@@ -85,8 +85,8 @@ _HOMES = {
     "StructuredPruning": "pruning.callback",
     "Teacher": "distillation.teacher",
     "TeacherCache": "distillation.cache",
-    "UsePrecision": "precision.callback",
-    "WarmStart": "compilation.warm.callback",
+    "UsePrecision": "precision.callbacks.use_precision",
+    "WarmStart": "compilation.callbacks.warm_start",
     "WeightMasks": "pruning.mask.callback",
     "XlaPrecision": "precision.true.plugin",
     "load_from_checkpoint": "bridge.restore",
@@ -139,10 +139,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def _load_all() -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import BlockCompile, Select, StructuredPruning
-from lightning_accel.compilation import callback as adapter
 from lightning_accel.compilation import captures, compile_blocks, find_blocks
+from lightning_accel.compilation.callbacks import block_compile as adapter
 from lightning_accel.compilation.region import recompile, region
 from lightning_accel.errors import AccelError, NoEffect, Unsupported
 from lightning_accel.pruning import prune

@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_accel.compilation import WarmStart, pack, unpack
+from lightning_accel.compilation.callbacks import warm_start as adapter
 from lightning_accel.compilation.warm import cache
-from lightning_accel.compilation.warm import callback as adapter
 from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.seal import seal
 

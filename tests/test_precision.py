@@ -610,7 +610,7 @@ def test_weights_and_batches_are_channels_last_in_every_stage(trainer: Any) -> N
     run.test(user, images, verbose=False)
     run.predict(user, images)
     assert user.formats == dict.fromkeys(("train", "fit", "validate", "test", "predict"), True)
-    assert is_last(user.net.conv[0].weight)
+    assert not is_last(user.net.conv[0].weight)  # as it was
     assert is_last(run.optimizers[0].state[user.net.conv[0].weight]["exp_avg"])
     assert all(a is b for a, b in zip(objects, user.parameters(), strict=True))
 
@@ -658,25 +658,37 @@ def test_the_format_survives_a_prune_and_its_checkpoint(trainer: Any, tmp_path: 
     saver = ModelCheckpoint(tmp_path, "a")
     edits = lambda: [StructuredPruning(ratio=0.5, when=1), MemoryFormat()]  # noqa: E731
     user = module(kind=Images)
-    trainer(callbacks=[*edits(), saver], enable_checkpointing=True).fit(user, images)
+    seen: list[bool] = []
+
+    class Look(Callback):
+        def on_validation_end(self, _: Any, user: Any) -> None:
+            seen.append(is_last(user.net.conv[0].weight))
+
+        def on_train_end(self, _: Any, user: Any) -> None:
+            self.on_validation_end(_, user)
+
+    trainer(callbacks=[*edits(), Look(), saver], enable_checkpointing=True).fit(user, images)
     assert user.net.conv[0].weight.shape[:2] == (4, 4)
-    assert is_last(user.net.conv[0].weight)
     fresh = module(kind=Images)
-    run = trainer(callbacks=edits())
+    run = trainer(callbacks=[*edits(), Look()])
     run.validate(fresh, images, ckpt_path=tmp_path / "a.ckpt", verbose=False)
     assert fresh.net.conv[0].weight.shape[:2] == (4, 4)
-    assert is_last(fresh.net.conv[0].weight)
+    assert seen == [True, True]
     assert fresh.formats == {"validate": True}
 
 
 def test_a_reshaping_that_loses_the_format_is_followed(trainer: Any) -> None:
     user, edit = module(kind=Images), MemoryFormat()
-    edit.setup(trainer(), user, "fit")
+    run = trainer()
+    edit.setup(run, user, "fit")
+    edit.on_model_edit_start(run, user)
     user.net.conv[0].weight.data = (
         user.net.conv[0].weight.data[:4].clone(memory_format=torch.contiguous_format)
     )
-    edit.on_model_edit_end(trainer(), user, edit.receipt)
+    edit.on_model_edit_end(run, user, edit.receipt)
     assert is_last(user.net.conv[0].weight)
+    edit.teardown(run, user, "fit")
+    assert not is_last(user.net.conv[0].weight)
 
 
 def test_networks_built_late_are_converted_before_they_run(trainer: Any) -> None:
@@ -751,13 +763,15 @@ def test_only_the_selection_is_converted() -> None:
 
 def test_a_converted_network_copies_and_pickles(trainer: Any) -> None:
     user = module(kind=Images)
-    MemoryFormat().setup(trainer(), user, "fit")  # with its hooks
+    edit, run = MemoryFormat(), trainer()
+    edit.setup(run, user, "fit")  # with its hooks
     user.net.stem[0]._forward_pre_hooks.clear()
     buffer = io.BytesIO()
     pickle.dump(user.net, buffer)
     buffer.seek(0)
     assert is_last(pickle.load(buffer).conv[0].weight)  # noqa: S301
     assert is_last(copy.deepcopy(user.net).conv[0].weight)
+    edit.teardown(run, user, "fit")
 
 
 @pytest.fixture(autouse=True)

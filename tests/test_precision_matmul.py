@@ -269,7 +269,7 @@ def test_trainers_within_trainers_restore_what_they_found(trainer: Any) -> None:
 def test_the_choice_is_said_once_with_its_reason(
     trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_accel.precision import callback as adapter
+    from lightning_accel.precision.callbacks import matmul_precision as adapter
 
     said: list[str] = []
     monkeypatch.setattr(adapter, "rank_zero_info", said.append)
@@ -311,13 +311,13 @@ _DDP = """
     import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.demos.boring_classes import BoringModel
-    from lightning_accel.precision import MatmulPrecision, callback
+    from lightning_accel.precision import MatmulPrecision, matmul
     from lightning_accel.precision.matmul import Choice, Probe
     warnings.filterwarnings("ignore")
     rank = int(os.environ.get("LOCAL_RANK", 0))
     short = sys.argv[2] == "short"  # rank 1 is another machine, on which "medium" computes in bfloat16
-    callback.matmul.choose = lambda *a, **k: Choice("medium" if rank == 0 else "high", f"rank {rank}")
-    callback.matmul.probe_matmul = lambda *a: Probe(2.0, 3e-3 if short and rank else 3e-7, 3e-7)
+    matmul.choose = lambda *a, **k: Choice("medium" if rank == 0 else "high", f"rank {rank}")
+    matmul.probe_matmul = lambda *a: Probe(2.0, 3e-3 if short and rank else 3e-7, 3e-7)
     seen = []
     class Net(BoringModel):
         def training_step(self, batch, batch_idx):

@@ -1,18 +1,19 @@
 """Which kernel computes scaled dot product attention."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_accel.attention.backend import BACKENDS, attention_backend, uses_attention
+from lightning_accel.lazy import lazily
 
 if TYPE_CHECKING:
-    from lightning_accel.attention.callback import AttentionBackend
+    from lightning_accel.attention.callbacks.attention_backend import AttentionBackend
 
 __all__ = ["BACKENDS", "AttentionBackend", "attention_backend", "uses_attention"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "AttentionBackend":
-        from lightning_accel.attention.callback import AttentionBackend
-
-        return AttentionBackend
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "AttentionBackend": "callbacks.attention_backend",
+    },
+)

@@ -1,4 +1,4 @@
-"""The base of every callback that edits a model, and how an edit reaches all who hold the model.
+"""The base of callbacks whose edits of the model stay, and how an edit reaches all who hold the model.
 
 An edit is decided on a copy, sent from rank 0 to all ranks, applied in place with the DDP wrapper
 taken off, followed by optimizers and weight averages, and told to every callback of the Trainer that
@@ -13,17 +13,15 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_accel.bridge import beside, bests
-from lightning_accel.bridge.guards import refuse_compiled, refuse_mirror
 from lightning_accel.bridge.optimizers import (
     beside_blocks,
     hidden_beside,
@@ -36,9 +34,10 @@ from lightning_accel.bridge.optimizers import (
     watch,
 )
 from lightning_accel.bridge.parts import following, forget_parts, note_parts, widened
-from lightning_accel.bridge.restore import averages, pristine, register, remember
+from lightning_accel.bridge.restore import averages, pristine, remember
+from lightning_accel.bridge.technique import Technique
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.surgery import Cut, Receipt, Stage, Structure, follow
+from lightning_accel.surgery import Cut, Receipt, Structure, follow
 from lightning_accel.surgery.bypass import parameters_under
 from lightning_accel.surgery.dropped import Dropped
 from lightning_accel.surgery.shadows import Shadow, add_to_average
@@ -47,27 +46,15 @@ _LEFT: weakref.WeakKeyDictionary[LightningModule, Structure] = weakref.WeakKeyDi
 """The sizes that the last cut of a fit left."""
 
 
-class ModelEdit(Callback):
-    """A callback that edits the model; `stage` says what kind of edit, and so its place in the order.
-
-    Edits that were passed in another order change places among themselves before the first is set up.
-    """
-
-    stage: ClassVar[Stage]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "setup" in vars(cls):
-            cls.setup = _after_sorting(cls.setup)  # type: ignore[method-assign]
+class ModelEdit(Technique):
+    """A technique whose edits stay, and are committed in mid-training."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let checkpoints carry the structure."""
-        refuse_mirror(trainer)
-        refuse_compiled(pl_module)
-        register(pl_module, (beside.saved, beside.collected))
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             watch(pl_module)
+            self.held(trainer).callback(_forget, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,21 +68,18 @@ class ModelEdit(Callback):
         refuse_grown(pl_module)
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave(pl_module)
-
-    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         _explain(trainer, pl_module, exception)
-        self._leave(pl_module)
+        super().on_exception(trainer, pl_module, exception)
 
-    def _leave(self, pl_module: LightningModule) -> None:
-        """Take back what belongs to the run: called at its end, which an error may be."""
-        unwatch(pl_module)
-        forget_parts(pl_module)
-        _LEFT.pop(pl_module, None)
+
+def _forget(pl_module: LightningModule) -> None:
+    """Drop what is known of a fit, at its end."""
+    unwatch(pl_module)
+    forget_parts(pl_module)
+    forget_sizes(pl_module)
 
 
 def forget_sizes(pl_module: LightningModule) -> None:
@@ -192,45 +176,6 @@ def tell(trainer: Trainer, hook: str, *args: Any) -> None:
         method = getattr(callback, hook, None)
         if method is not None:
             method(trainer, *args)
-
-
-def _after_sorting(setup: Callable[..., None]) -> Callable[..., None]:
-    """Sort the Trainer's edits when the first of them is set up.
-
-    Lightning walks along the very list by index, so the edit that comes to stand in the place of the
-    caller is set up instead of it, and Lightning comes to the caller later.
-    """
-
-    @wraps(setup)
-    def sorted_first(
-        self: ModelEdit, trainer: Trainer, pl_module: LightningModule, stage: str
-    ) -> None:
-        refuse_mirror(trainer)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        places = [i for i, c in enumerate(callbacks) if isinstance(c, ModelEdit)]
-        given = [c for c in callbacks if isinstance(c, ModelEdit)]
-        right = sorted(given, key=lambda edit: edit.stage)
-        if [id(edit) for edit in given] == [id(edit) for edit in right]:
-            setup(self, trainer, pl_module, stage)
-            return
-        if self is not given[0]:
-            raise _late(given, right)
-        for place, edit in zip(places, right, strict=True):
-            callbacks[place] = edit
-        if right[0] is self:
-            setup(self, trainer, pl_module, stage)
-        else:
-            right[0].setup(trainer, pl_module, stage)
-
-    return sorted_first
-
-
-def _late(given: list[ModelEdit], right: list[ModelEdit]) -> AccelError:
-    return AccelError(
-        "callbacks that edit the model were put into another order while they were set up",
-        ", ".join(f"{type(edit).__name__} ({edit.stage.name})" for edit in given),
-        "order them as " + ", ".join(type(edit).__name__ for edit in right),
-    )
 
 
 def _tell_of_shadows(cut: list[Shadow]) -> None:

@@ -1,7 +1,6 @@
 """Distillation: a student learns from a teacher, on the user's own untouched training step."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_accel.distillation import losses
 from lightning_accel.distillation.cache import TeacherCache
@@ -9,6 +8,7 @@ from lightning_accel.distillation.schedule import Moment, Ramp
 from lightning_accel.distillation.teacher import Teacher
 from lightning_accel.distillation.term import Term
 from lightning_accel.distillation.views import SeededViews
+from lightning_accel.lazy import lazily
 
 if TYPE_CHECKING:
     from lightning_accel.distillation.callback import Distillation
@@ -29,7 +29,4 @@ __all__ = [
 _WITH_LIGHTNING = {"Distillation": "callback", "DistillationModule": "module"}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _WITH_LIGHTNING:
-        return getattr(import_module(f"{__name__}.{_WITH_LIGHTNING[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _WITH_LIGHTNING)

@@ -1,7 +1,8 @@
 """The same batches made faster: a dataset held in memory, other workers, pinned memory; measured."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lightning_accel.lazy import lazily
 from lightning_accel.loading.choose import Choice, Way, choose
 from lightning_accel.loading.resident import ResidentLoader, resident
 from lightning_accel.loading.workers import WorkerLoader, with_workers
@@ -23,9 +24,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("Applied", "FastLoading", "apply_choice"):
-        from lightning_accel.loading import callback
-
-        return getattr(callback, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "Applied": "callback",
+        "FastLoading": "callback",
+        "apply_choice": "callback",
+    },
+)

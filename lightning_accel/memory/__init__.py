@@ -1,7 +1,8 @@
 """What a training step keeps for its backward: measured, and made less by recomputing."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lightning_accel.lazy import lazily
 from lightning_accel.memory.budget import activation_budget
 from lightning_accel.memory.checkpoint import (
     checkpoint_activations,
@@ -11,7 +12,8 @@ from lightning_accel.memory.checkpoint import (
 from lightning_accel.memory.saved import saved_bytes
 
 if TYPE_CHECKING:
-    from lightning_accel.memory.callback import ActivationBudget, ActivationCheckpointing
+    from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
+    from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
 
 __all__ = [
     "ActivationBudget",
@@ -24,9 +26,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("ActivationBudget", "ActivationCheckpointing"):
-        from lightning_accel.memory import callback
-
-        return getattr(callback, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "ActivationBudget": "callbacks.activation_budget",
+        "ActivationCheckpointing": "callbacks.activation_checkpointing",
+    },
+)

@@ -42,10 +42,22 @@ def channels_last(
             changes.append(
                 Change(f"{name}.weight".lstrip("."), "memory format", "contiguous", "channels last")
             )
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            if weight.grad is not None:
-                weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
+            _store(weight, torch.channels_last)
     return Receipt(tuple(changes))
+
+
+def contiguous(model: nn.Module, receipt: Receipt) -> None:
+    """Store again as they were the weights that `channels_last` changed, and that are still there.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    >>> contiguous(net, channels_last(net))
+    >>> net[0].weight.is_contiguous()
+    True
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for change in receipt.changes:
+        if change.name in weights:
+            _store(weights[change.name], torch.contiguous_format)
 
 
 def convolutions(
@@ -72,6 +84,12 @@ def convert_inputs(
         model.get_submodule(name).register_forward_pre_hook(_convert, with_kwargs=True)
         for name in sorted(names)
     ]
+
+
+def _store(weight: nn.Parameter, format: torch.memory_format) -> None:
+    weight.data = weight.data.contiguous(memory_format=format)
+    if weight.grad is not None:
+        weight.grad = weight.grad.contiguous(memory_format=format)
 
 
 def _is_convolution(module: nn.Module) -> bool:

@@ -85,8 +85,10 @@ def check(precision: Any, *, auto: bool = True) -> str:
 
 
 @contextmanager
-def matmul_precision(name: str) -> Iterator[None]:
+def matmul_precision(name: str) -> Iterator[str]:
     """Compute float32 matrix products with this setting inside the block; all flags are put back.
+
+    Gives the setting that was before.
 
     Args:
         name: "highest", "high" or "medium"; for the whole process, on every device.
@@ -101,7 +103,7 @@ def matmul_precision(name: str) -> Iterator[None]:
     before = read()
     apply(name)
     try:
-        yield
+        yield before.old
     finally:
         write(before)
 

@@ -1,8 +1,8 @@
 """Structured pruning: remove whole channels and heads, so that the network is really smaller."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lightning_accel.lazy import lazily
 from lightning_accel.pruning.prune import plan, prune
 from lightning_accel.pruning.qubo import QuboSelector
 from lightning_accel.pruning.recalibrate import recalibrate
@@ -44,7 +44,4 @@ _WITH_LIGHTNING = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _WITH_LIGHTNING:
-        return getattr(import_module(f"{__name__}.{_WITH_LIGHTNING[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _WITH_LIGHTNING)

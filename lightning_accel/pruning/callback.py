@@ -213,6 +213,7 @@ class StructuredPruning(ModelEdit):
         self._is_set_up = True
         if stage != "fit":
             return
+        self.held(trainer).callback(self._sparse.end)
         what = type(self).__name__
         judge.require_one_guard(trainer, self)
         guards.refuse_sharded(trainer.strategy, what)
@@ -300,7 +301,10 @@ class StructuredPruning(ModelEdit):
     ) -> None:
         self._sparse.batch_ends()
 
-    def on_model_edit_end(self, trainer: Trainer, pl_module: LightningModule, _: Receipt) -> None:
+    @override
+    def on_model_edit_end(
+        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
+    ) -> None:
         """Trace anew for sparse training what another edit has changed."""
         if self._sparse.acts:
             self._sparse.begin(trainer, pl_module)
@@ -361,11 +365,6 @@ class StructuredPruning(ModelEdit):
         missed = [epoch for epoch in self.when[self._done() :] if epoch >= late]
         if missed and not guards.is_trial(trainer):
             rank_zero_warn(scheduling.unfinished(self.when, missed))
-
-    @override
-    def _leave(self, pl_module: LightningModule) -> None:
-        super()._leave(pl_module)
-        self._sparse.end()
 
     def _tell_changed(self) -> None:
         """Say what of the settings is given in vain, because the network was cut already."""

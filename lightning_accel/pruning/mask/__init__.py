@@ -1,6 +1,8 @@
 """Masks in training: chosen single weights stay zero, through every step, prune and resume."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_accel.lazy import lazily
 
 if TYPE_CHECKING:
     from lightning_accel.pruning.mask.callback import WeightMasks
@@ -8,9 +10,4 @@ if TYPE_CHECKING:
 __all__ = ["WeightMasks"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "WeightMasks":
-        from lightning_accel.pruning.mask.callback import WeightMasks
-
-        return WeightMasks
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, {"WeightMasks": "callback"})

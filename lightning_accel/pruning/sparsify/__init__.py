@@ -1,6 +1,8 @@
 """Sparsity training: penalties that make units small, so that cutting them later costs little."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_accel.lazy import lazily
 
 if TYPE_CHECKING:
     from lightning_accel.pruning.sparsify.callback import SparsityTraining
@@ -8,9 +10,4 @@ if TYPE_CHECKING:
 __all__ = ["SparsityTraining"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "SparsityTraining":
-        from lightning_accel.pruning.sparsify.callback import SparsityTraining
-
-        return SparsityTraining
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, {"SparsityTraining": "callback"})

@@ -1,22 +1,23 @@
-"""When the attention kernel is chosen: for the time that the Trainer runs."""
+"""`AttentionBackend`: one attention kernel while a Trainer runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch._dynamo import eval_frame
 from typing_extensions import override
 
 from lightning_accel.attention.backend import attention_backend, check, uses_attention
 from lightning_accel.bridge.step import Around
+from lightning_accel.bridge.technique import Context, Technique
 from lightning_accel.errors import explain
 
 
-class AttentionBackend(Callback):
+class AttentionBackend(Technique):
     """Compute `scaled_dot_product_attention` with one kernel where it can; with the others elsewhere.
 
     The choice holds for the whole process while the Trainer runs, and is undone afterwards. Networks that
@@ -33,22 +34,23 @@ class AttentionBackend(Callback):
     'flash'
     """
 
+    needs = "process"
+
     def __init__(self, backend: str) -> None:
         self.backend = check(backend)
-        self._held = ExitStack()
         self._around: Around | None = None
         self._attends = False
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()
-        self._held.enter_context(attention_backend(self.backend))
+    def effect(self, context: Context) -> AbstractContextManager[None]:
+        return attention_backend(self.backend)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not _compiles():  # a look at compiled code compiles it once more
             self._attends = False
             self._around = Around(pl_module, "training_step", self._look)
+            self.held(trainer).callback(self._unwatch)
 
     @override
     def on_train_batch_end(
@@ -71,20 +73,6 @@ class AttentionBackend(Callback):
         found = uses_attention(lambda: given.append(method(*args, **kwargs)))
         self._attends = self._attends or found
         return given[0]
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        self._unwatch()
-        self._held.close()
 
     def _unwatch(self) -> None:
         if self._around is not None:

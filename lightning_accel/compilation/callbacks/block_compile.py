@@ -1,8 +1,9 @@
-"""When to compile: as the last edit before training, again after a prune, and the proof that it worked."""
+"""`BlockCompile`: compile as the last edit before training, again after a prune, and prove that it worked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_accel.bridge.guards import is_built, refuse_lazy
-from lightning_accel.bridge.model_edit import ModelEdit
+from lightning_accel.arguments import flag, flags, instance, one_of, whole
+from lightning_accel.bridge.evaluation import EvaluationBatches
+from lightning_accel.bridge.technique import Context, Technique
 from lightning_accel.compilation.blocks import compile_blocks
 from lightning_accel.compilation.explain import Capture, captures, table
 from lightning_accel.compilation.guard import batch_sizes
@@ -37,7 +39,7 @@ _RAGGED = ("auto", "ignore")
 _BACKENDS = {"xla": "openxla", "tpu": "tpu"}
 
 
-class BlockCompile(ModelEdit):
+class BlockCompile(Technique, EvaluationBatches):
     """Compile the networks inside the LightningModule, and check that this had an effect.
 
     Repeated blocks are compiled once per kind, other networks as a whole, in place: names in checkpoints
@@ -81,6 +83,7 @@ class BlockCompile(ModelEdit):
     'raise'
     """
 
+    needs = "weights"
     stage: ClassVar[Stage] = Stage.COMPILE
 
     def __init__(
@@ -98,27 +101,14 @@ class BlockCompile(ModelEdit):
         ragged: str = "auto",
         check_every: int | None = 64,
     ) -> None:
-        for name, answer, known in (
-            ("on_graph_break", on_graph_break, _ANSWERS),
-            ("on_recompile", on_recompile, _REPEATS),
-            ("ragged", ragged, _RAGGED),
-        ):
-            if answer not in known:
-                raise ValueError(explain(f"unknown `{name}`", repr(answer), f"pass one of {known}"))
-        if warmup_steps is not None:
-            if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
-                raise TypeError(
-                    explain("`warmup_steps` is a number", repr(warmup_steps), "pass 100")
-                )
-            if warmup_steps < 1:
-                raise ValueError(
-                    explain("`warmup_steps` is positive", repr(warmup_steps), "pass 100")
-                )
-        for name, value in (("blocks", blocks), ("dynamic", dynamic), ("fullgraph", fullgraph)):
-            if not isinstance(value, bool) and not (name == "dynamic" and value is None):
-                raise TypeError(explain(f"`{name}` is true or false", repr(value), "pass a bool"))
-        if not isinstance(backend, str) and not callable(backend):
-            raise TypeError(explain("`backend` is a name", repr(backend), "pass 'auto'"))
+        one_of("on_graph_break", on_graph_break, _ANSWERS)
+        one_of("on_recompile", on_recompile, _REPEATS)
+        one_of("ragged", ragged, _RAGGED)
+        whole("warmup_steps", warmup_steps, none=True, do="pass 100, say")
+        flags(blocks=blocks, fullgraph=fullgraph)
+        flag("dynamic", dynamic, none=True)
+        if not callable(backend):
+            instance("backend", backend, str, "a name", "pass 'auto'")
         self.named = select is not None
         self.select = Select.of(select)
         self.blocks = blocks
@@ -132,7 +122,6 @@ class BlockCompile(ModelEdit):
         self.ragged = ragged
         self.check_every = check_seldom(check_every)
         self._loader = 0
-        self.receipt = Receipt()
         self.captures: list[Capture] = []
         self._unproved = False
         self._final: tuple[Table, dict[str, int]] | None = None
@@ -159,17 +148,34 @@ class BlockCompile(ModelEdit):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         check(self._backend(trainer), self.mode)
-        self.receipt, self.captures, self._final = Receipt(), [], None
+        self.captures, self._final = [], None
         self._sizes = {True: frozenset(), False: frozenset()}
         self._batches, self._told = 0, set()
-        if is_built(pl_module):
-            self._compile(trainer, pl_module)
+        super().setup(trainer, pl_module, stage)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._compile(trainer, pl_module)
+    @contextmanager
+    def effect(self, context: Context) -> Iterator[Receipt]:
+        """Compile what is not, and anew what was reshaped by a checkpoint; the module stays compiled."""
+        module = context.module
+        receipt = recompile(module) + compile_blocks(
+            module,
+            select=self.select,
+            blocks=self.blocks,
+            itself=False,
+            backend=self._backend(context.trainer),
+            mode=self.mode,
+            dynamic=self.dynamic,
+            fullgraph=self.fullgraph,
+            check_every=self.check_every,
+        )
+        if not context.is_copy:
+            self._collect(module)
+        try:
+            yield receipt
+        finally:
+            unsettle(module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,29 +184,33 @@ class BlockCompile(ModelEdit):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._compile(trainer, pl_module)
+        super().on_validation_start(trainer, pl_module)
         self._expect(pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._compile(trainer, pl_module)
+        super().on_test_start(trainer, pl_module)
         self._expect(pl_module, trainer.test_dataloaders, trainer.num_test_batches)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._compile(trainer, pl_module)
+        super().on_predict_start(trainer, pl_module)
         self._expect(pl_module, trainer.predict_dataloaders, trainer.num_predict_batches)
 
+    @override
+    def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stay: what was edited is captured anew afterwards, and the warm-up goes on."""
+
+    @override
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
         """Compile anew what another edit reshaped."""
-        self._renew(pl_module)
+        self._capture_anew(pl_module)
 
     def on_model_hooks_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Capture anew where hooks came or went, which graphs do not notice."""
-        self._renew(pl_module)
+        self._capture_anew(pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -214,22 +224,18 @@ class BlockCompile(ModelEdit):
             self._settle(pl_module, training=True)
 
     @override
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_evaluation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int
     ) -> None:
         self._begin_step()
-        self._ask_at_another(pl_module, dataloader_idx)
+        if dataloader_idx != self._loader:
+            self._loader = dataloader_idx
+            ask(pl_module)
 
     @override
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
-        self._prove_evaluation(trainer, pl_module)
+    def on_evaluation_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":  # what a sanity check calls is not what training calls
+            self._prove(pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,46 +243,10 @@ class BlockCompile(ModelEdit):
             self._settle(pl_module, training=False)
 
     @override
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._begin_step()
-        self._ask_at_another(pl_module, dataloader_idx)
-
-    @override
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
-        self._prove_evaluation(trainer, pl_module)
-
-    @override
-    def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._begin_step()
-        self._ask_at_another(pl_module, dataloader_idx)
-
-    @override
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
-        self._prove_evaluation(trainer, pl_module)
-
-    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._final = None
         pause(pl_module, False)
-        self._renew(pl_module)  # someone may have frozen or thawed parameters
+        self._capture_anew(pl_module)  # someone may have frozen or thawed parameters
         ask(pl_module)
 
     @override
@@ -294,29 +264,7 @@ class BlockCompile(ModelEdit):
         for logger in trainer.loggers:
             logger.log_metrics(values, trainer.global_step)
 
-    @override
-    def _leave(self, pl_module: LightningModule) -> None:
-        super()._leave(pl_module)
-        unsettle(pl_module)
-
-    def _compile(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compile what is not, anew what was reshaped by a checkpoint; otherwise do nothing."""
-        refuse_lazy(pl_module, type(self).__name__)
-        self._renew(pl_module)
-        self.receipt = self.receipt + compile_blocks(
-            pl_module,
-            select=self.select,
-            blocks=self.blocks,
-            itself=False,
-            backend=self._backend(trainer),
-            mode=self.mode,
-            dynamic=self.dynamic,
-            fullgraph=self.fullgraph,
-            check_every=self.check_every,
-        )
-        self._collect(pl_module)
-
-    def _renew(self, pl_module: LightningModule) -> None:
+    def _capture_anew(self, pl_module: LightningModule) -> None:
         receipt = recompile(pl_module)
         if receipt:
             self.receipt = self.receipt + receipt
@@ -349,18 +297,9 @@ class BlockCompile(ModelEdit):
         if self.on_recompile != "compile":
             settle(pl_module, training=training)
 
-    def _ask_at_another(self, pl_module: LightningModule, dataloader_idx: int) -> None:
-        if dataloader_idx != self._loader:
-            self._loader = dataloader_idx
-            ask(pl_module)
-
     def _begin_step(self) -> None:
         if self.mode is not None:  # CUDA graphs reuse the memory of the step before
             torch.compiler.cudagraph_mark_step_begin()
-
-    def _prove_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":  # what a sanity check calls is not what training calls
-            self._prove(pl_module)
 
     def _prove(self, pl_module: LightningModule) -> None:
         """After the first step, raise for targets without effect, and tell of graph breaks."""

@@ -1,20 +1,22 @@
-"""When a training unpacks the compile cache of an earlier one, and packs its own."""
+"""`WarmStart`: a run unpacks the compile cache of an earlier one, and packs its own."""
 
 from __future__ import annotations
 
 import atexit
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_accel.bridge.technique import Context, Technique
 from lightning_accel.compilation.warm.cache import (
     UNSEALED,
     Unpacked,
@@ -31,7 +33,7 @@ from lightning_accel.seal import refuse_others
 _COUNTERS = ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")
 
 
-class WarmStart(Callback):
+class WarmStart(Technique):
     """Start with what an earlier run compiled: its compile cache travels in a file beside the checkpoint.
 
     The run keeps its compile cache in a new directory of its own, filled from the file where that fits this
@@ -49,6 +51,8 @@ class WarmStart(Callback):
     'compiled.zip'
     """
 
+    needs = "process"
+
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = check_path(path)
         self.restored = Unpacked(0, "not tried yet")
@@ -56,7 +60,6 @@ class WarmStart(Callback):
         self._file = Path()
         self._known: set[str] = set()
         self._counted: dict[str, int] = {}
-        self._active = ExitStack()
 
     @property
     def totals(self) -> dict[str, int]:
@@ -65,11 +68,15 @@ class WarmStart(Callback):
         return {"loaded": found, "compiled": missed + passed}
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._active.close()
-        directory = self._create(trainer)
+    @contextmanager
+    def effect(self, context: Context) -> Iterator[None]:
+        directory = self._create(context.trainer)
         self._counted = {name: _count(name) for name in _COUNTERS}
-        self._active.enter_context(cache_at(directory))
+        with cache_at(directory):
+            try:
+                yield
+            finally:
+                self._pack(context.trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,16 +90,8 @@ class WarmStart(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._pack(trainer)
-        self._active.close()
+        super().teardown(trainer, pl_module, stage)
         self._tell()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._pack(trainer)
-        self._active.close()
 
     def _create(self, trainer: Trainer) -> Path:
         """Agree on one directory for the processes of each node, and fill it once."""

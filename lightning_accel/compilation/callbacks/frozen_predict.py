@@ -1,16 +1,19 @@
-"""When frozen copies answer for the networks: while predicting, testing or validating, never in a fit."""
+"""`FrozenPredict`: frozen copies answer for the networks while predicting, testing or validating."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_accel.arguments import instance
+from lightning_accel.bridge.evaluation import EvaluationBatches
 from lightning_accel.bridge.restore import register
+from lightning_accel.bridge.technique import Context, Technique
 from lightning_accel.compilation.frozen.freeze import Frozen, check_arguments, frozen
 from lightning_accel.compilation.region import Backend, check
 from lightning_accel.errors import NoEffect, Unsupported, explain
@@ -20,7 +23,7 @@ _SLOWER = 1.1
 """How many times as long a frozen copy may take before that is told."""
 
 
-class FrozenPredict(Callback):
+class FrozenPredict(Technique, EvaluationBatches):
     """Predict, test or validate with copies of the networks that inductor froze: weights baked in.
 
     The first batch and some later ones run both and are compared: a network whose copy is off goes on as it is,
@@ -57,8 +60,8 @@ class FrozenPredict(Callback):
         backend: Backend = "inductor",
     ) -> None:
         check_arguments(weights, channels_last, tolerance, check_every)
-        if not isinstance(backend, str) and not callable(backend):
-            raise TypeError(explain("`backend` is a name", repr(backend), "pass 'inductor'"))
+        if not callable(backend):
+            instance("backend", backend, str, "a name", "pass 'inductor'")
         self.select = Select.of(select)
         self.weights = weights
         self.channels_last = channels_last
@@ -68,10 +71,10 @@ class FrozenPredict(Callback):
         self.networks: list[Frozen] = []
         self._told: set[str] = set()
         self._loader = 0
-        self._active = ExitStack()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         register(pl_module)  # a pruned checkpoint loads here too
         if stage == "fit":
             raise Unsupported(
@@ -82,108 +85,47 @@ class FrozenPredict(Callback):
         check(self.backend, None)
 
     @override
+    @contextmanager
+    def effect(self, context: Context) -> Iterator[None]:
+        self._told, self._loader = set(), 0
+        with frozen(
+            context.module,
+            select=self.select,
+            weights=self.weights,
+            channels_last=self.channels_last,
+            tolerance=self.tolerance,
+            check_every=self.check_every,
+            itself=False,
+            backend=self.backend,
+        ) as self.networks:
+            yield
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._freeze(pl_module)
+        self._enter_anew(trainer, pl_module)
 
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._freeze(pl_module)
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._freeze(pl_module)
-
-    @override
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._renew(dataloader_idx)
-
-    @override
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._renew(dataloader_idx)
-
-    @override
-    def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._renew(dataloader_idx)
-
-    @override
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
-        self._prove()
-
-    @override
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
-        self._prove()
-
-    @override
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
-        self._prove()
+    on_test_start = on_predict_start = on_validation_start
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._thaw()
+        self.leave(trainer)
+        self._tell()
+
+    on_test_end = on_predict_end = on_validation_end
 
     @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._thaw()
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._thaw()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    def on_evaluation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int
     ) -> None:
-        self._active.close()
-
-    def _freeze(self, pl_module: LightningModule) -> None:
-        self._active.close()
-        self._told, self._loader = set(), 0
-        self.networks = self._active.enter_context(
-            frozen(
-                pl_module,
-                select=self.select,
-                weights=self.weights,
-                channels_last=self.channels_last,
-                tolerance=self.tolerance,
-                check_every=self.check_every,
-                itself=False,
-                backend=self.backend,
-            )
-        )
-
-    def _renew(self, dataloader_idx: int) -> None:
         for network in self.networks:
             network.renew()
             if dataloader_idx != self._loader:
                 network.check()
         self._loader = dataloader_idx
+
+    @override
+    def on_evaluation_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._prove()
 
     def _prove(self) -> None:
         if not any(network.num_calls for network in self.networks):
@@ -204,8 +146,7 @@ class FrozenPredict(Callback):
                     )
                 )
 
-    def _thaw(self) -> None:
-        self._active.close()
+    def _tell(self) -> None:
         for network in self.networks:
             if network.error is not None:
                 rank_zero_info(

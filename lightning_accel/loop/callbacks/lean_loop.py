@@ -1,4 +1,4 @@
-"""When to make the loop lean: before a run, and back again after it; optimizers once they exist."""
+"""`LeanLoop`: less host work in the Trainer's loop."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_accel.bridge.guards import refuse_mirror
-from lightning_accel.bridge.optimizers import optimizers_of
-from lightning_accel.bridge.strategies import is_of
-from lightning_accel.errors import NoEffect, Unsupported, explain
+from lightning_accel.arguments import flags, whole
+from lightning_accel.bridge.technique import Technique
+from lightning_accel.errors import explain
 from lightning_accel.loop import bar, hooks, log
-from lightning_accel.loop.fused import Original, check, sparse_weights, use_implementation
-from lightning_accel.loop.layout import Layout
 from lightning_accel.loop.sigterm import Throttle
 from lightning_accel.surgery import Change, Receipt
 
@@ -29,129 +24,7 @@ TESTED = "2.6"
 """The minor release of Lightning whose internals `LeanLoop` knows."""
 
 
-class FusedOptimizer(Callback):
-    """Let the optimizers of a fit run in one kernel, or in another implementation of `torch.optim`.
-
-    Weights and state are those of the loop, to rounding, and checkpoints are as without this: they say
-    nothing of the implementation, so that they continue anywhere. Gradient clipping works under mixed
-    precision, bf16 or fp16. After the fit the optimizers run as they were built.
-
-    Args:
-        implementation: "fused", "foreach" or "for-loop".
-
-    Raises:
-        ValueError: The name is unknown.
-        NoEffect: At the start of the fit, when no optimizer can run so; the message has the reasons.
-
-    >>> FusedOptimizer().implementation
-    'fused'
-    """
-
-    def __init__(self, implementation: str = "fused") -> None:
-        self.implementation = check(implementation)
-        self.receipt = Receipt()
-        self._held: list[tuple[Optimizer, Original]] = []
-        self._handles: list[RemovableHandle] = []
-        self._layout = Layout()
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_mirror(trainer)
-        self.receipt = Receipt()
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._release()
-        if is_of(trainer.strategy, "DeepSpeed"):
-            raise Unsupported(
-                "DeepSpeed builds its own optimizers",
-                type(trainer.strategy).__name__,
-                "name the optimizer in DeepSpeed's configuration",
-            )
-        sparse = sparse_weights(pl_module)
-        for index, optimizer in enumerate(optimizers_of(trainer, pl_module)):
-            original = Original(optimizer)
-            try:
-                self._refuse_sparse(optimizer, sparse)
-                receipt = use_implementation(optimizer, self.implementation)
-            except (NoEffect, Unsupported) as error:
-                name = f"{type(optimizer).__name__}, optimizer {index}"
-                skipped = Change(name, "left as it is", after=str(error))
-                self.receipt = self.receipt + Receipt(skipped=(skipped,))
-                continue
-            self.receipt = self.receipt + receipt
-            self._hold(trainer, optimizer, original)
-        if not self._held:
-            raise NoEffect(
-                f"no optimizer can run {self.implementation}",
-                "; ".join(change.after for change in self.receipt.skipped)
-                or "`configure_optimizers` gave none",
-                "leave FusedOptimizer out",
-            )
-        done = "; ".join(f"{change.name}: {change.what}" for change in self.receipt.changes)
-        rank_zero_info(f"FusedOptimizer({self.implementation!r}): {done or 'nothing to change'}.")
-        for change in self.receipt.skipped:
-            rank_zero_info(f"{change.name} is left as it is. {change.after}")
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for optimizer, _ in self._held:  # strategies that load past `load_state_dict`
-            self._apply(optimizer)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._layout.come_last()
-
-    def on_model_edit_end(
-        self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
-    ) -> None:
-        """Look at the layout of all state again, which followed the edit."""
-        self._layout.renew()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release()
-
-    def _hold(self, trainer: Trainer, optimizer: Optimizer, original: Original) -> None:
-        self._held.append((optimizer, original))
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is None or trainer.gradient_clip_val:
-            # Built fused, it would unscale in its kernel, and Lightning then refuses to clip, also
-            # without a scaler (Lightning #21435, can go with 2.7). So the scaler does that before.
-            vars(optimizer).pop("_step_supports_amp_scaling", None)
-        self._handles += [
-            optimizer.register_load_state_dict_post_hook(self._apply),
-            optimizer.register_state_dict_post_hook(lambda _, state: original.rewrite(state)),
-        ]
-        if self.implementation == "fused":
-            self._layout.watch(optimizer)
-
-    def _apply(self, optimizer: Optimizer) -> None:
-        use_implementation(optimizer, self.implementation)
-        self._layout.renew()
-
-    def _refuse_sparse(self, optimizer: Optimizer, sparse: dict[torch.Tensor, str]) -> None:
-        held = {p for group in optimizer.param_groups for p in group["params"]} if sparse else set()
-        names = [name for weight, name in sparse.items() if weight in held]
-        if names and self.implementation != "for-loop":
-            raise Unsupported("a gradient will be sparse", names[0], "build it with sparse=False")
-
-    def _release(self) -> None:
-        self._layout.release()
-        for handle in self._handles:
-            handle.remove()
-        for optimizer, original in self._held:
-            original.put_back(optimizer)
-        self._handles, self._held = [], []
-
-
-class LeanLoop(Callback):
+class LeanLoop(Technique):
     """Take host work out of the Trainer's loop that changes no result.
 
     Written against the internals of Lightning 2.6, on the instances of this run, and taken back after it;
@@ -182,33 +55,23 @@ class LeanLoop(Callback):
         sigterm_every: int = 50,
         progress_bar: bool = True,
     ) -> None:
-        for name, value in (("log", log), ("hooks", hooks), ("progress_bar", progress_bar)):
-            if not isinstance(value, bool):
-                raise TypeError(explain(f"`{name}` is true or false", repr(value), "pass a bool"))
-        if type(sigterm_every) is not int:
-            found = repr(sigterm_every)
-            raise TypeError(
-                explain("`sigterm_every` is a number of batches", found, "pass 50, say")
-            )
-        if sigterm_every < 1:
-            found = repr(sigterm_every)
-            raise ValueError(explain("`sigterm_every` is at least 1", found, "pass 50, say"))
+        flags(log=log, hooks=hooks, progress_bar=progress_bar)
+        whole("sigterm_every", sigterm_every, do="pass a number of batches, such as 50")
         if not (log or hooks or progress_bar) and sigterm_every == 1:
             raise ValueError(explain("nothing is asked for", "all switches off", "turn one on"))
         self.lean_log = log  # a Trainer gives callbacks a method `log`
         self.hooks = hooks
         self.sigterm_every = sigterm_every
         self.progress_bar = progress_bar
-        self.receipt = Receipt()
         self._undo = ExitStack()
         self._throttle: Throttle | None = None
         self._warned = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_mirror(trainer)
-        self._release()
-        self.receipt = Receipt()
+        super().setup(trainer, pl_module, stage)
+        self._undo = self.held(trainer)
+        self._undo.callback(setattr, self, "_throttle", None)
         if not lightning.__version__.startswith(f"{TESTED}."):
             self._skip("everything", f"Lightning {lightning.__version__} is not {TESTED}")
             if not self._warned:
@@ -247,16 +110,6 @@ class LeanLoop(Callback):
             _signals(
                 trainer
             ).received_sigterm = True  # the loop leaves after this epoch's callbacks
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release()
 
     def _lean_log(self, trainer: Trainer, pl_module: LightningModule, results: list[Any]) -> None:
         if getattr(pl_module, "_compiler_ctx", None):
@@ -331,11 +184,6 @@ class LeanLoop(Callback):
 
     def _skip(self, name: str, why: str) -> None:
         self.receipt = self.receipt + Receipt(skipped=(Change(name, why),))
-
-    def _release(self) -> None:
-        self._undo.close()
-        self._undo = ExitStack()
-        self._throttle = None
 
 
 _ABSENT = object()
