@@ -112,13 +112,15 @@ class Suite:
         """Measure a memory budget, which needs compiled blocks, and float8; say what the tuner makes of that."""
         if best.compilation == "plain":
             best = best.having("compilation", "blocks")
-        saving = best.having("memory_budget", BUDGET)
+        saving = best.having("memory", BUDGET)
         name = f"auto + memory budget {BUDGET}"
         self._row(name, lambda c: self._fit(make, c, _arguments(saving)), batches)
         self._row(
             f"by hand + memory budget {BUDGET}", lambda c: self._by_hand(make, c, saving), batches
         )
-        low = self._tune(make, 20.0, "low", ("precision", "float8", "optimizer", "compilation"))
+        low = self._tune(
+            make, 20.0, "low", ("precision", "float8", "fused_optimizer", "compilation")
+        )
         verdicts = [f"{t.verdict}: {t.reason}" for t in low.trials if t.technique == "float8"]
         if importlib.util.find_spec("torchao") is None:
             self.rows["float8"] = {"skipped": "torchao is not installed"}
@@ -190,9 +192,9 @@ class Suite:
     def _by_hand(self, make: Callable[[], Benchmark], course: Course, best: Settings) -> None:
         settings = best.to_dict()
         with ExitStack() as held:
-            held.enter_context(matmul.matmul_precision(settings.get("matmul", "highest")))
-            if "memory_budget" in settings:
-                budget = float(settings["memory_budget"])
+            held.enter_context(matmul.matmul_precision(settings.get("matmul_precision", "highest")))
+            if "memory" in settings:
+                budget = float(settings["memory"])
                 config = torch._functorch.config
                 held.enter_context(config.patch(activation_memory_budget=budget))
             torch.manual_seed(0)

@@ -118,9 +118,9 @@ class ByHand:
         if "memory_format" in settings:
             self._to = {"memory_format": torch.channels_last}
             self.module.to(**self._to)
-        if "matmul" in settings:
-            torch.set_float32_matmul_precision(settings["matmul"])
-        self.optimizer = self._optimizer(settings.get("optimizer"))
+        if "matmul_precision" in settings:
+            torch.set_float32_matmul_precision(settings["matmul_precision"])
+        self.optimizer = self._optimizer(settings.get("fused_optimizer"))
         self._compile(settings.get("compilation", ""))
 
     def step(self, batch: Any) -> None:

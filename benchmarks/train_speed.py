@@ -208,7 +208,7 @@ def _row(
     limit = next((most for ms, most in LIMITS.items() if hand_ms >= ms), None)
     goal, won = GOALS[tier].get(case), gain(blocks, tier)
     fp32 = max(found_peaks["fp32"], found_peaks["medium"])  # convolutions have their own kernels
-    products = found_peaks["medium" if "matmul" in settings else "fp32"]
+    products = found_peaks["medium" if "matmul_precision" in settings else "fp32"]
     plain = fp32 if case.startswith("cnn") else products
     return {
         "settings": report.settings.label,

@@ -58,15 +58,15 @@ BLOCK_S = 0.02
 FINALISTS = 3
 GRID: dict[str, tuple[str, ...]] = {
     "precision": ("plain", "bf16"),
-    "matmul": ("plain", "high", "medium"),
+    "matmul_precision": ("plain", "high", "medium"),
     "memory_format": ("plain", "channels_last"),
-    "optimizer": ("plain", "fused", "foreach"),
+    "fused_optimizer": ("plain", "fused", "foreach"),
 }
 COMPILED_GRID: dict[str, tuple[str, ...]] = {
     "precision": ("plain", "bf16"),
-    "matmul": ("plain", "medium"),
+    "matmul_precision": ("plain", "medium"),
     "memory_format": ("plain", "channels_last"),
-    "optimizer": ("plain", "fused"),
+    "fused_optimizer": ("plain", "fused"),
     "compilation": ("plain", "whole"),
 }
 
@@ -232,7 +232,7 @@ class Entry:
         return self._loop.last.detach()
 
     def _process(self) -> Any:
-        return matmul.matmul_precision(self.settings.get("matmul", "highest"))
+        return matmul.matmul_precision(self.settings.get("matmul_precision", "highest"))
 
 
 def combinations(make: Callable[[], Benchmark], grid: Mapping[str, tuple[str, ...]]) -> list[dict]:

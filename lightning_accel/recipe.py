@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_roots, typed_words, walk
 from lightning_accel.bridge.objective import Objective
+from lightning_accel.bridge.technique import place_of
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.job import refuse_nan, seed_of
 from lightning_accel.places import written_whole
@@ -377,7 +378,7 @@ def _by_name(nodes: Any, where: str) -> dict[str, Any]:
 
 
 def _in_order(callbacks: list[Callback]) -> list[Callback]:
-    return sorted(callbacks, key=lambda callback: int(getattr(callback, "stage", -1)))
+    return sorted(callbacks, key=lambda callback: place_of(callback) or -1)
 
 
 def _make(node: dict[str, Any], *, partial: bool = False) -> Any:

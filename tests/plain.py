@@ -94,7 +94,12 @@ def alone(*make: Callable[[], Callback], apart: tuple[str, ...] = ()) -> Techniq
 
 def searching() -> AutoTune:
     """Search at length; `nothing_wins` sees to it that nothing is taken."""
-    return AutoTune(budget_s=60, budget_share=1e9, techniques=["optimizer", "matmul"], cache=False)
+    return AutoTune(
+        budget_s=60,
+        budget_share=1e9,
+        techniques=["fused_optimizer", "matmul_precision"],
+        cache=False,
+    )
 
 
 BF16 = {"precision": "bf16-mixed"}

@@ -41,7 +41,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "users_lit"
 
 
-QUICK = ["--budget-s", "1", "--no-cache", "--technique", "optimizer", "--accelerator", "cpu"]
+QUICK = ["--budget-s", "1", "--no-cache", "--technique", "fused_optimizer", "--accelerator", "cpu"]
 
 
 @pytest.mark.slow
@@ -59,8 +59,8 @@ def test_a_module_of_ones_own_is_tuned_and_the_files_are_written(
     assert all(file.stat().st_size for file in files)
     report = json.loads(files[1].read_text())
     preset = yaml.safe_load(files[0].read_text())
-    assert ("optimizer" in report["settings"]) == ("callbacks" in preset)
-    assert {trial["technique"] for trial in report["trials"]} == {"optimizer"}
+    assert ("fused_optimizer" in report["settings"]) == ("callbacks" in preset)
+    assert {trial["technique"] for trial in report["trials"]} == {"fused_optimizer"}
     assert [rate["batch_size"] for rate in report["rates"]] == [8]
 
 

@@ -126,7 +126,10 @@ ROWS: dict[str, Technique] = {
     },
     "tuned": lambda: TuneReport(
         Settings(
-            precision="bf16", matmul="medium", memory_format="channels_last", optimizer="fused"
+            precision="bf16",
+            matmul_precision="medium",
+            memory_format="channels_last",
+            fused_optimizer="fused",
         )
     ).trainer_arguments(),
     "all": lambda: {

@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lightning_accel.bridge.technique import Technique
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.job import _tags as tags_of
 from lightning_accel.job import job
@@ -61,15 +62,19 @@ class Ones(LightningDataModule):
 
 class Plain(Callback):
     def __init__(self, name: str = "plain", options: Any = None) -> None:
-        self.name, self.options = name, options
+        self.word, self.options = name, options
 
 
-class Shaping(Plain):
+class Shaping(Plain, Technique):
     stage: ClassVar[Stage] = Stage.SHAPE
 
 
-class Compiling(Plain):
+class Compiling(Plain, Technique):
     stage: ClassVar[Stage] = Stage.COMPILE
+
+
+class Staged(Plain):
+    stage = "pretraining"  # a word of the user's own
 
 
 def make_toy(**given: Any) -> Toy:
@@ -82,7 +87,7 @@ def house(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     package, parts = types.ModuleType("house"), types.ModuleType("house.parts")
     package.__path__ = []  # type: ignore[attr-defined]
     package.parts = parts  # type: ignore[attr-defined]
-    for thing in (Toy, Ones, Plain, Shaping, Compiling, make_toy):
+    for thing in (Toy, Ones, Plain, Shaping, Compiling, Staged, make_toy):
         monkeypatch.setattr(thing, "__module__", "house.parts")
         setattr(parts, thing.__name__, thing)
     parts.os, parts.torch, parts.load = os, torch, torch.load  # type: ignore[attr-defined]
@@ -109,7 +114,7 @@ def built(tree: Any, *more: str) -> Run:
 
 
 def ours(trainer: Trainer) -> list[str]:
-    return [c.name for c in trainer.callbacks if isinstance(c, Plain)]  # type: ignore[attr-defined]
+    return [c.word for c in trainer.callbacks if isinstance(c, Plain)]  # type: ignore[attr-defined]
 
 
 # --- order and containers ---------------------------------------------------------------------------
@@ -118,7 +123,7 @@ def ours(trainer: Trainer) -> list[str]:
 def test_callbacks_come_in_the_order_of_their_stages(house: types.ModuleType) -> None:
     nodes = {
         name: {"_target_": f"house.parts.{kind}", "name": name}
-        for name, kind in [("c", "Compiling"), ("x", "Plain"), ("s", "Shaping"), ("y", "Plain")]
+        for name, kind in [("c", "Compiling"), ("x", "Plain"), ("s", "Shaping"), ("y", "Staged")]
     }
     assert ours(built(config(callbacks=nodes)).trainer) == ["x", "y", "s", "c"]
 

@@ -47,8 +47,10 @@ pytestmark = [
     ),  # chosen here, not measured
 ]
 
-MANY = Settings(precision="bf16", matmul="medium", optimizer="fused", attention="math")
-QUICK = ("precision", "matmul", "optimizer", "memory_format", "attention")
+MANY = Settings(
+    precision="bf16", matmul_precision="medium", fused_optimizer="fused", attention="math"
+)
+QUICK = ("precision", "matmul_precision", "fused_optimizer", "memory_format", "attention")
 
 
 class Picks:
@@ -629,7 +631,7 @@ def test_a_second_run_starts_at_once(
         (Net, data, {"precision": "bf16-mixed"}, {}),
         (Net, data, {"max_epochs": 40, "limit_train_batches": 1}, {}),
         (Net, data, {}, {"numerics": "exact"}),
-        (Net, data, {}, {"techniques": "optimizer"}),
+        (Net, data, {}, {"techniques": "fused_optimizer"}),
     ],
 )
 def test_what_an_answer_depends_on_makes_a_new_one(
@@ -802,7 +804,7 @@ def test_runs_without_a_length_are_not_tuned(
 
 
 def test_a_barebones_trainer_is_tuned(picks: type[Picks]) -> None:
-    picks.wanted = Settings(optimizer="fused")
+    picks.wanted = Settings(fused_optimizer="fused")
 
     class Bare(Tied):
         pass
@@ -871,7 +873,7 @@ def test_what_cannot_be_measured_trains_as_it_did(
 ) -> None:
     kind, loader = HARD[case]
     found = []
-    for tuning in (None, tuner(budget_s=0.01, techniques="optimizer")):
+    for tuning in (None, tuner(budget_s=0.01, techniques="fused_optimizer")):
         model = kind()
         kwargs = {**trainer_kwargs, "max_epochs": 1}
         if tuning is None:
@@ -896,7 +898,7 @@ def test_an_error_of_the_users_own_step_is_theirs(trainer_kwargs: dict[str, Any]
     ):
         train(Fails(), data(), [tuner()], **trainer_kwargs)
     with pytest.raises(Exception, match="mine"):
-        tune(Fails(), data(), techniques="optimizer", cache=False, accelerator="cpu")
+        tune(Fails(), data(), techniques="fused_optimizer", cache=False, accelerator="cpu")
 
 
 def test_a_step_that_draws_its_own_batches_is_refused(trainer_kwargs: dict[str, Any]) -> None:
@@ -968,7 +970,7 @@ def test_a_wrong_gradient_is_rejected_with_its_figure(
 
     def turned(self: Replica, seed: int, steps: int = 3) -> Any:
         course = right(self, seed, steps)
-        if self.settings.precision == "bf16":
+        if self.settings["precision"] == "bf16":
             for _, found in course:
                 found["net.0.weight"] = -found["net.0.weight"]
         return course
@@ -1033,7 +1035,7 @@ def test_a_candidate_that_keeps_an_old_value_is_refused(
     quiet: None, trainer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """pytorch#194976 and #197889: right for two steps, and from the third on with the value of the second."""
-    apply = Replica._apply
+    apply = Replica._enter
 
     def stale(self: Replica, settings: Settings) -> None:
         apply(self, settings)
@@ -1043,11 +1045,11 @@ def test_a_candidate_that_keeps_an_old_value_is_refused(
             values.append(self.module.scale)
             return values[min(1, len(values) - 1)]
 
-        if settings.optimizer == "fused":
+        if settings["fused_optimizer"] == "fused":
             vars(self.module)["factor"] = factor
 
-    monkeypatch.setattr(Replica, "_apply", stale)
-    tuning = tuner(budget_s=1e6, techniques="optimizer", numerics="exact")
+    monkeypatch.setattr(Replica, "_enter", stale)
+    tuning = tuner(budget_s=1e6, techniques="fused_optimizer", numerics="exact")
     train(Moving(), data(), [tuning], **trainer_kwargs)
     assert tuning.report is not None
     trial = next(t for t in tuning.report.trials if t.value == "fused")
@@ -1073,7 +1075,7 @@ def test_products_in_float32_are_seen_until_autocast_takes_them(
 @pytest.mark.slow
 def test_a_real_search_leaves_no_trace(quiet: None, trainer_kwargs: dict[str, Any]) -> None:
     found, before = [], flags()
-    techniques = ("precision", "matmul", "optimizer", "attention")
+    techniques = ("precision", "matmul_precision", "fused_optimizer", "attention")
 
     class Attends(Net):
         def __init__(self) -> None:
@@ -1109,7 +1111,7 @@ def test_tune_leaves_module_data_and_process_alone(quiet: None) -> None:
     report = tune(
         model,
         loader,
-        techniques="optimizer",
+        techniques="fused_optimizer",
         budget_s=0.1,
         cache=False,
         accelerator="cpu",
@@ -1133,7 +1135,7 @@ def test_tune_leaves_module_data_and_process_alone(quiet: None) -> None:
     ],
 )
 def test_tune_measures_or_says_why_not(picks: type[Picks], kwargs: dict[str, Any]) -> None:
-    given = {"techniques": "optimizer", "cache": False, "accelerator": "cpu", **kwargs}
+    given = {"techniques": "fused_optimizer", "cache": False, "accelerator": "cpu", **kwargs}
     try:
         report = tune(Net(), data(), **given)
     except (AccelError, ValueError) as error:

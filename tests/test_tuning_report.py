@@ -33,12 +33,20 @@ from lightning_accel.tuning.numerics import (
     verdict,
 )
 from lightning_accel.tuning.report import Bar, Rate, Trial
-from lightning_accel.tuning.settings import _NODES
+from lightning_accel.tuning.settings import _APPLIED
 from lightning_accel.tuning.sizes import resize
 
-EVERY = [Settings(**{technique: value}) for technique, values in _NODES.items() for value in values]
+EVERY = [
+    Settings(**{name: value})
+    for name, technique in _APPLIED.items()
+    for value in (technique.choices if technique is not None else ())
+]
 MANY = Settings(
-    memory_budget="0.5", precision="bf16", matmul="medium", optimizer="fused", loading="resident"
+    memory="0.5",
+    precision="bf16",
+    matmul_precision="medium",
+    fused_optimizer="fused",
+    loading="resident",
 )
 ENDINGS = (".yaml", ".yml", ".json", ".svg", ".md", ".txt")
 STILL = Difference(0.0, 1.0, 1.0)
@@ -172,7 +180,7 @@ def test_settings_are_read_back_and_built(chosen: Settings) -> None:
     report = TuneReport(chosen)
     made = report.trainer_arguments()
     assert all(isinstance(callback, Callback) for callback in made["callbacks"])
-    assert len(made["callbacks"]) + len(made["plugins"]) == len(chosen.to_dict())
+    assert len(made["callbacks"]) == len(chosen.to_dict())
     again = report.trainer_arguments()
     assert not {id(c) for c in made["callbacks"]} & {id(c) for c in again["callbacks"]}
     assert chosen.label and (chosen.label == "plain") == (chosen == Settings())
@@ -185,17 +193,17 @@ def test_settings_are_read_back_and_built(chosen: Settings) -> None:
         {"precision": "bf17"},
         {"precision": ""},
         {"precision": ["bf16"]},
-        {"optimizer": True},
-        {"matmul": 3},
+        {"fused_optimizer": True},
+        {"matmul_precision": 3},
         {"loading": 3},
         {"loading": ""},
         {"loading": "3 bananas"},
-        {"memory_budget": 0.5},
-        {"memory_budget": "abc"},
-        {"memory_budget": "nan"},
-        {"memory_budget": "7"},
-        {"memory_budget": "-0.5"},
-        {"memory_budget": ""},
+        {"memory": 0.5},
+        {"memory": "abc"},
+        {"memory": "nan"},
+        {"memory": "7"},
+        {"memory": "-0.5"},
+        {"memory": ""},
     ],
     ids=str,
 )
@@ -261,7 +269,9 @@ def test_ways_of_loading_are_told_with_their_gains_and_reasons(
     ]
 
 
-@pytest.mark.parametrize("chosen", [Settings(precision="bf16", matmul="medium", optimizer="fused")])
+@pytest.mark.parametrize(
+    "chosen", [Settings(precision="bf16", matmul_precision="medium", fused_optimizer="fused")]
+)
 def test_the_preset_builds_the_same_trainer(tmp_path: Path, chosen: Settings) -> None:
     import yaml
 
@@ -278,9 +288,39 @@ def test_the_preset_builds_the_same_trainer(tmp_path: Path, chosen: Settings) ->
     names = {type(c).__name__ for c in run.trainer.callbacks}  # type: ignore[attr-defined]
     assert names >= {type(c).__name__ for c in by_hand["callbacks"]} and len(names) >= 2
     (use,) = [c for c in run.trainer.callbacks if isinstance(c, UsePrecision)]  # type: ignore[attr-defined]
-    assert type(use.plugin) is type(by_hand["plugins"][0])
-    assert use.plugin.format == by_hand["plugins"][0].format
+    (mine,) = [c for c in by_hand["callbacks"] if isinstance(c, UsePrecision)]
+    assert type(use.plugin) is type(mine.plugin) and use.plugin.format == mine.plugin.format
     assert yaml.safe_load(TuneReport().to_yaml()) == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "technique", "value"),
+    [
+        ("precision/bf16", "precision", "bf16"),
+        ("precision/fp16", "precision", "fp16"),
+        ("precision/channels_last", "memory_format", "channels_last"),
+        ("precision/float8", "float8", "tensorwise"),
+        ("loop/fused", "fused_optimizer", "fused"),
+        ("attention/flash", "attention", "flash"),
+        ("attention/math", "attention", "math"),
+        ("compilation/blocks", "compilation", "blocks"),
+        ("compilation/whole", "compilation", "whole"),
+        ("memory/budget", "memory", "0.5"),
+    ],
+)
+def test_a_tuned_preset_has_the_nodes_of_our_presets_under_the_same_keys(
+    root: Path, file: str, technique: str, value: str
+) -> None:
+    import yaml
+
+    text = (root / "conf" / "accel" / f"{file}.yaml").read_text()
+    assert f"@package callbacks.{technique}\n" in text
+    ours, tuned = yaml.safe_load(text), Settings(**{technique: value}).nodes()[technique]
+    assert (
+        ours | {"implementation": value} == tuned
+        if technique == "fused_optimizer"
+        else ours == tuned
+    )
 
 
 DAMAGES: list[Any] = [

@@ -23,8 +23,8 @@ from lightning_accel.tuning.settings import words
 
 STEP_S = 0.01
 PRECISION = Contest("precision", ("bf16",))
-MATMUL = Contest("matmul", ("high", "medium"))
-OPTIMIZER = Contest("optimizer", ("fused", "foreach"))
+MATMUL = Contest("matmul_precision", ("high", "medium"))
+OPTIMIZER = Contest("fused_optimizer", ("fused", "foreach"))
 ATTENTION = Contest("attention", ("math",))
 COMPILATION = Contest("compilation", ("blocks", "whole"))
 ALL = [PRECISION, MATMUL, OPTIMIZER, COMPILATION]
@@ -78,7 +78,7 @@ class Fake:
         self.world, self.settings = world, settings
         self.losses: list[Tensor] = []
         self.first_step_s = 0.0
-        self.compiled = settings.compilation == "plain"
+        self.compiled = settings["compilation"] == "plain"
         self.count = 0
 
     @contextmanager
@@ -178,19 +178,19 @@ def reason(found: Found, value: str) -> str:
 def test_what_is_faster_is_taken_and_the_rest_is_plain(world: World) -> None:
     world.factors = {
         "precision bf16": 0.5,
-        "matmul high": 1.0,
-        "matmul medium": 0.8,
-        "optimizer fused": 1.1,
-        "optimizer foreach": 1.0,
+        "matmul_precision high": 1.0,
+        "matmul_precision medium": 0.8,
+        "fused_optimizer fused": 1.1,
+        "fused_optimizer foreach": 1.0,
     }
     found = find(world, PRECISION, MATMUL, OPTIMIZER)
-    assert found.settings == Settings(precision="bf16", matmul="medium")
+    assert found.settings == Settings(precision="bf16", matmul_precision="medium")
     assert verdicts(found) == {
         "precision bf16": "taken",
-        "matmul high": "not taken",
-        "matmul medium": "taken",
-        "optimizer fused": "not taken",
-        "optimizer foreach": "not taken",
+        "matmul_precision high": "not taken",
+        "matmul_precision medium": "taken",
+        "fused_optimizer fused": "not taken",
+        "fused_optimizer foreach": "not taken",
     }
     assert reason(found, "fused").startswith("slower: 0.91x (0.")
     assert "no measurable" in reason(found, "foreach")
@@ -198,7 +198,11 @@ def test_what_is_faster_is_taken_and_the_rest_is_plain(world: World) -> None:
 
 
 def test_the_waterfall_multiplies_up_in_the_order_of_the_search(world: World) -> None:
-    world.factors = {"optimizer fused": 0.8, "precision bf16": 0.5, "matmul medium": 0.9}
+    world.factors = {
+        "fused_optimizer fused": 0.8,
+        "precision bf16": 0.5,
+        "matmul_precision medium": 0.9,
+    }
     found = find(world, PRECISION, MATMUL, OPTIMIZER)
     assert [bar.label for bar in found.bars] == [
         "plain",
@@ -222,8 +226,8 @@ def test_a_technique_is_measured_on_top_of_those_before(world: World) -> None:
     plain = World.factor
 
     def factor(self: World, settings: Settings, of: Mapping[str, float]) -> float:
-        fused = settings.optimizer == "fused"
-        helps = 0.7 if settings.precision == "plain" else 1.3
+        fused = settings["fused_optimizer"] == "fused"
+        helps = 0.7 if settings["precision"] == "plain" else 1.3
         return plain(self, settings, of) * (helps if fused else 1.0)
 
     world.factor = factor.__get__(world)  # type: ignore[method-assign]
@@ -233,7 +237,7 @@ def test_a_technique_is_measured_on_top_of_those_before(world: World) -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 0.995, 0.985])
 def test_ties_go_to_plain(world: World, factor: float) -> None:
-    world.factors = {"precision": factor, "matmul": factor, "optimizer": factor}
+    world.factors = {"precision": factor, "matmul_precision": factor, "fused_optimizer": factor}
     found = find(world, PRECISION, MATMUL, OPTIMIZER)
     assert found.settings == Settings()
     assert [bar.label for bar in found.bars] == ["plain"]
@@ -280,9 +284,9 @@ def test_a_gain_within_what_plain_differs_from_plain_is_not_taken(
 
 def test_five_percent_beside_plain_that_differs_by_four_is_no_gain(world: World) -> None:
     """As in a report of a user: 1.05x, and plain against plain 1.04x (1.02 to 1.08)."""
-    world.noise, world.factors = 0.05, {"optimizer fused": 1 / 1.05}
+    world.noise, world.factors = 0.05, {"fused_optimizer fused": 1 / 1.05}
     twins(world, 1 / 1.04)
-    found = find(world, Contest("optimizer", ("fused",)))
+    found = find(world, Contest("fused_optimizer", ("fused",)))
     trial = found.trials[0]
     assert trial.ratio == pytest.approx(1.05, abs=0.02) and trial.low and trial.low > 1
     assert trial.verdict == "not taken" and "plain against plain is 1.0" in trial.reason
@@ -290,9 +294,9 @@ def test_five_percent_beside_plain_that_differs_by_four_is_no_gain(world: World)
 
 @pytest.mark.parametrize("gain", [0.07, 0.67, 1.29, 1.79])
 def test_a_gain_is_called_what_it_is(world: World, gain: float) -> None:
-    world.factors = {"optimizer fused": 1 / gain, "optimizer foreach": 1 / 3}
+    world.factors = {"fused_optimizer fused": 1 / gain, "fused_optimizer foreach": 1 / 3}
     for values, taken in ((("fused",), "fused"), (("fused", "foreach"), "foreach")):
-        found = find(world, Contest("optimizer", values))
+        found = find(world, Contest("fused_optimizer", values))
         trial = next(t for t in found.trials if t.value == "fused")
         assert trial.ratio == pytest.approx(gain, rel=0.02)
         assert trial.low <= trial.ratio <= trial.high  # type: ignore[operator]
@@ -308,7 +312,11 @@ def test_a_gain_is_called_what_it_is(world: World, gain: float) -> None:
 
 def test_both_tables_give_one_number_to_what_was_taken(world: World) -> None:
     world.noise = 0.3
-    world.factors = {"precision bf16": 0.5, "optimizer fused": 0.6, "matmul medium": 0.5}
+    world.factors = {
+        "precision bf16": 0.5,
+        "fused_optimizer fused": 0.6,
+        "matmul_precision medium": 0.5,
+    }
     found = find(world, PRECISION, MATMUL, OPTIMIZER, budget_s=5.0)
     taken = [t for t in found.trials if t.verdict == "taken"]
     assert len(taken) == 3 == len(found.bars) - 1
@@ -324,11 +332,11 @@ def test_a_gain_within_what_plain_differs_from_plain_is_not_confirmed(world: Wor
     factor = World.factor
 
     def later(self: World, settings: Settings, of: Mapping[str, float]) -> float:
-        late = len(contested) and settings.precision == "bf16"
+        late = len(contested) and settings["precision"] == "bf16"
         return factor(self, settings, of) * (1.17 if late else 1.0)
 
     world.factor = later.__get__(world)  # type: ignore[method-assign]
-    world.on_build = lambda s: contested.append(s) if s.matmul != "plain" else None
+    world.on_build = lambda s: contested.append(s) if s["matmul_precision"] != "plain" else None
     found = find(world, PRECISION, MATMUL)
     trial = next(t for t in found.trials if t.value == "bf16")
     assert found.settings == Settings() and any("not confirmed" in note for note in found.notes)
@@ -343,15 +351,19 @@ def test_a_step_that_gains_nothing_beside_the_others_says_what_it_gained_alone(
     plain = World.factor
 
     def factor(self: World, settings: Settings, of: Mapping[str, float]) -> float:
-        fused = settings.matmul == "high" and len(world.built) < 9
+        fused = settings["matmul_precision"] == "high" and len(world.built) < 9
         return plain(self, settings, of) * (0.8 if fused else 1.0)
 
     world.factor = factor.__get__(world)  # type: ignore[method-assign]
-    world.factors = {"precision bf16": 0.5, "optimizer fused": 0.5}
+    world.factors = {"precision bf16": 0.5, "fused_optimizer fused": 0.5}
     found = find(
-        world, PRECISION, Contest("matmul", ("high",)), Contest("optimizer", ("fused",)), ATTENTION
+        world,
+        PRECISION,
+        Contest("matmul_precision", ("high",)),
+        Contest("fused_optimizer", ("fused",)),
+        ATTENTION,
     )
-    trial = next(t for t in found.trials if t.technique == "matmul")
+    trial = next(t for t in found.trials if t.technique == "matmul_precision")
     assert trial.verdict == "taken" and trial.ratio == pytest.approx(1.0, abs=0.02)
     assert "in its contest" in trial.reason and "1.2" in trial.reason
 
@@ -439,40 +451,42 @@ def test_a_run_that_could_never_win_a_compile_back_does_not_try(world: World) ->
     found = find(world, COMPILATION, steps=1000)  # 10 s in all
     assert verdicts(found) == dict.fromkeys(("compilation blocks", "compilation whole"), "skipped")
     assert "1,000 steps" in reason(found, "whole")
-    assert all(s.compilation == "plain" for s in world.built)
+    assert all(s["compilation"] == "plain" for s in world.built)
     found = find(world, COMPILATION, budget_s=4.0)
     assert "of the budget are left" in reason(found, "whole")
 
 
 def test_products_that_are_not_in_float32_need_no_precision(world: World) -> None:
-    world.factors, world.products = {"precision bf16": 0.5}, lambda s: s.precision == "plain"
+    world.factors, world.products = {"precision bf16": 0.5}, lambda s: s["precision"] == "plain"
     found = find(world, PRECISION, MATMUL)
-    assert verdicts(found)["matmul medium"] == "skipped" and "float32" in reason(found, "medium")
+    assert verdicts(found)["matmul_precision medium"] == "skipped" and "float32" in reason(
+        found, "medium"
+    )
     world.factors = {"precision bf16": 2.0}
-    assert verdicts(find(world, PRECISION, MATMUL))["matmul medium"] == "not taken"
+    assert verdicts(find(world, PRECISION, MATMUL))["matmul_precision medium"] == "not taken"
 
 
 @pytest.mark.parametrize(("step_s", "verdict"), [(1e-4, "not taken"), (1e-3, "taken")])
 def test_a_saving_below_the_cost_of_a_callback_is_not_taken(
     world: World, step_s: float, verdict: str
 ) -> None:
-    world.step_s, world.factors = step_s, {"optimizer fused": 0.9}
-    found = find(world, Contest("optimizer", ("fused",)))
-    assert verdicts(found) == {"optimizer fused": verdict}
+    world.step_s, world.factors = step_s, {"fused_optimizer fused": 0.9}
+    found = find(world, Contest("fused_optimizer", ("fused",)))
+    assert verdicts(found) == {"fused_optimizer fused": verdict}
     assert ("one more callback" in reason(found, "fused")) == (verdict == "not taken")
 
 
 def test_losers_are_dropped_early(world: World) -> None:
-    world.factors = {"matmul high": 3.0, "matmul medium": 0.9}
+    world.factors = {"matmul_precision high": 3.0, "matmul_precision medium": 0.9}
     find(world, MATMUL)
-    high, medium = (world.steps[Settings(matmul=value)] for value in ("high", "medium"))
+    high, medium = (world.steps[Settings(matmul_precision=value)] for value in ("high", "medium"))
     assert high < 12 < 30 < medium
 
 
 def test_the_faster_of_two_values_wins(world: World) -> None:
-    world.factors = {"matmul high": 0.7, "matmul medium": 0.8}
+    world.factors = {"matmul_precision high": 0.7, "matmul_precision medium": 0.8}
     found = find(world, MATMUL)
-    assert found.settings == Settings(matmul="high")
+    assert found.settings == Settings(matmul_precision="high")
     assert reason(found, "medium") == "another value is faster still"
 
 
@@ -491,10 +505,10 @@ def test_what_is_left_out_is_said_in_the_order_of_the_techniques(world: World) -
 def test_a_candidate_that_fails_is_survived_and_reported(
     world: World, when: str, error: Exception
 ) -> None:
-    world.factors = {"optimizer fused": 0.5, "optimizer foreach": 0.9}
+    world.factors = {"fused_optimizer fused": 0.5, "fused_optimizer foreach": 0.9}
 
     def failing(settings: Settings, count: int = 0) -> None:
-        if settings.optimizer == "fused" and count >= {"first step": 0}.get(when, 5):
+        if settings["fused_optimizer"] == "fused" and count >= {"first step": 0}.get(when, 5):
             raise error
 
     if when == "build":
@@ -502,35 +516,46 @@ def test_a_candidate_that_fails_is_survived_and_reported(
     else:
         world.on_step = failing
     found = find(world, OPTIMIZER)
-    assert verdicts(found) == {"optimizer fused": "failed", "optimizer foreach": "taken"}
+    assert verdicts(found) == {
+        "fused_optimizer fused": "failed",
+        "fused_optimizer foreach": "taken",
+    }
     short = (
         "out of memory" if isinstance(error, torch.OutOfMemoryError) else "ValueError: no kernel"
     )
     assert reason(found, "fused") == short
-    assert found.settings == Settings(optimizer="foreach")
+    assert found.settings == Settings(fused_optimizer="foreach")
 
 
 @pytest.mark.parametrize("value", ["fused", "foreach"])
 def test_out_of_memory_beside_other_copies_lets_those_go_and_tries_again(
     world: World, value: str
 ) -> None:
-    world.factors = {"optimizer fused": 0.5, "optimizer foreach": 0.9, "precision bf16": 0.5}
+    world.factors = {
+        "fused_optimizer fused": 0.5,
+        "fused_optimizer foreach": 0.9,
+        "precision bf16": 0.5,
+    }
     failed: list[Settings] = []
 
     def short_once(settings: Settings) -> None:
-        if settings.optimizer == value and not failed:
+        if settings["fused_optimizer"] == value and not failed:
             failed.append(settings)
             raise torch.OutOfMemoryError
 
     world.on_build = short_once
     found = find(world, PRECISION, OPTIMIZER, MATMUL)
-    assert failed and found.settings == Settings(precision="bf16", optimizer="fused")
+    assert failed and found.settings == Settings(precision="bf16", fused_optimizer="fused")
     assert found.bars[-1].ratio == pytest.approx(4.0, rel=0.02)
 
 
 def test_out_of_memory_in_the_waterfall_leaves_its_ends(world: World) -> None:
     """There is memory for three copies at a time, and the way has four steps and a second plain."""
-    world.factors = {"precision bf16": 0.5, "matmul medium": 0.5, "optimizer fused": 0.5}
+    world.factors = {
+        "precision bf16": 0.5,
+        "matmul_precision medium": 0.5,
+        "fused_optimizer fused": 0.5,
+    }
     alive: list[Any] = []
     build = world.build
 
@@ -544,8 +569,15 @@ def test_out_of_memory_in_the_waterfall_leaves_its_ends(world: World) -> None:
         return made
 
     world.build = three  # type: ignore[method-assign]
-    found = find(world, PRECISION, Contest("matmul", ("medium",)), Contest("optimizer", ("fused",)))
-    assert found.settings == Settings(precision="bf16", matmul="medium", optimizer="fused")
+    found = find(
+        world,
+        PRECISION,
+        Contest("matmul_precision", ("medium",)),
+        Contest("fused_optimizer", ("fused",)),
+    )
+    assert found.settings == Settings(
+        precision="bf16", matmul_precision="medium", fused_optimizer="fused"
+    )
     assert [bar.label for bar in found.bars] == [
         "plain",
         "+ bf16 + matmul medium + fused optimizer",
@@ -556,12 +588,12 @@ def test_out_of_memory_in_the_waterfall_leaves_its_ends(world: World) -> None:
 
 def test_plain_that_does_not_fit_gets_an_activation_budget(world: World) -> None:
     def short(settings: Settings, count: int) -> None:
-        if settings.memory_budget == "plain" or float(settings.memory_budget) > 0.4:
+        if settings["memory"] == "plain" or float(settings["memory"]) > 0.4:
             raise torch.OutOfMemoryError
 
     world.on_step, world.factors = short, {"precision bf16": 0.5}
     found = find(world, PRECISION, COMPILATION)
-    assert found.settings == Settings(precision="bf16", compilation="blocks", memory_budget="0.3")
+    assert found.settings == Settings(precision="bf16", compilation="blocks", memory="0.3")
     assert any("out of memory" in note for note in found.notes)
 
 
@@ -588,13 +620,13 @@ def test_an_error_of_plain_is_the_users_own(world: World) -> None:
     ("step_s", "budget_s"), [(1e-4, 2), (1e-3, 5), (0.03, 10), (0.3, 20), (1.0, 60)]
 )
 def test_the_budget_is_respected(world: World, step_s: float, budget_s: float) -> None:
-    world.step_s, world.factors = step_s, {"precision bf16": 0.5, "matmul medium": 0.9}
+    world.step_s, world.factors = step_s, {"precision bf16": 0.5, "matmul_precision medium": 0.9}
     find(world, PRECISION, MATMUL, OPTIMIZER, budget_s=budget_s)
     assert world.now < 1.5 * budget_s
 
 
 def test_a_spent_budget_leaves_the_rest_out_and_says_so(world: World) -> None:
-    world.step_s, world.factors = 1.0, {"precision bf16": 0.3, "optimizer fused": 0.5}
+    world.step_s, world.factors = 1.0, {"precision bf16": 0.3, "fused_optimizer fused": 0.5}
     found = find(world, PRECISION, MATMUL, OPTIMIZER, budget_s=12.0)
     assert found.bars and "budget" in reason(found, "fused")
 
@@ -631,7 +663,7 @@ def test_other_work_is_answered_with_processor_time_and_said(world: World) -> No
 
     def on_step(settings: Settings, count: int) -> None:
         seen.append(torch.get_num_threads())
-        world.now += 4 * STEP_S if settings.precision == "bf16" else 0.0
+        world.now += 4 * STEP_S if settings["precision"] == "bf16" else 0.0
 
     world.share, world.on_step = 0.5, on_step
     torch.set_num_threads(2)
@@ -661,7 +693,7 @@ def test_a_compile_is_charged_by_the_clock_that_is_right(world: World) -> None:
     """On a busy machine the wall says that compiled steps save nothing."""
 
     def on_step(settings: Settings, count: int) -> None:
-        world.now += 9 * STEP_S if settings.compilation == "blocks" else 0.0
+        world.now += 9 * STEP_S if settings["compilation"] == "blocks" else 0.0
 
     world.share, world.on_step = 0.5, on_step
     world.factors = {"compilation blocks": 0.5, "compilation whole": 2.0}

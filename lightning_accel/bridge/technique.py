@@ -8,7 +8,7 @@ on a copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import wraps
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,6 +20,7 @@ from torch import device as Device
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_accel.arguments import one_of
 from lightning_accel.bridge import beside
 from lightning_accel.bridge.guards import is_built, refuse_compiled, refuse_lazy, refuse_mirror
 from lightning_accel.bridge.optimizers import optimizers_of
@@ -28,6 +29,34 @@ from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.surgery import Receipt, Stage
 
 EVERYWHERE = ("fit", "validate", "test", "predict")
+
+
+class Skipped(NamedTuple):
+    """A value that a tuner does not try, and why."""
+
+    value: str
+    reason: str
+
+
+class Situation(NamedTuple):
+    """What a tuner knows when it asks a technique what is worth trying.
+
+    Attributes:
+        trainer: Within a fit.
+        module: The user's.
+        numerics: The tier that the user allows: "exact", "amp" or "low".
+        attends: Whether a step calls `scaled_dot_product_attention`.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    numerics: str
+    attends: bool = False
+
+    @property
+    def device(self) -> Device:
+        """Where the module computes."""
+        return self.trainer.strategy.root_device
 
 
 class Context(NamedTuple):
@@ -63,12 +92,18 @@ class Technique(Callback):
         stage: What kind of edit it is where it changes the module, and so its place in the order: callbacks that
             were passed in another order change places before the first is set up.
         acts_in: The stages of a Trainer in which there is an effect.
+        is_global: Whether the effect changes the process, not the module or its optimizers.
+        name: The key in `callbacks` of a configuration, and a tuner's word.
+        choices: Arguments by the name of a value, for what a tuner may choose.
         receipt: What the effect changed when it was entered last.
     """
 
     needs: ClassVar[Literal["process", "weights", "optimizers", "itself"]] = "itself"
     stage: ClassVar[Stage | None] = None
     acts_in: ClassVar[Sequence[str]] = EVERYWHERE
+    is_global: ClassVar[bool] = False
+    name: ClassVar[str] = ""
+    choices: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     receipt: Receipt = Receipt()
 
@@ -84,6 +119,25 @@ class Technique(Callback):
             NoEffect: There is nothing to change.
         """
         return nullcontext()
+
+    @classmethod
+    def candidates(cls, situation: Situation) -> Iterable[str | Skipped]:
+        """Return the values that are worth trying, and those that are not."""
+        return tuple(cls.choices)
+
+    @classmethod
+    def arguments(cls, value: str) -> dict[str, Any]:
+        """Return the arguments that a value stands for.
+
+        Raises:
+            ValueError: There is no such value.
+        """
+        return dict(cls.choices[one_of(cls.name, value, cls.choices)])
+
+    @classmethod
+    def describe(cls, value: str) -> str:
+        """Say a value so that it can stand alone."""
+        return f"{cls.name} {value}".replace("_", " ")
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,6 +1,8 @@
 """What makes this module train faster on this machine: measured, verified, charged, and explained."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_accel.lazy import lazily
 
 if TYPE_CHECKING:
     from lightning_accel.tuning.callback import AutoTune
@@ -18,9 +20,4 @@ _HOMES = {
 __all__ = ["AutoTune", "Settings", "TuneReport", "tune"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)

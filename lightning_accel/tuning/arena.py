@@ -94,7 +94,7 @@ class Arena:
         replica = replica or self.make(settings)
         first_s = replica.first_step_s + replica.first_step()
         lane = self._lane_of(replica)
-        if settings.compilation != PLAIN and settings not in self.compile_s:
+        if settings["compilation"] != PLAIN and settings not in self.compile_s:
             start = time.perf_counter()
             with replica.around():
                 replica.step()

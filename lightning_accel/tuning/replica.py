@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,20 +21,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_accel.attention import attention_backend
 from lightning_accel.bridge.example import step_arguments
 from lightning_accel.bridge.inert import inert_copy
-from lightning_accel.compilation import compile_blocks
+from lightning_accel.bridge.technique import Context
 from lightning_accel.errors import AccelError, Unsupported
-from lightning_accel.loop import use_implementation
 from lightning_accel.measure.subject import localise_norms
-from lightning_accel.memory import activation_budget
-from lightning_accel.precision import channels_last, matmul_precision
 from lightning_accel.precision.autocast import autocast
-from lightning_accel.precision.layout import convert_inputs
 from lightning_accel.surgery.moment import Moments
 from lightning_accel.surgery.rng import seed_rng
-from lightning_accel.tuning.settings import PLAIN, Settings, node
+from lightning_accel.tuning.settings import Settings
 
 _REMEMBERED = 20
 """Steps of which the loss is kept, to compare learning curves."""
@@ -87,7 +83,9 @@ class Replica:
         self._scaler = torch.amp.GradScaler(self.device.type) if settings.format == "fp16" else None
         self._every = max(1, int(trainer.accumulate_grad_batches))
         self._step = int(trainer.global_step)
-        self._apply(settings)
+        self._global: list[Callable[[], AbstractContextManager[Any]]] = []
+        self._effects = ExitStack()
+        self._enter(settings)
         if not self.module.automatic_optimization:
             self._let_it_optimize()
         self._remember()
@@ -96,8 +94,8 @@ class Replica:
     def around(self, seed: int | None = None) -> Iterator[None]:
         """Hold what the settings change in the process; random numbers depend on the block alone."""
         with ExitStack() as held:
-            for context in self._process():
-                held.enter_context(context)
+            for effect in self._global:
+                held.enter_context(effect())
             if self._count >= _DRIFT:
                 self.rewind()
             seed_rng(self._block if seed is None else seed)
@@ -226,31 +224,15 @@ class Replica:
     def _tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers()]
 
-    def _apply(self, settings: Settings) -> None:
-        if settings.memory_format != PLAIN:
-            channels_last(self.module)
-            convert_inputs(self.module)
-        if settings.optimizer != PLAIN:
-            for optimizer in self.optimizers:
-                use_implementation(optimizer, settings.optimizer)
-        if settings.float8 != PLAIN:
-            from lightning_accel.precision import float8_linear
-
-            float8_linear(self.module, recipe=settings.float8)
-        if settings.compilation != PLAIN:
-            arguments = dict(node("compilation", settings.compilation))
-            del arguments["_target_"]
-            # The search compares results itself, and times nothing else than the step.
-            compile_blocks(self.module, itself=False, check_every=None, **arguments)
-
-    def _process(self) -> Iterator[AbstractContextManager[Any]]:
-        settings = self.settings
-        if settings.matmul != PLAIN:
-            yield matmul_precision(settings.matmul)
-        if settings.attention != PLAIN:
-            yield attention_backend(settings.attention)
-        if settings.memory_budget != PLAIN:
-            yield activation_budget(float(settings.memory_budget))
+    def _enter(self, settings: Settings) -> None:
+        """Enter the effects of the settings; those on the process are held while this copy runs."""
+        context = Context(self._trainer, self.module, self.optimizers, is_copy=True)
+        for technique in settings.techniques():
+            effect = partial(technique.effect, context)
+            if technique.is_global:
+                self._global.append(effect)
+            else:
+                self._effects.enter_context(effect())
 
     def _context(self) -> AbstractContextManager[Any]:
         if self.settings.format is None:

@@ -3,8 +3,8 @@
 >>> report = TuneReport(Settings(precision="bf16"), bars=[Bar("plain", 8.0), Bar("+ bf16", 4.0, 2.0)])
 >>> report.ratio
 2.0
->>> report.trainer_arguments()["plugins"]
-[AutocastPrecision('bf16')]
+>>> report.trainer_arguments()["callbacks"][0].plugin
+AutocastPrecision('bf16')
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_accel.places import is_there, replace, starts_with
 from lightning_accel.tuning.numerics import check
 from lightning_accel.tuning.settings import Settings, make
 
-FORMAT = 1
+FORMAT = 2
 """The version of `to_dict`'s form; files of another version are not read."""
 
 
@@ -109,11 +109,8 @@ class TuneReport:
         return self.bars[0].step_ms if self.bars else 0.0
 
     def trainer_arguments(self) -> dict[str, list[Any]]:
-        """Return fresh callbacks and plugins of the settings, to pass to a Trainer."""
-        return {
-            "callbacks": [make(node) for node in self.settings.callbacks().values()],
-            "plugins": [make(node) for node in self.settings.plugins().values()],
-        }
+        """Return fresh callbacks of the settings, to pass to a Trainer."""
+        return {"callbacks": [make(node) for node in self.settings.nodes().values()]}
 
     def waterfall(self) -> Table:
         """Return what each technique added."""
@@ -229,14 +226,8 @@ class TuneReport:
         """Render as a preset: `+accel=./tuned.yaml`, or a file in `conf/accel` of an app."""
         import yaml
 
-        preset: dict[str, Any] = {}
-        # As callbacks all: a list of plugins would not merge with that of an app.
-        plugins = {
-            name: {"_target_": "lightning_accel.precision.UsePrecision", "plugin": node}
-            for name, node in self.settings.plugins().items()
-        }
-        if callbacks := {**plugins, **self.settings.callbacks()}:
-            preset["callbacks"] = callbacks
+        callbacks = self.settings.nodes()
+        preset = {"callbacks": callbacks} if callbacks else {}
         known = [str(self.about[key]) for key in ("device", "torch") if key in self.about]
         where = " ".join(", ".join(known).split())  # one line, whatever a device calls itself
         head = [

@@ -149,7 +149,7 @@ class Search:
     def _first_that_fits(self) -> tuple[Settings, Replica]:
         """Return plain, or where it runs out of memory, the largest activation budget that does not."""
         budgets = [
-            Settings(compilation=kind, memory_budget=str(share))
+            Settings(compilation=kind, memory=str(share))
             for share in _BUDGETS
             for kind in ("blocks", "whole")
         ]
@@ -232,13 +232,13 @@ class Search:
     def _not_worth_trying(self, best: Settings, technique: str, value: str, share_s: float) -> str:
         if self._left_s() < _STEPS_OF_A_LANE * self._best_s:
             return f"the budget of {self._budget_s:.0f} s was spent"
-        if technique == "matmul" and best not in self._products:
+        if technique == "matmul_precision" and best not in self._products:
             try:
                 self._products[best] = self._arena.replica(best).has_float32_products()
             except torch.OutOfMemoryError as error:  # then the contest finds out
                 forget(error)
                 self._products[best] = True
-        if technique == "matmul" and not self._products[best]:
+        if technique == "matmul_precision" and not self._products[best]:
             return "the step has no matrix product in float32"
         if technique != "compilation":
             return ""
@@ -273,7 +273,7 @@ class Search:
 
     def _second(self, best: Settings) -> Lane | None:
         """Return the incumbent once more, unless that needs memory or a compilation that nobody has."""
-        if best.compilation != PLAIN:
+        if best["compilation"] != PLAIN:
             return None
         try:
             return self._arena.second(best)

@@ -1,66 +1,87 @@
-"""What a tuner may choose, as plain data, and the callbacks and plugins that each choice stands for.
+"""What a tuner may choose, as plain data, and the callbacks that each choice stands for.
 
 A choice is worth what a user can make of it without the tuner: every value here is one node of a
-configuration, the same that one would write by hand.
+configuration, the same that one would write by hand, under the same key.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from lightning_accel.attention.callbacks.attention_backend import AttentionBackend
+from lightning_accel.bridge.technique import Technique
+from lightning_accel.compilation.callbacks.block_compile import BlockCompile
 from lightning_accel.errors import explain
+from lightning_accel.loop.callbacks.fused_optimizer import FusedOptimizer
+from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
+from lightning_accel.precision.callbacks.float8_linear import Float8Linear
+from lightning_accel.precision.callbacks.matmul_precision import MatmulPrecision
+from lightning_accel.precision.callbacks.memory_format import MemoryFormat
+from lightning_accel.precision.callbacks.use_precision import UsePrecision
 
 PLAIN = "plain"
 """The value of everything that stays as the user has it."""
 
-TECHNIQUES = (
-    "precision",
-    "memory_format",
-    "matmul",
-    "optimizer",
-    "attention",
-    "compilation",
-    "float8",
-    "loading",
+TRIED: tuple[type[Technique], ...] = (
+    UsePrecision,
+    MemoryFormat,
+    MatmulPrecision,
+    FusedOptimizer,
+    AttentionBackend,
+    BlockCompile,
+    Float8Linear,
 )
 """In the order in which they are tried; float8 pays only in compiled code, so after that."""
+
+TECHNIQUES = (*(technique.name for technique in TRIED), "loading")
+
+_APPLIED: dict[str, type[Technique] | None] = {
+    technique.name: technique
+    for technique in (
+        ActivationBudget,
+        UsePrecision,
+        MatmulPrecision,
+        Float8Linear,
+        MemoryFormat,
+        FusedOptimizer,
+        AttentionBackend,
+        BlockCompile,
+    )
+} | {"loading": None}
+"""In the order in which they are applied; the data is no part of a step, and so has a way of its own."""
 
 Node = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Settings:
-    """One value per technique; `plain` is what the Trainer does by itself.
+    """One value per technique; what is not named, or `plain`, is what the Trainer does by itself.
 
-    >>> Settings(precision="bf16", optimizer="fused").label
+    >>> Settings(precision="bf16", fused_optimizer="fused").label
     'bf16 + fused optimizer'
     """
 
-    memory_budget: str = PLAIN
-    precision: str = PLAIN
-    matmul: str = PLAIN
-    float8: str = PLAIN
-    memory_format: str = PLAIN
-    optimizer: str = PLAIN
-    attention: str = PLAIN
-    compilation: str = PLAIN
-    loading: str = PLAIN
+    values: tuple[tuple[str, str], ...]
 
-    def __post_init__(self) -> None:
-        for name, value in self.chosen():
+    def __init__(self, **values: str) -> None:
+        for name, value in values.items():
+            if name not in _APPLIED:
+                raise ValueError(
+                    explain("unknown technique", repr(name), f"use {sorted(_APPLIED)}")
+                )
             if not isinstance(value, str):
                 raise TypeError(explain(f"`{name}` is a name", repr(value), "pass a string"))
-            if name == "loading":
-                loading_arguments(value)
-            elif name == "memory_budget":
-                _check_budget(value)
-            elif value not in _NODES[name]:
-                known = ", ".join(repr(v) for v in (PLAIN, *_NODES[name]))
-                raise ValueError(explain(f"unknown `{name}`", repr(value), f"pass one of {known}"))
+            if value != PLAIN:
+                node(name, value)
+        chosen = [(n, values[n]) for n in _APPLIED if values.get(n, PLAIN) != PLAIN]
+        object.__setattr__(self, "values", tuple(chosen))
+
+    def __getitem__(self, technique: str) -> str:
+        return dict(self.values).get(technique, PLAIN)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Settings:
@@ -69,28 +90,26 @@ class Settings:
         >>> Settings.from_dict({"precision": "bf16"}).to_dict()
         {'precision': 'bf16'}
         """
-        known = {field.name for field in fields(cls)}
-        odd = [name for name, v in plain.items() if name not in known or not isinstance(v, str)]
+        odd = [n for n, v in plain.items() if n not in _APPLIED or not isinstance(v, str)]
         if odd:
             raise ValueError(
-                explain("these are no settings", ", ".join(map(str, odd)), f"use {sorted(known)}")
+                explain(
+                    "these are no settings", ", ".join(map(str, odd)), f"use {sorted(_APPLIED)}"
+                )
             )
         return cls(**plain)
 
     def to_dict(self) -> dict[str, str]:
         """Return what is not plain."""
-        return dict(self.chosen())
+        return dict(self.values)
 
     def chosen(self) -> Iterator[tuple[str, str]]:
         """Yield technique and value of what is not plain, in the order of application."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != PLAIN:
-                yield field.name, value
+        yield from self.values
 
     def having(self, technique: str, value: str) -> Settings:
         """Return these settings with another value for one technique."""
-        return replace(self, **{technique: value})
+        return Settings(**{**dict(self.values), technique: value})
 
     @property
     def label(self) -> str:
@@ -100,67 +119,51 @@ class Settings:
     @property
     def format(self) -> str | None:
         """The format of autocast that the precision asks for, `None` for the Trainer's own."""
-        return None if self.precision == PLAIN else self.precision
+        return dict(self.values).get("precision")
 
-    def callbacks(self) -> dict[str, Node]:
-        """Return the nodes of all callbacks by name."""
-        return {
-            name: node(name, value) for name, value in self.chosen() if name not in ("precision",)
-        }
+    def nodes(self) -> dict[str, Node]:
+        """Return the nodes of all callbacks by name, as they stand in a configuration."""
+        return {name: node(name, value) for name, value in self.chosen()}
 
-    def plugins(self) -> dict[str, Node]:
-        """Return the nodes of all plugins by name."""
-        return {n: node(n, value) for n, value in self.chosen() if n == "precision"}
+    def techniques(self) -> list[Technique]:
+        """Return new techniques with these settings, but for the data."""
+        return [make(node(n, v)) for n, v in self.chosen() if _APPLIED[n] is not None]
 
 
 def words(technique: str, value: str) -> str:
     """Say a value so that it can stand alone.
 
-    >>> words("compilation", "blocks"), words("matmul", "medium")
+    >>> words("compilation", "blocks"), words("matmul_precision", "medium")
     ('compiled blocks', 'matmul medium')
     """
-    said = {
-        "precision": value,
-        "float8": f"float8 {value}",
-        "memory_format": value.replace("_", " "),
-        "optimizer": f"{value} optimizer",
-        "attention": f"{value} attention",
-        "compilation": f"compiled {value}",
-        "memory_budget": f"memory budget {value}",
-        "loading": f"data {value}",
-        "matmul": f"matmul {value}",
-    }
-    return said.get(technique, value)
+    kind = _APPLIED.get(technique)
+    return f"data {value}" if kind is None else kind.describe(value)
 
 
 def node(technique: str, value: str) -> Node:
     """Return the configuration node of one value: `_target_` and its arguments.
 
-    >>> node("optimizer", "fused")
+    >>> node("fused_optimizer", "fused")
     {'_target_': 'lightning_accel.loop.FusedOptimizer', 'implementation': 'fused'}
+
+    Raises:
+        ValueError: There is no such value.
     """
-    if technique == "memory_budget":
-        return {"_target_": "lightning_accel.memory.ActivationBudget", "budget": float(value)}
-    if technique == "loading":
+    kind = _APPLIED[technique]
+    if kind is None:
         return {"_target_": "lightning_accel.loading.FastLoading", **loading_arguments(value)}
-    target, arguments = _NODES[technique][value]
-    return {"_target_": f"lightning_accel.{target}", **arguments}
+    home = kind.__module__.partition(".callbacks.")[0]
+    return {"_target_": f"{home}.{kind.__name__}", **kind.arguments(value)}
 
 
 def make(described: Node) -> Any:
-    """Build the object that a node of ours describes."""
-    arguments = dict(described)
+    """Build the object that a node of ours describes, with those within."""
+    arguments = {
+        name: make(value) if isinstance(value, dict) and "_target_" in value else value
+        for name, value in described.items()
+    }
     home, _, name = arguments.pop("_target_").rpartition(".")
     return getattr(import_module(home), name)(**arguments)
-
-
-def _check_budget(value: str) -> None:
-    try:
-        fits = 0.0 <= float(value) <= 1.0
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(explain("`memory_budget` lies from 0 to 1", repr(value), "pass '0.5'"))
 
 
 def loading_arguments(value: str) -> Node:
@@ -189,36 +192,3 @@ def loading_arguments(value: str) -> Node:
 
 
 _LOADING = re.compile(r"workers=(\d+)(, pinned)?|pinned")
-_NODES: dict[str, dict[str, tuple[str, Node]]] = {
-    "precision": {
-        "bf16": ("precision.AutocastPrecision", {"format": "bf16"}),
-        "fp16": ("precision.AutocastPrecision", {"format": "fp16"}),
-    },
-    "matmul": {
-        "high": ("precision.MatmulPrecision", {"precision": "high"}),
-        "medium": ("precision.MatmulPrecision", {"precision": "medium"}),
-    },
-    "float8": {"tensorwise": ("precision.Float8Linear", {"recipe": "tensorwise"})},
-    "memory_format": {"channels_last": ("precision.MemoryFormat", {})},
-    "optimizer": {
-        "fused": ("loop.FusedOptimizer", {"implementation": "fused"}),
-        "foreach": ("loop.FusedOptimizer", {"implementation": "foreach"}),
-    },
-    "attention": {
-        name: ("attention.AttentionBackend", {"backend": name})
-        for name in ("flash", "efficient", "cudnn", "math")
-    },
-    "compilation": {
-        "blocks": ("compilation.BlockCompile", {}),
-        "whole": ("compilation.BlockCompile", {"blocks": False}),
-        "with CUDA graphs": (
-            "compilation.BlockCompile",
-            {"blocks": False, "mode": "reduce-overhead"},
-        ),
-        "with autotuning": (
-            "compilation.BlockCompile",
-            {"blocks": False, "mode": "max-autotune-no-cudagraphs"},
-        ),
-    },
-}
-"""What each value stands for: the class below `lightning_accel`, and its arguments."""

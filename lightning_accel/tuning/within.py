@@ -31,6 +31,7 @@ from lightning_accel.attention import uses_attention
 from lightning_accel.bridge.data import batches
 from lightning_accel.bridge.example import placed
 from lightning_accel.bridge.strategies import holding
+from lightning_accel.bridge.technique import Situation
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.tuning import store
@@ -118,13 +119,8 @@ def _search(
     attention = "attention" in asked.techniques and uses_attention(
         lambda: build(Settings()).gradients(0)
     )
-    contests, skipped = find(
-        trainer,
-        pl_module,
-        numerics=asked.numerics,
-        techniques=asked.techniques,
-        attention=attention,
-    )
+    situation = Situation(trainer, pl_module, asked.numerics, attention)
+    contests, skipped = find(situation, asked.techniques)
     found = Search(
         build,
         device=trainer.strategy.root_device,

@@ -28,7 +28,7 @@ from lightning_accel.tuning.search import Found
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 
-MANY = Settings(precision="bf16", matmul="medium", optimizer="fused")
+MANY = Settings(precision="bf16", matmul_precision="medium", fused_optimizer="fused")
 
 
 class Net(LightningModule):
@@ -81,7 +81,7 @@ def run(folder: Path, case: str, epochs: int, path: Path | None = None) -> dict[
     tuning, looks = AutoTune(budget_s=0.2, budget_share=1e9, cache=False), Looks()
     if case == "real":
         tuning = AutoTune(
-            budget_s=0.2, budget_share=1e9, cache=folder / "answers", techniques="optimizer",
+            budget_s=0.2, budget_share=1e9, cache=folder / "answers", techniques="fused_optimizer",
             report=folder / "tuned.yaml",
         )  # fmt: skip
     trainer = Trainer(

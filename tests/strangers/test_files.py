@@ -232,9 +232,9 @@ callbacks:
 
 
 def test_what_the_tuner_writes_is_a_preset() -> None:
-    for technique, values in settings._NODES.items():
-        for value in values:
-            text = TuneReport(settings.Settings().having(technique, value)).to_yaml()
+    for technique in settings.TRIED:
+        for value in technique.choices:
+            text = TuneReport(settings.Settings().having(technique.name, value)).to_yaml()
             check_preset(yaml.safe_load(text), "")
 
 

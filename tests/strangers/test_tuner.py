@@ -65,12 +65,12 @@ def test_a_build_that_is_twenty_percent_off_without_a_reason_is_the_scale(
     clocked: World, gain: float
 ) -> None:
     """pytorch/benchmark#2527: of the same model one build was always up to 20 % slower than the other."""
-    clocked.factors = {"optimizer fused": 1 / gain, "optimizer foreach": 1 / 1.6}
+    clocked.factors = {"fused_optimizer fused": 1 / gain, "fused_optimizer foreach": 1 / 1.6}
     twins(clocked, 1.2)
     found = find(clocked, OPTIMIZER)
     reasons = {trial.value: trial.reason for trial in found.trials}
     assert "plain against plain is 0.8" in reasons["fused"]
-    assert found.settings == Settings(optimizer="foreach"), "1.6x is more than that"
+    assert found.settings == Settings(fused_optimizer="foreach"), "1.6x is more than that"
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_a_search_is_no_part_of_the_training(
     counted = []
     for tuning in (
         [],
-        [AutoTune(budget_s=0.05, budget_share=1e9, techniques="optimizer", cache=False)],
+        [AutoTune(budget_s=0.05, budget_share=1e9, techniques="fused_optimizer", cache=False)],
     ):
         torch.manual_seed(5)
         module = Net()

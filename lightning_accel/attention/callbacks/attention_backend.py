@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_accel.attention.backend import attention_backend, check, uses_attention
 from lightning_accel.bridge.step import Around
-from lightning_accel.bridge.technique import Context, Technique
+from lightning_accel.bridge.technique import Context, Situation, Skipped, Technique
 from lightning_accel.errors import explain
 
 
@@ -35,11 +35,33 @@ class AttentionBackend(Technique):
     """
 
     needs = "process"
+    is_global = True
+    name = "attention"
+    choices: ClassVar = {
+        name: {"backend": name} for name in ("flash", "efficient", "cudnn", "math")
+    }
 
     def __init__(self, backend: str) -> None:
         self.backend = check(backend)
         self._around: Around | None = None
         self._attends = False
+
+    @override
+    @classmethod
+    def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
+        device = situation.device.type
+        if not situation.attends:
+            yield Skipped("any", "the step never calls scaled_dot_product_attention")
+        elif device == "cuda":
+            yield from ("flash", "efficient", "cudnn")
+        else:  # on a CPU flash is what PyTorch takes by itself
+            yield "math"
+            yield Skipped("cudnn", f"needs CUDA, this is {device}")
+
+    @override
+    @classmethod
+    def describe(cls, value: str) -> str:
+        return f"{value} attention"
 
     @override
     def effect(self, context: Context) -> AbstractContextManager[None]:

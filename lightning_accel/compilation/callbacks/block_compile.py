@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_accel.arguments import flag, flags, instance, one_of, whole
 from lightning_accel.bridge.evaluation import EvaluationBatches
-from lightning_accel.bridge.technique import Context, Technique
-from lightning_accel.compilation.blocks import compile_blocks
+from lightning_accel.bridge.technique import Context, Situation, Skipped, Technique
+from lightning_accel.compilation.blocks import compile_blocks, find_blocks
 from lightning_accel.compilation.explain import Capture, captures, table
 from lightning_accel.compilation.guard import batch_sizes
 from lightning_accel.compilation.region import (
@@ -32,6 +32,7 @@ from lightning_accel.errors import AccelError, NoEffect, explain
 from lightning_accel.measure.table import Table
 from lightning_accel.seldom import check_seldom
 from lightning_accel.surgery import Receipt, Select, Stage
+from lightning_accel.surgery.compiled import is_compiled
 
 _ANSWERS = ("warn", "raise", "ignore")
 _REPEATS = ("eager", "compile", "raise")
@@ -85,6 +86,13 @@ class BlockCompile(Technique, EvaluationBatches):
 
     needs = "weights"
     stage: ClassVar[Stage] = Stage.COMPILE
+    name = "compilation"
+    choices: ClassVar = {
+        "blocks": {},
+        "whole": {"blocks": False},
+        "with CUDA graphs": {"blocks": False, "mode": "reduce-overhead"},
+        "with autotuning": {"blocks": False, "mode": "max-autotune-no-cudagraphs"},
+    }
 
     def __init__(
         self,
@@ -155,6 +163,31 @@ class BlockCompile(Technique, EvaluationBatches):
         super().setup(trainer, pl_module, stage)
 
     @override
+    @classmethod
+    def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
+        if is_compiled(situation.module):
+            yield Skipped("any", "the module is compiled already")
+            return
+        try:
+            parts, wholes = (
+                find_blocks(situation.module, blocks=b, itself=False) for b in (True, False)
+            )
+        except NoEffect as error:
+            yield Skipped("any", str(error))
+            return
+        same = parts.keys() == wholes.keys()
+        yield Skipped("blocks", "no block repeats: the same as whole") if same else "blocks"
+        yield "whole"
+        device = situation.device.type
+        for value in ("with CUDA graphs", "with autotuning"):
+            yield value if device == "cuda" else Skipped(value, f"needs CUDA, this is {device}")
+
+    @override
+    @classmethod
+    def describe(cls, value: str) -> str:
+        return f"compiled {value}"
+
+    @override
     @contextmanager
     def effect(self, context: Context) -> Iterator[Receipt]:
         """Compile what is not, and anew what was reshaped by a checkpoint; the module stays compiled."""
@@ -168,7 +201,8 @@ class BlockCompile(Technique, EvaluationBatches):
             mode=self.mode,
             dynamic=self.dynamic,
             fullgraph=self.fullgraph,
-            check_every=self.check_every,
+            # On a copy a tuner compares results itself, and times nothing else than the step.
+            check_every=None if context.is_copy else self.check_every,
         )
         if not context.is_copy:
             self._collect(module)

@@ -52,6 +52,7 @@ class WarmStart(Technique):
     """
 
     needs = "process"
+    is_global = True
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = check_path(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.bridge.strategies import is_of
-from lightning_accel.bridge.technique import Context, Technique
+from lightning_accel.bridge.technique import Context, Situation, Skipped, Technique
 from lightning_accel.errors import NoEffect, Unsupported
 from lightning_accel.loop.fused import Original, check, sparse_weights, use_implementation
 from lightning_accel.loop.layout import Layout
@@ -41,11 +41,31 @@ class FusedOptimizer(Technique):
 
     needs = "optimizers"
     acts_in = ("fit",)
+    name = "fused_optimizer"
+    choices: ClassVar = {name: {"implementation": name} for name in ("fused", "foreach")}
 
     def __init__(self, implementation: str = "fused") -> None:
         self.implementation = check(implementation)
         self._optimizers: list[Optimizer] = []
         self._layout = Layout()
+
+    @override
+    @classmethod
+    def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
+        optimizers = situation.trainer.optimizers
+        for value in cls.choices:
+            if not optimizers or not all(value in o.defaults for o in optimizers):
+                names = ", ".join(sorted({type(o).__name__ for o in optimizers})) or "none"
+                yield Skipped(value, f"no such implementation of {names}")
+            elif all(group.get(value) for o in optimizers for group in o.param_groups):
+                yield Skipped(value, "set already")
+            else:
+                yield value
+
+    @override
+    @classmethod
+    def describe(cls, value: str) -> str:
+        return f"{value} optimizer"
 
     @override
     @contextmanager

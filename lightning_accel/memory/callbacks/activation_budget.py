@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_accel.arguments import whole
+from lightning_accel.arguments import share, whole
 from lightning_accel.bridge.example import AtHand
 from lightning_accel.bridge.guards import refuse_compiled, refuse_lazy
 from lightning_accel.bridge.hand import Hand
@@ -76,6 +76,8 @@ class ActivationBudget(Technique):
     """
 
     acts_in = ("fit",)
+    is_global = True
+    name = "memory"
 
     def __init__(self, budget: float | str = 0.5, *, limit_bytes: int | None = None) -> None:
         if budget != "auto":
@@ -115,6 +117,18 @@ class ActivationBudget(Technique):
         self.savings, self._plain_bytes = None, None
         self._proved = self._anew = False
         self.held(trainer).callback(self._release)
+
+    @override
+    @classmethod
+    def arguments(cls, value: str) -> dict[str, Any]:
+        with suppress(ValueError):
+            return {"budget": share(cls.name, float(value))}
+        raise ValueError(explain("`memory` lies from 0 to 1", repr(value), "pass '0.5'"))
+
+    @override
+    @classmethod
+    def describe(cls, value: str) -> str:
+        return f"memory budget {value}"
 
     @override
     def effect(self, context: Context) -> AbstractContextManager[None]:

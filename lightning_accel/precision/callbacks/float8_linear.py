@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.arguments import flag
-from lightning_accel.bridge.technique import Context, Technique
+from lightning_accel.bridge.technique import Context, Situation, Skipped, Technique
 from lightning_accel.precision import float8
 from lightning_accel.surgery import Receipt, Select, Stage
 from lightning_accel.surgery.compiled import is_compiled
@@ -43,6 +44,8 @@ class Float8Linear(Technique):
 
     needs = "weights"
     stage: ClassVar[Stage] = Stage.KIND
+    name = "float8"
+    choices: ClassVar = {"tensorwise": {"recipe": "tensorwise"}}
 
     def __init__(
         self,
@@ -56,6 +59,19 @@ class Float8Linear(Technique):
         self.recipe = float8.check_recipe(recipe)
         self.smallest = float8.check_smallest(smallest)
         self.emulate = flag("emulate", emulate)
+
+    @override
+    @classmethod
+    def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
+        device = situation.device
+        reason = ""
+        if situation.numerics != "low":
+            reason = f"needs numerics='low', {situation.numerics!r} was asked for"
+        elif device.type != "cuda":
+            reason = f"needs a CUDA device of capability 8.9 or more, this is {device.type}"
+        elif torch.cuda.get_device_capability(device) < (8, 9):
+            reason = f"{torch.cuda.get_device_name(device)} has no float8 units"
+        yield Skipped("tensorwise", reason) if reason else "tensorwise"
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel.arguments import flag
-from lightning_accel.bridge.technique import Context, Technique
+from lightning_accel.bridge.technique import Context, Situation, Skipped, Technique
 from lightning_accel.precision import matmul
 
 
@@ -34,11 +36,31 @@ class MatmulPrecision(Technique):
     """
 
     needs = "process"
+    is_global = True
+    name = "matmul_precision"
+    choices: ClassVar = {"high": {"precision": "high"}, "medium": {"precision": "medium"}}
 
     def __init__(self, precision: str = "auto", *, allow_short: bool = False) -> None:
         self.precision = matmul.check(precision)
         self.allow_short = flag("allow_short", allow_short)
         self.choice: matmul.Choice | None = None
+
+    @override
+    @classmethod
+    def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
+        device = situation.device.type
+        for value in cls.choices:
+            if value == torch.get_float32_matmul_precision():
+                yield Skipped(value, "set already")
+            elif device not in ("cpu", "cuda"):
+                yield Skipped(value, f"has no effect on {device}")
+            else:
+                yield value
+
+    @override
+    @classmethod
+    def describe(cls, value: str) -> str:
+        return f"matmul {value}"
 
     @override
     @contextmanager

@@ -8,8 +8,14 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from lightning_accel.bridge.technique import Context, Technique
-from lightning_accel.precision.layout import channels_last, contiguous, convert_inputs
+from lightning_accel.bridge.technique import Context, Situation, Skipped, Technique
+from lightning_accel.errors import NoEffect
+from lightning_accel.precision.layout import (
+    channels_last,
+    contiguous,
+    convert_inputs,
+    convolutions,
+)
 from lightning_accel.surgery import Receipt, Select, Stage
 
 
@@ -32,9 +38,25 @@ class MemoryFormat(Technique):
 
     needs = "weights"
     stage: ClassVar[Stage] = Stage.MEMORY
+    name = "memory_format"
+    choices: ClassVar = {"channels_last": {}}
 
     def __init__(self, select: Select | str | Iterable[str] | dict[str, Any] | None = None) -> None:
         self.select = Select.of(select)
+
+    @override
+    @classmethod
+    def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
+        try:
+            convolutions(situation.module)
+            yield "channels_last"
+        except NoEffect:
+            yield Skipped("channels_last", "no two-dimensional convolution")
+
+    @override
+    @classmethod
+    def describe(cls, value: str) -> str:
+        return value.replace("_", " ")
 
     @override
     @contextmanager
@@ -46,4 +68,5 @@ class MemoryFormat(Technique):
         finally:
             for handle in handles:
                 handle.remove()
-            contiguous(context.module, receipt)
+            if not context.is_copy:  # which is thrown away
+                contiguous(context.module, receipt)

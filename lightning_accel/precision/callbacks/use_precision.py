@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision.precision import Precision
 from typing_extensions import override
 
 from lightning_accel.arguments import instance
 from lightning_accel.bridge.restore import register
+from lightning_accel.bridge.technique import Situation, Skipped, Technique
 from lightning_accel.errors import AccelError
+from lightning_accel.precision.autocast import takes_effect
 
 
-class UsePrecision(Callback):
+def _autocast(value: str) -> dict[str, str]:
+    return {"_target_": "lightning_accel.precision.AutocastPrecision", "format": value}
+
+
+class UsePrecision(Technique):
     """Hand a precision plugin to the Trainer when it starts: a callback merges where `plugins` do not.
 
     For configurations: `Trainer(plugins=...)` takes a list, which no preset can add to, and which an app
@@ -28,14 +39,40 @@ class UsePrecision(Callback):
     AutocastPrecision('bf16')
     """
 
+    name = "precision"
+    choices: ClassVar = {value: {"plugin": _autocast(value)} for value in ("bf16", "fp16")}
+
     def __init__(self, plugin: Precision) -> None:
         self.plugin = instance(
             "plugin", plugin, Precision, "a precision plugin", "pass AutocastPrecision('auto')"
         )
 
     @override
+    @classmethod
+    def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
+        for value, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            reason = _why_not(situation, value, dtype)
+            yield Skipped(value, reason) if reason else value
+
+    @override
+    @classmethod
+    def describe(cls, value: str) -> str:
+        return value
+
+    @override
+    def join(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute in the plugin from now on, and in what was before when the technique leaves."""
+        strategy = trainer.strategy
+        before, strategy.precision_plugin = strategy.precision_plugin, self.plugin
+        self.held(trainer).callback(setattr, strategy, "precision_plugin", before)
+        self.held(trainer).callback(self.plugin.teardown)
+        self.plugin.convert_module(pl_module)
+        strategy.setup_precision_plugin()
+
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the plugin in the place of plain float32, before the module is converted."""
+        super().setup(trainer, pl_module, stage)
         register(pl_module)  # a pruned checkpoint loads here too
         strategy = trainer.strategy
         if strategy.precision_plugin is self.plugin:
@@ -48,3 +85,23 @@ class UsePrecision(Callback):
                 "`callbacks.precision`",
             )
         strategy.precision_plugin = self.plugin
+
+
+def _why_not(situation: Situation, value: str, dtype: torch.dtype) -> str:
+    """Say why autocast to a format is not worth trying, or nothing."""
+    plugin, device = situation.trainer.precision_plugin, situation.device
+    plain = type(plugin) is Precision
+    lightnings = type(plugin) is MixedPrecision and getattr(plugin, "scaler", None) is None
+    if not plain and not (lightnings and value == "bf16"):
+        return f"the Trainer already has {type(plugin).__name__}"
+    if situation.numerics == "exact" and plain:
+        return "shorter than fp32, which numerics='exact' does not allow"
+    if value == "fp16" and device.type == "cpu":
+        return "4 to 100 times slower than fp32 on CPUs"
+    if value == "fp16" and takes_effect(device, torch.bfloat16):
+        return "bf16 has the range of fp32 and needs no scaler"
+    if value == "fp16" and not situation.module.automatic_optimization:
+        return "manual optimization would have to scale its losses by itself"
+    return (
+        "" if takes_effect(device, dtype) else f"autocast to {value} has no effect on {device.type}"
+    )
