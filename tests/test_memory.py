@@ -692,7 +692,7 @@ def test_nothing_to_checkpoint_is_an_error() -> None:
         checkpoint_activations(Stack(), select="nowhere.*")
     with pytest.raises(ValueError, match="unknown `policy`"):
         checkpoint_activations(Stack(), policy="some")
-    with pytest.raises(ValueError, match="unknown `policy`"):
+    with pytest.raises(TypeError, match="`policy` is a name"):
         ActivationCheckpointing(policy=None)  # type: ignore[arg-type]
 
 
