@@ -224,7 +224,7 @@ MISREAD = {
     "`ckpt_pth`": ({"ckpt_pth": "last.ckpt"}, "say `ckpt_path`"),
     "`teachr`": ({"teachr": {"ckpt_path": "t.ckpt"}}, "say `teacher`"),
     "`accel.atach`": ({"accel": {"atach": True}, "callbacks": METER}, r"say `\+accel.attach=true`"),
-    "`accel.attach`": ({"accel": {"attach": "yes"}}, "say `"),
+    "`accel.attach`": ({"accel": {"attach": "yes"}}, "pass a bool"),
     "`accel.prune`": ({"accel": {"prune": True}}, r"say `\+accel=prune`"),
     "`accel.amp`": ({"accel": {"amp": False}, "callbacks": METER}, "leave it out"),
     "`accel.pruning`": ({"accel": {"pruning": {"ratio": 0.3}}}, "`callbacks.NAME.ratio=`"),
