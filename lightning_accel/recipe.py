@@ -32,6 +32,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_roots, typed_words, walk
+from lightning_accel.arguments import instance
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.bridge.technique import place_of
 from lightning_accel.errors import AccelError, Unsupported, explain
@@ -359,10 +360,7 @@ def _require(thing: Any, kind: type, where: str, target: str) -> None:
 
 def _by_name(nodes: Any, where: str) -> dict[str, Any]:
     """Return the nodes of a group that are to be built, checked: a dict, whose names lead to nodes."""
-    if nodes is not None and not isinstance(nodes, dict):
-        raise ValueError(
-            explain(f"`{where}` is a dict of nodes by name", repr(nodes), "name each node")
-        )
+    instance(where, nodes, dict, "a dict of nodes by name", "name each node", none=True)
     if nodes and "_target_" in nodes:
         raise ValueError(
             explain(

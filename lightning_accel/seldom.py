@@ -9,30 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_accel.errors import explain
+from lightning_accel.arguments import whole
 
 
 def check_seldom(check_every: Any) -> int | None:
     """Return how often to look, or raise.
 
     Raises:
-        ValueError: It is neither a whole number from 1 on nor `None`.
+        TypeError: It is neither a whole number nor `None`.
+        ValueError: It is below 1.
 
     >>> check_seldom(64), check_seldom(None)
     (64, None)
     """
-    if check_every is None:
-        return None
-    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
-        never = check_every in (0, False)
-        raise ValueError(
-            explain(
-                "`check_every` is a whole number from 1 on, or None for never",
-                repr(check_every),
-                "say None (in yaml: null)" if never else "pass 64",
-            )
-        )
-    return check_every
+    do = "pass 64, say; never is None (in yaml: null)"
+    return whole("check_every", check_every, none=True, do=do)
 
 
 def is_due(number: int, check_every: int | None) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning_accel
 from lightning_accel.allowed import typed_keys, walk
+from lightning_accel.arguments import flag
 from lightning_accel.errors import explain
 from lightning_accel.targets import is_ours
 
@@ -77,8 +78,7 @@ def attach_of(marks: Any) -> bool | None:
                 )
             )
     found = marks.get("attach") if isinstance(marks, Mapping) else None
-    _refuse_odd_attach(found)
-    return found
+    return flag("accel.attach", found, none=True)
 
 
 def check_teacher(teacher: Mapping[str, Any], unresolved: Any) -> None:
@@ -171,7 +171,7 @@ def _check_accel(marks: Any, callbacks: Any, read: Collection[str]) -> None:
         return
     for key, value in marks.items():
         if key == "attach":
-            _refuse_odd_attach(value)
+            flag("accel.attach", value, none=True)
         elif key not in read and (value is not True or nearest(key, ("attach",))):
             raise ValueError(
                 explain(
@@ -232,17 +232,6 @@ def _of_trainer() -> list[str]:
     from lightning.pytorch import Trainer
 
     return _arguments(Trainer) or []
-
-
-def _refuse_odd_attach(value: Any) -> None:
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(
-            explain(
-                "`accel.attach` is true or false",
-                repr(value),
-                "say `+accel.attach=true`, or leave it out",
-            )
-        )
 
 
 def _instead(key: str, value: Any) -> str:

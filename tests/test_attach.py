@@ -108,7 +108,7 @@ def test_attach_is_true_or_false(folder: Path, word: str) -> None:
     trainer = hydra.utils.instantiate(
         compose("train", ["+accel=prune", f"+accel.attach={word}"]).trainer
     )
-    with pytest.raises(ValueError, match=r"`accel\.attach` is true or false\. Found: .*Do: "):
+    with pytest.raises(TypeError, match=r"`accel\.attach` is true or false\. Found: .*Do: "):
         fit(trainer)
 
 

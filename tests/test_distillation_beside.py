@@ -523,12 +523,12 @@ def test_losses_are_read_in_every_notation(given: Any, names: list[str]) -> None
         ({"kd": {"layers": "a"}}, "reads logits, not layers"),
         ({"kd": {"temprature": 2.0}}, "no such keyword"),
         ({"task": {"loss": "kd"}}, "the user's own loss"),
-        ({"kd": float("nan")}, "finite number"),
-        ({"kd": True}, "finite number"),
+        ({"kd": float("nan")}, "is a number"),
+        ({"kd": True}, "is a number"),
     ],
 )
 def test_losses_that_cannot_be_are_refused(given: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         terms(given)
 
 

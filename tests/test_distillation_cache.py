@@ -977,7 +977,7 @@ def test_a_copy_of_a_cache_is_configured_alike_and_closed(tmp_path: Path) -> Non
         ({"max_bytes": 0}, "`max_bytes`"),
         ({"top_k": 0}, "`top_k`"),
         ({"dtype": "int8"}, r"`dtype`.*Found: 'int8'.*float16"),
-        ({"min_hit_rate": 5}, "`min_hit_rate`.*Found: 5.*Do: pass 0.05"),
+        ({"min_hit_rate": 5}, "`min_hit_rate`.*Found: 5.*Do: pass one"),
     ],
 )
 def test_bad_settings_are_refused_with_what_to_do(options: dict[str, Any], text: str) -> None:

@@ -518,7 +518,7 @@ class TestProjector:
             make_projector(torch.ones(2, 3), torch.ones(2, 4, 3))
 
     def test_an_unknown_kind_and_an_empty_width_are_errors(self) -> None:
-        with pytest.raises(ValueError, match="unknown kind of projector.*'conv'.*map, tokens"):
+        with pytest.raises(ValueError, match="unknown `kind`.*'conv'.*'map', 'tokens'"):
             Projector(3, 5, "conv")
         for make in (lambda: Projector(0, 5), lambda: Embedding(3, 0)):
             with pytest.raises(ValueError, match="widths are positive"):

@@ -14,7 +14,7 @@ from typing import Any
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_accel.errors import explain
+from lightning_accel.arguments import one_of
 
 _KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -31,11 +31,7 @@ def check(backend: Any) -> str:
     >>> check("flash")
     'flash'
     """
-    if not isinstance(backend, str) or backend not in _KERNELS:
-        known = ", ".join(repr(name) for name in BACKENDS)
-        kind = ValueError if isinstance(backend, str) else TypeError
-        raise kind(explain("unknown attention `backend`", repr(backend), f"pass one of {known}"))
-    return backend
+    return one_of("backend", backend, BACKENDS)
 
 
 @contextmanager

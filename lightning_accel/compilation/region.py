@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_accel.arguments import one_of
 from lightning_accel.compilation.explain import Capture, note, now, runs_cached_graphs
 from lightning_accel.compilation.guard import Code
 from lightning_accel.compilation.sample import Samples
@@ -277,10 +278,7 @@ def check(backend: Backend, mode: str | None) -> None:
     """Raise unless `torch.compile` knows the backend and the mode, and they go together."""
     if isinstance(backend, str):
         known = torch.compiler.list_backends(exclude_tags=())
-        if backend not in known:
-            raise ValueError(
-                explain("unknown `backend`", repr(backend), f"pass one of {', '.join(known)}")
-            )
+        one_of("backend", backend, known)
     if mode is None:
         return
     if backend != "inductor":
@@ -291,9 +289,7 @@ def check(backend: Backend, mode: str | None) -> None:
         )
     from torch._inductor import list_mode_options
 
-    modes = list(list_mode_options())
-    if mode not in modes:
-        raise ValueError(explain("unknown `mode`", repr(mode), f"pass one of {', '.join(modes)}"))
+    one_of("mode", mode, list(list_mode_options()))
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lightning_accel.distillation.arguments import number, path_of, whole
+from lightning_accel.arguments import one_of, path, share, whole
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.seal import own_folder, put, sealed, secret
 from lightning_accel.seldom import check_seldom
@@ -41,6 +41,8 @@ from .topk import compress
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Tensor]]
 
+StoredIn = Literal["float16", "bfloat16", "float32"]
+DTYPES = get_args(StoredIn)
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROUNDING = 2.0**-7
 """Of the shortest type on disk."""
@@ -82,16 +84,15 @@ class TeacherCache:
         *,
         max_bytes: int = 4 * 2**30,
         top_k: int | None = None,
-        dtype: str = "float16",
+        dtype: StoredIn = "float16",
         min_hit_rate: float = 0.05,
         check_every: int | None = 1000,
     ) -> None:
-        _check_arguments(max_bytes, top_k, dtype, min_hit_rate)
-        self.folder = path_of(folder, "folder")
-        self.max_bytes = int(max_bytes)
-        self.top_k = top_k
-        self.dtype = dtype
-        self.min_hit_rate = min_hit_rate
+        self.folder = path("folder", folder)
+        self.max_bytes = whole("max_bytes", max_bytes)
+        self.top_k = whole("top_k", top_k, none=True)
+        self.dtype = one_of("dtype", dtype, DTYPES)
+        self.min_hit_rate = share("min_hit_rate", min_hit_rate)
         self.check_every = check_seldom(check_every)
         self.hits = 0
         self.rows = 0
@@ -414,17 +415,3 @@ def _pick(
         return leaf
 
     return pytree.tree_map(pick, call)
-
-
-def _check_arguments(max_bytes: int, top_k: int | None, dtype: str, min_hit_rate: float) -> None:
-    whole(max_bytes, "max_bytes", 1)
-    if top_k is not None:
-        whole(top_k, "top_k", 1)
-    if not isinstance(dtype, str) or dtype not in _STORED:
-        raise ValueError(
-            explain("`dtype` is not known", f"{dtype!r}", f"pass one of {list(_STORED)}")
-        )
-    if not 0 <= number(min_hit_rate, "min_hit_rate") <= 1:
-        raise ValueError(
-            explain("`min_hit_rate` must lie between 0 and 1", f"{min_hit_rate}", "pass 0.05")
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
+from lightning_accel.arguments import instance, one_of, open_share, path, whole
 from lightning_accel.bridge import guards
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import heads, rehearsal
-from lightning_accel.distillation.arguments import index_of, name_of, number, path_of, whole
+from lightning_accel.distillation.arguments import index_of
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.course import Course
 from lightning_accel.distillation.engine import Engine
@@ -38,10 +39,11 @@ from lightning_accel.distillation.teacher import (
 from lightning_accel.distillation.term import terms
 from lightning_accel.distillation.views import views_in
 from lightning_accel.distillation.world import average_gradients
-from lightning_accel.errors import AccelError, NoEffect, explain
+from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.surgery import Receipt, Structure, twin
 
-_CALLS = ("error", "last", "all")
+Calls = Literal["error", "last", "all"]
+CALLS = get_args(Calls)
 
 
 class Distillation(Callback):
@@ -91,28 +93,25 @@ class Distillation(Callback):
         class_dim: int | None = None,
         target: Where = None,
         mask: Where = None,
-        calls: str = "error",
+        calls: Calls = "error",
         cache: str | Path | TeacherCache | None = None,
         ema_decay: float = 0.999,
         evidence_every: int = 200,
     ) -> None:
         self.teachers = read_teachers(teacher)
-        if calls not in _CALLS:
-            raise ValueError(explain("unknown `calls`", repr(calls), f"pass one of {_CALLS}"))
-        if not 0 < number(ema_decay, "ema_decay") < 1:
-            raise ValueError(
-                explain("`ema_decay` lies between 0 and 1", repr(ema_decay), "pass 0.999")
-            )
-        self.calls, self.ema_decay = calls, ema_decay
-        self.evidence_every = whole(evidence_every, "evidence_every", 0)
-        self.student = name_of(student, "student")
+        self.calls = one_of("calls", calls, CALLS)
+        self.ema_decay = open_share("ema_decay", ema_decay)
+        self.evidence_every = whole("evidence_every", evidence_every, least=0)
+        self.student = instance(
+            "student", student, str, "a name", "pass text, or leave it out", none=True
+        )
         if cache is not None and not isinstance(cache, TeacherCache):
-            cache = TeacherCache(path_of(cache, "cache"))
+            cache = TeacherCache(path("cache", cache))
         self.engine = Engine(
             terms(losses),
             task_weight=read(task_weight, "task_weight"),
             logits=logits,
-            class_dim=None if class_dim is None else index_of(class_dim, "class_dim"),
+            class_dim=index_of("class_dim", class_dim),
             target=check_where(target, "target"),
             mask=check_where(mask, "mask"),
             cache=cache,

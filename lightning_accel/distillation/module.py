@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+from lightning_accel.arguments import instance, one_of
 from lightning_accel.bridge.inert import Onlooker
 from lightning_accel.distillation.callback import Distillation
 from lightning_accel.distillation.criterion import are_distributions
@@ -21,6 +22,9 @@ from lightning_accel.distillation.locate import class_dim_of, classes_last, logi
 from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Source, Teacher
 from lightning_accel.errors import AccelError, explain
+
+Interval = Literal["epoch", "step"]
+INTERVALS = get_args(Interval)
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 TaskLoss = Callable[[Any, Any], Tensor]
@@ -65,32 +69,21 @@ class DistillationModule(LightningModule):
         *,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
-        interval: str = "epoch",
+        interval: Interval = "epoch",
         task_loss: TaskLoss | str | None = "cross_entropy",
         task_weight: Any = 1.0,
         metrics: Metric | MetricCollection | Mapping[str, Metric] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(student, nn.Module):
-            raise TypeError(
-                explain("`student` is a network", type(student).__name__, "pass a torch.nn.Module")
-            )
-        if interval not in ("epoch", "step"):
-            raise ValueError(
-                explain("unknown `interval`", repr(interval), "pass 'epoch' or 'step'")
-            )
-        for name, given in (("optimizer", optimizer), ("scheduler", scheduler)):
-            if not callable(given) and not (name == "scheduler" and given is None):
-                raise TypeError(
-                    explain(
-                        f"`{name}` makes one",
-                        repr(given),
-                        "pass a class of torch.optim or a partial",
-                    )
-                )
+        instance("student", student, nn.Module, "a network", "pass a torch.nn.Module")
+        one_of("interval", interval, INTERVALS)
+        do = "pass a class of torch.optim or a partial"
+        instance("optimizer", optimizer, Callable, "what makes one", do)
+        instance("scheduler", scheduler, Callable, "what makes one", do, none=True)
         if task_loss is not None and task_loss != "cross_entropy" and not callable(task_loss):
-            raise ValueError(
+            kind = ValueError if isinstance(task_loss, str) else TypeError
+            raise kind(
                 explain(
                     "unknown `task_loss`", repr(task_loss), "pass a function of output and batch"
                 )
@@ -247,14 +240,8 @@ def _metrics(
 ) -> nn.ModuleDict | None:
     if metrics is None:
         return None
-    if not isinstance(metrics, (Metric, Mapping, MetricCollection)):
-        raise TypeError(
-            explain(
-                "`metrics` come from torchmetrics",
-                repr(metrics),
-                "pass a metric, or a mapping of them",
-            )
-        )
+    known = (Metric, Mapping, MetricCollection)
+    instance("metrics", metrics, known, "of torchmetrics", "pass a metric, or a mapping of them")
     if isinstance(metrics, MetricCollection):
         collection = metrics
     else:

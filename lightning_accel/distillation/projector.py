@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import gcd, isqrt, prod
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_accel.arguments import one_of
 from lightning_accel.errors import explain
 from lightning_accel.surgery import Change, Kept, Moved, Receipt
 from lightning_accel.surgery.structure import replace_data, text
@@ -41,7 +42,9 @@ LAYOUTS = {
 }
 """Each layout with the order of its dimensions that makes it a vector, tokens or a map."""
 
-KINDS = {2: "vector", 3: "tokens", 4: "map", 5: "map"}
+ProjectorKind = Literal["map", "tokens", "vector"]
+PROJECTORS = get_args(ProjectorKind)
+KINDS: dict[int, ProjectorKind] = {2: "vector", 3: "tokens", 4: "map", 5: "map"}
 """What an aligned feature is, by its number of dimensions."""
 
 MAX_EXTRA = 16
@@ -146,13 +149,15 @@ class Projector(nn.Module):
     """
 
     def __init__(
-        self, student_width: int, teacher_width: int, kind: str = "vector", *, seed: int = 0
+        self,
+        student_width: int,
+        teacher_width: int,
+        kind: ProjectorKind = "vector",
+        *,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if kind not in KINDS.values():
-            raise ValueError(
-                explain("unknown kind of projector", repr(kind), "pass map, tokens or vector")
-            )
+        one_of("kind", kind, PROJECTORS)
         self.kind = kind
         self.weight = nn.Parameter(_drawn(teacher_width, student_width, seed))
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from lightning_accel.distillation.arguments import number
+from lightning_accel.arguments import finite, one_of
 from lightning_accel.errors import explain
 
-_UNITS = ("fit", "epoch", "step")
-_SHAPES = ("linear", "cosine")
+Unit = Literal["fit", "epoch", "step"]
+UNITS = get_args(Unit)
+Shape = Literal["linear", "cosine"]
+SHAPES = get_args(Shape)
 
 
 class Moment(NamedTuple):
@@ -39,6 +41,7 @@ class Ramp:
         shape: "linear" or "cosine".
 
     Raises:
+        TypeError: An argument is of another kind.
         ValueError: An argument is out of range.
 
     >>> Ramp(0.0, 1.0, over=20, unit="epoch").at(Moment(epoch=5))
@@ -48,24 +51,18 @@ class Ramp:
     start: float
     end: float
     over: float = 1.0
-    unit: str = "fit"
+    unit: Unit = "fit"
     delay: float = 0.0
-    shape: str = "linear"
+    shape: Shape = "linear"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("unit", self.unit, _UNITS), ("shape", self.shape, _SHAPES)):
-            if value not in known:
-                raise ValueError(explain(f"unknown `{name}`", repr(value), f"pass one of {known}"))
-        for name in ("start", "end", "over", "delay"):
-            number(getattr(self, name), name)
-        if not self.over > 0 or self.delay < 0:
-            raise ValueError(
-                explain(
-                    "`over` must be above 0 and `delay` not below",
-                    f"over={self.over}, delay={self.delay}",
-                    "pass how long the value moves, such as over=0.5 of a fit",
-                )
-            )
+        one_of("unit", self.unit, UNITS)
+        one_of("shape", self.shape, SHAPES)
+        finite("start", self.start)
+        finite("end", self.end)
+        do = "pass how long the value moves, such as over=0.5 of a fit"
+        finite("over", self.over, above=0.0, do=do)
+        finite("delay", self.delay, least=0.0)
 
     def at(self, moment: Moment) -> float:
         """Return the value at a moment of the fit."""
@@ -95,9 +92,7 @@ def read(value: Any, name: str) -> Number:
             ) from None
     if isinstance(value, Ramp) or (callable(value) and not isinstance(value, type)):
         return value
-    if number(value, name) < 0:
-        raise ValueError(explain(f"`{name}` must not be below 0", repr(value), "pass 0.9, say"))
-    return value
+    return finite(name, value, least=0.0)
 
 
 def now(value: Number, moment: Moment) -> float:

@@ -13,14 +13,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_accel import hardware
-from lightning_accel.distillation.arguments import flag, number, path_of, whole
+from lightning_accel.arguments import finite, flag, instance, one_of, path, whole
 from lightning_accel.distillation.doubts import misfit
 from lightning_accel.distillation.tape import Record, Tape
 from lightning_accel.errors import AccelError, explain, weights_alone
@@ -31,7 +31,8 @@ from lightning_accel.surgery.moment import Moments
 from lightning_accel.surgery.preserve import preserve_rng
 
 SELF, EMA = "self", "ema"
-_PRECISIONS = ("auto", "bf16", "fp32", "same")
+TeacherPrecision = Literal["auto", "bf16", "fp32", "same"]
+PRECISIONS = get_args(TeacherPrecision)
 _OF_A_BINDING = ("_run", "_tape", "_footprint", "_as_it_stands")
 _CAST_ONCE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -66,24 +67,15 @@ class Teacher:
         *,
         checkpoint: str | Path | None = None,
         weight: float = 1.0,
-        precision: str = "auto",
+        precision: TeacherPrecision = "auto",
         compile: bool = False,
         classes: Sequence[int] | None = None,
     ) -> None:
-        if not isinstance(source, (nn.Module, str, Path)):
-            raise TypeError(
-                explain(
-                    "a teacher is a module, a path, 'self' or 'ema'",
-                    f"{type(source).__name__}",
-                    "pass the trained network, or the path of its checkpoint",
-                )
-            )
-        if precision not in _PRECISIONS:
-            raise ValueError(
-                explain("unknown `precision`", repr(precision), f"pass one of {_PRECISIONS}")
-            )
-        if not number(weight, "weight") > 0:
-            raise ValueError(explain("`weight` must be above 0", repr(weight), "pass 1.0"))
+        what = "a module, a path, 'self' or 'ema'"
+        do = "pass the trained network, or the path of its checkpoint"
+        instance("teacher", source, (nn.Module, str, Path), what, do)
+        one_of("precision", precision, PRECISIONS)
+        finite("weight", weight, above=0.0)
         if checkpoint is not None and not isinstance(source, nn.Module):
             raise ValueError(
                 explain(
@@ -93,12 +85,12 @@ class Teacher:
                 )
             )
         if isinstance(source, (str, Path)):
-            path_of(source, "teacher")
+            path("teacher", source)
         self.source = source
-        self.checkpoint = None if checkpoint is None else path_of(checkpoint, "checkpoint")
+        self.checkpoint = path("checkpoint", checkpoint, none=True)
         self.weight = weight
-        self.precision = precision
-        self.compile = flag(compile, "compile")
+        self.precision: str = precision
+        self.compile = flag("compile", compile)
         self.classes = None if classes is None else _classes(classes)
         self.network: nn.Module = source if isinstance(source, nn.Module) else _Missing()
         """All of it, as it was given; a part of it may be what is bound."""
@@ -390,7 +382,7 @@ def _classes(classes: Any) -> tuple[int, ...]:
         raise TypeError(
             explain("`classes` lists the teacher's indices", repr(classes), "pass [2, 0, 1], say")
         )
-    return tuple(whole(index, "classes", 0) for index in listed)
+    return tuple(whole("classes", index, least=0) for index in listed)
 
 
 class _Missing(nn.Module):

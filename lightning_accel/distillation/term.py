@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_accel.arguments import one_of, whole
 from lightning_accel.distillation import losses
-from lightning_accel.distillation.arguments import whole
 from lightning_accel.distillation.criterion import CLASSES, LABELS, NUMBERS
 from lightning_accel.distillation.projector import LAYOUTS
 from lightning_accel.distillation.schedule import Moment, Number, is_constant, now, read
@@ -95,13 +95,11 @@ class Term:
                 raise ValueError(
                     explain("`temperature` must be above 0", repr(temperature), "pass 4.0, say")
                 )
-        for side in (student_layout, teacher_layout):
-            if side is not None and (not isinstance(side, str) or side not in LAYOUTS):
-                known = ", ".join(LAYOUTS)
-                raise ValueError(explain("unknown layout", repr(side), f"pass one of {known}"))
+        one_of("student_layout", student_layout, LAYOUTS, none=True)
+        one_of("teacher_layout", teacher_layout, LAYOUTS, none=True)
         self.layers = layers
         self.layouts = (student_layout, teacher_layout)
-        self.teacher = None if teacher is None else whole(teacher, "teacher", 0)
+        self.teacher = whole("teacher", teacher, least=0, none=True)
         self.keywords = keywords
         self._check()
 
@@ -251,7 +249,7 @@ def _kind(loss: Any, on_layers: bool) -> Kind:
             )
         return KNOWN[loss]
     if not callable(loss):
-        raise ValueError(
+        raise TypeError(
             explain("a loss is a name or a function", repr(loss), f"pass one of {', '.join(KNOWN)}")
         )
     plain = loss.func if isinstance(loss, partial) else loss

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from lightning_accel.distillation.arguments import whole
+from lightning_accel.arguments import whole
 from lightning_accel.errors import explain
 from lightning_accel.surgery.preserve import runs
 
@@ -85,8 +85,8 @@ class SeededViews(Dataset):
                 )
             )
         self.dataset = dataset
-        self.views = whole(views, "views", 1)
-        self.seed = whole(seed, "seed", 0)
+        self.views = whole("views", views)
+        self.seed = whole("seed", seed, least=0)
         # in shared memory: worker processes that live on see the epoch of the main process
         # epoch, was it set, items, and who has warned
         self._state = torch.zeros(5, dtype=torch.int64).share_memory_()

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_accel.errors import NoEffect, Unsupported, explain
+from lightning_accel.arguments import instance, one_of
+from lightning_accel.errors import NoEffect, Unsupported
 from lightning_accel.loop.layout import on_device, place_state, unfit
 from lightning_accel.surgery import Change, Receipt
 from lightning_accel.surgery.optimizers import within
@@ -58,12 +59,7 @@ def use_implementation(optimizer: Optimizer, implementation: str) -> Receipt:
     Change(name='AdamW, group 0', what='implementation', before='default', after='fused')
     """
     check(implementation)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            explain(
-                "`optimizer` is one of torch.optim", repr(optimizer), "pass trainer.optimizers[0]"
-            )
-        )
+    instance("optimizer", optimizer, Optimizer, "one of torch.optim", "pass trainer.optimizers[0]")
     reason = why_not(optimizer, implementation)
     if reason:
         raise Unsupported(
@@ -85,13 +81,7 @@ def use_implementation(optimizer: Optimizer, implementation: str) -> Receipt:
 
 def check(implementation: str) -> str:
     """Return the name of an implementation, or raise."""
-    if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            explain(
-                "unknown `implementation`", repr(implementation), f"pass one of {IMPLEMENTATIONS}"
-            )
-        )
-    return implementation
+    return one_of("implementation", implementation, IMPLEMENTATIONS)
 
 
 def implementation_of(group: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel import hardware
+from lightning_accel.arguments import instance
 from lightning_accel.bridge.bests import is_stale
 from lightning_accel.bridge.data import is_stream
 from lightning_accel.bridge.example import AtHand, find_example
@@ -94,10 +95,8 @@ class AccelReport(Paced):
             raise ValueError(
                 explain("`budget_s` is a time", repr(budget_s), "pass seconds above 0")
             )
-        if path is not None and not isinstance(path, (str, PathLike)):
-            raise TypeError(
-                explain("`path` is where the JSON goes", repr(path), "pass 'report.json', say")
-            )
+        where = "where the JSON goes"
+        instance("path", path, (str, PathLike), where, "pass 'report.json', say", none=True)
         self.path = None if path is None else Path(path)
         self.dense_metrics = None if dense_metrics is None else _numbers(dense_metrics)
         self.budget_s = budget_s

@@ -24,7 +24,8 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy
 
-from lightning_accel.errors import Unsupported, explain
+from lightning_accel.arguments import share
+from lightning_accel.errors import Unsupported
 from lightning_accel.memory.draws import draws
 
 _CUT = "choose_saved_values_set"
@@ -75,14 +76,7 @@ def activation_budget(value: float) -> Iterator[None]:
 
 def check_budget(value: Any) -> None:
     """Raise unless `value` is a share from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            explain("a budget is a number", repr(value), "pass a share from 0 to 1, such as 0.5")
-        )
-    if not 0 <= value <= 1:  # nan fails as well
-        raise ValueError(
-            explain("a budget lies from 0 to 1", repr(value), "pass a share, such as 0.5")
-        )
+    share("budget", value)
 
 
 @contextmanager

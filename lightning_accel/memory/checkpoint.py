@@ -44,7 +44,8 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
-from lightning_accel.errors import NoEffect, explain
+from lightning_accel.arguments import one_of
+from lightning_accel.errors import NoEffect
 from lightning_accel.memory.draws import draws
 from lightning_accel.memory.recompute import Calls, Recomputation
 from lightning_accel.memory.saved import note_kept
@@ -159,8 +160,7 @@ def find_repeated(model: nn.Module) -> dict[str, nn.Module]:
 
 def check_arguments(policy: Any, check_every: Any) -> None:
     """Raise unless these can be arguments of `checkpoint_activations`."""
-    if policy not in POLICIES:
-        raise ValueError(explain("unknown `policy`", repr(policy), f"pass one of {POLICIES}"))
+    one_of("policy", policy, POLICIES)
     check_seldom(check_every)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_accel.arguments import one_of, whole
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.surgery import Change, Receipt, Select
 
@@ -130,12 +131,7 @@ def check_recipe(recipe: Any) -> str:
     >>> check_recipe("rowwise")
     'rowwise'
     """
-    listed = ", ".join(repr(name) for name in RECIPES)
-    if not isinstance(recipe, str):
-        raise TypeError(explain("`recipe` is a name", repr(recipe), f"pass one of {listed}"))
-    if recipe not in RECIPES:
-        raise ValueError(explain("unknown `recipe`", repr(recipe), f"pass one of {listed}"))
-    return recipe
+    return one_of("recipe", recipe, RECIPES)
 
 
 def check_smallest(smallest: Any) -> int:
@@ -144,19 +140,7 @@ def check_smallest(smallest: Any) -> int:
     >>> check_smallest(1024)
     1024
     """
-    if isinstance(smallest, bool) or not isinstance(smallest, int):
-        raise TypeError(
-            explain(
-                "`smallest` is a number of features", repr(smallest), "pass an int such as 1024"
-            )
-        )
-    if smallest < 1:
-        raise ValueError(
-            explain(
-                "`smallest` must be at least 1", str(smallest), "pass 16 for every layer that fits"
-            )
-        )
-    return smallest
+    return whole("smallest", smallest, do="pass 16 for every layer that fits")
 
 
 def require_torchao() -> None:

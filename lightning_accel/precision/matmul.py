@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_accel import hardware
-from lightning_accel.errors import explain
+from lightning_accel.arguments import one_of
 
 PRECISIONS = ("highest", "high", "medium")
 
@@ -76,12 +76,7 @@ def check(precision: Any, *, auto: bool = True) -> str:
     'medium'
     """
     known = (*PRECISIONS, "auto") if auto else PRECISIONS
-    listed = ", ".join(repr(name) for name in known)
-    if not isinstance(precision, str):
-        raise TypeError(explain("`precision` is a name", repr(precision), f"pass one of {listed}"))
-    if precision not in known:
-        raise ValueError(explain("unknown `precision`", repr(precision), f"pass one of {listed}"))
-    return precision
+    return one_of("precision", precision, known)
 
 
 @contextmanager

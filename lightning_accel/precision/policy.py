@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_accel import hardware
-from lightning_accel.errors import Unsupported, explain
+from lightning_accel.arguments import one_of
+from lightning_accel.errors import Unsupported
 from lightning_accel.precision.autocast import takes_effect
 
 FORMATS = ("auto", "bf16", "fp16", "fp32")
@@ -40,11 +41,7 @@ def check(format: Any) -> str:
     >>> check("bf16")
     'bf16'
     """
-    if not isinstance(format, str):
-        raise TypeError(explain("`format` is a name", repr(format), f"pass one of {_listed()}"))
-    if format not in FORMATS:
-        raise ValueError(explain("unknown `format`", repr(format), f"pass one of {_listed()}"))
-    return format
+    return one_of("format", format, FORMATS)
 
 
 def resolve(format: str = "auto", device: torch.device | str = "cpu") -> Policy:

@@ -32,7 +32,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from lightning_accel.errors import explain
+from lightning_accel.arguments import one_of, whole
 from lightning_accel.precision.exchange import (
     SHORT,
     closure_comes_first,
@@ -87,8 +87,8 @@ class ShortWeights:
     """
 
     def __init__(self, kind: str = "master", seed: int = 0) -> None:
-        self.kind = check_kind(kind)
-        self.seed = check_seed(seed)
+        self.kind = one_of("weights", kind, KINDS)
+        self.seed = whole("seed", seed, least=0, most=2**31 - 1)
         self.count = 0  # of random roundings
         self._full: dict[
             nn.Parameter, nn.Parameter
@@ -379,35 +379,6 @@ def round_stochastically(values: Tensor, generator: torch.Generator | None = Non
     # The upper half of the bits is the bfloat16 below in magnitude, the lower half the distance to the next.
     rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(SHORT)
     return torch.where(finite, rounded, values.to(SHORT))
-
-
-def check_kind(kind: Any) -> str:
-    """Return how weights are kept, or raise and list the known ways.
-
-    >>> check_kind("master")
-    'master'
-    """
-    listed = ", ".join(repr(name) for name in KINDS)
-    if not isinstance(kind, str):
-        raise TypeError(explain("`weights` is a name", repr(kind), f"pass one of {listed}"))
-    if kind not in KINDS:
-        raise ValueError(explain("unknown `weights`", repr(kind), f"pass one of {listed}"))
-    return kind
-
-
-def check_seed(seed: Any) -> int:
-    """Return a seed, or raise when it is no whole number from 0 to 2**31 - 1.
-
-    >>> check_seed(0)
-    0
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(explain("`seed` is a whole number", repr(seed), "pass an int such as 0"))
-    if not 0 <= seed < 1 << 31:
-        raise ValueError(
-            explain("`seed` must lie between 0 and 2**31 - 1", str(seed), "pass an int such as 0")
-        )
-    return seed
 
 
 def _give_back(opened: _Opened) -> None:

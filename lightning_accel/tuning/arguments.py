@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils._pytree import tree_leaves
 
+from lightning_accel.arguments import whole
 from lightning_accel.errors import explain
-
-
-def positive(name: str, value: Any) -> float:
-    """Return a number above zero; infinity is one.
-
-    >>> positive("budget_s", 3)
-    3.0
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(explain(f"`{name}` is a number", repr(value), "pass one, such as 60"))
-    if math.isnan(value) or value <= 0:
-        raise ValueError(explain(f"`{name}` is above zero", repr(value), "pass one, such as 60"))
-    return float(value)
-
-
-def whole(name: str, value: Any) -> int:
-    """Return a whole number above zero.
-
-    >>> whole("steps", 3)
-    3
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(explain(f"`{name}` is a whole number", repr(value), "pass one above zero"))
-    if value < 1:
-        raise ValueError(explain(f"`{name}` is above zero", repr(value), "pass one above zero"))
-    return value
 
 
 def sizes_of(sizes: Any) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_accel.arguments import positive
 from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.bridge.paced import report_path
 from lightning_accel.changed import changed, written
@@ -18,7 +19,7 @@ from lightning_accel.places import free
 from lightning_accel.tuning import store
 from lightning_accel.tuning.apply import Applied
 from lightning_accel.tuning.arena import said
-from lightning_accel.tuning.arguments import folder_of, path_of, positive, sizes_of
+from lightning_accel.tuning.arguments import folder_of, path_of, sizes_of
 from lightning_accel.tuning.candidates import check_techniques
 from lightning_accel.tuning.numerics import check
 from lightning_accel.tuning.report import TuneReport
@@ -67,8 +68,8 @@ class AutoTune(Callback):
         cache: bool | str | Path = True,
     ) -> None:
         self.numerics = check(numerics)
-        self.budget_s = positive("budget_s", budget_s)
-        self.budget_share = positive("budget_share", budget_share)
+        self.budget_s = float(positive("budget_s", budget_s, unit="seconds"))
+        self.budget_share = float(positive("budget_share", budget_share))
         self.techniques = check_techniques(techniques)
         self.batch_sizes = sizes_of(batch_sizes)
         self.files = () if isinstance(report, bool) else path_of(report)

@@ -10,11 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from typing_extensions import override
 
+from lightning_accel.arguments import instance, whole
 from lightning_accel.bridge.data import unread
-from lightning_accel.errors import AccelError, explain
+from lightning_accel.errors import AccelError
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.preserve import preserve_rng
-from lightning_accel.tuning.arguments import readable, whole
+from lightning_accel.tuning.arguments import readable
 from lightning_accel.tuning.callback import AutoTune
 from lightning_accel.tuning.report import TuneReport
 
@@ -59,10 +60,7 @@ def tune(
     >>> report.settings.label, report.trials[0].reason
     ('plain', 'no two-dimensional convolution')
     """
-    if not isinstance(module, LightningModule):
-        raise TypeError(
-            explain("`module` is a LightningModule", type(module).__name__, "pass one to tune")
-        )
+    instance("module", module, LightningModule, "a LightningModule", "pass one to tune")
     readable(data)
     tuning = AutoTune(
         numerics=numerics,

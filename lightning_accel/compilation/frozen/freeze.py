@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_accel.arguments import finite, flag, one_of
 from lightning_accel.compilation.blocks import find_blocks
 from lightning_accel.compilation.difference import difference
 from lightning_accel.compilation.guard import Code
 from lightning_accel.compilation.region import Backend, check
-from lightning_accel.errors import explain
 from lightning_accel.measure.race import synchronise
 from lightning_accel.seldom import check_seldom, is_due
 from lightning_accel.surgery import Select
@@ -317,17 +317,10 @@ def frozen(
 
 def check_arguments(weights: Any, channels_last: Any, tolerance: Any, check_every: Any) -> None:
     """Raise unless these can be arguments of `frozen`."""
-    if not isinstance(weights, (str, type(None))) or weights not in TOLERANCES:
-        raise ValueError(explain("unknown `weights`", repr(weights), "pass None or 'bf16'"))
-    if not isinstance(channels_last, bool):
-        raise TypeError(explain("`channels_last` is a bool", repr(channels_last), "pass True"))
+    one_of("weights", weights, ("bf16",), none=True)
+    flag("channels_last", channels_last)
     check_seldom(check_every)
-    if tolerance is None:
-        return
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise TypeError(explain("`tolerance` is a number", repr(tolerance), "pass 1e-4"))
-    if not 0 < tolerance < float("inf"):
-        raise ValueError(explain("`tolerance` is positive", repr(tolerance), "pass 1e-4"))
+    finite("tolerance", tolerance, above=0.0, none=True, do="pass 1e-4")
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -7,12 +7,13 @@ by projectors; `attention_transfer` alone needs no equal channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_accel.arguments import one_of
 from lightning_accel.distillation.losses.island import (
     average,
     blank,
@@ -23,6 +24,8 @@ from lightning_accel.distillation.losses.island import (
 )
 from lightning_accel.errors import explain
 
+Form = Literal["code", "paper"]
+FORMS = get_args(Form)
 _POOL: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,
     2: F.adaptive_avg_pool2d,
@@ -56,7 +59,7 @@ def fitnet(student: Tensor, teacher: Tensor, /, *, mask: Tensor | None = None) -
 
 @island()
 def attention_transfer(
-    student_BCHW: Tensor, teacher_BCHW: Tensor, /, *, form: Literal["code", "paper"] = "code"
+    student_BCHW: Tensor, teacher_BCHW: Tensor, /, *, form: Form = "code"
 ) -> Tensor:
     """Return how differently two layers spread their activity over space.
 
@@ -76,8 +79,7 @@ def attention_transfer(
     >>> attention_transfer(features, 3 * features).round(decimals=6)
     tensor(0.)
     """
-    if form not in ("code", "paper"):
-        raise ValueError(explain("`form` is 'code' or 'paper'", repr(form), "pass 'code'"))
+    one_of("form", form, FORMS)
     _require_maps(student_BCHW, teacher_BCHW)
     sides = zip(student_BCHW.shape[2:], teacher_BCHW.shape[2:], strict=True)
     size = tuple(min(pair) for pair in sides)

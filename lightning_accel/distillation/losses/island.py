@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from lightning_accel.distillation.arguments import number
+from lightning_accel.arguments import finite, instance
 from lightning_accel.errors import explain
 
 P = ParamSpec("P")
@@ -64,11 +63,10 @@ def island(*, teacher_learns: bool = False) -> Callable[[Callable[P, Tensor]], C
 
 
 def _check(name: str, value: Any) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real and (name in _NUMBERS or (name == "num_data" and value is not None)):
-        raise TypeError(explain(f"`{name}` is a number", repr(value), "pass 1.0, say"))
-    if name in _TENSORS and value is not None and not isinstance(value, Tensor):
-        raise TypeError(explain(f"`{name}` is a tensor", repr(value), "pass a tensor, or none"))
+    if name in _NUMBERS:
+        finite(name, value)
+    elif name in _TENSORS:
+        instance(name, value, Tensor, "a tensor", "pass one, or leave it out", none=True)
 
 
 def _device(student: Any, teacher: Any) -> torch.device:
@@ -111,29 +109,6 @@ def require_same_shape(student: Tensor, teacher: Tensor, do: str) -> None:
     if student.shape != teacher.shape:
         found = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         raise ValueError(explain("student and teacher need one shape", found, do))
-
-
-def require_finite(**weights: float) -> None:
-    """Raise a `ValueError` unless all weights are finite.
-
-    >>> require_finite(alpha=1.0, beta=8.0)
-    """
-    for name, value in weights.items():
-        number(value, name)
-
-
-def require_temperature(temperature: float) -> None:
-    """Raise a `ValueError` unless the temperature is above zero and finite.
-
-    >>> require_temperature(0.0)
-    Traceback (most recent call last):
-    ...
-    ValueError: `temperature` must be a number above zero. Found: 0.0. Do: pass 4.0, say.
-    """
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(
-            explain("`temperature` must be a number above zero", repr(temperature), "pass 4.0, say")
-        )
 
 
 def valid_positions(rows: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_accel.arguments import finite, share
 from lightning_accel.distillation.losses.island import (
     average,
     blank,
     island,
-    require_finite,
     require_same_shape,
-    require_temperature,
     unit,
     valid_positions,
 )
@@ -115,7 +114,6 @@ def dkd(
     tensor(10.3028)
     """
     valid = _checked(student, teacher, temperature, mask)
-    require_finite(alpha=alpha, beta=beta)
     _require_classes(student, 3, "dkd compares classes other than the target", "use `kd`")
     index = _labels(target, student, valid).unsqueeze(-1)
     split_s = _split(blank(student, valid) / temperature, index)
@@ -158,7 +156,6 @@ def dist(
     (tensor(0.), tensor(True))
     """
     valid = _checked(student, teacher, temperature, mask)
-    require_finite(beta=beta, gamma=gamma)
     rows = math.prod(student.shape[:-1])
     if rows < 2:
         raise ValueError(
@@ -209,8 +206,7 @@ def jsd(
     0.6931
     """
     valid = _checked(student, teacher, temperature, mask)
-    if not 0 <= beta <= 1:
-        raise ValueError(explain("`beta` must lie between 0 and 1", repr(beta), "pass 0.5, say"))
+    share("beta", beta)
     log_s = F.log_softmax(blank(student, valid) / temperature, dim=-1)
     log_t = F.log_softmax(blank(teacher, valid) / temperature, dim=-1)
     if beta == 0:
@@ -225,7 +221,7 @@ def jsd(
 def _checked(
     student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None
 ) -> Tensor | None:
-    require_temperature(temperature)
+    finite("temperature", temperature, above=0.0)
     require_same_shape(student, teacher, _SAME_CLASSES)
     if student.dim() < 2:
         raise ValueError(

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_accel.arguments import finite
 from lightning_accel.distillation.losses.island import (
     average,
     blank,
     island,
     require_same_shape,
-    require_temperature,
     valid_positions,
 )
 
@@ -39,7 +39,7 @@ def bce(
     >>> bce(Tensor([[0.0]]), Tensor([[100.0]]))  # log 2
     tensor(0.6931)
     """
-    require_temperature(temperature)
+    finite("temperature", temperature, above=0.0)
     s, t, valid = _checked(student, teacher, mask)
     s, t = s / temperature, t / temperature
     p = t.sigmoid()

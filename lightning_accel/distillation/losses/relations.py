@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_accel.arguments import finite, number
 from lightning_accel.distillation.losses.island import (
     average,
     inner_products,
     island,
-    require_finite,
     require_same_shape,
-    require_temperature,
     unit,
 )
 from lightning_accel.errors import explain
@@ -49,7 +48,6 @@ def rkd(
     >>> rkd(7 * points + 1, points).round(decimals=4)
     tensor(0.)
     """
-    require_finite(alpha=alpha, beta=beta)
     student_BD, teacher_BD = _rows(student_BD, teacher_BD)
     batch = len(student_BD)
     if not batch:
@@ -116,13 +114,10 @@ def crd(
     >>> crd(torch.eye(2), torch.eye(2), temperature=1.0)
     tensor(1.2675)
     """
-    require_temperature(temperature)
+    finite("temperature", temperature, above=0.0)
     _require_embeddings(student_BD, teacher_BD, negatives)
     _require_labels(student_BD, target, negatives, negatives_target)
-    if num_data is not None and num_data < 1:
-        raise ValueError(
-            explain("`num_data` counts the data set", str(num_data), "pass its length")
-        )
+    number("num_data", num_data, least=1, none=True, do="pass the length of the data set")
     student_BD, teacher_BD = unit(student_BD), unit(teacher_BD)
     pairs_B = (student_BD * teacher_BD).sum(1) / temperature
     if negatives is not None:

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_accel.arguments import whole
 from lightning_accel.bridge.objective import bring
 from lightning_accel.bridge.paced import Paced
-from lightning_accel.errors import explain
 from lightning_accel.measure.subject import num_samples
 
 
@@ -34,11 +34,7 @@ class StepMeter(Paced):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()
-        if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
-            raise ValueError(
-                explain("`every_n_steps` is a number of steps", repr(every_n_steps), "pass 50, say")
-            )
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = whole("every_n_steps", every_n_steps, none=True)
         self.last: dict[str, float] = {}
         self._next = 0
 
