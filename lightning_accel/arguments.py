@@ -1,8 +1,8 @@
 """What a user passes, checked where it comes in.
 
 Each function takes the name of an argument and its value, and returns the value or raises an error in three parts:
-`TypeError` for what is of another kind, `ValueError` for what lies outside. `True` is no number here. `none=True` lets
-`None` through.
+`TypeError` for what is of another kind, `ValueError` for what lies outside. `True` is no number here, and a scalar of
+NumPy's is one. `none=True` lets `None` through.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,12 @@ def number(
     kind = f"a number{' of ' + unit if unit else ''}"
     what = f"`{name}` is {', '.join([kind, *bounds])}{_or_none(none)}"
     do = do or f"pass one, such as {_inside(max(least, above), min(most, below)):g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(explain(what, repr(value), do))
-    if not (least <= value <= most and (value > above or above == -math.inf)):
+    size = float(value)
+    if not (least <= size <= most and (size > above or above == -math.inf)):
         raise ValueError(explain(what, repr(value), do))
-    if not (value < below or below == math.inf):
+    if not (size < below or below == math.inf):
         raise ValueError(explain(what, repr(value), do))
     return value
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lightning_accel import arguments as a
@@ -68,6 +69,7 @@ def test_what_is_refused_is_told_in_three_parts(
         (a.number("x", math.inf), math.inf),
         (a.number("x", 1, least=1, most=1), 1),
         (a.positive("x", math.inf), math.inf),
+        (a.positive("x", np.float32(0.5)), np.float32(0.5)),
         (a.share("x", 0), 0),
         (a.share("x", 1.0), 1.0),
         (a.share("x", None, none=True), None),
