@@ -288,15 +288,15 @@ def test_a_failing_forward_names_the_module() -> None:
 
 @pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.1, float("nan"), float("inf"), "0.5", True])
 def test_an_impossible_ratio_is_refused(ratio: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match="above 0 and below 1"):
+    with pytest.raises((ValueError, TypeError), match="above 0, below 1"):
         prune(tiny.MLP(), example=torch.randn(1, 8), ratio=ratio)
-    with pytest.raises((ValueError, TypeError), match="above 0 and below 1"):
+    with pytest.raises((ValueError, TypeError), match="above 0, below 1"):
         StructuredPruning(ratio=ratio, when=0)
 
 
 @pytest.mark.parametrize("round_to", [0, -8, 2.5, "8", True])
 def test_an_impossible_round_to_is_refused(round_to: Any) -> None:
-    with pytest.raises(ValueError, match="round_to"):
+    with pytest.raises((ValueError, TypeError), match="round_to"):
         prune(tiny.MLP(), example=torch.randn(1, 8), ratio=0.5, round_to=round_to)
 
 

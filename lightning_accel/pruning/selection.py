@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_accel.errors import explain
+from lightning_accel.arguments import one_of
 from lightning_accel.surgery import Change
 
 if TYPE_CHECKING:
     from lightning_accel.pruning.graph import Group
 
-SCOPES = ("local", "global", "isomorphic", "sensitivity")
+Scope = Literal["local", "global", "isomorphic", "sensitivity"]
+SCOPES = get_args(Scope)
+Attention = Literal["heads", "width"]
+ATTENTION = get_args(Attention)
 
 _SHALLOW = 0.9
 """One ranking over groups takes no more than this share of a group before all have lost as much."""
@@ -75,25 +78,24 @@ def choose(
     return gone
 
 
-def check_scope(scope: Any) -> str:
-    """Return a known scope, or raise `ValueError` that lists them."""
-    if scope not in SCOPES:
-        raise ValueError(
-            explain("unknown scope", repr(scope), f"choose one of {', '.join(SCOPES)}")
-        )
-    return str(scope)
+def check_scope(scope: Any) -> None:
+    """Raise unless the scope is known.
+
+    Raises:
+        TypeError: It is no text.
+        ValueError: It is another one.
+    """
+    one_of("scope", scope, SCOPES)
 
 
 def check_attention(attention: Any) -> None:
-    """Raise unless this is what can go of attention."""
-    if attention not in ("heads", "width"):
-        raise ValueError(
-            explain(
-                "`attention` says what goes where channels are split into heads",
-                repr(attention),
-                "pass 'heads', or 'width' for the same places of every head",
-            )
-        )
+    """Raise unless this is what can go of attention: whole heads, or the same places of every head ("width").
+
+    Raises:
+        TypeError: It is no text.
+        ValueError: It is another one.
+    """
+    one_of("attention", attention, ATTENTION)
 
 
 def immovable(groups: Sequence[Group], *, round_to: int | None = None) -> list[Change]:
