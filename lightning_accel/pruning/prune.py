@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from lightning_accel.arguments import instance
 from lightning_accel.errors import explain
 from lightning_accel.pruning.activations import Statistics
 from lightning_accel.pruning.foreign import Pruner, Turn
@@ -189,13 +188,14 @@ def plan(
 
 def _calls(example: Any, examples: Sequence[Any]) -> tuple[Call, ...]:
     """Read `example` or `examples`, of which one is given."""
-    instance(
-        "examples",
-        examples,
-        (list, tuple),
-        "a list of what the network takes",
-        "pass examples=[first, second], or one as `example`",
-    )
+    if not isinstance(examples, (list, tuple)):
+        raise TypeError(  # by its type: a tensor would be written out
+            explain(
+                "`examples` is a list of what the network takes",
+                type(examples).__name__,
+                "pass examples=[first, second], or one as `example`",
+            )
+        )
     given = [example] if example is not None else list(examples)
     if not given or (example is not None and examples):
         raise ValueError(

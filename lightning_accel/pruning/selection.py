@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_accel.arguments import one_of
+from lightning_accel.pruning.groups import Group
 from lightning_accel.surgery import Change
-
-if TYPE_CHECKING:
-    from lightning_accel.pruning.graph import Group
 
 Scope = Literal["local", "global", "isomorphic", "sensitivity"]
 SCOPES = get_args(Scope)
@@ -53,7 +51,7 @@ def choose(
     Raises:
         ValueError: The scope is unknown, or groups of one link differ in width.
 
-    >>> from lightning_accel.pruning.graph import Group
+    >>> from lightning_accel.pruning.groups import Group
     >>> pair = [Group(name, "channels", 4, (), (name,), 4) for name in "ab"]
     >>> scores = {"a": torch.tensor([3.0, 1.0, 2.0, 4.0]), "b": torch.tensor([9.0, 8.0, 7.0, 6.0])}
     >>> choose(pair, scores, ratio=0.5), choose(pair, scores, ratio=0.3, scope="global")
@@ -101,7 +99,7 @@ def check_attention(attention: Any) -> None:
 def immovable(groups: Sequence[Group], *, round_to: int | None = None) -> list[Change]:
     """Name the groups that no ratio can shrink, with the reason.
 
-    >>> from lightning_accel.pruning.graph import Group
+    >>> from lightning_accel.pruning.groups import Group
     >>> immovable([Group("fc", "channels", 4, (), ("fc",), 4)], round_to=8)[0].what
     'its 4 channels cannot shrink to a multiple of 8'
     """
