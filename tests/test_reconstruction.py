@@ -838,7 +838,7 @@ def test_forwards_in_step_find_what_forwards_made_anew_find(
     def out_of_step(*_: Any) -> None:
         raise OutOfStep
 
-    monkeypatch.setattr("lightning_accel.pruning.compensation.Lockstep.at", out_of_step)
+    monkeypatch.setattr("lightning_accel.pruning.lockstep.Lockstep.at", out_of_step)
     anew = compensate(dense, small, batches=data, **asked)
     assert set(found.errors) == {"b", "c"}
     for name, errors in found.errors.items():
