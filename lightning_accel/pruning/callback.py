@@ -124,7 +124,7 @@ class StructuredPruning(ModelEdit):
         recalibrate: int = 10,
         max_drop: float | None = None,
         monitor: str | None = None,
-        mode: str = "max",
+        mode: guarding.Mode = "max",
         patience: int = 1,
         pruner: Pruner | None = None,
         example: Any = None,

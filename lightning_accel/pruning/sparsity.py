@@ -16,6 +16,7 @@ compared with the others of its group, so a group of one unit, or of equal ones,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from lightning_accel.pruning.groups import Group, Member
 from lightning_accel.pruning.selection import choose
 from lightning_accel.surgery import Kept, Receipt
 
-PENALTIES = ("slimming", "group_lasso", "growing")
+Penalty = Literal["slimming", "group_lasso", "growing"]
+PENALTIES = get_args(Penalty)
 
 Gradients = dict[str, Tensor]
 """By name of the parameter, the penalty's gradient, in the parameter's shape."""
