@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,24 +100,17 @@ def _chosen(
         batches=data,
         statistics=occasion.statistics,
     )
-    chosen = _choose(subject, request, graph, ranking, until)
-    refused = (*graph.skipped, *chosen.refused)
-    return Adopted(graph.cut(chosen.gone), graph, chosen.gone, refused)
+    return _proved(subject, request, graph, ranking, until)
 
 
-class _Chosen(NamedTuple):
-    gone: Gone
-    refused: tuple[Change, ...]
-
-
-def _choose(
+def _proved(
     subject: Subject, request: Request, graph: Graph, ranking: Ranking, until: float
-) -> _Chosen:
-    """Return the units to remove, once their removal is proved; groups that fail are left out."""
-    refused = list(ranking.refused)
+) -> Adopted:
+    """Return the cut of the units that rank last, once it is proved; groups that fail are left out."""
+    refused = [*graph.skipped, *ranking.refused]
     groups = [group for group in graph.groups if group.name in ranking.scores]
     if not groups:
-        listed = "; ".join(f"`{change.name}`: {change.what}" for change in refused[:4])
+        listed = "; ".join(f"`{c.name}`: {c.what}" for c in ranking.refused[:4])
         raise NoEffect("no group of channels can be ranked", listed, "choose another `importance`")
     while groups:
         gone, multiple = _reach(subject, request, graph, ranking, groups)
@@ -130,16 +123,19 @@ def _choose(
             )
         gone = ranking.refined(gone)
         wrong = _culprits(subject, graph, groups, gone, until)
+        cut = None if wrong else graph.cut(gone)
         for holds in (subject.verifier.holds_elsewhere, subject.training.holds_in_steps):
-            if not wrong and not holds(graph.cut(gone)):
+            if cut is not None and not holds(cut):
                 # What failed there counts in the proof from now on, so the culprits are found by it.
                 wrong = _culprits(subject, graph, groups, gone, until)
-        if not wrong:
+                cut = None if wrong else graph.cut(gone)  # scaled in another way, if that mends it
+        if cut is not None:
             narrow = selection.immovable(groups, round_to=multiple)
-            return _Chosen(gone, (*refused, *narrow))
+            return Adopted(cut, graph, gone, (*refused, *narrow))
         refused += wrong
         groups = [g for g in groups if g.name not in {change.name for change in wrong}]
-    listed = "; ".join(f"`{c.name}`: {c.what}" for c in refused[:4])
+    broken = refused[len(graph.skipped) :]
+    listed = "; ".join(f"`{c.name}`: {c.what}" for c in broken[:4])
     raise BrokenModel(
         "no group of channels can be removed without breaking the network",
         listed,
