@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from lightning_accel.errors import AccelError
 from lightning_accel.pruning.activations import Statistics, collect, collect_gradients
-from lightning_accel.pruning.graph import Group, Member
+from lightning_accel.pruning.coupled import gate_gradient, squares
+from lightning_accel.pruning.groups import Group, Member
 from lightning_accel.pruning.importance import (
     KNOWN,
     check,
-    gate_gradient,
     require_gradients,
     score,
-    squares,
 )
 from lightning_accel.pruning.selection import choose, immovable, kept_width, least
 from lightning_accel.surgery.call import Call

@@ -122,7 +122,7 @@ def test_only_selected_layers_are_masked_and_tied_ones_once() -> None:
         (lambda net: magnitude_masks(net, amount=0.0), ValueError, "`amount`"),
         (lambda net: magnitude_masks(net, amount=float("nan")), ValueError, "`amount`"),
         (lambda net: magnitude_masks(net, amount=True), TypeError, "`amount`"),
-        (lambda net: magnitude_masks(net, amount=0.5, scope="some"), ValueError, "local, global"),
+        (lambda net: magnitude_masks(net, amount=0.5, scope="some"), ValueError, "'local', 'global'"),
         (lambda net: magnitude_masks(net, amount=0.001), NoEffect, "amount=0.001"),
         (lambda net: magnitude_masks(net[1:], amount=0.5), NoEffect, "no selected linear layer"),
         (lambda net: pattern_masks(net, pattern="4:8"), ValueError, "2:4"),
@@ -131,7 +131,7 @@ def test_only_selected_layers_are_masked_and_tied_ones_once() -> None:
         (lambda net: WeightMasks(), ValueError, "either `amount` or `pattern`"),
         (lambda net: WeightMasks(0.5, pattern="2:4"), ValueError, "either `amount` or `pattern`"),
         (lambda net: WeightMasks(0.5, when=-1), ValueError, "`when`"),
-        (lambda net: WeightMasks(0.5, scope="some"), ValueError, "local, global"),
+        (lambda net: WeightMasks(0.5, scope="some"), ValueError, "'local', 'global'"),
         (lambda net: WeightMasks(1.5), ValueError, "`amount`"),
     ],
 )  # fmt: skip

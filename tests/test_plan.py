@@ -163,7 +163,7 @@ def test_a_time_that_may_be_either_is_no_difference(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("budget", [0, -1, math.nan])
 def test_a_budget_is_seconds_above_zero(budget: float) -> None:
-    with pytest.raises(ValueError, match="`budget_s` is a time"):
+    with pytest.raises(ValueError, match="`budget_s` is a number of seconds"):
         sensitivity(tiny.MLP(), calls_for(tiny.MLP), budget_s=budget)
 
 

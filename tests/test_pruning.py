@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,18 @@ from lightning_accel.distillation import Teacher
 from lightning_accel.errors import AccelError, NoEffect, StructureMismatch, Unsupported
 from lightning_accel.pruning import (
     Macs,
+    due,
     mask_equivalence,
     plan,
+    planning,
     prune,
     prune_before_sharding,
     recalibrate,
+    subject,
 )
+from lightning_accel.pruning.request import Request
 from lightning_accel.pruning.selection import least
+from lightning_accel.surgery import Structure
 from lightning_accel.surgery.call import Call
 
 NETS = list(tiny.INPUTS)
@@ -288,15 +294,15 @@ def test_a_failing_forward_names_the_module() -> None:
 
 @pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.1, float("nan"), float("inf"), "0.5", True])
 def test_an_impossible_ratio_is_refused(ratio: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match="above 0 and below 1"):
+    with pytest.raises((ValueError, TypeError), match="above 0, below 1"):
         prune(tiny.MLP(), example=torch.randn(1, 8), ratio=ratio)
-    with pytest.raises((ValueError, TypeError), match="above 0 and below 1"):
+    with pytest.raises((ValueError, TypeError), match="above 0, below 1"):
         StructuredPruning(ratio=ratio, when=0)
 
 
 @pytest.mark.parametrize("round_to", [0, -8, 2.5, "8", True])
 def test_an_impossible_round_to_is_refused(round_to: Any) -> None:
-    with pytest.raises(ValueError, match="round_to"):
+    with pytest.raises((ValueError, TypeError), match="round_to"):
         prune(tiny.MLP(), example=torch.randn(1, 8), ratio=0.5, round_to=round_to)
 
 
@@ -1171,3 +1177,95 @@ def test_the_receipt_and_the_history_say_what_was_done(fit: Fit) -> None:
     assert pruning.history[0]["params_before"] == dense
     assert pruning.history[0]["params_after"] == params(model)
     assert pruning.history[0]["skipped"] == {"net.head": "it makes the network's output"}
+
+
+# --- one request for all entries ----------------------------------------------------------------
+
+
+class Sharded(LightningModule):
+    """A LightningModule that prunes itself before it would be sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny.MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+ENTRIES: dict[str, Callable[..., Any]] = {
+    "prune": lambda **asked: prune(tiny.MLP(), example=torch.randn(4, 8), **asked),
+    "plan": lambda **asked: plan(tiny.MLP(), calls=(Call("", (torch.randn(4, 8),), {}),), **asked),
+    "before sharding": lambda **asked: prune_before_sharding(
+        Sharded(), example=torch.randn(4, 8), **asked
+    ),
+    "in a fit": lambda **asked: StructuredPruning(when=0, **asked),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    ("asked", "error", "said"),
+    [
+        ({}, ValueError, "either `ratio` or `target`"),
+        ({"ratio": 0.5, "target": Macs(0.5)}, ValueError, "either `ratio` or `target`"),
+        ({"ratio": 0.0}, ValueError, "`ratio`"),
+        ({"ratio": 1.0}, ValueError, "`ratio`"),
+        ({"ratio": "half"}, TypeError, "`ratio`"),
+        ({"target": 0.5}, TypeError, r"Macs\(0.5\)"),
+        ({"ratio": 0.5, "scope": "far"}, ValueError, "`scope`.*'local'"),
+        ({"ratio": 0.5, "scope": 3}, TypeError, "`scope`"),
+        ({"ratio": 0.5, "attention": "tokens"}, ValueError, "`attention`.*'heads'"),
+        ({"ratio": 0.5, "round_to": 0}, ValueError, "`round_to`.*'measured'"),
+        ({"ratio": 0.5, "compensate": 1}, TypeError, "`compensate`"),
+        ({"ratio": 0.5, "depth": 1}, TypeError, "`depth`"),
+        ({"ratio": 0.5, "depth": "some"}, ValueError, "`depth`.*'only'"),
+        ({"ratio": 0.5, "depth": True}, ValueError, "not of both at once"),
+        ({"target": Macs(0.5), "depth": True, "importance": "taylor2"}, ValueError, "taylor2"),
+        ({"ratio": 0.5, "importance": "size"}, ValueError, "unknown importance"),
+        ({"pruner": 3}, TypeError, "`pruner`"),
+        ({"pruner": lambda m, x: None, "scope": "global"}, ValueError, "`scope`.*beside"),
+        ({"pruner": lambda m, x: None, "depth": "only"}, ValueError, "knows no whole blocks"),
+    ],
+)
+def test_every_entry_checks_what_is_asked_alike(
+    entry: str, asked: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        ENTRIES[entry](**asked)
+
+
+def test_what_only_a_fit_knows_is_asked_of_no_other_entry() -> None:
+    for only in ({"schedule": "cubic"}, {"steps": 2}, {"is_search": True}):
+        with pytest.raises(TypeError):
+            prune_before_sharding(Sharded(), example=torch.randn(4, 8), ratio=0.5, **only)
+
+
+def test_the_network_is_copied_with_its_hooks_once_for_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Telling which hooks act takes forwards; what is left of the unit is measured on that same copy."""
+    made: list[nn.Module] = []
+    plain = subject.twin
+
+    def counted(model: nn.Module, calls: Any = (), **how: Any) -> nn.Module:
+        copied = plain(model, calls, **how)
+        if calls:
+            made.append(copied)
+        return copied
+
+    for module in (subject, due, planning):
+        monkeypatch.setattr(module, "twin", counted)
+    net, calls = tiny.MLP(), (Call("", (torch.randn(4, 8),), {}),)
+    source = SimpleNamespace(calls=list)
+    found = due.decide(
+        Request(target=Macs(0.5), compensate=False),
+        net,
+        calls,
+        due.Fit(source, Structure()),  # type: ignore[arg-type]
+        due=1,
+        history=[],
+        device=torch.device("cpu"),
+    )
+    assert found.kept is not None and 0.3 < found.kept <= 0.5
+    assert len(made) == 1

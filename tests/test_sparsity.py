@@ -382,7 +382,7 @@ def test_each_optimizer_gets_its_own_part_once(fit: Fit) -> None:
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"penalty": "l0"}, "slimming, group_lasso, growing"),
+        ({"penalty": "l0"}, "'slimming', 'group_lasso', 'growing'"),
         ({"strength": 0.0}, "`strength`"),
         ({"ceiling": float("nan")}, "`ceiling`"),
         ({"ratio": 1.0}, "`ratio`"),

@@ -361,9 +361,9 @@ def test_a_preset_says_by_names_what_a_function_says() -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"kind": "os.system"}, "unknown kind"),
-        ({"importance": "sys"}, "unknown importance"),
-        ({"options": {"customized_pruners": 1}}, "unknown options"),
+        ({"kind": "os.system"}, "unknown `kind`"),
+        ({"importance": "sys"}, "unknown `importance`"),
+        ({"options": {"customized_pruners": 1}}, "unknown `options`"),
         ({"_target_": "torch_pruning.pruner.BasePruner"}, "not allowed to run"),
     ],
 )

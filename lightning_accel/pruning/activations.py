@@ -11,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.pruning.importance import exact, gate_gradient
+from lightning_accel.pruning.coupled import exact, gate_gradient
+from lightning_accel.pruning.groups import Group, Member
 from lightning_accel.surgery.call import Call, run, same_random_state
-
-if TYPE_CHECKING:
-    from lightning_accel.pruning.graph import Group, Member
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -54,7 +52,7 @@ def collect(
         groups: Groups of this model.
         batches: The calls of each batch.
 
-    >>> from lightning_accel.pruning.graph import Group, Member
+    >>> from lightning_accel.pruning.groups import Group, Member
     >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 1))
     >>> one = Group("0", "channels", 2, (Member("1.weight", 1, "in", torch.tensor([[0], [1]])),), (), 2)
     >>> calls = [Call("", (torch.tensor([[1.0, -3.0], [2.0, 3.0]]),), {})]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import AccelError, BrokenModel, NoEffect
-from lightning_accel.pruning.foreign import Pruner, Turn, check_pruner, removals
+from lightning_accel.pruning.foreign import Pruner, Turn, removals
 from lightning_accel.pruning.graph import Gone, Graph, require_stored
 from lightning_accel.pruning.halving import sound
-from lightning_accel.pruning.trains import Training
-from lightning_accel.pruning.verify import Verifier, why_broken
+from lightning_accel.pruning.subject import Subject
+from lightning_accel.pruning.verify import why_broken
 from lightning_accel.pruning.watch import Removal
 from lightning_accel.surgery import Change, Cut, Kept, Select, Structure, twin
 from lightning_accel.surgery.attributes import Size, get_size
@@ -47,36 +47,27 @@ class Adopted(NamedTuple):
     refused: tuple[Change, ...]
 
 
-def adopt(
-    model: nn.Module,
-    calls: Sequence[Call],
-    pruner: Pruner,
-    verifier: Verifier,
-    training: Training,
-    *,
-    turn: Turn,
-    until: float,
-    users: nn.Module,
-) -> Adopted:
+def adopt(subject: Subject, pruner: Pruner, *, turn: Turn, until: float) -> Adopted:
     """Return the proved cut that the pruner makes at this step; change nothing.
 
     Args:
-        model: The network, with acting hooks; only copies of it are run.
-        calls: Example calls.
+        subject: The network and its calls; an importance may have gathered something for the user's own parameters.
         pruner: The user's function.
-        verifier: Of the same network.
-        training: Of the same network.
         turn: Which of the pruner's steps are due.
         until: When to stop trying groups one by one, by the monotonic clock.
-        users: The user's network, for whose parameters an importance may have gathered something.
 
     Raises:
         AccelError: The pruner fails.
         NoEffect: It removes nothing.
         BrokenModel: Nothing of what it removes passes the proof.
     """
-    check_pruner(pruner)
-    found, failed = removals(pruner, partial(twin, model), calls, turn, users)
+    model, calls, training, verifier = (
+        subject.network,
+        subject.small,
+        subject.training,
+        subject.verifier,
+    )
+    found, failed = removals(pruner, partial(twin, model), calls, turn, subject.users)
     frozen = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
     translator = _translator(model, calls, frozen, found)
     frozen_parts = [(r, name) for r in found if (name := next(iter(frozen & set(r.places)), ""))]

@@ -28,10 +28,12 @@ from lightning_accel.pruning import course, judge
 from lightning_accel.pruning import guard as guarding
 from lightning_accel.pruning import history as past
 from lightning_accel.pruning import schedule as scheduling
+from lightning_accel.pruning.due import Decision, Fit, decide, rehearse
 from lightning_accel.pruning.foreign import Pruner
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.recalibrate import check_batches
-from lightning_accel.pruning.request import Decision, Request
+from lightning_accel.pruning.request import Depth, Request
+from lightning_accel.pruning.selection import Attention, Scope
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trained import UNTRAINED, looks_untrained
 from lightning_accel.surgery import Receipt, Select, Stage, Structure
@@ -112,17 +114,17 @@ class StructuredPruning(ModelEdit):
         when: float | Iterable[float],
         target: Target | None = None,
         importance: Importance = "magnitude",
-        scope: str | None = None,
-        schedule: str = "linear",
+        scope: Scope | None = None,
+        schedule: scheduling.Schedule = "linear",
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
         round_to: int | str | None = None,
-        attention: str = "heads",
+        attention: Attention = "heads",
         compensate: bool | None = None,
-        depth: bool | str = False,
+        depth: Depth = False,
         recalibrate: int = 10,
         max_drop: float | None = None,
         monitor: str | None = None,
-        mode: str = "max",
+        mode: guarding.Mode = "max",
         patience: int = 1,
         pruner: Pruner | None = None,
         example: Any = None,
@@ -258,14 +260,8 @@ class StructuredPruning(ModelEdit):
                     calls = find_example(trainer, pl_module, self.example, reach=True)
                 except ReadOnce:  # nothing can be tried before the first batch of the fit
                     return
-                self.request.rehearse(
-                    unfrozen(pl_module),
-                    calls,
-                    left=past.left(self.history),
-                    dense=self._dense(pl_module),
-                    source=TrainingData(trainer, pl_module, _BATCHES),
-                    steps=steps_of(trainer),
-                )
+                fit = self._fit(trainer, pl_module)
+                rehearse(self.request, unfrozen(pl_module), calls, fit)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -434,16 +430,20 @@ class StructuredPruning(ModelEdit):
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> Decision:
         """Decide on all processes, because networks may talk to each other, and take rank 0's word."""
-        data = TrainingData(trainer, pl_module, _BATCHES, self._at_hand)
-        what: dict[str, Any] = {"dense": self._dense(pl_module), "source": data}
-        what["history"] = self.history
+        device, history = trainer.strategy.root_device, self.history
         with preserve_rng(), nothing_heard(pl_module):
             calls = find_example(trainer, pl_module, self.example, self._at_hand, reach=True)
-            what["steps"] = steps_of(trainer, self._at_hand)
-            device = trainer.strategy.root_device
-            found = self.request.decide(pl_module, calls, due=due, device=device, **what)
+            fit = self._fit(trainer, pl_module)
+            how: dict[str, Any] = {"due": due, "history": history, "device": device}
+            found = decide(self.request, pl_module, calls, fit, **how)
         return trainer.strategy.broadcast(found)
 
     def _dense(self, pl_module: LightningModule) -> Structure:
         """Return the sizes at the start of the fit of what has been pruned by now."""
         return pristine(pl_module).updated(self._start or Structure())
+
+    def _fit(self, trainer: Trainer, pl_module: LightningModule) -> Fit:
+        """Return what a plan needs of the fit, at the batch at hand if there is one."""
+        data = TrainingData(trainer, pl_module, _BATCHES, self._at_hand)
+        left, steps = past.left(self.history), steps_of(trainer, self._at_hand)
+        return Fit(data, self._dense(pl_module), left, steps)

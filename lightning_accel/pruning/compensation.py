@@ -11,25 +11,26 @@ y is the layer's output in the *dense* network, x its input in the *pruned* one,
 the order in which they run, each behind those already solved. So a layer also makes up for what earlier
 layers could not, instead of adding to it. D is a change of the old weights: where the data say nothing
 (few samples, equal channels) the ridge keeps the old values, not zero.
+
+Names of tensors end in their dimensions: G groups of a layer, N positions, I inputs x kernel, O outputs.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_accel.arguments import positive
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.pruning.groups import Group
 from lightning_accel.pruning.least_squares import Piece, improved
 from lightning_accel.pruning.leftover import Leftover
-from lightning_accel.pruning.lockstep import Lockstep, OutOfStep
+from lightning_accel.pruning.observed import AnotherWay, Pairs, Seen, after, held_out, unfolded
 from lightning_accel.pruning.reconstruction import evaluating
 from lightning_accel.pruning.unfold import (
     by_block,
@@ -39,7 +40,6 @@ from lightning_accel.pruning.unfold import (
     only_input,
     output_dim,
     patches,
-    pieces,
     samples,
     why_unreadable,
 )
@@ -47,13 +47,8 @@ from lightning_accel.surgery import Change, twin
 from lightning_accel.surgery.call import Call, run
 from lightning_accel.surgery.preserve import preserve_rng
 
-if TYPE_CHECKING:
-    from lightning_accel.pruning.graph import Group
-
 Gone = Mapping[str, Sequence[int]]
 _COMPUTES_MORE = "it gives out something else than its input times its weight, and its bias"
-_ENOUGH, _AT_LEAST = 32, 4096
-"""Samples for each input of a layer, and of a layer: of more, as many are drawn."""
 
 
 class Compensation(NamedTuple):
@@ -99,7 +94,7 @@ def compensate(
         ValueError: `ridge` is not positive, or there is no batch.
         AccelError: `cut` fails on the batches.
 
-    >>> from lightning_accel.pruning.graph import Group, Member
+    >>> from lightning_accel.pruning.groups import Group, Member
     >>> dense = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))  # its two units are dependent
     >>> cut = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     >>> cut[0].load_state_dict({k: v[:1] for k, v in dense[0].state_dict().items()})
@@ -116,8 +111,7 @@ def compensate(
     >>> torch.allclose(cut(x), dense(x), atol=1e-5)
     True
     """
-    if ridge is not None and not ridge > 0:
-        raise ValueError(explain("`ridge` is above 0", repr(ridge), "pass 3e-3, say"))
+    positive("ridge", ridge, none=True)
     steps = [list(calls) for calls in batches]
     if not steps:
         raise ValueError(explain("there is nothing to solve from", "no batch"))
@@ -128,13 +122,13 @@ def compensate(
     errors: dict[str, tuple[float, float]] = {}
     with evaluating(dense), evaluating(work):
         _require_runs(work, steps[0])
-        tried = [calls for i, calls in enumerate(steps) if _held_out(1, i, len(steps))[1]] or steps
+        tried = [calls for i, calls in enumerate(steps) if held_out(1, i, len(steps))[1]] or steps
         leftover = Leftover(dense, tried, renews=False)
         before = leftover.of(work)
         order, others = _counted(dense, readers, steps[0])
         left_out += [Change(name, _COMPUTES_MORE) for name in sorted(others)]
         once = [name for name, count in order.items() if count == 1]
-        with _Seen(dense, work, steps, once) as seen:
+        with Seen(dense, work, steps, once) as seen:
             for name in order:
                 kept = _kept_outputs(dense, name, groups, gone)
                 layer, pairs = work.get_submodule(name), seen.pairs(name)
@@ -154,14 +148,6 @@ def compensate(
     missed = set(readers) - set(errors) - {change.name for change in left_out}
     left_out += [Change(name, "its forward is not called") for name in sorted(missed)]
     return Compensation(values, errors, tuple(left_out), output)
-
-
-def check(compensate: Any) -> None:
-    """Raise unless this says whether to compensate."""
-    if compensate is not None and type(compensate) is not bool:
-        raise TypeError(
-            explain("`compensate` is true or false", repr(compensate), "pass True or False")
-        )
 
 
 def _require_runs(cut: nn.Module, calls: Sequence[Call]) -> None:
@@ -224,7 +210,7 @@ def _counted(
         if x is not None and isinstance(output, Tensor) and not _is_product(module, x, output):
             others.add(name)
 
-    with _after(by_module, note), preserve_rng():
+    with after(by_module, note), preserve_rng():
         run(dense, calls)
     return {name: count for name, count in order.items() if name not in others}, others
 
@@ -233,16 +219,18 @@ def _is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether a layer gives out its input times its matrix, and its bias, as far as the first sample shows."""
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
-    given, wanted = samples(layer, x)[:1], samples(layer, y)[:1]
-    rows = matrix(layer, weight)
-    found = patches(layer, given) @ rows.mT
+    x_GNI = patches(layer, samples(layer, x)[:1])
+    rows_GOI = matrix(layer, weight)
+    found_GNO = x_GNI @ rows_GOI.mT
     if bias is not None:
-        found = found + exact(bias).view(rows.shape[:2])[:, None]
-    wanted = by_block(layer, wanted)
-    if found.shape != wanted.shape:
+        found_GNO = found_GNO + exact(bias).view(rows_GOI.shape[:2])[:, None]
+    y_GNO = by_block(layer, samples(layer, y)[:1])
+    if found_GNO.shape != y_GNO.shape:
         return False
-    scale = wanted.abs().amax() if wanted.numel() else 0.0
-    return bool(((found - wanted).abs() <= 0.02 * scale).all() or not wanted.isfinite().all())
+    scale = y_GNO.abs().amax() if y_GNO.numel() else 0.0
+    # 2 %, so that a layer that computed in bfloat16 still is one.
+    is_near = ((found_GNO - y_GNO).abs() <= 0.02 * scale).all()
+    return bool(is_near or not y_GNO.isfinite().all())
 
 
 def _kept_outputs(
@@ -273,144 +261,31 @@ def _solve_layer(
     """Return new values and the error before and after, or why there are none."""
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
-    old = matrix(layer, weight)  # (groups, outputs, inputs x kernel)
-    offset = old.new_zeros(old.shape[:2]) if bias is None else exact(bias).view(old.shape[:2])
-    rows = torch.cat([old, offset[..., None]], -1) if free else old
+    old_GOI = matrix(layer, weight)
+    size = old_GOI.shape[:2]
+    offset_GO = old_GOI.new_zeros(size) if bias is None else exact(bias).view(size)
+    # A bias that may change is one more input, which is always 1.
+    rows_GOI = torch.cat([old_GOI, offset_GO[..., None]], -1) if free else old_GOI
 
     def data() -> Iterator[Piece]:
-        for x, y, held_out in _unfolded(layer, pairs(), kept, count):
+        for x_GNI, y_GNO, is_held_out in unfolded(layer, pairs(), kept, count):
             if free:
-                yield Piece(F.pad(x, (0, 1), value=1.0), y, held_out)
+                yield Piece(F.pad(x_GNI, (0, 1), value=1.0), y_GNO, is_held_out)
             else:
-                yield Piece(x, y - offset[:, None], held_out)
+                yield Piece(x_GNI, y_GNO - offset_GO[:, None], is_held_out)
 
     def stored(rows: Tensor) -> Tensor:
         return rows.to(weight.dtype).double()
 
     try:
-        found = improved(rows, data, ridge=ridge, free=free, stored=stored)
-    except _AnotherWay:
+        found = improved(rows_GOI, data, ridge=ridge, free=free, stored=stored)
+    except AnotherWay:
         return "it is not called in the same way after the cut"
     if found is None:
         return "its inputs or outputs are not finite"
-    inputs = old.shape[-1]
-    new = {"weight": like_weight(layer, found.rows[..., :inputs]).to(weight)}
+    inputs = old_GOI.shape[-1]
+    new = {"weight": like_weight(layer, found.rows_GOJ[..., :inputs]).to(weight)}
     if free:
         assert bias is not None
-        new["bias"] = found.rows[..., inputs].flatten().to(bias)
+        new["bias"] = found.rows_GOJ[..., inputs].flatten().to(bias)
     return new, (found.before, found.after)
-
-
-class _AnotherWay(Exception):
-    """A layer is called in another way after the cut."""
-
-
-Pairs = list[tuple[Tensor, Tensor]]
-"""A layer's output in the dense network and its input in the pruned one, for the calls of one batch."""
-
-
-class _Seen:
-    """What layers see on the batches: in one forward of all as long as they come to the layers in step."""
-
-    def __init__(
-        self,
-        dense: nn.Module,
-        cut: nn.Module,
-        batches: Sequence[Sequence[Call]],
-        once: Sequence[str],
-    ) -> None:
-        self._dense, self._cut, self._batches, self._once = dense, cut, batches, once
-        self._runs = [
-            Lockstep(dense, batches, once, after=True),
-            Lockstep(cut, batches, once, after=False),
-        ]
-
-    def __enter__(self) -> _Seen:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._runs:
-            self._runs.pop().__exit__()
-
-    def pairs(self, name: str) -> Callable[[], Iterable[Pairs]]:
-        """Return what gives them, for each batch."""
-        if self._runs and name in self._once:
-            try:
-                wanted, given = (runs.at(name) for runs in self._runs)
-            except OutOfStep:
-                self.__exit__()
-            else:
-                seen = [([y], [only_input(*x)]) for y, x in zip(wanted, given, strict=True)]
-                return lambda: [_paired(*both) for both in seen]
-        return partial(self._anew, name)
-
-    def _anew(self, name: str) -> Iterator[Pairs]:
-        wanted: list[Any] = []
-        given: list[Any] = []
-        notes = (
-            (self._dense, lambda _, __, ___, output: wanted.append(output)),
-            (self._cut, lambda _, args, kwargs, __: given.append(only_input(args, kwargs))),
-        )
-        for calls in self._batches:
-            wanted.clear()
-            given.clear()
-            for network, note in notes:
-                with _after([network.get_submodule(name)], note), preserve_rng():
-                    run(network, calls)
-            yield _paired(wanted, given)
-
-
-def _paired(wanted: Sequence[Any], given: Sequence[Any]) -> Pairs:
-    are_tensors = all(isinstance(value, Tensor) for value in (*wanted, *given))
-    if len(wanted) != len(given) or not are_tensors:
-        raise _AnotherWay
-    return list(zip(wanted, given, strict=True))
-
-
-def _unfolded(
-    layer: nn.Module, batches: Iterable[Pairs], kept: Tensor | None, count: int
-) -> Iterator[Piece]:
-    """Yield X and Y, some samples at a time; where there are many, at random places."""
-    chance = torch.Generator().manual_seed(0)
-    share = 0.0
-    for index, pairs in enumerate(batches):
-        for y, x in pairs:
-            given, wanted = samples(layer, x), samples(layer, y)
-            if len(given) != len(wanted):
-                raise _AnotherWay
-            if kept is not None:
-                wanted = wanted[:, kept.to(wanted.device)]
-            step = pieces(layer, given)
-            seen, tried = _held_out(len(given), index, count)
-            for held_out, some in ((False, seen), (True, tried)):
-                for start in range(some.start, some.stop, step):
-                    piece = slice(start, min(start + step, some.stop))
-                    rows, target = patches(layer, given[piece]), by_block(layer, wanted[piece])
-                    if not share:
-                        positions = rows.shape[1] / (piece.stop - piece.start) * len(given)
-                        enough = max(_AT_LEAST, _ENOUGH * rows.shape[2])
-                        share = enough / (positions * len(pairs) * count)
-                    if share < 1:
-                        places = torch.randperm(rows.shape[1], generator=chance)
-                        places = places[: math.ceil(share * len(places))].to(rows.device)
-                        rows, target = rows[:, places], target[:, places]
-                    yield Piece(rows, target, held_out)
-
-
-def _held_out(samples: int, index: int, count: int) -> tuple[range, range]:
-    """Return which samples of a batch are solved on, and which tried on: whole batches where there are several."""
-    if count > 1:
-        edge = 0 if index % 5 == min(count, 5) - 1 else samples
-    else:
-        edge = samples - samples // 4
-    return range(edge), range(edge, samples)
-
-
-@contextmanager
-def _after(modules: Iterable[nn.Module], note: Callable[..., None]) -> Iterator[None]:
-    handles = [m.register_forward_hook(note, with_kwargs=True) for m in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -16,112 +16,70 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
-from lightning_accel.errors import AccelError, BrokenModel, NoEffect, explain
+from lightning_accel.errors import AccelError, BrokenModel, NoEffect
 from lightning_accel.pruning.blocks import Block, Blocks, cut_of, find_blocks
 from lightning_accel.pruning.halving import sound
 from lightning_accel.pruning.leftover import Leftover
 from lightning_accel.pruning.order import Order
+from lightning_accel.pruning.request import Occasion, Request
+from lightning_accel.pruning.subject import Subject
 from lightning_accel.pruning.target import Target
-from lightning_accel.pruning.trains import Training
-from lightning_accel.pruning.verify import Verifier, why_broken
-from lightning_accel.surgery import Change, Cut, Select, Structure, twin
+from lightning_accel.pruning.verify import why_broken
+from lightning_accel.surgery import Change, Cut, twin
 from lightning_accel.surgery.bypass import bypass, gone
 from lightning_accel.surgery.call import Call
 
-ONLY = "only"
 _TRIES = 5  # numbers of blocks that are weighed against width
-_RUNS, _SECONDS = 5, 0.5  # of a profile, at least and at most
 
-Width = Callable[..., Cut]
-"""Plans a cut in width."""
+Width = Callable[[nn.Module, Target | None], Cut]
+"""Plans a cut in width of a network, for a target."""
 
 
-class Asked(NamedTuple):
-    """What is to be reached, by blocks only or with width; and how much to try."""
+class _Asked(NamedTuple):
+    """What is to be reached, by blocks only or with width; and until when to try."""
 
-    ratio: float | None
-    target: Target | None
-    select: Select
-    dense: Structure
+    request: Request
+    occasion: Occasion
     width: Width | None
     until: float
-    thorough: bool = True
-
-
-def check_depth(depth: Any, *, ratio: Any, pruner: Any, importance: Any) -> None:
-    """Raise unless `depth` is true, false or "only", and goes with the rest.
-
-    >>> check_depth("only", ratio=0.5, pruner=None, importance="magnitude")
-    """
-    if depth not in (True, False, ONLY) or isinstance(depth, int) != isinstance(depth, bool):
-        raise ValueError(
-            explain(
-                "`depth` says whether whole blocks go",
-                repr(depth),
-                "pass True for blocks and width, or 'only' for blocks alone",
-            )
-        )
-    if depth and pruner is not None:
-        raise ValueError(
-            explain(
-                "a pruner of torch-pruning knows no whole blocks",
-                f"depth={depth!r} beside `pruner`",
-                "leave one of them out",
-            )
-        )
-    if depth is True and ratio is not None:
-        raise ValueError(
-            explain(
-                "`ratio` is a share of channels, or with depth='only' of blocks, and not of both at once",
-                f"ratio={ratio!r}, depth=True",
-                "pass target=Macs(0.5), say, or depth='only'",
-            )
-        )
-    if depth is True and importance == "taylor2":
-        raise ValueError(
-            explain(
-                "importance='taylor2' is measured on the whole network, and does not hold without blocks",
-                "depth=True",
-                "choose another importance, 'taylor' say, or depth='only'",
-            )
-        )
 
 
 def plan_depth(
-    model: nn.Module,
-    network: nn.Module,
-    calls: Sequence[Call],
-    batches: Sequence[Sequence[Call]],
-    verifier: Verifier,
-    training: Training,
-    asked: Asked,
-    renews: bool,
+    subject: Subject,
+    request: Request,
+    occasion: Occasion,
+    data: Sequence[Sequence[Call]],
+    *,
+    width: Width | None,
+    until: float,
 ) -> Cut:
     """Return the proved cut of whole blocks, alone or with width; change nothing.
 
     Args:
-        model: The user's own network, for what hangs on it.
-        network: A copy with the hooks that act.
-        calls: Example calls.
-        batches: Calibration batches.
-        verifier: Of the network.
-        training: Of the network.
-        asked: What is to be reached.
-        renews: Whether norms get new statistics after the cut.
+        subject: The network and its calls.
+        request: What is asked; its target knows the calls.
+        occasion: What else the plan is made from. With batches, norms get new statistics after the cut.
+        data: Calls to measure on.
+        width: Plans the width of a copy that has lost blocks, for a target; `None` where only blocks go.
+        until: When to stop trying, by the monotonic clock.
 
     Raises:
         NoEffect: No block can go, or the target is out of reach.
+        BrokenModel: The blocks that were chosen fail the proof together.
     """
-    before = [n for n in gone(network) if asked.dense.bypassed.get(n, "") is None]
-    blocks = _proved(model, network, verifier, training, asked)
+    asked = _Asked(request, occasion, width, until)
+    model, network, calls = subject.users, subject.network, subject.calls
+    verifier, training = subject.verifier, subject.training
+    before = [n for n in gone(network) if asked.occasion.dense.bypassed.get(n, "") is None]
+    blocks = _proved(subject, asked)
     if not blocks.found:
         if gone(network) and asked.width is not None:
-            return asked.width(network, target=asked.target)
-        if gone(network) and not asked.thorough:
+            return asked.width(network, asked.request.target)
+        if gone(network) and not asked.occasion.thorough:
             return Cut()
         listed = "; ".join(f"`{c.name}`: {c.what}" for c in blocks.refused[:4])
         raise NoEffect(
@@ -130,15 +88,15 @@ def plan_depth(
             or f"no module of {type(model).__name__} that hands on what it gets beside a branch",
             "leave `depth` out, widen `select`, or unfreeze the blocks",
         )
-    leftover = Leftover(network, batches, renews=renews)
-    if not hasattr(asked.target, "batch_size"):
+    leftover = Leftover(network, data, renews=bool(occasion.batches))
+    if not hasattr(asked.request.target, "batch_size"):
         calls = verifier.calls  # shares of arithmetic are those of a few samples
-    order = Order(network, blocks.found, leftover, asked.target, calls, asked.until)
-    if asked.ratio is not None:
+    order = Order(network, blocks.found, leftover, asked.request.target, calls, asked.until)
+    if asked.request.ratio is not None:
         cut = _of_share(network, order, len(before), asked)
     else:
-        assert asked.target is not None
-        cut = _Mix(network, calls, order, asked.target, asked).cut()
+        assert asked.request.target is not None
+        cut = _Mix(network, calls, order, asked.request.target, asked).cut()
     chosen = dataclasses.replace(cut_of(network, []), bypassed=cut.bypassed)
     reason = why_broken(verifier, training, lambda: chosen)
     if reason or not verifier.holds_elsewhere(chosen):
@@ -151,16 +109,11 @@ def plan_depth(
     return dataclasses.replace(cut, skipped=(*blocks.refused, *cut.skipped), notes=notes)
 
 
-def _proved(
-    model: nn.Module,
-    network: nn.Module,
-    verifier: Verifier,
-    training: Training,
-    asked: Asked,
-) -> Blocks:
+def _proved(subject: Subject, asked: _Asked) -> Blocks:
     """Return the blocks that can go, all at once, by the proof."""
+    network, verifier, training = subject.network, subject.verifier, subject.training
     found, refused = find_blocks(
-        model, verifier.settings, select=asked.select, tolerance=verifier.tolerance
+        subject.users, verifier.settings, select=asked.request.select, tolerance=verifier.tolerance
     )
 
     def failure(some: Sequence[Block]) -> str:
@@ -192,7 +145,7 @@ class _Mix:
         calls: Sequence[Call],
         order: Order,
         target: Target,
-        asked: Asked,
+        asked: _Asked,
     ) -> None:
         self._network = network
         self._calls = calls
@@ -206,12 +159,12 @@ class _Mix:
         most = self._most()
         if self._asked.width is None:
             return self._noted(most, self._trimmed(most))
-        wanted = [most, 0, most // 2] if self._asked.thorough else [most, 0]
+        wanted = [most, 0, most // 2] if self._asked.occasion.thorough else [most, 0]
         for count in dict.fromkeys(wanted):
             self._try(count)
-            if not self._asked.thorough and self._tried[count] is not None:
+            if not self._asked.occasion.thorough and self._tried[count] is not None:
                 break
-        while self._asked.thorough and len(self._tried) < _TRIES:
+        while self._asked.occasion.thorough and len(self._tried) < _TRIES:
             nearer = self._between()
             if nearer is None or time.monotonic() > self._asked.until:
                 break
@@ -262,9 +215,7 @@ class _Mix:
         self._tried[count] = None
         try:
             if kept > self._target.share:
-                width = self._asked.width(
-                    less, target=self._target.of_rest(self._target.share / kept)
-                )
+                width = self._asked.width(less, self._target.of_rest(self._target.share / kept))
                 cut = joined(cut, width)
                 kept = self._kept(cut)
         except (NoEffect, BrokenModel) as error:
@@ -342,15 +293,15 @@ def joined(blocks: Cut, width: Cut) -> Cut:
     )
 
 
-def _of_share(network: nn.Module, order: Order, before: int, asked: Asked) -> Cut:
-    assert asked.ratio is not None
+def _of_share(network: nn.Module, order: Order, before: int, asked: _Asked) -> Cut:
+    assert asked.request.ratio is not None
     total = len(order.blocks) + before
-    count = math.floor(total * asked.ratio + 1e-6) - before
-    count = count if asked.thorough else max(count, 1)
+    count = math.floor(total * asked.request.ratio + 1e-6) - before
+    count = count if asked.occasion.thorough else max(count, 1)
     if count < 1:
         raise NoEffect(
             "what is asked for removes no block",
-            f"{asked.ratio:.0%} of {total} blocks that can go, of which {before} are gone",
+            f"{asked.request.ratio:.0%} of {total} blocks that can go, of which {before} are gone",
             "raise `ratio`",
         )
     some = order.first(count)

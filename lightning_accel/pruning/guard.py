@@ -14,13 +14,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
+from lightning_accel.arguments import finite, one_of, text, whole
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery.snapshot import Snapshot
 
 SETTINGS = ("max_drop", "monitor", "mode", "patience")
-MODES = ("max", "min")
+Mode = Literal["max", "min"]
+MODES = get_args(Mode)
 _LOWER_IS_BETTER = re.compile(
     r"(^|[\W_])(loss|error|err|mse|rmse|mae|ppl|perplexity)($|[\W_])", re.I
 )
@@ -186,8 +188,7 @@ def guard(
     """Check the arguments and return a guard, or `None` without a budget."""
     if max_drop is None and monitor is None:
         return None
-    number = isinstance(max_drop, (int, float)) and not isinstance(max_drop, bool)
-    if not number or not 0 <= max_drop < math.inf or not isinstance(monitor, str) or not monitor:
+    if max_drop is None or monitor is None:
         raise ValueError(
             explain(
                 "an accuracy guard needs a metric and how much worse it may get",
@@ -195,10 +196,9 @@ def guard(
                 "pass max_drop=0.01, monitor='val_acc', say",
             )
         )
-    if mode not in MODES:
-        raise ValueError(
-            explain("`mode` says which way is better", repr(mode), "pass 'max' or 'min'")
-        )
+    finite("max_drop", max_drop, least=0.0, do="pass how much worse `monitor` may get, 0.01 say")
+    text("monitor", monitor, do="pass the name of a metric that is logged, 'val_acc' say")
+    one_of("mode", mode, MODES)
     if mode == "max" and _LOWER_IS_BETTER.search(monitor):
         raise ValueError(
             explain(
@@ -207,10 +207,7 @@ def guard(
                 "pass mode='min'",
             )
         )
-    if type(patience) is not int or patience < 1:
-        raise ValueError(
-            explain("`patience` is a number of epochs, at least 1", repr(patience), "pass 1, say")
-        )
+    whole("patience", patience, do="pass a number of epochs, such as 1")
     if when[0] == 0:
         raise ValueError(
             explain(

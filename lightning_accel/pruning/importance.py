@@ -26,21 +26,26 @@ of their group, the others (losses, scales, shares) are left as they are.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Union
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.pruning import interop
-from lightning_accel.surgery.call import in_precision
-
-if TYPE_CHECKING:
-    from lightning_accel.pruning.activations import Statistics
-    from lightning_accel.pruning.graph import Group, Member
-    from lightning_accel.pruning.reconstruction import Reconstruction
+from lightning_accel.pruning.activations import Statistics
+from lightning_accel.pruning.coupled import (
+    bn_scales,
+    exact,
+    gate_gradient,
+    per_unit,
+    squares,
+    total,
+    weights,
+)
+from lightning_accel.pruning.groups import Group
+from lightning_accel.pruning.reconstruction import Reconstruction
 
 KNOWN = (
     "magnitude",
@@ -54,7 +59,7 @@ KNOWN = (
     "random",
 )
 
-Importance = Union[str, Callable[[nn.Module, "Group"], Tensor], "Reconstruction"]
+Importance = str | Callable[[nn.Module, Group], Tensor] | Reconstruction
 """A name of `KNOWN`, a function of model and group that returns a number per unit, `Reconstruction`, or
 an importance of torch-pruning."""
 
@@ -65,8 +70,6 @@ def check(importance: Any) -> Importance:
     >>> check("magnitude")
     'magnitude'
     """
-    from lightning_accel.pruning.reconstruction import Reconstruction
-
     known = isinstance(importance, (str, Reconstruction)) or callable(importance)
     if isinstance(importance, type):
         name = importance.__name__
@@ -131,129 +134,6 @@ def score(
     return scores
 
 
-def gate_gradient(model: nn.Module, group: Group) -> Tensor:
-    """Return the loss's derivative by a gate on each unit (1 keeps it), from `.grad`, shape (units,).
-
-    At the layers that read a unit it is the sum of weight times gradient over its columns, exactly.
-    Where these are not all there (queries and keys are read by no weight), it is taken where the unit
-    is made, at weights, biases and norms together.
-
-    Raises:
-        ValueError: No tensor of the group holds a gradient.
-    """
-    sides = [tensors_of(model, group, "in"), tensors_of(model, group, "out", "own")]
-    parts = [[_gated(member, tensor) for member, tensor in side] for side in sides]
-    if group.kind == "width":
-        parts.reverse()
-    whole = [side for side in parts if side and all(part is not None for part in side)]
-    found = [part for side in whole or parts for part in side if part is not None]
-    if not found:
-        raise ValueError("none of its parameters holds a gradient")
-    return _sum(found[: len(whole[0])] if whole else found)
-
-
-def _gated(member: Member, tensor: Tensor) -> Tensor | None:
-    gradient = tensor.grad
-    return None if gradient is None else per_unit(_slopes(tensor, gradient), member)
-
-
-def squares(model: nn.Module, group: Group) -> Tensor:
-    """Return the squared norm of each unit's weights in all coupled layers, shape (units,).
-
-    Raises:
-        ValueError: The group has no weight.
-    """
-    parts = [
-        per_unit(exact(tensor).abs().square(), member) for member, tensor in weights(model, group)
-    ]
-    if not parts:
-        raise ValueError("none of its tensors is a weight")
-    return _sum(parts)
-
-
-def weights(model: nn.Module, group: Group, *roles: str) -> Iterator[tuple[Member, Tensor]]:
-    """Yield the group's weights, no biases; a parametrized one as it is in the forward, once."""
-    for member, tensor in tensors_of(model, group, *(roles or ("out", "in", "own"))):
-        leaf = member.tensor.rpartition(".")[2]
-        if leaf == "bias" or leaf.endswith("_bias") or leaf.startswith("bias_"):
-            continue
-        effective = effective_weight(model, member.tensor)
-        if effective is None:
-            yield member, tensor
-        elif effective.shape == tensor.shape:
-            yield member, effective
-
-
-@torch.no_grad()
-def effective_weight(model: nn.Module, name: str) -> Tensor | None:
-    """Return the weight that is computed from a parameter (weight norm, masks), `None` if it is one itself."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path.partition(".parametrizations.")[0])
-    if ".parametrizations." in f".{path}.":
-        found = getattr(owner, path.rpartition(".")[2])
-    else:
-        base, _, kind = leaf.rpartition("_")
-        hooks = [h for h in owner._forward_pre_hooks.values() if _is_of_torch(h)]
-        if not hooks or kind not in ("g", "v", "orig") or base in owner._parameters:
-            return None
-        for hook in hooks:
-            hook(owner, ())  # what it computed last may be older than the parameters
-        found = vars(owner).get(base)
-    return found.detach() if isinstance(found, Tensor) else None
-
-
-def _is_of_torch(hook: object) -> bool:
-    return type(hook).__module__.startswith("torch.nn.utils")
-
-
-def tensors_of(
-    model: nn.Module, group: Group, *roles: str
-) -> Iterator[tuple[Member, nn.Parameter]]:
-    """Yield the group's floating point and complex parameters of these roles, tied ones under one name only."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    seen: list[tuple[nn.Parameter, Member]] = []
-    for member in group.members:
-        tensor = parameters.get(member.tensor)
-        if tensor is None or member.role not in roles or not _is_number(tensor):
-            continue
-        if not any(tensor is other and _same_place(member, known) for other, known in seen):
-            seen.append((tensor, member))
-            yield member, tensor
-
-
-def _same_place(member: Member, other: Member) -> bool:
-    return member.dim == other.dim and torch.equal(member.positions, other.positions)
-
-
-def per_unit(values: Tensor, member: Member) -> Tensor:
-    """Sum elementwise values of a member's tensor over each unit, shape (units,).
-
-    >>> from lightning_accel.pruning.graph import Member
-    >>> rows = Member("weight", 0, "out", torch.tensor([[0, 2], [1, 3]]))
-    >>> per_unit(torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]]), rows)
-    tensor([14, 22])
-    """
-    others = [dim for dim in range(values.dim()) if dim != member.dim]
-    line = values.sum(others) if others else values
-    return line[member.positions.to(line.device)].sum(1)
-
-
-def exact(tensor: Tensor) -> Tensor:
-    """Return the values in the widest floating point type that the device has, or complex one."""
-    return in_precision(
-        tensor.detach(), torch.float32 if tensor.device.type == "mps" else torch.float64
-    )
-
-
-def _slopes(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """Return the derivative of the loss by a real factor of each weight."""
-    return (exact(tensor).conj() * exact(gradient)).real
-
-
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _magnitude(model: nn.Module, group: Group) -> Tensor:
     return _relative(squares(model, group))
 
@@ -262,15 +142,7 @@ def _bn_scale(model: nn.Module, group: Group) -> Tensor:
     scales = [per_unit(exact(tensor).abs(), member) for member, tensor in bn_scales(model, group)]
     if not scales:
         raise ValueError("it has no batch norm with a scale, which importance='bn_scale' reads")
-    return _sum(scales) / len(scales)
-
-
-def bn_scales(model: nn.Module, group: Group) -> Iterator[tuple[Member, nn.Parameter]]:
-    """Yield the scales of the group's batch norms."""
-    for member, tensor in tensors_of(model, group, "out", "own"):
-        path, _, leaf = member.tensor.rpartition(".")
-        if leaf == "weight" and isinstance(model.get_submodule(path), _BatchNorm):
-            yield member, tensor
+    return total(scales) / len(scales)
 
 
 def _taylor(model: nn.Module, group: Group) -> Tensor:
@@ -278,34 +150,34 @@ def _taylor(model: nn.Module, group: Group) -> Tensor:
 
 
 def _fpgm(model: nn.Module, group: Group) -> Tensor:
-    squared = torch.zeros(group.units, group.units, dtype=torch.float64)
+    squared_UU = torch.zeros(group.units, group.units, dtype=torch.float64)
     found = False
     for member, tensor in weights(model, group, "out"):
         rows = exact(tensor).movedim(member.dim, 0).flatten(1)
         rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
-        rows = rows[member.positions.to(rows.device)].flatten(1)  # (units, weights of the unit)
-        squared += _distances(rows).cpu()
+        rows_UN = rows[member.positions.to(rows.device)].flatten(1)  # all weights of a unit
+        squared_UU += _distances(rows_UN).cpu()
         found = True
     if not found:
         raise ValueError("no layer's weights make it, which importance='fpgm' compares")
-    return _relative(squared.sqrt().sum(1))
+    return _relative(squared_UU.sqrt().sum(1))
 
 
-def _distances(rows: Tensor) -> Tensor:
+def _distances(rows_UN: Tensor) -> Tensor:
     """Return squared distances between rows; centred first, so that little cancels."""
-    rows = rows - rows.mean(0)
-    products = rows @ rows.T
-    lengths = products.diagonal()
-    return (lengths[:, None] + lengths[None, :] - 2 * products).clamp_min(0.0)
+    rows_UN = rows_UN - rows_UN.mean(0)
+    products_UU = rows_UN @ rows_UN.T
+    lengths_U = products_UU.diagonal()
+    return (lengths_U[:, None] + lengths_U[None, :] - 2 * products_UU).clamp_min(0.0)
 
 
 def _lamp(model: nn.Module, group: Group) -> Tensor:
-    squared = squares(model, group)
-    order = squared.argsort(stable=True)
-    ranked = squared[order]
-    at_least = ranked.flip(0).cumsum(0).flip(0)
-    shares = torch.where(at_least > 0, ranked / at_least, torch.zeros_like(ranked))
-    return torch.empty_like(shares).index_copy_(0, order, shares)
+    squared_U = squares(model, group)
+    order_U = squared_U.argsort(stable=True)
+    ranked_U = squared_U[order_U]
+    at_least_U = ranked_U.flip(0).cumsum(0).flip(0)  # each unit with all that are larger
+    shares_U = torch.where(at_least_U > 0, ranked_U / at_least_U, torch.zeros_like(ranked_U))
+    return torch.empty_like(shares_U).index_copy_(0, order_U, shares_U)
 
 
 def _random(_: nn.Module, group: Group) -> Tensor:
@@ -332,13 +204,6 @@ def _measured(group: Group, importance: str, statistics: Statistics | None) -> T
 def _relative(scores: Tensor) -> Tensor:
     mean = scores.mean()
     return scores / mean if mean > 0 else scores
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0].cpu()
-    for part in parts[1:]:
-        total = total + part.cpu()
-    return total
 
 
 _FORMULAS: dict[str, Callable[[nn.Module, Group], Tensor]] = {

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lightning_accel.pruning.groups import Group, Member
-
+from lightning_accel.pruning.groups import Group, Member
 
 _GATHERED = "_accel_gathered"
 

@@ -4,6 +4,8 @@ Of the data only X^T X and X^T R are kept, of at most `WIDE` inputs at a time; o
 is solved after the other, each for what those before it left (block coordinate descent), so that the error goes
 down with each. How much the old weights pull is tried on a part of the samples that is held out: few samples, which
 any change can be fitted to, then change little or nothing.
+
+Names of tensors end in their dimensions: G groups of a layer, N samples, I inputs of a block (J of all), O outputs.
 """
 
 from __future__ import annotations
@@ -23,30 +25,31 @@ _RIDGES = (3e-3, 3e-2, 3e-1, 3.0)
 class Piece(NamedTuple):
     """Some samples: X of shape (groups, samples, inputs), Y of (groups, samples, outputs), and if they are held out."""
 
-    x: Tensor
-    y: Tensor
+    x_GNJ: Tensor
+    y_GNO: Tensor
     held_out: bool
 
 
 class Solution(NamedTuple):
     """Rows of shape (groups, outputs, inputs), and the squared errors with the old and with these."""
 
-    rows: Tensor
+    rows_GOJ: Tensor
     before: float
     after: float
 
 
 class _Sums(NamedTuple):
-    gram: Tensor  # X^T X
-    cross: Tensor  # X^T R
+    gram_GII: Tensor  # X^T X
+    cross_GIO: Tensor  # X^T R
     error: Tensor  # sum of R^2
 
     def plus(self, other: _Sums) -> _Sums:
         return _Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def gain(self, change: Tensor) -> Tensor:
+    def gain(self, change_GOI: Tensor) -> Tensor:
         """Return by how much a change of the rows lowers the squared error, per output."""
-        return ((2 * self.cross.mT - change @ self.gram) * change).sum(-1)
+        slope_GOI = 2 * self.cross_GIO.mT - change_GOI @ self.gram_GII
+        return (slope_GOI * change_GOI).sum(-1)
 
 
 def improved(
@@ -70,26 +73,27 @@ def improved(
     Returns:
         `None` where the samples are not finite.
     """
-    rows, errors = old, []
+    rows_GOJ, errors = old, []
     width = old.shape[-1]
     for start in range(0, width, WIDE):
         block = slice(start, min(start + WIDE, width))
-        sums, held = _sums(rows, block, data())
+        sums, held = _sums(rows_GOJ, block, data())
         whole = sums.plus(held)
         if not all(torch.isfinite(part).all() for part in whole):
             return None
-        step = partial(_step, rows, block, free=free if block.stop == width else 0, stored=stored)
-        made, may_change = _chosen(sums, held, step, ridge)
-        gain = whole.gain(made)
-        better = may_change & (gain > 0)
-        rows = rows.clone()
-        rows[..., block] += torch.where(better[..., None], made, 0)
-        errors += [float(whole.error), float(whole.error) - float(gain[better].sum())]
-    return Solution(rows, errors[0], max(0.0, errors[-1]))
+        frees = free if block.stop == width else 0  # the bias is the last input of all
+        step = partial(_step, rows_GOJ, block, free=frees, stored=stored)
+        made_GOI, may_change_GO = _chosen(sums, held, step, ridge)
+        gain_GO = whole.gain(made_GOI)
+        better_GO = may_change_GO & (gain_GO > 0)
+        rows_GOJ = rows_GOJ.clone()
+        rows_GOJ[..., block] += torch.where(better_GO[..., None], made_GOI, 0)
+        errors += [float(whole.error), float(whole.error) - float(gain_GO[better_GO].sum())]
+    return Solution(rows_GOJ, errors[0], max(0.0, errors[-1]))
 
 
 def _step(
-    rows: Tensor,
+    rows_GOJ: Tensor,
     block: slice,
     sums: _Sums,
     ridge: float,
@@ -98,9 +102,10 @@ def _step(
     stored: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Return the change of a block that is best on the samples of `sums`, as it will be stored."""
-    wanted = rows.clone()
-    wanted[..., block] += solve(sums.gram, sums.cross, ridge=ridge, free=free).mT
-    return (stored(wanted) - rows)[..., block]
+    wanted_GOJ = rows_GOJ.clone()
+    wanted_GOJ[..., block] += solve(sums.gram_GII, sums.cross_GIO, ridge=ridge, free=free).mT
+    # A step that rounding to the stored format would undo must count as what it will be.
+    return (stored(wanted_GOJ) - rows_GOJ)[..., block]
 
 
 def _chosen(
@@ -109,36 +114,36 @@ def _chosen(
     """Return the change that all samples ask for, and which rows may change."""
     whole = sums.plus(held)
     if ridge is not None:
-        return step(whole, ridge), torch.ones_like(whole.cross[..., 0, :], dtype=torch.bool)
+        return step(whole, ridge), torch.ones_like(whole.cross_GIO[..., 0, :], dtype=torch.bool)
     best = _RIDGES[0]
-    gain = held.gain(step(sums, best))
+    gain_GO = held.gain(step(sums, best))
     for pull in _RIDGES[1:]:
-        other = held.gain(step(sums, pull))
-        if other.sum() <= gain.sum():
+        other_GO = held.gain(step(sums, pull))
+        if other_GO.sum() <= gain_GO.sum():
             break
-        best, gain = pull, other
-    return step(whole, best), gain > 0
+        best, gain_GO = pull, other_GO
+    return step(whole, best), gain_GO > 0
 
 
-def _sums(rows: Tensor, block: slice, data: Iterable[Piece]) -> tuple[_Sums, _Sums]:
+def _sums(rows_GOJ: Tensor, block: slice, data: Iterable[Piece]) -> tuple[_Sums, _Sums]:
     """Return the sums over the samples, and over those held out."""
-    groups, outputs, _ = rows.shape
+    groups, outputs, _ = rows_GOJ.shape
     width = block.stop - block.start
     found = [
         _Sums(
-            rows.new_zeros(groups, width, width),
-            rows.new_zeros(groups, width, outputs),
-            rows.new_zeros(()),
+            rows_GOJ.new_zeros(groups, width, width),
+            rows_GOJ.new_zeros(groups, width, outputs),
+            rows_GOJ.new_zeros(()),
         )
         for _ in range(2)
     ]
-    for x, y, held_out in data:
-        missing = y - x @ rows.mT
-        x = x[..., block]
-        gram, cross, error = found[held_out]
-        gram += x.mT @ x
-        cross += x.mT @ missing
-        error += missing.square().sum()
+    for x_GNJ, y_GNO, held_out in data:
+        missing_GNO = y_GNO - x_GNJ @ rows_GOJ.mT
+        x_GNI = x_GNJ[..., block]
+        gram_GII, cross_GIO, error = found[held_out]
+        gram_GII += x_GNI.mT @ x_GNI
+        cross_GIO += x_GNI.mT @ missing_GNO
+        error += missing_GNO.square().sum()
     return found[0], found[1]
 
 

@@ -15,20 +15,23 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_accel.arguments import one_of, open_share
 from lightning_accel.errors import NoEffect, explain
 from lightning_accel.surgery import Change, Receipt, Select
 from lightning_accel.surgery.bypass import gone, is_under
 from lightning_accel.surgery.memories import mixing
 from lightning_accel.surgery.optimizers import parameters_of
 
-PATTERNS = ("2:4",)
-SCOPES = ("local", "global")
+Pattern = Literal["2:4"]
+PATTERNS = get_args(Pattern)
+Scope = Literal["local", "global"]
+SCOPES = get_args(Scope)
 
 _EVERYTHING = Select()
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,7 +47,7 @@ class Masks(NamedTuple):
 
 
 def magnitude_masks(
-    model: nn.Module, *, amount: float, select: Select = _EVERYTHING, scope: str = "local"
+    model: nn.Module, *, amount: float, select: Select = _EVERYTHING, scope: Scope = "local"
 ) -> Masks:
     """Return masks that leave out the smallest weights of linear layers and convolutions.
 
@@ -63,7 +66,7 @@ def magnitude_masks(
     8
     """
     check_amount(amount)
-    check_scope(scope)
+    one_of("scope", scope, SCOPES)
     found, skipped = _weights(model, select)
     sets = [found] if scope == "global" else [{name: weight} for name, weight in found.items()]
     keep: dict[str, Tensor] = {}
@@ -86,7 +89,7 @@ def pattern_masks(model: nn.Module, *, pattern: str = "2:4", select: Select = _E
     >>> pattern_masks(layer).keep["weight"]
     tensor([[False,  True, False,  True]])
     """
-    check_pattern(pattern)
+    one_of("pattern", pattern, PATTERNS)
     found, skipped = _weights(model, select)
     keep: dict[str, Tensor] = {}
     for name, weight in found.items():
@@ -222,7 +225,7 @@ def restored(model: nn.Module, masks: Mapping[str, Tensor], *, pattern: str) -> 
     What was masked is zero and so the first to be left out again. Layers whose number of inputs is no
     multiple of four any more keep their sliced mask and are named under `skipped`.
     """
-    check_pattern(pattern)
+    one_of("pattern", pattern, PATTERNS)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     keep: dict[str, Tensor] = {}
     skipped: list[Change] = []
@@ -251,33 +254,7 @@ def zero_share(masks: Mapping[str, Tensor]) -> float:
 
 def check_amount(amount: Any) -> float:
     """Return `amount` if it is a share above 0 and below 1, or raise."""
-    if not isinstance(amount, (int, float)) or isinstance(amount, bool):
-        raise TypeError(
-            explain("`amount` is a share of the weights", repr(amount), "pass 0.5, say")
-        )
-    if not (math.isfinite(amount) and 0 < amount < 1):
-        raise ValueError(
-            explain("`amount` is a share above 0 and below 1", repr(amount), "pass 0.5, say")
-        )
-    return float(amount)
-
-
-def check_scope(scope: Any) -> str:
-    """Return a known scope, or raise `ValueError` that lists them."""
-    if scope not in SCOPES:
-        raise ValueError(
-            explain("unknown scope", repr(scope), f"choose one of {', '.join(SCOPES)}")
-        )
-    return str(scope)
-
-
-def check_pattern(pattern: Any) -> str:
-    """Return a known pattern, or raise `ValueError` that lists them."""
-    if pattern not in PATTERNS:
-        raise ValueError(
-            explain("unknown pattern", repr(pattern), f"choose one of {', '.join(PATTERNS)}")
-        )
-    return str(pattern)
+    return float(open_share("amount", amount))
 
 
 def _mixes(optimizer: Any, parameter: Tensor, key: str) -> bool:

@@ -10,6 +10,7 @@ checkpoint, before `fully_shard` or `parallelize_module` sees it:
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_accel.bridge.restore import register, remember, stored_structure
 from lightning_accel.errors import StructureMismatch, Unsupported, explain, weights_alone
-from lightning_accel.pruning.prune import plan
+from lightning_accel.pruning.planning import planned
+from lightning_accel.pruning.request import Occasion, Request
+from lightning_accel.pruning.subject import Subject
 from lightning_accel.surgery import Cut, Receipt
 from lightning_accel.surgery.call import Call, as_call
 
@@ -51,7 +54,8 @@ def prune_before_sharding(
         What was cut, or resized; falsy on a second call.
 
     Raises:
-        TypeError: `pl_module` is no LightningModule.
+        TypeError: `pl_module` is no LightningModule, or an argument is of another type.
+        ValueError: An argument is out of range.
         Unsupported: The module is sharded already, or has no weights yet (on the meta device).
         StructureMismatch: The checkpoint's structure does not fit.
         NoEffect: Nothing could be pruned.
@@ -62,7 +66,8 @@ def prune_before_sharding(
     register(pl_module)
     if ckpt_path is None:
         call = example if isinstance(example, Call) else as_call(example)
-        cut = _decided(pl_module, call, asked)
+        request, occasion = _read_arguments(asked)
+        cut = _decided(pl_module, call, request, occasion)
         remember(pl_module, cut.before)
         receipt = cut.apply(pl_module)
     else:
@@ -97,14 +102,27 @@ def _refuse(pl_module: LightningModule) -> None:
             )
 
 
-def _decided(pl_module: LightningModule, call: Call, asked: dict[str, Any]) -> Cut:
+def _read_arguments(asked: dict[str, Any]) -> tuple[Request, Occasion]:
+    """Tell what is asked for from what else `plan` takes."""
+    of_fits = {"steps", "schedule", "is_search"}
+    names = {field.name for field in dataclasses.fields(Request)} - of_fits
+    request = Request(**{name: value for name, value in asked.items() if name in names})
+    others = {name: value for name, value in asked.items() if name not in names}
+    return request, Occasion(**others)
+
+
+def _decided(pl_module: LightningModule, call: Call, request: Request, occasion: Occasion) -> Cut:
     """Return rank 0's cut on every rank; an error there is an error everywhere."""
+
+    def made() -> Cut:
+        return planned(Subject.of(pl_module, (call,), occasion.steps), request, occasion)
+
     if not (dist.is_available() and dist.is_initialized()):
-        return plan(pl_module, calls=(call,), **asked)
+        return made()
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [plan(pl_module, calls=(call,), **asked)]
+            found = [made()]
         except Exception as error:
             found = [error]
     dist.broadcast_object_list(found, src=0)

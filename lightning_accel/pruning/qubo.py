@@ -23,16 +23,18 @@ import queue
 import threading
 import time
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_accel.arguments import finite, one_of, whole
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.pruning.reconstruction import check_gram, energy, greedy, swap
 from lightning_accel.redact import redacted
 
-SAMPLERS = ("sa", "sqa", "tabu", "greedy", "exact", "dwave")
+Sampler = Literal["sa", "sqa", "tabu", "greedy", "exact", "dwave"]
+SAMPLERS = get_args(Sampler)
 _EXACT = 20  # variables that can be enumerated: 2^20 samples in about two seconds
 _POLISHED = 64  # distinct samples that are decoded, the best ones first
 
@@ -91,7 +93,7 @@ class QuboSelector:
 
     def __init__(
         self,
-        sampler: str = "sa",
+        sampler: Sampler = "sa",
         *,
         num_reads: int = 32,
         num_sweeps: int = 1000,
@@ -100,16 +102,12 @@ class QuboSelector:
         penalty: float = 1.0,
         timeout_s: float = 60.0,
     ) -> None:
-        if sampler not in SAMPLERS:
-            do = f"choose one of {', '.join(SAMPLERS)}"
-            raise ValueError(explain("unknown sampler", repr(sampler), do))
-        sizes = {"num_reads": num_reads, "num_sweeps": num_sweeps, "max_variables": max_variables}
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise ValueError(explain(f"`{name}` is a positive integer", repr(size)))
-        for name, value in {"penalty": penalty, "timeout_s": timeout_s}.items():
-            if not 0 < value < float("inf"):
-                raise ValueError(explain(f"`{name}` is a positive number", repr(value)))
+        one_of("sampler", sampler, SAMPLERS)
+        whole("num_reads", num_reads)
+        whole("num_sweeps", num_sweeps)
+        whole("max_variables", max_variables)
+        finite("penalty", penalty, above=0.0)
+        finite("timeout_s", timeout_s, above=0.0, unit="seconds")
         require_extra()
         self.sampler, self.num_reads, self.num_sweeps = sampler, num_reads, num_sweeps
         self.seed, self.max_variables, self.penalty = seed, max_variables, penalty
@@ -127,7 +125,8 @@ class QuboSelector:
         check_gram(gram, remove)
         gram = gram.detach().double().cpu()
         known = swap(gram, greedy(gram, remove))
-        answer, share, used, fallback = known, 1.0, self.sampler, ""
+        answer, share, fallback = known, 1.0, ""
+        used: str = self.sampler
         cost, border = costs(gram, known)
         free = most_ambiguous(cost, border, self.max_variables)
         if 0 < remove < len(gram) and float(gram.abs().max()) > 0:

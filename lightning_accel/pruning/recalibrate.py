@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_accel.errors import explain
+from lightning_accel.arguments import whole
 from lightning_accel.surgery.call import Call, run
 
 
@@ -100,8 +100,5 @@ def _begin(kept: _Kept) -> Any:
 
 
 def check_batches(count: Any) -> None:
-    """Raise `ValueError` unless this is a number of batches, 0 for none."""
-    if type(count) is not int or count < 0:
-        raise ValueError(
-            explain("`recalibrate` is a number of batches", repr(count), "pass 10, say")
-        )
+    """Raise unless this is a number of batches, 0 for none."""
+    whole("recalibrate", count, least=0, do="pass a number of batches, such as 10")

@@ -13,6 +13,9 @@ G needs no activation to be stored. With X the consumer's unfolded inputs and W 
 over a unit's places and kernel of (X^T X) * (W^T W), elementwise, and X^T X adds up over batches.
 Everything is in float64. Choosing is greedy, then swaps of one removed against one kept unit as long as
 one lowers the error; `qubo` hands the same G to an annealer.
+
+Names of tensors end in their dimensions: U units, B groups of a layer, N positions, C inputs, K places of the kernel,
+I inputs x kernel, O outputs, P places of one unit x kernel.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.arguments import instance, whole
 from lightning_accel.errors import explain
+from lightning_accel.pruning.groups import Group, Member
 from lightning_accel.pruning.unfold import (
     PIECE,
     kernel,
@@ -38,9 +43,6 @@ from lightning_accel.pruning.unfold import (
 )
 from lightning_accel.surgery import Change
 from lightning_accel.surgery.call import Call, run, same_random_state
-
-if TYPE_CHECKING:
-    from lightning_accel.pruning.graph import Group, Member
 
 _WIDE = 6144  # inputs x kernel from which X^T X (300 MB) is not formed any more
 
@@ -58,7 +60,7 @@ def gram(model: nn.Module, group: Group, batches: Iterable[Sequence[Call]]) -> T
     Raises:
         ValueError: No consumer of the group can be read; the message says why.
 
-    >>> from lightning_accel.pruning.graph import Group, Member
+    >>> from lightning_accel.pruning.groups import Group, Member
     >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 1, bias=False))
     >>> nn.init.ones_(net[1].weight).tolist()
     [[1.0, 1.0]]
@@ -134,14 +136,15 @@ def greedy(gram: Tensor, remove: int) -> list[int]:
     [1, 2]
     """
     check_gram(gram, remove)
-    gram = gram.double()
-    cost = gram.diagonal().clone()
+    gram_UU = gram.double()
+    cost_U = gram_UU.diagonal().clone()
     removed = []
     for _ in range(remove):
-        unit = int(cost.argmin())
+        unit = int(cost_U.argmin())
         removed.append(unit)
-        cost += 2 * gram[unit]
-        cost[unit] = math.inf
+        # G_uu + 2 sum of G_uv over those that are gone: what u adds to z^T G z.
+        cost_U += 2 * gram_UU[unit]
+        cost_U[unit] = math.inf
     return sorted(removed)
 
 
@@ -151,22 +154,23 @@ def swap(gram: Tensor, removed: Sequence[int]) -> list[int]:
     >>> swap(torch.diag(torch.tensor([3.0, 1.0, 2.0])), [0])
     [1]
     """
-    gram = gram.double()
-    own, least = gram.diagonal(), 1e-12 * float(gram.diagonal().sum())
-    gone = torch.zeros(len(gram), dtype=torch.bool)
-    gone[list(removed)] = True
-    pull = 2 * gram @ gone.double()
-    while gone.any() and not gone.all():
-        out, kept = gone.nonzero()[:, 0], (~gone).nonzero()[:, 0]
-        saved, added = (pull - own)[out], (pull + own)[kept]
-        change = added[None, :] - saved[:, None] - 2 * gram[out][:, kept]
+    gram_UU = gram.double()
+    own_U = gram_UU.diagonal()
+    least = 1e-12 * float(own_U.sum())  # less is rounding, and would swap for ever
+    gone_U = torch.zeros(len(gram_UU), dtype=torch.bool)
+    gone_U[list(removed)] = True
+    pull_U = 2 * gram_UU @ gone_U.double()
+    while gone_U.any() and not gone_U.all():
+        out, kept = gone_U.nonzero()[:, 0], (~gone_U).nonzero()[:, 0]
+        saved, added = (pull_U - own_U)[out], (pull_U + own_U)[kept]
+        change = added[None, :] - saved[:, None] - 2 * gram_UU[out][:, kept]
         best = int(change.argmin())
         if float(change.flatten()[best]) >= -least:
             break
         back, go = int(out[best // len(kept)]), int(kept[best % len(kept)])
-        gone[back], gone[go] = False, True
-        pull += 2 * (gram[go] - gram[back])
-    return gone.nonzero()[:, 0].tolist()
+        gone_U[back], gone_U[go] = False, True
+        pull_U += 2 * (gram_UU[go] - gram_UU[back])
+    return gone_U.nonzero()[:, 0].tolist()
 
 
 def costs(gram: Tensor) -> Tensor:
@@ -176,16 +180,16 @@ def costs(gram: Tensor) -> Tensor:
     tensor([1.0000, 0.2500])
     """
     check_gram(gram, 0)
-    gram = gram.double()
-    cost = gram.diagonal().clone()
-    shares, total = torch.zeros(len(gram), dtype=torch.float64), 0.0
-    for _ in range(len(gram)):
-        unit = int(cost.argmin())
-        total = max(total, total + float(cost[unit]))  # rounding must not turn the order round
-        shares[unit] = total
-        cost += 2 * gram[unit]
-        cost[unit] = math.inf
-    return (shares / total if total > 0 else shares).float()
+    gram_UU = gram.double()
+    cost_U = gram_UU.diagonal().clone()
+    shares_U, total = torch.zeros(len(gram_UU), dtype=torch.float64), 0.0
+    for _ in range(len(gram_UU)):
+        unit = int(cost_U.argmin())
+        total = max(total, total + float(cost_U[unit]))  # rounding must not turn the order round
+        shares_U[unit] = total
+        cost_U += 2 * gram_UU[unit]
+        cost_U[unit] = math.inf
+    return (shares_U / total if total > 0 else shares_U).float()
 
 
 Selector = Callable[[Tensor, int], list[int]]
@@ -216,11 +220,8 @@ class Reconstruction:
     """
 
     def __init__(self, selector: Selector) -> None:
-        if not callable(selector):
-            raise TypeError(
-                explain("`selector` chooses units", repr(selector), "pass GreedySwapSelector()")
-            )
-        self.selector = selector
+        what, do = "a function of G and a number of units", "pass GreedySwapSelector()"
+        self.selector: Selector = instance("selector", selector, Callable, what, do)
 
     def __repr__(self) -> str:
         return f"Reconstruction({type(self.selector).__name__})"
@@ -231,9 +232,7 @@ def check_gram(gram: Tensor, remove: int) -> None:
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not torch.isfinite(gram).all():
         found = f"shape {tuple(gram.shape)}"
         raise ValueError(explain("`gram` is a finite square matrix", found, "see `gram`"))
-    if type(remove) is not int or not 0 <= remove <= len(gram):
-        found = f"{remove!r} of {len(gram)} units"
-        raise ValueError(explain("`remove` is a number of units", found, "pass at most all"))
+    whole("remove", remove, least=0, most=len(gram), do="pass at most all units")
 
 
 @contextmanager
@@ -280,35 +279,36 @@ def _parts(
     module: nn.Module, x: Tensor, reads: Sequence[tuple[Group, Member]]
 ) -> Iterator[tuple[Group, Tensor]]:
     """Yield what one call of a layer adds to G of each group that it reads."""
-    weights = matrix(module, module._parameters["weight"])  # type: ignore[arg-type]
-    inputs = weights.shape[-1] // kernel(module)
+    weights_BOI = matrix(module, module._parameters["weight"])  # type: ignore[arg-type]
+    inputs = weights_BOI.shape[-1] // kernel(module)
     step = pieces(module, x)
-    if weights.shape[-1] > _WIDE:
+    if weights_BOI.shape[-1] > _WIDE:
         for piece in x.split(step):
             for group, member in reads:
                 places = member.positions.to(x.device)
-                yield group, _by_contributions(patches(module, piece), weights, places, inputs)
+                x_BNI = patches(module, piece)
+                yield group, _by_contributions(x_BNI, weights_BOI, places, inputs)
         return
-    products = torch.zeros_like(weights.mT @ weights)
+    products_BII = torch.zeros_like(weights_BOI.mT @ weights_BOI)
     for piece in x.split(step):
-        unfolded = patches(module, piece)
-        products += unfolded.mT @ unfolded
-    products *= weights.mT @ weights
-    channels = products.unflatten(-1, (inputs, -1)).sum((0, -1))  # (inputs x kernel, inputs)
-    channels = channels.unflatten(0, (inputs, -1)).sum(1)
+        x_BNI = patches(module, piece)
+        products_BII += x_BNI.mT @ x_BNI
+    products_BII *= weights_BOI.mT @ weights_BOI
+    sums_IC = products_BII.unflatten(-1, (inputs, -1)).sum((0, -1))
+    sums_CC = sums_IC.unflatten(0, (inputs, -1)).sum(1)
     for group, member in reads:
         places = member.positions.to(x.device)
-        yield group, channels[places].sum(1)[:, places].sum(2)
+        yield group, sums_CC[places].sum(1)[:, places].sum(2)
 
 
-def _by_contributions(x: Tensor, weights: Tensor, places: Tensor, inputs: int) -> Tensor:
+def _by_contributions(x_BNI: Tensor, weights_BOI: Tensor, places: Tensor, inputs: int) -> Tensor:
     """Form the C_u themselves, a few outputs at a time, where X^T X would be too large."""
-    total = x.new_zeros(len(places), len(places))
-    for rows, columns in zip(x, weights, strict=True):
-        of_unit = rows.unflatten(-1, (inputs, -1))[:, places].flatten(2)  # (positions, units, ...)
-        by_unit = columns.unflatten(-1, (inputs, -1))[:, places].flatten(2)  # (outputs, units, ...)
-        few = max(1, PIECE // max(1, len(rows) * len(places)))
-        for part in by_unit.split(few):
-            made = torch.einsum("puk,ouk->upo", of_unit, part).flatten(1)
-            total += made @ made.T
-    return total
+    total_UU = x_BNI.new_zeros(len(places), len(places))
+    for x_NI, weights_OI in zip(x_BNI, weights_BOI, strict=True):
+        x_NUP = x_NI.unflatten(-1, (inputs, -1))[:, places].flatten(2)
+        weights_OUP = weights_OI.unflatten(-1, (inputs, -1))[:, places].flatten(2)
+        few = max(1, PIECE // max(1, len(x_NI) * len(places)))
+        for part_OUP in weights_OUP.split(few):
+            made = torch.einsum("nup,oup->uno", x_NUP, part_OUP).flatten(1)
+            total_UU += made @ made.T
+    return total_UU

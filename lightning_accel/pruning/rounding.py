@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_accel.errors import NoEffect, explain
+from lightning_accel.arguments import one_of, whole
+from lightning_accel.errors import NoEffect
 from lightning_accel.pruning.graph import Gone
 from lightning_accel.pruning.search import same
 from lightning_accel.pruning.target import Latency, Macs, Prunable, Target
@@ -112,12 +113,13 @@ def reach(
 
 
 def check_round_to(round_to: Any) -> None:
-    """Raise unless `round_to` is a positive integer, "measured" or `None`."""
-    if round_to not in (None, MEASURED) and (type(round_to) is not int or round_to < 1):
-        raise ValueError(
-            explain(
-                "`round_to` is a positive number of channels, or 'measured'",
-                repr(round_to),
-                "pass 8, say",
-            )
-        )
+    """Raise unless `round_to` is a positive whole number of channels, "measured" or `None`.
+
+    Raises:
+        TypeError: It is of another kind.
+        ValueError: It is another text, or below 1.
+    """
+    if isinstance(round_to, str):
+        one_of("round_to", round_to, (MEASURED,))
+    else:
+        whole("round_to", round_to, none=True, do="pass 8, or 'measured'")

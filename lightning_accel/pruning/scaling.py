@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_accel.measure.flops import unfused
+from lightning_accel.pruning.groups import Group
 from lightning_accel.pruning.trace.numbers import without_override
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call, run, same_random_state
-
-if TYPE_CHECKING:
-    from lightning_accel.pruning.graph import Group
 
 PRODUCTS = ("scaled_dot_product_attention", "matmul", "__matmul__", "bmm")
 """Functions whose first two arguments may be queries and keys."""

@@ -14,9 +14,13 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
+from lightning_accel.arguments import one_of
 from lightning_accel.errors import explain
+
+Schedule = Literal["one_shot", "linear", "cubic", "iterative"]
+SCHEDULES = get_args(Schedule)
 
 _GONE: dict[str, Callable[[float, float], float]] = {
     "one_shot": lambda ratio, done: ratio * done,
@@ -24,8 +28,6 @@ _GONE: dict[str, Callable[[float, float], float]] = {
     "cubic": lambda ratio, done: ratio * (1.0 - (1.0 - done) ** 3),
     "iterative": lambda ratio, done: 1.0 - (1.0 - ratio) ** done,
 }
-SCHEDULES = tuple(_GONE)
-
 
 When = tuple[int, ...] | tuple[float, ...]
 """Epochs counted from 0, or shares of all epochs between 0 and 1."""
@@ -105,12 +107,14 @@ def unfinished(when: Sequence[float], missed: Sequence[float]) -> str:
     )
 
 
-def check(schedule: Any, steps: int) -> str:
-    """Return a known schedule that fits the number of steps, or raise `ValueError`."""
-    if schedule not in SCHEDULES:
-        raise ValueError(
-            explain("unknown schedule", repr(schedule), f"choose one of {', '.join(SCHEDULES)}")
-        )
+def check(schedule: Any, steps: int) -> None:
+    """Raise unless a schedule is known, and fits the number of steps.
+
+    Raises:
+        TypeError: It is no text.
+        ValueError: It is another one, or has one step only.
+    """
+    one_of("schedule", schedule, SCHEDULES)
     if schedule == "one_shot" and steps > 1:
         raise ValueError(
             explain(
@@ -119,7 +123,6 @@ def check(schedule: Any, steps: int) -> str:
                 "pass one epoch, or schedule='linear'",
             )
         )
-    return str(schedule)
 
 
 def share_gone(ratio: float, step: int, steps: int, schedule: str = "linear") -> float:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_accel.errors import explain
+from lightning_accel.arguments import one_of
+from lightning_accel.pruning.groups import Group
 from lightning_accel.surgery import Change
 
-if TYPE_CHECKING:
-    from lightning_accel.pruning.graph import Group
-
-SCOPES = ("local", "global", "isomorphic", "sensitivity")
+Scope = Literal["local", "global", "isomorphic", "sensitivity"]
+SCOPES = get_args(Scope)
+Attention = Literal["heads", "width"]
+ATTENTION = get_args(Attention)
 
 _SHALLOW = 0.9
 """One ranking over groups takes no more than this share of a group before all have lost as much."""
@@ -50,7 +51,7 @@ def choose(
     Raises:
         ValueError: The scope is unknown, or groups of one link differ in width.
 
-    >>> from lightning_accel.pruning.graph import Group
+    >>> from lightning_accel.pruning.groups import Group
     >>> pair = [Group(name, "channels", 4, (), (name,), 4) for name in "ab"]
     >>> scores = {"a": torch.tensor([3.0, 1.0, 2.0, 4.0]), "b": torch.tensor([9.0, 8.0, 7.0, 6.0])}
     >>> choose(pair, scores, ratio=0.5), choose(pair, scores, ratio=0.3, scope="global")
@@ -75,31 +76,30 @@ def choose(
     return gone
 
 
-def check_scope(scope: Any) -> str:
-    """Return a known scope, or raise `ValueError` that lists them."""
-    if scope not in SCOPES:
-        raise ValueError(
-            explain("unknown scope", repr(scope), f"choose one of {', '.join(SCOPES)}")
-        )
-    return str(scope)
+def check_scope(scope: Any) -> None:
+    """Raise unless the scope is known.
+
+    Raises:
+        TypeError: It is no text.
+        ValueError: It is another one.
+    """
+    one_of("scope", scope, SCOPES)
 
 
 def check_attention(attention: Any) -> None:
-    """Raise unless this is what can go of attention."""
-    if attention not in ("heads", "width"):
-        raise ValueError(
-            explain(
-                "`attention` says what goes where channels are split into heads",
-                repr(attention),
-                "pass 'heads', or 'width' for the same places of every head",
-            )
-        )
+    """Raise unless this is what can go of attention: whole heads, or the same places of every head ("width").
+
+    Raises:
+        TypeError: It is no text.
+        ValueError: It is another one.
+    """
+    one_of("attention", attention, ATTENTION)
 
 
 def immovable(groups: Sequence[Group], *, round_to: int | None = None) -> list[Change]:
     """Name the groups that no ratio can shrink, with the reason.
 
-    >>> from lightning_accel.pruning.graph import Group
+    >>> from lightning_accel.pruning.groups import Group
     >>> immovable([Group("fc", "channels", 4, (), ("fc",), 4)], round_to=8)[0].what
     'its 4 channels cannot shrink to a multiple of 8'
     """

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_accel.errors import NoEffect, explain
+from lightning_accel.arguments import open_share, positive
+from lightning_accel.errors import NoEffect
 from lightning_accel.measure.flops import eval_mode
 from lightning_accel.measure.table import Cell, Table
 from lightning_accel.measure.timing import Comparison
@@ -21,7 +22,8 @@ from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import selection
 from lightning_accel.pruning.graph import Gone, Graph, Group
 from lightning_accel.pruning.importance import Importance
-from lightning_accel.pruning.target import Latency, Macs, Params, check_share
+from lightning_accel.pruning.selection import Attention
+from lightning_accel.pruning.target import Latency, Macs, Params
 from lightning_accel.pruning.trains import in_dtype_of
 from lightning_accel.surgery import Select, Structure, twin
 from lightning_accel.surgery.call import Call, first, reals, run, same_random_state
@@ -58,7 +60,7 @@ def sensitivity(
     share: float = 0.5,
     importance: Importance = "magnitude",
     select: Select = _EVERYTHING,
-    attention: str = "heads",
+    attention: Attention = "heads",
     loss: Callable[[nn.Module], float] | None = None,
     budget_s: float = 10.0,
 ) -> list[Row]:
@@ -83,9 +85,8 @@ def sensitivity(
     >>> row.name, row.units, row.removed, row.macs_saved
     ('0', 8, 4, 0.5)
     """
-    check_share(share, "share")
-    if not budget_s > 0:
-        raise ValueError(explain("`budget_s` is a time", repr(budget_s), "pass seconds above 0"))
+    open_share("share", share)
+    positive("budget_s", budget_s, unit="seconds")
     scoring.check(importance)
     calls = in_dtype_of(calls, model)
     graph = graph_of(model, calls, select=select, attention=attention)
@@ -161,7 +162,7 @@ def graph_of(
     calls: Sequence[Call],
     *,
     select: Select = _EVERYTHING,
-    attention: str = "heads",
+    attention: Attention = "heads",
     dense: Structure = _AS_IT_IS,
 ) -> Graph:
     """Return the prunable groups of a copy of the model, found as `plan` finds them."""

@@ -16,20 +16,19 @@ compared with the others of its group, so a group of one unit, or of equal ones,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import NoEffect
-from lightning_accel.pruning.importance import bn_scales, exact, squares, weights
+from lightning_accel.pruning.coupled import bn_scales, exact, squares, weights
+from lightning_accel.pruning.groups import Group, Member
 from lightning_accel.pruning.selection import choose
 from lightning_accel.surgery import Kept, Receipt
 
-if TYPE_CHECKING:
-    from lightning_accel.pruning.graph import Group, Member
-
-PENALTIES = ("slimming", "group_lasso", "growing")
+Penalty = Literal["slimming", "group_lasso", "growing"]
+PENALTIES = get_args(Penalty)
 
 Gradients = dict[str, Tensor]
 """By name of the parameter, the penalty's gradient, in the parameter's shape."""

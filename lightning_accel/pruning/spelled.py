@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lightning_accel.errors import AccelError, NoEffect, explain
-from lightning_accel.pruning.target import check_share
+from lightning_accel.arguments import one_of, open_share
+from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.surgery import Select
 
-KINDS = ("BasePruner", "GroupNormPruner", "BNScalePruner", "GrowingRegPruner")
+Kind = Literal["BasePruner", "GroupNormPruner", "BNScalePruner", "GrowingRegPruner"]
+KINDS = get_args(Kind)
 IMPORTANCES = (
     "GroupMagnitudeImportance",
     "GroupTaylorImportance",
@@ -54,7 +55,7 @@ class TorchPruner:
 
     def __init__(
         self,
-        kind: str = "BasePruner",
+        kind: Kind = "BasePruner",
         *,
         importance: str = "GroupMagnitudeImportance",
         pruning_ratio: float = 0.5,
@@ -63,13 +64,14 @@ class TorchPruner:
         num_heads: Mapping[str, int] | None = None,
         options: Mapping[str, float | bool | None] | None = None,
     ) -> None:
-        _require("kind", [kind], KINDS)
-        _require("importance", [importance], IMPORTANCES)
-        _require("options", list(options or {}), OPTIONS)
-        check_share(pruning_ratio, "pruning_ratio")
+        one_of("kind", kind, KINDS)
+        one_of("importance", importance, IMPORTANCES)
+        for option in options or {}:
+            one_of("options", option, OPTIONS)
+        open_share("pruning_ratio", pruning_ratio)
         for pattern, share in (pruning_ratio_dict or {}).items():
             if share != 0 or isinstance(share, bool):  # 0 keeps a layer whole
-                check_share(share, f"pruning_ratio_dict['{pattern}']")
+                open_share(f"pruning_ratio_dict['{pattern}']", share)
         self.kind = kind
         self.importance = importance
         self.pruning_ratio = pruning_ratio
@@ -141,11 +143,3 @@ def _linear(model: nn.Module, by_pattern: Mapping[str, int]) -> dict[nn.Module, 
             )
         found.update(mine)
     return found
-
-
-def _require(argument: str, given: list[Any], known: tuple[str, ...]) -> None:
-    odd = [name for name in given if name not in known]
-    if odd:
-        raise ValueError(
-            explain(f"unknown {argument}", repr(odd[0]), f"choose among {', '.join(known)}")
-        )

@@ -9,7 +9,6 @@ by bisection on what the budget is about: counted exactly for `Macs` and `Params
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_accel.errors import NoEffect, explain
+from lightning_accel.arguments import finite, open_share, whole
+from lightning_accel.errors import NoEffect
 from lightning_accel.measure.flops import count_macs, eval_mode
 from lightning_accel.measure.memory import model_size, peak_memory
 from lightning_accel.measure.timing import Comparison, compare
@@ -55,7 +55,7 @@ class Target(ABC):
     """Whether two equal questions may get two answers."""
 
     def __post_init__(self) -> None:
-        check_share(self.share, f"{type(self).__name__}.share")
+        open_share(f"{type(self).__name__}.share", self.share)
 
     @abstractmethod
     def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
@@ -170,7 +170,7 @@ class Memory(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_batch_size(self.batch_size)
+        whole("Memory.batch_size", self.batch_size, none=True)
 
     def of(self, calls: Sequence[Call]) -> Self:
         return dataclasses.replace(self, batch_size=self.batch_size or batch_size(calls))
@@ -205,12 +205,9 @@ class Latency(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self.tolerance, "Latency.tolerance")
-        _check_batch_size(self.batch_size)
-        if not _is_number(self.budget_s) or not 0 < self.budget_s < math.inf:
-            raise ValueError(
-                explain("`Latency.budget_s` is in seconds", repr(self.budget_s), "pass 1.0, say")
-            )
+        open_share("Latency.tolerance", self.tolerance)
+        whole("Latency.batch_size", self.batch_size, none=True)
+        finite("Latency.budget_s", self.budget_s, above=0.0, unit="seconds")
 
     def of(self, calls: Sequence[Call]) -> Self:
         return dataclasses.replace(self, batch_size=self.batch_size or batch_size(calls))
@@ -245,15 +242,6 @@ class Latency(Target):
         start = bisect(pick, partial(Macs(self.share).kept, graph), self.share).ratio
         slack = self.tolerance / 2
         return measured(graph.groups, pick, left, self.share, start=start, slack=slack)
-
-
-def check_share(value: Any, name: str) -> None:
-    """Raise unless `value` is a number above 0 and below 1."""
-    if not _is_number(value) or not math.isfinite(value) or not 0 < value < 1:
-        error = ValueError if _is_number(value) else TypeError
-        raise error(
-            explain(f"`{name}` is a share above 0 and below 1", repr(value), "pass 0.5, say")
-        )
 
 
 def macs_of(model: nn.Module, calls: Sequence[Call]) -> int:
@@ -297,14 +285,3 @@ def _bytes(model: nn.Module, calls: Sequence[Call]) -> int:
     with eval_mode(model):
         peak = peak_memory(_forward(model, calls), device=device).peak_bytes
     return size.param_bytes + size.buffer_bytes + peak
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_batch_size(size: Any) -> None:
-    if size is not None and (type(size) is not int or size < 1):
-        raise ValueError(
-            explain("`batch_size` is a positive number of samples", repr(size), "pass 32, or None")
-        )

@@ -8,14 +8,13 @@ per group. Stride, padding of every mode, dilation and transposed convolutions a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lightning_accel.pruning.graph import Member
+from lightning_accel.pruning.groups import Member
 
 PIECE = 2**24
 """Numbers of an unfolded input that are held at a time (128 MB)."""

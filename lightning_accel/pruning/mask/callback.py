@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_accel.arguments import one_of, whole
 from lightning_accel.bridge import guards
 from lightning_accel.bridge.optimizers import (
     hidden_beside,
@@ -56,8 +57,8 @@ class WeightMasks(Callback):
         self,
         amount: float | None = None,
         *,
-        pattern: str | None = None,
-        scope: str = "local",
+        pattern: masking.Pattern | None = None,
+        scope: masking.Scope = "local",
         when: int = 0,
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
     ) -> None:
@@ -69,13 +70,10 @@ class WeightMasks(Callback):
                     "pass one of the two",
                 )
             )
-        if type(when) is not int or when < 0:
-            raise ValueError(
-                explain("`when` is an epoch, counted from 0", repr(when), "pass 3, say")
-            )
+        whole("when", when, least=0, do="pass an epoch, counted from 0")
         self.amount = None if amount is None else masking.check_amount(amount)
-        self.pattern = None if pattern is None else masking.check_pattern(pattern)
-        self.scope = masking.check_scope(scope)
+        self.pattern = None if pattern is None else one_of("pattern", pattern, masking.PATTERNS)
+        self.scope: masking.Scope = one_of("scope", scope, masking.SCOPES)
         self.when = when
         self.select = Select.of(select)
         # Lightning asks for the key on every hook of every step.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_accel.arguments import finite, one_of, open_share, whole
 from lightning_accel.bridge import guards
 from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import Hand
@@ -21,7 +21,6 @@ from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.pruning import sparsity
 from lightning_accel.pruning.graph import Graph, Group
-from lightning_accel.pruning.target import check_share
 from lightning_accel.surgery import Receipt, Select, twin
 from lightning_accel.surgery.call import first
 from lightning_accel.surgery.optimizers import Steps
@@ -57,7 +56,7 @@ class SparsityTraining(Callback):
 
     def __init__(
         self,
-        penalty: str = "group_lasso",
+        penalty: sparsity.Penalty = "group_lasso",
         *,
         strength: float = 1e-4,
         ratio: float = 0.5,
@@ -66,20 +65,11 @@ class SparsityTraining(Callback):
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
         example: Any = None,
     ) -> None:
-        if penalty not in sparsity.PENALTIES:
-            listed = ", ".join(sparsity.PENALTIES)
-            raise ValueError(explain("unknown penalty", repr(penalty), f"choose one of {listed}"))
-        for name, value in (("strength", strength), ("ceiling", ceiling)):
-            number = type(value) in (int, float)
-            if not number or not (math.isfinite(value) and value > 0):
-                raise (ValueError if number else TypeError)(
-                    explain(f"`{name}` is a number above 0", repr(value), "pass 1e-4, say")
-                )
-        check_share(ratio, "ratio")
-        if type(every) is not int or every < 1:
-            raise ValueError(
-                explain("`every` is a positive number of steps", repr(every), "pass 10, say")
-            )
+        one_of("penalty", penalty, sparsity.PENALTIES)
+        finite("strength", strength, above=0.0, do="pass 1e-4, say")
+        finite("ceiling", ceiling, above=0.0)
+        open_share("ratio", ratio)
+        whole("every", every, do="pass a number of steps, such as 10")
         self.penalty = penalty
         self.strength = strength
         self.ratio = ratio

@@ -43,6 +43,7 @@ class Atoms:
     def fresh(self, size: int, reason: str = "") -> Ids:
         """Return `size` new atoms, each on its own; fixed if there is a reason."""
         start, self.count = self.count, self.count + size
+        # Doubled, so that a pass of many small tensors copies each number a few times only.
         while self.count > len(self._parent):
             more = len(self._parent)
             self._parent = np.concatenate([self._parent, np.arange(more, 2 * more)])
@@ -58,6 +59,8 @@ class Atoms:
         while True:
             above = self._parent[roots]
             if np.array_equal(above, roots):
+                # Paths are compressed for what was asked only: whole arrays at once, and no loop over atoms in
+                # Python.
                 self._parent[ids] = roots
                 return roots
             roots = above
@@ -72,15 +75,20 @@ class Atoms:
             apart = roots_a != roots_b
             if not apart.any():
                 return
+            # All pairs hook at once, each larger root under the smallest that it meets. One root may meet
+            # several and only one wins, so this goes round until none are apart (Shiloach and Vishkin 1982).
             low = np.minimum(roots_a[apart], roots_b[apart])
             high = np.maximum(roots_a[apart], roots_b[apart])
             np.minimum.at(self._parent, high, low)
+            # Fixed is stronger than free, and a cause stronger than what only follows from one: codes are
+            # ordered so.
             np.maximum.at(self._why, self.find(high), self._why[high])
 
     def fix(self, ids: Ids, reason: str) -> None:
         """Keep these atoms, and all that are or will be joined to them, for good."""
         roots = np.unique(self.find(np.ravel(ids)))
         code = self._code(reason)
+        # The first cause stands; it may replace what only follows from others.
         below = _CAUSE if code >= _CAUSE else 1
         self._why[roots[self._why[roots] < below]] = code
 

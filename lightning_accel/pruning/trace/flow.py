@@ -85,6 +85,7 @@ class Flow(TorchDispatchMode):
         self.model = model
         self.live = live
         self.atoms = Atoms()
+        # By identity, for tensors compare place by place; and weak, so that activations can go.
         self.infos: Any = WeakTensorKeyDictionary()
         self.own: dict[str, Info] = {}
         self.read: list[Ids] = []
@@ -108,6 +109,7 @@ class Flow(TorchDispatchMode):
         self.groups: Ids | None = None
         self.step = 0
         for name, tensor in named_tensors(model):
+            # Tied parameters are one tensor under two names, and so one set of atoms.
             known = self.infos.get(tensor)
             if known is None:
                 axes = tuple(Axis(self.atoms.fresh(n)) for n in tensor.shape)
@@ -129,6 +131,7 @@ class Flow(TorchDispatchMode):
         known = self.infos.get(tensor)
         if known is not None and known.source:
             self.touched.add(known.source)
+        # No operation made it and the model does not hold it: a constant that no cut can reach.
         if known is None or len(known.axes) != tensor.dim():
             reason = f"it meets a constant in the forward of {self.here}"
             known = Info(tuple(Axis(self.atoms.fresh(n, reason)) for n in tensor.shape))
@@ -155,6 +158,7 @@ class Flow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        # Counted alike in every pass, as the forward is the same: so a site names one split in all of them.
         self.step += 1
         self._follow(self, func, args, kwargs, result)
         return result

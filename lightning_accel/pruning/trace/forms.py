@@ -52,6 +52,7 @@ class Forms:
         for number in np.unique(groups[groups > 0]):
             name = self._names[number]
             _, counts = np.unique(roots[groups == number], return_counts=True)
+            # Only what counts every unit alike is linear in the number of units that are left.
             if len(counts) != len(self._units[name]) or len(set(counts.tolist())) > 1:
                 return None
             form[name] = int(counts[0])
@@ -65,6 +66,8 @@ class Forms:
             if left is None or right is None or left == right:
                 continue
             names = {*left, *right} - {""}
+            # n units of one are m of another: both can shrink in step. A constant, or a sum of groups, leaves
+            # no such step.
             if len(left) == len(right) == 1 and len(names) == 2:
                 (a, per_a), (b, per_b) = *left.items(), *right.items()
                 if _link(links, a, per_a, b, per_b):
@@ -78,6 +81,7 @@ class Forms:
             left, right = self._expression(equation.expression), self.of(equation.atoms)
             if left is not None:
                 yield left, right, equation.place
+            # `width // heads == 64`: the quotient itself has no form, but it stays only if both shrink in step.
             elif right is not None and set(right) <= {""}:
                 yield *self._quotient(equation.expression, right.get("", 0)), equation.place
 
@@ -101,10 +105,12 @@ class Forms:
             return None
         if expression.verb is operator.add:
             return {key: left.get(key, 0) + right.get(key, 0) for key in {**left, **right}}
+        # A product of two groups is not linear, and says nothing here; the proof looks at it.
         if expression.verb is operator.mul:
             for one, other in ((left, right), (right, left)):
                 if set(one) <= {""}:
                     return {key: n * one.get("", 0) for key, n in other.items()}
+        # Rounding down is linear only where nothing is rounded.
         divides = expression.verb is operator.floordiv and set(right) == {""}
         if divides and all(n % right[""] == 0 for n in left.values()):
             return {key: n // right[""] for key, n in left.items()}
@@ -115,6 +121,7 @@ def _link(links: dict[str, tuple[int, int]], a: str, per_a: int, b: str, per_b: 
     """Put two groups into one link; return whether their parts per unit fit what is known."""
     if a in links and b in links:
         (link_a, known_a), (link_b, known_b) = links[a], links[b]
+        # Both were linked before, by another ratio: then no width fits both equations.
         if known_a * per_b != known_b * per_a:
             return False
         for name, (link, per) in list(links.items()):
@@ -130,6 +137,7 @@ def _link(links: dict[str, tuple[int, int]], a: str, per_a: int, b: str, per_b: 
         links[b] = (link, known * per_b // per_a)
         return True
     new = max((link for link, _ in links.values()), default=-1) + 1
+    # In lowest terms, so that the step in which both can shrink is the least.
     shared = math.gcd(per_a, per_b)
     links[a], links[b] = (new, per_a // shared), (new, per_b // shared)
     return True

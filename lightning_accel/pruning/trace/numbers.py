@@ -43,6 +43,8 @@ def without_override(func: Any) -> Any:
         return None  # methods call their own public name again, and nothing else worth seeing
     if not _CHECKS & set(func.__code__.co_names):
         return None
+    # torch asks whether a mode is to take the call as a whole; a copy of the function that is told no goes on
+    # to its own lines, and so to the calls that matter.
     never = dict.fromkeys(_CHECKS, lambda *_: False)
     names = {**func.__globals__, **never}
     inner = types.FunctionType(
@@ -84,6 +86,7 @@ class Numbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # A mode sees `x.shape` as a call of the property's getter.
         if getattr(func, "__self__", None) is _SHAPE:
             return torch.Size(self._lengths(args[0]))
         name = getattr(func, "__name__", "")
@@ -119,6 +122,7 @@ class Numbers(TorchFunctionMode):
 
     def _compared(self, left: Any, right: Any) -> None:
         for one, other in ((left, right), (right, left)):
+            # Two lengths may be equal by chance, in this example; what a module was told to expect is no chance.
             attribute = any(isinstance(leaf, Attribute) for leaf in leaves(one))
             if attribute and isinstance(other, Length):
                 self.flow.equations.append(Equation(one, other.atoms, self.flow.place))
@@ -128,6 +132,7 @@ class Numbers(TorchFunctionMode):
         if isinstance(number, Origin):
             if int(number) == len(atoms):
                 self.flow.equations.append(Equation(number.of, atoms, self.flow.place))
+        # -1 is for torch to find, 1 is a dimension without content, and `True` is no size.
         elif type(number) is int and number > 1 and len(atoms):
             text = f"the size {number} is written in the code of {self.flow.here}"
             self.flow.atoms.fix(atoms, f"{text}, or in a configuration that it reads")
@@ -147,10 +152,12 @@ class Numbers(TorchFunctionMode):
         bound = dict(zip(names, args, strict=False)) | kwargs
         tensor, dim, sizes = (bound[key] for key in names)
         dim = dim % tensor.dim()
+        # The dimensions beside it stay whatever they are: as if torch had to find them.
         rest = [-1] * dim, [-1] * (tensor.dim() - dim - 1)
         return self._with_sizes(func, args, kwargs, [*rest[0], *sizes, *rest[1]])
 
     def _with_sizes(self, func: Any, args: Any, kwargs: Any, sizes: list[int]) -> Any:
+        # The rule of the view runs within the call, and has to know which of its sizes can follow a cut.
         self.flow.adjustable = [isinstance(s, Origin) or s in (-1, 1) for s in sizes]
         self.flow.others = [self._stays(size) for size in sizes]
         try:
@@ -172,6 +179,7 @@ class Numbers(TorchFunctionMode):
         place = self._GROUPED[name]
         key = "num_groups" if name == "group_norm" else "groups"
         groups = args[place] if len(args) > place else kwargs.get(key, 1)
+        # Whole groups can go only where the forward reads their number from an attribute that can be lowered.
         self.flow.groups_adjustable = isinstance(groups, Origin)
         self.flow.taken_groups()
         result = func(*args, **kwargs)
@@ -187,10 +195,12 @@ class Numbers(TorchFunctionMode):
         for key in ("split_size_or_sections", "split_size", "split_sizes"):
             size = named.get(key, size)
         pieces = [self.flow.info(piece).axes[dim].atoms for piece in result]
+        # `split(n)` gives pieces of one size: they shrink together, or the last would become another one.
         if isinstance(size, int):
             for piece in pieces[1:]:
                 if len(piece) == len(pieces[0]):
                     self.flow.atoms.join(pieces[0], piece)
+            # The last piece is what remains, and need not be `size` long.
             size = [size] * (len(pieces) - 1)
         for number, piece in zip(size, pieces, strict=False):
             self._counts(number, piece)
@@ -205,6 +215,7 @@ class Numbers(TorchFunctionMode):
             if len(piece) == len(pieces[0]):
                 self.flow.atoms.join(pieces[0], piece)
             else:
+                # `chunk` takes ceil(n / chunks) places: of unequal parts a cut would move the borders.
                 self.flow.atoms.fix(np.concatenate(pieces), "it is chunked into unequal parts")
 
     def _after_tensor_split(
@@ -233,6 +244,8 @@ class Numbers(TorchFunctionMode):
         dim = 0
         for item in index:
             if item is Ellipsis:
+                # An ellipsis stands for all dimensions that nothing else takes; a boolean mask takes as many as
+                # it has.
                 dim += len(axes) - taken
             elif isinstance(item, slice):
                 for bound in (item.start, item.stop):
@@ -244,6 +257,7 @@ class Numbers(TorchFunctionMode):
 
     def _bound(self, bound: int, atoms: Ids) -> None:
         part = atoms[:bound] if bound >= 0 else atoms[bound:]
+        # A bound at or beyond the end takes all, and counts nothing.
         if 0 < len(part) < len(atoms) and abs(bound) == len(part):
             if isinstance(bound, Origin):
                 self._counts(bound if bound >= 0 else -bound, part)
@@ -270,6 +284,7 @@ class Numbers(TorchFunctionMode):
     def _product(self, left: Tensor, *, scaled: bool) -> None:
         axes = self.flow.info(left).axes
         last = axes[-1].atoms if axes else self.flow.atoms.fresh(0)
+        # In the order of the calls, by which `scaling` finds the same products in a pass with gradients.
         self.flow.queries.append((last, scaled))
 
 

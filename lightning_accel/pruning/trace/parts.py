@@ -18,6 +18,7 @@ def _slice(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     dim, step = a.get("dim", 0), a.get("step", 1)
     start, end = a.get("start"), a.get("end")
     axis = info.axes[dim]
+    # With a place gone before them, a step would hit other places than it did.
     if step != 1:
         flow.fix(axis, "it is sliced with a step")
     axes = list(info.axes)
@@ -58,11 +59,14 @@ def _pieces(flow: Flow, a: dict[str, Any], result: Any) -> None:
 
 @rule("cat", "concat")
 def _cat(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    # torch passes over empty tensors of one dimension, whatever the shape of the others (a legacy of its own).
     infos = [flow.info(t) for t in a["tensors"] if tuple(t.shape) != (0,)]
     dim = a.get("dim", 0) % max(result.dim(), 1)
     axes = []
     for n in range(result.dim()):
         if n == dim:
+            # Side by side each part is free by itself, as in dense blocks (Huang et al. 2017,
+            # arXiv:1608.06993).
             axes.append(Axis(np.concatenate([i.axes[n].atoms for i in infos])))
         else:
             for other in infos[1:]:
@@ -101,6 +105,7 @@ def _topk(flow: Flow, a: dict[str, Any], result: Any) -> None:
 @rule("gather")
 def _gather(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     _scattered(flow, a["self"], a["index"], a["dim"])
+    # What comes out is as large as the index, whose places may all be used.
     pairs = zip(flow.info(a["index"]).axes, flow.info(a["self"]).axes, strict=True)
     put(flow, result, [Axis(x.atoms, x.factors | other.factors) for x, other in pairs])
 
@@ -161,6 +166,7 @@ def _index(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         flow.fix(info.axes[n], "places of it are picked")
         for axis in flow.info(indices[n]).axes:
             flow.fix(axis, "it picks places")
+    # As in NumPy: what is picked stands where the first index did, or in front if a slice parts the indices.
     width = max(indices[n].dim() for n in places)
     together = places == list(range(places[0], places[-1] + 1))
     rest: list[Axis | None] = [x for n, x in enumerate(info.axes) if n not in places]
@@ -185,6 +191,7 @@ def _index_put(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
                     flow.fix(axis, "places of it are written")
         dim += dims
     rest = [axis for n, axis in enumerate(axes) if n not in taken]
+    # Written values have the shape that reading would give, or one that broadcasts to it.
     at = taken[0] if taken == list(range(taken[0], taken[-1] + 1)) else 0
     written: list[Axis | None] = [*rest[:at], *[None] * width, *rest[at:]]
     for back, given in enumerate(reversed(flow.info(a["values"]).axes), 1):
@@ -202,6 +209,7 @@ def _masked(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     if len(given) != 1:
         return picked(flow, a, result)
     place, mask = given[0]
+    # A mask of n dimensions takes n, and gives one, as long as it has true places.
     for axis in (*axes[place : place + mask.dim()], *flow.info(mask).axes):
         if axis is not None:
             flow.fix(axis, "places of it are picked")
@@ -212,6 +220,7 @@ def _masked(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 @rule("embedding")
 def _embedding(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     weight, indices = flow.info(a["weight"]), flow.info(a["indices"])
+    # Rows are a vocabulary, and the data hold their numbers; columns are channels as a layer makes them.
     flow.fix(weight.axes[0], "it is looked up by index")
     if weight.source:
         flow.made.append(weight.axes[1].atoms)
@@ -240,6 +249,8 @@ def _pad(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         if before < 0 or after < 0:
             flow.fix(old, "it is cropped")
         if before or after:
+            # Zeros beside the channels, as in a residual shortcut without weights (He et al. 2016,
+            # arXiv:1512.03385, option A): what reads them expects so many.
             kept = old.atoms[max(-before, 0) : len(old.atoms) - max(-after, 0)]
             reason = f"it is padding in {flow.here}"
             ends = [flow.atoms.fresh(max(size, 0), reason) for size in (before, after)]
@@ -258,6 +269,7 @@ def _unfold(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 def _glu(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     axes = list(flow.info(a["self"]).axes)
     dim = a.get("dim", -1)
+    # a * sigmoid(b) (Dauphin et al. 2017, arXiv:1612.08083): a channel and its gate go together.
     half = len(axes[dim].atoms) // 2
     flow.atoms.join(axes[dim].atoms[:half], axes[dim].atoms[half:])
     axes[dim] = Axis(axes[dim].atoms[:half], axes[dim].factors)

@@ -34,12 +34,16 @@ def traced(model: nn.Module, calls: Sequence[Call], *, attention: str = "heads")
         AccelError: The forward fails.
     """
     live: dict[Site, int] = {}
+    # Whether a split is one into heads shows later, in the product whose batch they are: so each pass acts on
+    # what the last has seen. Heads within heads take one more.
     for _ in range(_TRIES):
         flow = Flow(twin(model).eval(), live, follow)
         with same_random_state(model):
             _passes(flow, calls)
             new = _heads(flow, attention)
             if new.items() <= live.items():
+                # Training may compute more (batch statistics, auxiliary heads), and what it joins has to hold
+                # as well. Call by call, for one sample is too few for some norms.
                 flow.model.train()
                 for call in calls:
                     with suppress(AccelError):  # it may not train on so few samples
@@ -55,6 +59,7 @@ def _heads(flow: Flow, attention: str) -> dict[Site, int]:
     """Return which factor of each split into heads can go."""
     found = {s: f for s, f in flow.batched.items() if s in flow.splits}
     if attention == "width":
+        # The other factor is the width of a head; where there is none, heads it is.
         return {s: max(set(flow.splits[s]) - {f}, default=f) for s, f in found.items()}
     return found
 
@@ -63,6 +68,7 @@ def _passes(flow: Flow, calls: Sequence[Call], *, counted: bool = True) -> None:
     """Run the calls; fix what hangs on their arguments and outputs."""
     products, queries = list(flow.products), list(flow.queries)
     for tensor in (t for call in calls for t in tensors((call.args, call.kwargs))):
+        # Callers go on giving inputs of this size, and reading outputs of that one.
         axes = tuple(flow.still(n, "it hangs on the network's input") for n in tensor.shape)
         flow.infos[tensor] = Info(axes)
     try:
@@ -88,6 +94,7 @@ def _passes(flow: Flow, calls: Sequence[Call], *, counted: bool = True) -> None:
             found,
             "pass an `example` that the network accepts",
         ) from error
+    # Arithmetic and queries are those of one forward in evaluation; more passes would count them again.
     if not counted:
         flow.products, flow.queries = products, queries
     for tensor in tensors(outputs):

@@ -17,6 +17,7 @@ _ALIGNED_BYTES = 16
 
 
 def _contract(flow: Flow, left: Info, right: Info, a: Axis, b: Axis) -> None:
+    # A sum over pairs: a place that is zero on one side is not missed on the other, so both can go.
     flow.atoms.join(a.atoms, b.atoms)
     for info, axis in ((left, a), (right, b)):
         if info.source:
@@ -43,6 +44,7 @@ def _matrix(
 ) -> None:
     left, right = flow.info(one), flow.info(two)
     _contract(flow, left, right, left.axes[1], right.axes[0])
+    # A weight can stand on either side: `x @ W` and `W @ x`.
     _makes(flow, left, left.axes[0])
     _makes(flow, right, right.axes[1])
     axes = [left.axes[0], right.axes[1]]
@@ -66,6 +68,8 @@ def _linear(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 @rule("bmm")
 def _bmm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     left, right = flow.info(a["self"]), flow.info(a["mat2"])
+    # What was split off and is now the batch of a product are heads (Vaswani et al. 2017, arXiv:1706.03762):
+    # each has its own scores, and nothing is lost between them.
     for axis in (left.axes[0], right.axes[0]):
         flow.batched.update(dict(axis.factors))
     flow.atoms.join(left.axes[0].atoms, right.axes[0].atoms)
@@ -91,6 +95,7 @@ def _grouped_mm(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     flow.fix(right.axes[0], "experts are picked by number")
     _contract(flow, left, right, left.axes[1], right.axes[1])
     _makes(flow, right, right.axes[2])
+    # Of `torch._grouped_mm`: strides of whole blocks of 16 bytes, in the format of the weights.
     multiple = max(1, _ALIGNED_BYTES // a["mat2"].element_size())
     flow.aligned += [(x.atoms, multiple) for x in (left.axes[1], right.axes[2])]
     flow.multiply(*left.axes, right.axes[2])
@@ -108,6 +113,8 @@ def _mv(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 @rule("_trilinear")
 def _trilinear(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     infos = [flow.info(a[key]) for key in ("i1", "i2", "i3")]
+    # nn.Bilinear: each operand gets dimensions of size 1 where it has none, all are multiplied, and some
+    # summed.
     spread: list[list[Axis | None]] = []
     for info, key in zip(infos, ("expand1", "expand2", "expand3"), strict=True):
         axes: list[Axis | None] = list(info.axes)
@@ -130,6 +137,7 @@ def _trilinear(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 @rule("_cdist_forward", "_euclidean_dist")
 def _cdist(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     left, right = flow.info(a["x1"]), flow.info(a["x2"])
+    # A distance sums over coordinates: what is zero on both sides adds nothing to it.
     _contract(flow, left, right, left.axes[-1], right.axes[-1])
     _makes(flow, left, left.axes[-2])
     _makes(flow, right, right.axes[-2])
@@ -152,6 +160,7 @@ def _convolution(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     for axis in (*weight.axes[2:], *x.axes[-spatial:]):
         flow.fix(axis, reason)
     rows, columns = weight.axes[:2]
+    # From the end, for an input may come without a batch.
     source = x.axes[-spatial - 1]
     if groups == 1:
         inner, outer = (rows, columns) if transposed else (columns, rows)
@@ -168,6 +177,7 @@ def _convolution(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         flow.atoms.join(outer.atoms, flow.info(a["bias"]).axes[0].atoms)
     axes: list[Axis | None] = [*x.axes[: -spatial - 1], outer]
     still(flow, result, axes)
+    # A convolution does its kernel's work once per output place, a transposed one once per input place.
     over = x.axes if transposed else flow.info(result).axes
     flow.multiply(*over, columns if groups > 1 or not transposed else outer, times=_kernel(weight))
 
@@ -183,6 +193,7 @@ def _grouped(
     into = source.atoms.reshape(groups, -1)
     if transposed:
         flow.atoms.join(into, rows.atoms.reshape(groups, -1))
+        # Its weight is (inputs, outputs of one group): a column stands for that place in every group's outputs.
         outer = flow.atoms.fresh(groups * len(columns.atoms))
     else:
         outer = rows.atoms
@@ -193,6 +204,7 @@ def _grouped(
         flow.atoms.fix(columns.atoms, "the groups of a convolution stay whole")
         flow.groups = into[:, 0]
     else:
+        # Its weight is (outputs, inputs of one group), so the same places of all groups go, and `groups` stays.
         flow.atoms.join(into[:1], into)
         flow.atoms.join(out[:1], out)
         flow.atoms.join((out if transposed else into)[0], columns.atoms)
@@ -204,6 +216,7 @@ def by_groups(flow: Flow, into: Ids, out: Ids) -> bool:
     """Whether whole groups go, rather than the same places of every group: what leaves more choice."""
     if not flow.groups_adjustable:
         return False
+    # Depthwise: a channel is a group.
     if into.shape[1] == 1:
         return True
     if flow.atoms.is_fixed(into).any() or flow.atoms.is_fixed(out).any():
@@ -214,6 +227,7 @@ def by_groups(flow: Flow, into: Ids, out: Ids) -> bool:
 
 def _parts(flow: Flow, one: Ids, other: Ids) -> int:
     """Return into how many parts `other` falls once `one` is joined to it."""
+    # Tried on a copy with new numbers, for a join cannot be undone.
     roots = flow.atoms.find(other)
     known, places = np.unique(roots, return_inverse=True)
     trial = Atoms()

@@ -21,6 +21,7 @@ from lightning_accel.pruning.trace.rule import (
 
 @rule("roll")
 def _roll(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    # A channel would come to lie where another was, by a number of places that is written in the code.
     fixing(flow, a["self"], a.get("dims") or range(result.dim()), "it is rolled", result)
 
 
@@ -29,6 +30,7 @@ def _roll(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 )
 @rule("logcumsumexp", "cummax", "cummin")
 def _across(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    # Zero is not nothing here: a softmax gives it exp(0), a sort a place. So without it the others change.
     fixing(flow, a["self"], [a.get("dim", -1)], "its channels compete", result)
 
 
@@ -39,6 +41,7 @@ def _triangle(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
 def _fft(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+    # Each frequency hangs on all places, and on how many there are.
     fixing(flow, a["self"], a["dim"], "a Fourier transform runs over it", result)
 
 
@@ -47,6 +50,7 @@ def _fft(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 )
 @rule("linalg_vector_norm", "norm", "count_nonzero")
 def _reduce(flow: Flow, a: dict[str, Any], result: Any) -> None:
+    # `max` and `min` of two tensors are overloads that work place by place.
     if "other" in a:
         return pointwise(flow, a, result)
     info = flow.info(a["self"])
@@ -57,6 +61,8 @@ def _reduce(flow: Flow, a: dict[str, Any], result: Any) -> None:
         axes = [flow.still(1, "it is reduced") if n in gone else x for n, x in enumerate(info.axes)]
     else:
         axes = [x for n, x in enumerate(info.axes) if n not in gone]
+    # Channels may be reduced: a sum takes zero for nothing, and a mean or a maximum is a statistic, which
+    # changes with the width by design (see `statistics`).
     for tensor in tensors_in(result):
         if tensor.dim() == len(axes):
             put(flow, tensor, axes)
@@ -77,6 +83,7 @@ def _compete(flow: Flow, a: dict[str, Any], result: Any) -> None:
     info = flow.info(a["self"])
     dims = a.get("dim")
     dims = range(len(info.axes)) if dims is None else [dims] if isinstance(dims, int) else dims
+    # exp(0) is 1 in the sum, zero makes a product zero, and a place that is returned is counted from the start.
     for dim in dims:
         flow.fix(info.axes[dim], "its channels compete")
     _reduce(flow, a, result)
@@ -90,5 +97,6 @@ def _view_as_real(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 @rule("view_as_complex")
 def _view_as_complex(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     info = flow.info(a["self"])
+    # Its two places are the real and the imaginary part of each number.
     flow.fix(info.axes[-1], "it holds complex parts")
     put(flow, result, info.axes[:-1])

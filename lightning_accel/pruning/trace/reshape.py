@@ -16,6 +16,7 @@ from lightning_accel.pruning.trace.rule import put, rule, same, unknown
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias")
 def _reshape(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     info = flow.info(a["self"])
+    # Sizes tell which dimensions became which, and a size of 0 tells nothing; `view(dtype)` has no size at all.
     if 0 in result.shape or not isinstance(a.get("size", ()), (list, tuple)):
         return (
             same(flow, a, result) if a["self"].shape == result.shape else unknown(flow, a, result)
@@ -24,6 +25,8 @@ def _reshape(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     flags = flags if flags is not None and len(flags) == result.dim() else [True] * result.dim()
     others = flow.others if len(flow.others) == result.dim() else [False] * result.dim()
     axes: list[Axis | None] = [None] * result.dim()
+    # Memory is in row-major order, so from the left the fewest old dimensions and the fewest new ones with one
+    # product are the same numbers. Dimensions of size 1 can be anywhere, and hold nothing.
     olds = [x for x in info.axes if len(x.atoms) != 1]
     news = [(n, size) for n, size in enumerate(result.shape) if size != 1]
     part = 0
@@ -59,6 +62,8 @@ def _merge(flow: Flow, axes: Sequence[Axis]) -> Axis:
     factors = frozenset().union(*(x.factors for x in axes))
     if not free:
         return Axis(np.full(math.prod(sizes), axes[0].atoms[0]), factors)
+    # A place of the merged dimension has one atom, so only one of those merged can go on: the one of most
+    # parts. A unit of it is all the places that it had beside the others.
     chosen = max(free, key=lambda n: len(np.unique(flow.atoms.find(axes[n].atoms))))
     for n in free:
         if n != chosen:
@@ -78,12 +83,14 @@ def _split(
     if len(sizes) == 1:
         return [axis]
     grid = flow.atoms.find(axis.atoms).reshape(sizes)
+    # Along a factor where all atoms are the same nothing is split: the places repeat what was merged before.
     varying = [n for n in range(len(sizes)) if not (grid == grid.take([0], axis=n)).all()]
     flow.splits[site] = tuple(varying)
     free = flow.atoms.is_free(axis.atoms)
     reason = "" if free else flow.atoms.reason(axis.atoms)
     reason = reason or f"a split in the forward of {flow.here} keeps this part whole"
     factors = [
+        # A factor that is not chosen stays whole, but remembers the split: it may be the batch of a product.
         Axis(np.full(size, flow.atoms.fresh(1, reason)[0]), axis.factors | {(site, n)})
         for n, size in enumerate(sizes)
     ]
@@ -94,14 +101,17 @@ def _split(
     ):  # pixels that are read as channels, which fits at one size only
         flow.atoms.fix(axis.atoms, f"it is taken for another dimension in {flow.here}")
         return factors
+    # What the code writes as a number cannot shrink.
     able = [n for n in varying if flags[n]]
     if not able:
         flow.atoms.fix(axis.atoms, f"sizes are written in the code of {flow.here}")
         return factors
     chosen = flow.live.get(site, -1)
     if chosen not in able:
+        # Nothing is known of heads yet: the factor of most places leaves most choice.
         chosen = max(able, key=lambda n: sizes[n])
     lines = np.moveaxis(grid, chosen, 0).reshape(sizes[chosen], -1)
+    # A head is all of its width, and a place of the width that place in all heads: a line goes as one.
     flow.atoms.join(lines[:, :1], lines)
     if flow.live.get(site) == chosen:
         flow.headed.append(lines[:, 0])
@@ -157,6 +167,7 @@ def _expand(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         old = info.axes[n - ahead] if n >= ahead else None
         if old is not None and len(old.atoms) == size:
             axes.append(old)
+        # All places are the same number, so any may go: what they meet, and the size that was asked, decide.
         elif flags[n]:
             axes.append(Axis(flow.atoms.fresh(size), old.factors if old else frozenset()))
         else:
@@ -174,5 +185,6 @@ def _repeat(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         if old is None or (len(old.atoms) == 1 and size > 1):
             axes.append(flow.still(size, f"it is repeated in {flow.here}"))
         else:
+            # Each channel comes several times, and goes from every copy.
             axes.append(Axis(np.tile(old.atoms, size // max(len(old.atoms), 1)), old.factors))
     put(flow, result, axes)

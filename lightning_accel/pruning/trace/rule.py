@@ -25,8 +25,11 @@ def follow(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> None:
     schema = func._schema
     name = schema.name.removeprefix("aten::")
     flow.operation = name
+    # The dispatcher leaves out arguments at their default, so rules name torch's defaults themselves.
     bound = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
+    # `copy_` has the rule of `copy`: its result is its own argument, and gets its axes anew.
     known = RULES.get(name) or RULES.get(name.rstrip("_"))
+    # torch tags what works place by place; with that, most of some 2,000 operations need no rule.
     if known is None and torch.Tag.pointwise in func.tags:
         known = pointwise
     if known is not None:
@@ -60,6 +63,7 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 def put(flow: Flow, result: Tensor, axes: Sequence[Axis], source: str = "") -> None:
+    # A rule that does not fit the result must fail here, so that `follow` fixes everything.
     assert tuple(len(a.atoms) for a in axes) == tuple(result.shape), (axes, result.shape)
     flow.infos[result] = Info(tuple(axes), source)
 
@@ -89,20 +93,26 @@ def pointwise(flow: Flow, a: dict[str, Any], result: Any) -> None:
 
 def _source(inputs: Sequence[Info], shape: Sequence[int]) -> str:
     """Return the parameter of which the result is a function: a scaled, masked or standardized weight."""
+    # Weight standardization, spectral norm and masks compute a weight from a parameter: what a layer multiplies
+    # by is then still that parameter, and makes or reads channels as it would. An activation of that shape
+    # among the inputs makes it something else.
     whole = [i for i in inputs if [len(x.atoms) for x in i.axes] == list(shape)]
     return whole[0].source if whole and all(i.source for i in whole) else ""
 
 
 def broadcast(flow: Flow, inputs: Sequence[Info], shape: Sequence[int]) -> list[Axis]:
     axes = []
+    # Broadcasting aligns shapes from their ends, as in NumPy.
     for back in range(len(shape), 0, -1):
         met = [i.axes[-back] for i in inputs if len(i.axes) >= back]
+        # A dimension of size 1 is stretched: it goes with no place of the others.
         met = [x for x in met if len(x.atoms) == shape[-back]]
         if not met:
             met = [flow.still(shape[-back], "it is broadcast")]
         if shape[-back] > 1:
             for other in met[1:]:
                 flow.atoms.join(met[0].atoms, other.atoms)
+        # Heads are still heads after a mask, a scale or a rotation: the splits behind them are kept.
         axes.append(Axis(met[0].atoms, frozenset().union(*(x.factors for x in met))))
     return axes
 
@@ -111,6 +121,7 @@ def unknown(flow: Flow, a: dict[str, Any], result: Any) -> None:
     for tensor in tensors_in(a):
         for axis in flow.info(tensor).axes:
             flow.fix(axis, f"an operation without a rule, `{flow.operation}`, reads it")
+    # A result that is an argument (written in place) has its axes, now fixed.
     known = {id(t) for t in tensors_in(a)}
     still(flow, [t for t in tensors_in(result) if id(t) not in known])
 
@@ -128,6 +139,7 @@ def fixing(flow: Flow, tensor: Tensor, dims: Any, what: str, result: Any) -> Non
 @rule("_conj", "resolve_conj", "as_strided")
 def same(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     (info, *_) = (flow.info(t) for t in tensors_in(a))
+    # `as_strided` may lay a tensor out in any way; only where its shape stays it is taken for a plain view.
     if tuple(result.shape) == tuple(len(x.atoms) for x in info.axes):
         put(flow, result, info.axes, info.source)
     else:

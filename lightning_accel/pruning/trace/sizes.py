@@ -52,6 +52,7 @@ class Origin(int):
         self.of, self.compared = of, compared
         return self
 
+    # `assert x.shape[1] == self.width` says that two numbers are one: worth an equation, like a reshape.
     def __eq__(self, other: object) -> bool:
         equal = int(self) == other
         if equal and isinstance(other, Origin):
@@ -61,12 +62,14 @@ class Origin(int):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
+    # A class with its own `__eq__` loses its hash, and sizes are keys of caches.
     def __hash__(self) -> int:
         return int.__hash__(self)
 
     def __neg__(self) -> Origin:
         return Origin(-int(self), Sum(operator.mul, self.of, -1), self.compared)
 
+    # A copy or a pickle outlives the trace that the origin belongs to.
     def __reduce__(self) -> Any:
         return int, (int(self),)
 
@@ -79,6 +82,7 @@ def _remembering(name: str) -> Any:
 
     def forth(self: Origin, other: Any) -> Any:
         plain = getattr(int, f"__{name}__")(self, other)
+        # A float or a tensor: what comes out is no size any more, or torch computes it.
         if plain is NotImplemented or type(other) not in (int, Origin):
             return plain
         return Origin(plain, Sum(verb, self.of, getattr(other, "of", other)), self.compared)
@@ -97,6 +101,7 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
         setattr(Origin, f"__{_prefix}{_name}__", _method)
 
 
+# They measure space. That a kernel of 3 equals 3 channels is chance, and must tie nothing.
 _GEOMETRY = {"stride", "padding", "dilation", "kernel_size", "output_padding", "padding_idx"}
 
 
@@ -114,6 +119,7 @@ def remember_attributes(model: nn.Module, compared: Callable[[Any, Any], None]) 
                     for place, v in enumerate(value)
                 )
         axes = {
+            # The lengths of an einops layer are in a dict of its own.
             axis: Origin(length, Attribute(name, axis_key(axis)), compared)
             for axis, length in axes_of(module).items()
             if type(length) is int
@@ -160,10 +166,12 @@ def solve(
         ValueError: No value of one attribute at a time makes them all hold.
     """
     now = dict(dense)
+    # One attribute may stand in several equations, and each that is solved can upset another: a few rounds.
     for _ in range(3):
         wrong = [e for e in equations if _value(e, now, length) != length(e.atoms)]
         if not wrong:
             return {attribute: size for attribute, size in now.items() if size != dense[attribute]}
+        # First those of one attribute, which leave no choice.
         for equation in sorted(wrong, key=lambda e: len(list(leaves(e.expression)))):
             if _value(equation, now, length) != length(equation.atoms):
                 _solve_one(equation, now, dense, length)
@@ -183,6 +191,7 @@ def _solve_one(
     wanted = length(equation.atoms)
     found = (leaf for leaf in leaves(equation.expression) if isinstance(leaf, Attribute))
     for attribute in dict.fromkeys(found):
+        # Tried rather than solved: `//` and `%` have no inverse. No cut makes a size larger.
         for size in range(1, dense[attribute] + 1):
             if _value(equation, {**now, attribute: size}, length) == wanted:
                 now[attribute] = size

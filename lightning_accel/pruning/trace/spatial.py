@@ -15,6 +15,7 @@ def _spatial(last: int) -> Rule:
     def rule(flow: Flow, a: dict[str, Any], result: Any) -> None:
         info = flow.info(a["self"] if "self" in a else a["input"])
         places = flow.info(a["grid"]).axes if "grid" in a else ()
+        # How many places come out hangs on how many go in: the size of an image is no choice of ours.
         for axis in (*info.axes[-last:], *places):
             flow.fix(axis, "it is a spatial dimension")
         still(flow, result, info.axes[:-last])
@@ -51,6 +52,7 @@ for _name in [
 def _unpool(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     info, places = flow.info(a["self"]), flow.info(a["indices"])
     last = 3 if flow.operation.endswith("3d") else 2
+    # The indices come from a pooling of as many channels.
     for axis, other in zip(info.axes[:-last], places.axes[:-last], strict=True):
         flow.atoms.join(axis.atoms, other.atoms)
     for axis in (*info.axes[-last:], *places.axes[-last:]):
@@ -64,6 +66,8 @@ def _im2col(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     channels = info.axes[-3]
     for axis in info.axes[-2:]:
         flow.fix(axis, "it is a spatial dimension")
+    # Columns hold all places of the kernel of the first channel, then of the second: each channel so many
+    # times.
     times = result.shape[-2] // len(channels.atoms)
     still(flow, result, [*info.axes[:-3], Axis(np.repeat(channels.atoms, times)), None])
 
@@ -72,6 +76,7 @@ def _im2col(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 def _col2im(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     info = flow.info(a["self"])
     channels = result.shape[-3]
+    # `im2col` backwards: all places of the kernel make one channel, and go with it.
     grid = info.axes[-2].atoms.reshape(channels, -1)
     flow.atoms.join(grid[:, :1], grid)
     still(flow, result, [*info.axes[:-2], Axis(grid[:, 0]), None, None])
@@ -80,6 +85,7 @@ def _col2im(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 @rule("pixel_shuffle")
 def _pixel_shuffle(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     info = flow.info(a["self"])
+    # r^2 neighbouring channels make one of r x r times the pixels (Shi et al. 2016, arXiv:1609.05158).
     grid = info.axes[-3].atoms.reshape(result.shape[-3], -1)
     flow.atoms.join(grid[:, :1], grid)
     still(flow, result, [*info.axes[:-3], Axis(grid[:, 0]), None, None])
@@ -96,6 +102,8 @@ def _pixel_unshuffle(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
 @rule("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
     info = flow.info(a["self"])
+    # ShuffleNet's (Zhang et al. 2018, arXiv:1707.01083): (groups, n) is read as (n, groups). Groups have to
+    # stay equal, so the same places of all of them go.
     grid = info.axes[1].atoms.reshape(a["groups"], -1)
     flow.atoms.join(grid[:1], grid)
     axes = list(info.axes)
