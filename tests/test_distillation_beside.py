@@ -563,7 +563,7 @@ def test_ramps_that_cannot_be_are_refused(bad: dict[str, Any]) -> None:
         ({"ema_decay": 1.0}, ValueError),
         ({"evidence_every": -1}, ValueError),
         ({"target": 1.5}, TypeError),
-        ({"task_weight": "much"}, ValueError),
+        ({"task_weight": "much"}, TypeError),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(

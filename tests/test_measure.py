@@ -837,9 +837,11 @@ def test_step_meter_leaves_out_the_steps_after_an_edit(fit: Fit) -> None:
     assert min(rates) > 0.3 * max(rates)
 
 
-@pytest.mark.parametrize("every", [0, -1, 2.5, True])
-def test_a_wrong_interval_is_refused(every: Any) -> None:
-    with pytest.raises(ValueError, match="every_n_steps"):
+@pytest.mark.parametrize(
+    ("every", "kind"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError)]
+)
+def test_a_wrong_interval_is_refused(every: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="every_n_steps"):
         StepMeter(every)
 
 
