@@ -978,11 +978,9 @@ def test_processes_on_one_cache_at_once_get_the_bits_of_the_teacher(
 def test_answers_of_teachers_long_unused_make_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = 3 * MIB
     for number in range(4):
-        opened(tmp_path, f"teacher {number}", max_bytes=limit).look_up(
-            (torch.randn(4, 6),), {}, Teacher()
-        )
+        opened(tmp_path, f"teacher {number}").look_up((torch.randn(4, 6),), {}, Teacher())
+    limit = bytes_in(tmp_path)
     marks = {json.loads(p.read_text())["fingerprint"]: p for p in tmp_path.glob("*/teacher.json")}
     for age, number in ((90_000, 1), (100_000, 0)):
         os.utime(marks[f"teacher {number}"], (time.time() - age,) * 2)

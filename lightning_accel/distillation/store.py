@@ -57,6 +57,8 @@ _OF_THE_DISK = (
     sqlite3.SQLITE_PERM,
 )
 """What says nothing about the file itself; all else means that it is damaged."""
+_FAILURES = (sqlite3.Error, UnicodeDecodeError)
+"""The latter where SQLite quotes a damaged schema."""
 
 
 class Store:
@@ -119,7 +121,7 @@ class Store:
         try:
             file = self._opened(make=False)
             known = {} if file is None else _entries(file, pairs)
-        except sqlite3.Error as error:
+        except _FAILURES as error:
             self._recover(error)
             return found, values
         raw, size = keys.astype("<u8").tobytes(), _HASH + self.value_bytes
@@ -153,11 +155,11 @@ class Store:
         with _locked(self._counted_in):
             try:
                 self._put(rows)
-            except sqlite3.Error as error:
+            except _FAILURES as error:
                 self._recover(error)
                 try:
                     self._put(rows)  # into a new file
-                except sqlite3.Error as again:
+                except _FAILURES as again:
                     raise _as_os_error(again, self._path) from again
 
     def close(self) -> None:
@@ -232,7 +234,7 @@ class Store:
             self._file = file
         return self._file
 
-    def _recover(self, error: sqlite3.Error) -> None:
+    def _recover(self, error: Exception) -> None:
         """Let go of the file, and remove it where it is damaged.
 
         Raises:
@@ -333,7 +335,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _as_os_error(error: sqlite3.Error, path: Path) -> OSError:
+def _as_os_error(error: Exception, path: Path) -> OSError:
     full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
     number = errno.ENOSPC if full else errno.EIO
     return OSError(number, f"{os.strerror(number)} ({error})", str(path))
