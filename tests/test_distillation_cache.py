@@ -392,12 +392,15 @@ def test_a_flipped_bit_is_a_miss_or_harmless_and_is_healed_by_writing_again(tmp_
     places = {near for i in used for near in (i - 1, i, i + 1) if 0 <= near < len(whole)}
     at = whole.index(values[1].tobytes())
     for place in sorted(places):
-        for bit in (1, 4, 128):
+        for bit in (1, 128):
             damaged = bytearray(whole)
             damaged[place] ^= bit
             path.write_bytes(damaged)
             read = reads(tmp_path / "s", keys, values)
-            assert not (read and at - 24 <= place < at + 16), (place, bit)  # keys, hash, value
+            assert not (read and at - 16 <= place < at + 16), (
+                place,
+                bit,
+            )  # second half, hash, value
 
 
 @pytest.mark.parametrize("size", [0, 10, 4096, 8192, 20_000, -1])

@@ -188,8 +188,9 @@ class Store:
                 fit = fit - 1 if fit > 0 else (room - _in_use(file)) // self._pages_each - 1
                 if fit >= 0:
                     most += 1
-                    row = most, first, second, entry
-                    file.execute("INSERT INTO answer VALUES (?, ?, ?, ?)", row)
+                    file.execute(
+                        "INSERT INTO answer VALUES (?, ?, ?, ?)", (most, first, second, entry)
+                    )
                 elif most and self._random.randrange(_REPLACE_ONE_IN) == 0:
                     row = first, second, entry, self._random.randint(1, most)
                     file.execute(

@@ -66,7 +66,7 @@ class Applied:
             self._trainer.strategy.precision_plugin = self._precision
             self._precision = None
 
-    def _load(self, value: str) -> None:
+    def _load(self, value: Any) -> None:
         try:
             self._loading = apply_loading(self._trainer, value)
         except AccelError as error:

@@ -6,13 +6,14 @@ configuration, the same that one would write by hand.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import Any
 
+from lightning_accel.arguments import instance
 from lightning_accel.errors import explain
+from lightning_accel.loading.plan import LoadingPlan
 
 PLAIN = "plain"
 """The value of everything that stays as the user has it."""
@@ -48,15 +49,18 @@ class Settings:
     optimizer: str = PLAIN
     attention: str = PLAIN
     compilation: str = PLAIN
-    loading: str = PLAIN
+    loading: LoadingPlan | str = PLAIN
 
     def __post_init__(self) -> None:
         for name, value in self.chosen():
+            if name == "loading":
+                instance(
+                    name, value, LoadingPlan, "a LoadingPlan", "pass LoadingPlan(in_memory=True)"
+                )
+                continue
             if not isinstance(value, str):
                 raise TypeError(explain(f"`{name}` is a name", repr(value), "pass a string"))
-            if name == "loading":
-                loading_arguments(value)
-            elif name == "memory_budget":
+            if name == "memory_budget":
                 _check_budget(value)
             elif value not in _NODES[name]:
                 known = ", ".join(repr(v) for v in (PLAIN, *_NODES[name]))
@@ -70,27 +74,31 @@ class Settings:
         {'precision': 'bf16'}
         """
         known = {field.name for field in fields(cls)}
-        odd = [name for name, v in plain.items() if name not in known or not isinstance(v, str)]
+        plain = dict(plain)
+        if isinstance(plain.get("loading"), Mapping):
+            plain["loading"] = LoadingPlan.from_dict(plain["loading"])
+        odd = [n for n, v in plain.items() if n not in known or not isinstance(v, _KINDS)]
         if odd:
             raise ValueError(
                 explain("these are no settings", ", ".join(map(str, odd)), f"use {sorted(known)}")
             )
         return cls(**plain)
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what is not plain."""
-        return dict(self.chosen())
+        return {n: v.to_dict() if isinstance(v, LoadingPlan) else v for n, v in self.chosen()}
 
-    def chosen(self) -> Iterator[tuple[str, str]]:
+    def chosen(self) -> Iterator[tuple[str, Any]]:
         """Yield technique and value of what is not plain, in the order of application."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value != PLAIN:
                 yield field.name, value
 
-    def having(self, technique: str, value: str) -> Settings:
+    def having(self, technique: str, value: LoadingPlan | str) -> Settings:
         """Return these settings with another value for one technique."""
-        return replace(self, **{technique: value})
+        changed: dict[str, Any] = {technique: value}
+        return replace(self, **changed)
 
     @property
     def label(self) -> str:
@@ -113,12 +121,14 @@ class Settings:
         return {n: node(n, value) for n, value in self.chosen() if n == "precision"}
 
 
-def words(technique: str, value: str) -> str:
+def words(technique: str, value: Any) -> str:
     """Say a value so that it can stand alone.
 
     >>> words("compilation", "blocks"), words("matmul", "medium")
     ('compiled blocks', 'matmul medium')
     """
+    if isinstance(value, LoadingPlan):
+        return f"data {value.label}"
     said = {
         "precision": value,
         "float8": f"float8 {value}",
@@ -127,13 +137,12 @@ def words(technique: str, value: str) -> str:
         "attention": f"{value} attention",
         "compilation": f"compiled {value}",
         "memory_budget": f"memory budget {value}",
-        "loading": f"data {value}",
         "matmul": f"matmul {value}",
     }
     return said.get(technique, value)
 
 
-def node(technique: str, value: str) -> Node:
+def node(technique: str, value: Any) -> Node:
     """Return the configuration node of one value: `_target_` and its arguments.
 
     >>> node("optimizer", "fused")
@@ -142,7 +151,7 @@ def node(technique: str, value: str) -> Node:
     if technique == "memory_budget":
         return {"_target_": "lightning_accel.memory.ActivationBudget", "budget": float(value)}
     if technique == "loading":
-        return {"_target_": "lightning_accel.loading.FastLoading", **loading_arguments(value)}
+        return {"_target_": "lightning_accel.loading.FastLoading", **value.arguments()}
     target, arguments = _NODES[technique][value]
     return {"_target_": f"lightning_accel.{target}", **arguments}
 
@@ -163,32 +172,7 @@ def _check_budget(value: str) -> None:
         raise ValueError(explain("`memory_budget` lies from 0 to 1", repr(value), "pass '0.5'"))
 
 
-def loading_arguments(value: str) -> Node:
-    """Return the arguments of `FastLoading` for a way of loading.
-
-    >>> loading_arguments("workers=2, pinned")
-    {'resident': False, 'workers': 2, 'pin': True}
-    """
-    if value == "resident":
-        return {
-            "workers": False,
-            "pin": False,
-        }  # where it is another dataset, nobody vouches for it
-    found = _LOADING.fullmatch(value)
-    if found is None:
-        raise ValueError(
-            explain("unknown `loading`", repr(value), "pass 'resident', 'pinned' or 'workers=2'")
-        )
-    workers, pinned = found.groups()
-    arguments: Node = {"resident": False}
-    if workers is not None:
-        arguments["workers"] = int(workers)
-    if pinned is not None or value == "pinned":
-        arguments["pin"] = True
-    return arguments
-
-
-_LOADING = re.compile(r"workers=(\d+)(, pinned)?|pinned")
+_KINDS = (str, LoadingPlan)
 _NODES: dict[str, dict[str, tuple[str, Node]]] = {
     "precision": {
         "bf16": ("precision.AutocastPrecision", {"format": "bf16"}),
