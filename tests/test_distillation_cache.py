@@ -381,6 +381,7 @@ def reads(folder: Path, keys: np.ndarray, values: np.ndarray) -> bool:
     return bool(found.all())
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_a_miss_or_harmless_and_is_healed_by_writing_again(tmp_path: Path) -> None:
     keys, values = some(3, 16)
     store = Store(tmp_path / "s", value_bytes=16, max_bytes=MIB)

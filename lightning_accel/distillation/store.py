@@ -183,7 +183,7 @@ class Store:
                     file.execute("UPDATE answer SET value = ? WHERE slot = ?", (rows[pair], slot))
                     left.pop(pair, None)
             most = file.execute("SELECT coalesce(max(slot), 0) FROM answer").fetchone()[0]
-            fit = 0
+            fit, replaced = 0, False
             for (first, second), entry in left.items():
                 fit = fit - 1 if fit > 0 else (room - _in_use(file)) // self._pages_each - 1
                 if fit >= 0:
@@ -191,19 +191,21 @@ class Store:
                     file.execute(
                         "INSERT INTO answer VALUES (?, ?, ?, ?)", (most, first, second, entry)
                     )
-                elif most and self._random.randrange(_REPLACE_ONE_IN) == 0:
+                    continue
+                replaced = True
+                if most and self._random.randrange(_REPLACE_ONE_IN) == 0:
                     row = first, second, entry, self._random.randint(1, most)
                     file.execute(
                         "UPDATE answer SET first = ?, second = ?, value = ? WHERE slot = ?", row
                     )
+            if not (replaced or rows.items() <= _entries(file, list(rows)).items()):
+                raise sqlite3.DatabaseError("the file gives back something else than was written")
 
     def _pages(self) -> int | None:
         """Return how many pages the file may have; None where there is none and none would fit."""
         own = bytes_in(self.folder)
         spare = self.max_bytes - (bytes_in(self._counted_in) - own)
-        fewest = (
-            3 + _SPARE + (_HASH + self.value_bytes) // (_PAGE - 4)
-        )  # the schema, table and index
+        fewest = 3 + self._pages_each  # the schema, the table and the index
         return spare // _PAGE if own or spare // _PAGE >= fewest else None
 
     def _opened(self, *, make: bool) -> sqlite3.Connection | None:
