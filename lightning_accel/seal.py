@@ -116,12 +116,27 @@ def open_own(path: str | Path, flags: int) -> int:
         if error.errno in (errno.ELOOP, errno.EMLINK):
             raise _not_own(path, "a link", "delete it, or give the cache another folder") from None
         raise
-    about = os.fstat(file)
-    if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
+    try:
+        _refuse(path, os.fstat(file))
+    except OSError:
         os.close(file)
-        found = "another user's" if stat.S_ISREG(about.st_mode) else "no regular file"
-        raise _not_own(path, found, "give the cache a folder of your own")
+        raise
     return file
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise unless nothing is there, or a regular file of this user's; the file is not opened.
+
+    Raises:
+        OSError: It is a link, a device, or another user's.
+    """
+    try:
+        about = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(about.st_mode):
+        raise _not_own(path, "a link", "delete it, or give the cache another folder")
+    _refuse(path, about)
 
 
 def own_folder(path: Path) -> Path:
@@ -199,6 +214,12 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
         os.write(file, data)
     finally:
         os.close(file)
+
+
+def _refuse(path: str | Path, about: os.stat_result) -> None:
+    if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
+        found = "another user's" if stat.S_ISREG(about.st_mode) else "no regular file"
+        raise _not_own(path, found, "give the cache a folder of your own")
 
 
 def _not_own(path: str | Path, found: str, do: str) -> OSError:

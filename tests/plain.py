@@ -110,7 +110,7 @@ TECHNIQUES: dict[str, Technique] = {
     "sparsity": alone(lambda: SparsityTraining(strength=1e-300)),  # far below the last bit
     "distill": alone(lambda: Distillation(teacher(), {"kd": 0.0}, student="net")),
     "loading": alone(lambda: FastLoading(budget_s=0.01)),
-    "rows": alone(lambda: FastLoading(workers=False, pin=False, budget_s=0.01)),
+    "rows": alone(lambda: FastLoading(num_workers=False, pin_memory=False, budget_s=0.01)),
     "measure": alone(StepMeter, lambda: AccelReport(budget_s=0.001)),
     "lean": alone(LeanLoop),
     "optimizer": alone(lambda: FusedOptimizer("for-loop"), apart=("Closure",)),

@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import socket
+import sqlite3
 import stat
+import struct
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,12 @@ def opened(folder: Path, **options: Any) -> TeacherCache:
 
 
 def filled(folder: Path) -> tuple[Path, Path]:
-    """Return the folder of a teacher, and the segment of its answers."""
+    """Return the folder of a teacher, and the rows of its answers."""
     cache = opened(folder)
     cache.look_up((X,), {}, says)
     cache.close()
-    (segment,) = folder.rglob("*.segment")
-    return segment.parent.parent, segment
+    (rows,) = folder.rglob("*.sqlite")
+    return rows.parent.parent, rows
 
 
 def answers(folder: Path) -> tuple[bool, str]:
@@ -52,25 +55,18 @@ def answers(folder: Path) -> tuple[bool, str]:
     return all(torch.equal(one, X * 2) for one in got), " ".join(str(c.message) for c in caught)
 
 
-def forge(segment: Path) -> None:
+def forge(rows: Path) -> None:
     """Write another answer under each key, with the hash that somebody makes who does not have the key."""
-    data = bytearray(segment.read_bytes())
     new = (X[0] * 0 - 1).numpy().tobytes()
-    places = [data.index(row.numpy().tobytes()) for row in X * 2]
-    for at in places:
-        data[at : at + len(new)] = new
-    for entry in range(4096, min(places) - 23, 24):
-        if any(data[entry + 16 : entry + 24]):
-            word = hashlib.blake2b(bytes(data[entry : entry + 16]) + new, digest_size=8).digest()
-            data[entry + 16 : entry + 24] = (int.from_bytes(word, "little") | 1).to_bytes(
-                8, "little"
-            )
-    segment.write_bytes(data)
+    with closing(sqlite3.connect(rows)) as file, file:
+        for slot, *key in file.execute("SELECT slot, first, second FROM answer").fetchall():
+            made = hashlib.blake2b(struct.pack("<qq", *key) + new, digest_size=8).digest()
+            file.execute("UPDATE answer SET value = ? WHERE slot = ?", (made + new, slot))
 
 
 def test_forged_answers_are_misses(tmp_path: Path) -> None:
-    _, segment = filled(tmp_path / "c")
-    forge(segment)
+    _, rows = filled(tmp_path / "c")
+    forge(rows)
     cache = opened(tmp_path / "c")
     assert torch.equal(cache.look_up((X,), {}, says)["logits"], X * 2) and cache.hits == 0
     assert torch.equal(cache.look_up((X,), {}, says)["logits"], X * 2) and cache.hits == 4
@@ -87,25 +83,25 @@ def test_answers_of_another_user_are_never_read(
 
 
 def test_an_answer_of_one_teacher_is_none_of_another(tmp_path: Path) -> None:
-    home, segment = filled(tmp_path / "c")
+    home, rows = filled(tmp_path / "c")
     cache = opened(tmp_path / "c")
     cache.open("another teacher")
     cache.look_up((X,), {}, says)
-    (other,) = [p for p in (tmp_path / "c").rglob("*.segment") if home not in p.parents]
+    (other,) = [p for p in (tmp_path / "c").rglob("*.sqlite") if home not in p.parents]
     cache.close()
-    segment.write_bytes(other.read_bytes())  # replayed
+    rows.write_bytes(other.read_bytes())  # replayed
     cache = opened(tmp_path / "c")
     cache.look_up((X,), {}, says)
     assert cache.hits == 0
 
 
-@pytest.mark.parametrize("what", ["segment", "teacher.json", "meta.json"])
+@pytest.mark.parametrize("what", ["rows", "teacher.json", "meta.json"])
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_link_in_a_cache_is_never_followed(tmp_path: Path, what: str, dangling: bool) -> None:
-    home, segment = filled(tmp_path / "c")
+    home, rows = filled(tmp_path / "c")
     victim = tmp_path / "victim"
-    path = {"segment": segment, "teacher.json": home / what}.get(what, segment.parent / what)
-    victim.write_bytes(MARK if what != "segment" else segment.read_bytes())
+    path = {"rows": rows, "teacher.json": home / what}.get(what, rows.parent / what)
+    victim.write_bytes(MARK if what != "rows" else rows.read_bytes())
     before = victim.read_bytes()
     path.unlink()
     path.symlink_to(victim)
@@ -114,13 +110,13 @@ def test_a_link_in_a_cache_is_never_followed(tmp_path: Path, what: str, dangling
     right, said = answers(tmp_path / "c")
     assert right and (not dangling or not victim.exists())
     assert dangling or victim.read_bytes() == before
-    assert what != "segment" or ("a link" in said and "Do: delete it" in said)
+    assert what != "rows" or ("a link" in said and "Do: delete it" in said)
 
 
 @pytest.mark.parametrize("which", ["teacher", "layout"])
 def test_a_link_in_the_place_of_a_folder_is_never_followed(tmp_path: Path, which: str) -> None:
-    home, segment = filled(tmp_path / "c")
-    folder = home if which == "teacher" else segment.parent
+    home, rows = filled(tmp_path / "c")
+    folder = home if which == "teacher" else rows.parent
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "marker").write_bytes(MARK)
@@ -134,12 +130,12 @@ def test_a_link_in_the_place_of_a_folder_is_never_followed(tmp_path: Path, which
 def test_a_folder_of_another_user_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, segment = filled(tmp_path / "c")
-    before = segment.read_bytes()
+    _, rows = filled(tmp_path / "c")
+    before = rows.read_bytes()
     monkeypatch.setattr(os, "geteuid", lambda: 12345)  # to whom nothing here belongs
     right, said = answers(tmp_path / "c")
     assert right and "another user's" in said and "Do: give the cache a folder of your own" in said
-    assert segment.read_bytes() == before
+    assert rows.read_bytes() == before
 
 
 def test_room_is_made_by_removing_ones_own_alone(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_rows_that_depend_on_more_than_themselves_are_never_cached(
     torch.manual_seed(1)
     got = cache.look_up((call[0].flip(0), *call[1:]), {}, run)["logits"]
     assert torch.equal(got, expected) and not cache.enabled
-    assert not list(tmp_path.rglob("*.segment"))
+    assert not list(tmp_path.rglob("*.sqlite"))
 
 
 INDEPENDENT: dict[str, Callable[..., Any]] = {
@@ -206,7 +206,7 @@ def test_a_teacher_that_answers_differently_next_time_is_not_cached(
     lesson = Distillation(teacher(Guide(kind)), "kd", cache=tmp_path / "c", evidence_every=0)
     with pytest.warns(UserWarning, match=f"cannot be cached.*Found: teacher 0, Guide, {said}.*Do:"):
         fit(Module(), lesson)
-    assert not list(tmp_path.rglob("*.segment"))
+    assert not list(tmp_path.rglob("*.sqlite"))
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

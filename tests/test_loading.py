@@ -29,7 +29,14 @@ from torch.utils.data import (
 )
 
 from lightning_accel.errors import Unsupported
-from lightning_accel.loading import Choice, ResidentLoader, choose, resident, with_workers
+from lightning_accel.loading import (
+    Choice,
+    LoadingPlan,
+    ResidentLoader,
+    choose,
+    resident,
+    with_workers,
+)
 from lightning_accel.loading.choose import _Race
 from lightning_accel.loading.order import SameBatches
 from lightning_accel.loading.still import same
@@ -669,4 +676,4 @@ def test_arguments_of_choose_are_checked(given: dict[str, Any]) -> None:
 
 def test_a_choice_for_another_loader_is_checked_again() -> None:
     with pytest.raises(Unsupported, match="list"):
-        Choice("workers=1", 2.0, "", num_workers=1).apply([1])
+        Choice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1)).apply([1])

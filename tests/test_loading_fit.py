@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from lightning_accel.errors import Unsupported
-from lightning_accel.loading import Choice, FastLoading, apply_choice, choose, resident
+from lightning_accel.loading import Choice, FastLoading, LoadingPlan, apply_choice, choose, resident
 from lightning_accel.loading.order import SameBatches
 from lightning_accel.loading.store import Store
 
@@ -279,13 +279,13 @@ def test_vouched_for_it_holds_what_is_slow_to_read_and_says_what_it_leaves(
     trainer_kwargs: dict[str, Any], clock: Clock
 ) -> None:
     _, plain = fit(trainer_kwargs, [], train=loader())
-    fast = FastLoading(workers=False, budget_s=2.0, unchanging=True)
+    fast = FastLoading(num_workers=False, budget_s=2.0, unchanging=True)
     _, module = fit(trainer_kwargs, [fast], train=loader(Slow(clock, Items())))
     assert_same(plain, module)
     (held, *_) = [change for change in fast.receipt.changes if change.name == "train"]
     assert "held in memory" in held.after and "0 workers" in held.before
     assert fast.choices[0][1].ratio == pytest.approx(4.0)
-    fast = FastLoading(workers=False, budget_s=2.0, unchanging=True)
+    fast = FastLoading(num_workers=False, budget_s=2.0, unchanging=True)
     _, plain = fit(trainer_kwargs, [], train=loader(Noisy()))
     _, module = fit(trainer_kwargs, [fast], train=loader(Slow(clock, Noisy())))
     assert_same(plain, module)
@@ -300,7 +300,7 @@ def test_auto_measures_workers_after_the_first_epoch(
 
     def chosen(given: Any, *, step_ms: float, **rest: Any) -> Choice:
         steps.append(step_ms)
-        return Choice("workers=1", 2.0, "", num_workers=1, pin_memory=False)
+        return Choice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1))
 
     monkeypatch.setattr("lightning_accel.loading.callback.choose", chosen)
     for extra in ({}, {"reload_dataloaders_every_n_epochs": 1}):
@@ -338,8 +338,9 @@ def test_a_choice_is_applied_to_a_running_trainer(
     kwargs = {**trainer_kwargs, "limit_train_batches": limit}
     given = loader(num_workers=workers, persistent_workers=workers > 0)
     store = resident(given).store if taken == "resident" else None
-    count = 1 if taken == "workers=1" else None
-    choice = Choice(taken, 2.0, "why", num_workers=count, pin_memory=False, store=store)
+    plan = LoadingPlan(taken == "resident", 1 if taken == "workers=1" else None)
+    assert plan.label == taken
+    choice = Choice(taken, 2.0, "why", plan=plan, store=store)
     _, plain = fit(kwargs, [], train=loader(num_workers=workers, persistent_workers=workers > 0))
     callback = Applies(choice)
     _, module = fit(kwargs, [callback], train=given)
@@ -356,7 +357,7 @@ def test_a_real_choice_is_applied(trainer_kwargs: dict[str, Any], clock: Clock) 
 
 
 def test_a_loader_that_is_not_there_cannot_be_replaced(trainer_kwargs: dict[str, Any]) -> None:
-    choice = Choice("workers=1", 2.0, "", num_workers=1)
+    choice = Choice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1))
     with pytest.raises(Unsupported, match="no such loader"):
         apply_choice(Trainer(**trainer_kwargs), choice)
     with pytest.raises(ValueError, match="kind"):
@@ -370,11 +371,11 @@ def test_what_was_asked_for_by_name_and_cannot_be_is_an_error(
         fit(trainer_kwargs, [FastLoading(resident=True)], train=loader(Noisy()))
     own = DataLoader(Items(), 4, sampler=RandomSampler(Items(), generator=torch.Generator()))
     with pytest.raises(Unsupported, match="generator of its own"):
-        fit(trainer_kwargs, [FastLoading(workers=1)], train=own)
+        fit(trainer_kwargs, [FastLoading(num_workers=1)], train=own)
 
 
 def test_a_fit_of_one_epoch_does_not_read_everything_first(trainer_kwargs: dict[str, Any]) -> None:
-    fast = FastLoading(workers=False, pin=False)
+    fast = FastLoading(num_workers=False, pin_memory=False)
     with pytest.warns(UserWarning, match="read once"):
         fit({**trainer_kwargs, "max_epochs": 1}, [fast])
     assert not fast.receipt and "read once" in fast.receipt.skipped[0].after
@@ -386,13 +387,13 @@ def test_a_fit_of_one_epoch_does_not_read_everything_first(trainer_kwargs: dict[
         {"resident": "yes"},
         {"resident": 1},
         {"resident": None},
-        {"workers": True},
-        {"workers": -1},
-        {"workers": "2"},
-        {"workers": 1.5},
-        {"pin": "on"},
-        {"resident": True, "workers": 2},
-        {"resident": False, "workers": False, "pin": False},
+        {"num_workers": True},
+        {"num_workers": -1},
+        {"num_workers": "2"},
+        {"num_workers": 1.5},
+        {"pin_memory": "on"},
+        {"resident": True, "num_workers": 2},
+        {"resident": False, "num_workers": False, "pin_memory": False},
         {"limit_bytes": 0},
         {"budget_s": 0.0},
         {"budget_s": float("nan")},

@@ -18,6 +18,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
 from lightning_accel import AutoTune
+from lightning_accel.loading import LoadingPlan
 from lightning_accel.loading.choose import Choice, Way
 from lightning_accel.measure.race import Ratio
 from lightning_accel.precision import UsePrecision
@@ -46,7 +47,7 @@ MANY = Settings(
     precision="bf16",
     matmul_precision="medium",
     fused_optimizer="fused",
-    loading="resident",
+    loading=LoadingPlan(in_memory=True),
 )
 ENDINGS = (".yaml", ".yml", ".json", ".svg", ".md", ".txt")
 STILL = Difference(0.0, 1.0, 1.0)
@@ -198,6 +199,10 @@ def test_settings_are_read_back_and_built(chosen: Settings) -> None:
         {"loading": 3},
         {"loading": ""},
         {"loading": "3 bananas"},
+        {"loading": {"bananas": 3}},
+        {"loading": {"num_workers": -1}},
+        {"loading": {"num_workers": "2"}},
+        {"loading": {}},
         {"memory": 0.5},
         {"memory": "abc"},
         {"memory": "nan"},
@@ -255,12 +260,12 @@ def test_ways_of_loading_are_told_with_their_gains_and_reasons(
         Way("workers=2", (140.0,), gain=Ratio(0.07, 0.06, 0.08), reason="slower: 0.07x"),
         Way("pinned", skipped="no CUDA"),
     )
-    choice = Choice("resident", 1.79, "", ways)
+    choice = Choice("resident", 1.79, "", ways, LoadingPlan(in_memory=True))
     monkeypatch.setattr(data, "choose", lambda *_, **__: choice)
     monkeypatch.setattr(data, "_only_loader", lambda trainer: object())
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
     value, gain, trials = data.choose_loading(trainer, 1.0, 1.0)  # type: ignore[arg-type]
-    assert (value, gain) == ("resident", 1.79)
+    assert (value, gain) == (LoadingPlan(in_memory=True), 1.79)
     assert trials == [
         Trial("loading", "resident", "taken", "", 1.79, 1.7, 1.8),
         Trial("loading", "workers=1", "not taken", "another way is faster still", 1.29, 1.2, 1.3),

@@ -9,7 +9,7 @@ A folder that others can write is safe to use, and shared by one's own processes
 
     <folder>/<teacher>/teacher.json          fingerprint and settings, one folder for each teacher
     <folder>/<teacher>/<layout>/meta.json    names, shapes and types of one row
-    <folder>/<teacher>/<layout>/000.segment  rows (`store`), shared by all processes
+    <folder>/<teacher>/<layout>/rows.sqlite  rows (`store`), shared by all processes
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from lightning_accel.lazy import lazily
 from lightning_accel.loading.choose import Choice, Way, choose
+from lightning_accel.loading.plan import LoadingPlan
 from lightning_accel.loading.resident import ResidentLoader, resident
 from lightning_accel.loading.workers import WorkerLoader, with_workers
 
@@ -14,6 +15,7 @@ __all__ = [
     "Applied",
     "Choice",
     "FastLoading",
+    "LoadingPlan",
     "ResidentLoader",
     "Way",
     "WorkerLoader",

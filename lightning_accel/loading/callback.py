@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
+from lightning_accel.arguments import flags, whole
 from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.bridge.step import Around
 from lightning_accel.errors import Unsupported, explain
@@ -58,8 +59,8 @@ class FastLoading(Callback):
     Args:
         resident: Hold the dataset in memory: "auto" where it is faster, `True` or an error, `False`.
             On CUDA a dataset that is vouched for is held there, if it fits into a fifth of what is free.
-        workers: "auto", a number of workers, or `False` to keep the loader's own.
-        pin: Pinned memory for copies to CUDA: "auto", or whether.
+        num_workers: "auto", a number of workers, or `False` to keep the loader's own.
+        pin_memory: Pinned memory for copies to CUDA: "auto", or whether.
         limit_bytes: The most that one dataset may take; by default a fifth of the memory that is free,
             shared by the processes of this machine.
         budget_s: The longest that one measurement may take, and for "auto" reading all of a dataset.
@@ -72,40 +73,36 @@ class FastLoading(Callback):
         ValueError: An argument is out of range.
         Unsupported: At the start of a fit, when what was asked for by name is not possible.
 
-    >>> FastLoading(workers=2).workers
+    >>> FastLoading(num_workers=2).num_workers
     2
     """
 
     def __init__(
         self,
         resident: bool | str = "auto",
-        workers: int | bool | str = "auto",
-        pin: bool | str = "auto",
+        num_workers: int | bool | str = "auto",
+        pin_memory: bool | str = "auto",
         *,
         limit_bytes: int | None = None,
         budget_s: float = 5.0,
         keep_random: bool = True,
         unchanging: bool = False,
     ) -> None:
-        for name, value in (("resident", resident), ("pin", pin)):
+        for name, value in (("resident", resident), ("pin_memory", pin_memory)):
             if value != "auto" and not isinstance(value, bool):
                 raise ValueError(explain(f"unknown `{name}`", repr(value), "pass 'auto' or a bool"))
-        number = isinstance(workers, int) and workers is not True and workers >= 0
-        if workers != "auto" and not number:
-            do = "pass 'auto', a number or false"
-            raise ValueError(explain("unknown `workers`", repr(workers), do))
-        if resident is True and type(workers) is int:
-            do = "leave one of them at 'auto'"
-            raise ValueError(explain("`resident` needs no `workers`", f"workers={workers}", do))
-        if resident is False and workers is False and pin is False:
+        if num_workers != "auto" and num_workers is not False:
+            whole("num_workers", num_workers, least=0, do="pass 'auto', a number or false")
+        if resident is True and type(num_workers) is int:
+            found, do = f"num_workers={num_workers}", "leave one of them at 'auto'"
+            raise ValueError(explain("`resident` needs no `num_workers`", found, do))
+        if resident is False and num_workers is False and pin_memory is False:
             raise ValueError(
                 explain("nothing was asked for", "three times false", "leave one 'auto'")
             )
-        for name, flag in (("keep_random", keep_random), ("unchanging", unchanging)):
-            if not isinstance(flag, bool):
-                raise TypeError(explain(f"`{name}` is true or false", repr(flag), "pass a bool"))
+        flags(keep_random=keep_random, unchanging=unchanging)
         check_limits(limit_bytes, budget_s)
-        self.resident, self.workers, self.pin = resident, workers, pin
+        self.resident, self.num_workers, self.pin_memory = resident, num_workers, pin_memory
         self.limit_bytes, self.budget_s = limit_bytes, budget_s
         self.keep_random, self.unchanging = keep_random, unchanging
         self.choices: list[tuple[str, Choice]] = []
@@ -138,7 +135,7 @@ class FastLoading(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for change in self.receipt.changes:
             rank_zero_info(f"{change.name}: {change.before} -> {change.after}")
-        if not self.receipt and self.workers != "auto" and self.pin != "auto":
+        if not self.receipt and self.num_workers != "auto" and self.pin_memory != "auto":
             why = "; ".join(f"{c.name}: {c.after}" for c in self.receipt.skipped)
             rank_zero_warn(explain("loading stays as it is", why, "read `receipt.skipped`"))
 
@@ -165,7 +162,9 @@ class FastLoading(Callback):
         if not self._steps_ms or combined is None or self._around is None:
             return
         for index, loader in enumerate(combined.flattened):
-            if isinstance(loader, SameBatches) or (self.workers != "auto" and self.pin != "auto"):
+            if isinstance(loader, SameBatches) or (
+                self.num_workers != "auto" and self.pin_memory != "auto"
+            ):
                 continue
             if not self.unchanging and trainer.strategy.root_device.type != "cuda":
                 continue  # pinned memory is all that may be taken without a word of the user's
@@ -197,7 +196,7 @@ class FastLoading(Callback):
             require_plain(loader)
             fast = self._made(trainer, loader, name)
         except Unsupported as error:
-            if name == "train" and (self.resident is True or type(self.workers) is int):
+            if name == "train" and (self.resident is True or type(self.num_workers) is int):
                 raise
             self._skip(name, str(error))
             return loader
@@ -208,11 +207,11 @@ class FastLoading(Callback):
         return fast
 
     def _made(self, trainer: Trainer, loader: Any, name: str) -> Any:
-        if type(self.workers) is int:
+        if type(self.num_workers) is int:
             return with_workers(
                 loader,
-                self.workers,
-                pin_memory=None if self.pin == "auto" else bool(self.pin),
+                self.num_workers,
+                pin_memory=None if self.pin_memory == "auto" else bool(self.pin_memory),
                 keep_random=self.keep_random,
             )
         if self.resident is not False:
@@ -224,8 +223,8 @@ class FastLoading(Callback):
                 if isinstance(found.store, Store):
                     self._stores.append((loader.dataset, loader.collate_fn, found.store))
                 return found
-        if isinstance(self.pin, bool) and self.pin != loader.pin_memory:
-            return with_workers(loader, loader.num_workers, pin_memory=self.pin)
+        if isinstance(self.pin_memory, bool) and self.pin_memory != loader.pin_memory:
+            return with_workers(loader, loader.num_workers, pin_memory=self.pin_memory)
         return loader
 
     def _held(self, trainer: Trainer, loader: Any, name: str) -> Any:
@@ -259,9 +258,9 @@ class FastLoading(Callback):
             step_ms=median(self._steps_ms),
             device=trainer.strategy.root_device,
             budget_s=self.budget_s,
-            workers=None if self.workers == "auto" else (),
+            workers=None if self.num_workers == "auto" else (),
             hold=False,
-            pin=self.pin == "auto",
+            pin=self.pin_memory == "auto",
             keep_random=self.keep_random,
             unchanging=self.unchanging,
         )

@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, SequentialSampler
 
-from lightning_accel.errors import AccelError, explain
+from lightning_accel.arguments import finite, whole
+from lightning_accel.errors import AccelError
 from lightning_accel.hardware import num_usable_cores
 from lightning_accel.loading.order import SameBatches, stop_workers
+from lightning_accel.loading.plan import AS_IS, LoadingPlan
 from lightning_accel.loading.resident import ResidentLoader, check_limits, resident
 from lightning_accel.loading.rows import Rows, rows
 from lightning_accel.loading.store import Store, batch_size_of, require_plain, require_still
@@ -72,14 +74,14 @@ class Choice:
         ratio: At least 1.0, and 1.0 where nothing is to be gained.
         reason: Why this one, in words.
         ways: All that were tried, or skipped with the reason.
+        plan: What was taken, as plain data.
     """
 
     taken: str
     ratio: float
     reason: str
     ways: tuple[Way, ...] = ()
-    num_workers: int | None = None
-    pin_memory: bool | None = None
+    plan: LoadingPlan = AS_IS
     keep_random: bool = True
     store: Store | Rows | None = field(default=None, repr=False, compare=False)
 
@@ -94,9 +96,9 @@ class Choice:
         if self.store is not None:
             require_plain(loader)
             return ResidentLoader(loader, self.store)
-        assert self.num_workers is not None
+        count = loader.num_workers if self.plan.num_workers is None else self.plan.num_workers
         return with_workers(
-            loader, self.num_workers, pin_memory=self.pin_memory, keep_random=self.keep_random
+            loader, count, pin_memory=self.plan.pin_memory, keep_random=self.keep_random
         )
 
     def table(self) -> Table:
@@ -169,8 +171,8 @@ def choose(
         pins = pin and race.device.type == "cuda"
         for count in counts:
             if count != loader.num_workers:
-                name = f"workers={count}, pinned" if pins else f"workers={count}"
-                race.enter(name, _other(loader, count, pins or None, moved))
+                plan = LoadingPlan(num_workers=count, pin_memory=pins or None)
+                race.enter(plan.label, _other(loader, count, pins or None, moved))
         if pin:
             race.enter("pinned", lambda: _pinned(loader, race.device))
         if len(race.makes) > 1:
@@ -282,16 +284,14 @@ class _Race:
         plain_ms, made = ways[0].step_ms, self.makes[way.name]
         reason = f"{way.name} took {way.step_ms:.3g} ms where as it is took {plain_ms:.3g}"
         if way.name == "resident":
-            return Choice(way.name, way.gain.ratio, reason, ways, store=self.store)
-        return Choice(
-            way.name,
-            way.gain.ratio,
-            reason,
-            ways,
-            made.num_workers,
-            made.pin_memory,
-            keep_random=keep_random,
+            plan = LoadingPlan(in_memory=True)
+            return Choice(way.name, way.gain.ratio, reason, ways, plan, store=self.store)
+        own, pins = self.loader.num_workers, made.pin_memory or None
+        plan = LoadingPlan(
+            num_workers=None if made.num_workers == own else made.num_workers,
+            pin_memory=pins if pins != (self.loader.pin_memory or None) else None,
         )
+        return Choice(way.name, way.gain.ratio, reason, ways, plan, keep_random)
 
     def _turn(self, name: str, seconds: float) -> None:
         running: Any = None
@@ -427,13 +427,6 @@ def _pinned(loader: DataLoader[Any], device: torch.device) -> Any:
 
 def _check(step_ms: float, budget_s: float, limit_bytes: int | None, workers: Any) -> None:
     check_limits(limit_bytes, budget_s)
-    if isinstance(step_ms, bool) or not isinstance(step_ms, (int, float)):
-        raise TypeError(
-            explain("`step_ms` is a number of milliseconds", repr(step_ms), "pass 12.5")
-        )
-    if not 0 <= step_ms < inf:
-        raise ValueError(explain("`step_ms` is 0 or more", repr(step_ms), "pass 12.5"))
-    if workers is not None and not all(type(n) is int and n >= 0 for n in workers):
-        raise ValueError(
-            explain("`workers` are whole numbers, 0 or more", repr(workers), "pass (0, 2)")
-        )
+    finite("step_ms", step_ms, least=0.0, unit="milliseconds", do="pass 12.5")
+    for count in workers or ():
+        whole("workers", count, least=0, do="pass (0, 2)")

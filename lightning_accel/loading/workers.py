@@ -21,7 +21,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_accel.errors import Unsupported, explain
+from lightning_accel.arguments import flag, whole
+from lightning_accel.errors import Unsupported
 from lightning_accel.loading.order import Order, SameBatches, stop_workers
 from lightning_accel.loading.store import require_plain, require_still
 
@@ -189,13 +190,9 @@ def with_workers(
     """
     if isinstance(loader, SameBatches):
         loader = loader.loader
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int):
-        raise TypeError(explain("`num_workers` is a whole number", repr(num_workers), "pass 2"))
-    if num_workers < 0:
-        raise ValueError(explain("`num_workers` is 0 or more", repr(num_workers), "pass 2"))
-    for name, flag in (("pin_memory", pin_memory), ("keep_random", keep_random)):
-        if not isinstance(flag, bool) and not (name == "pin_memory" and flag is None):
-            raise TypeError(explain(f"`{name}` is true or false", repr(flag), "pass a bool"))
+    whole("num_workers", num_workers, least=0, do="pass 2")
+    flag("pin_memory", pin_memory, none=True)
+    flag("keep_random", keep_random)
     require_plain(loader)
     pins = loader.pin_memory if pin_memory is None else pin_memory
     if num_workers == loader.num_workers:

@@ -62,7 +62,7 @@ class Applied:
             self._loading.undo()
             self._loading = None
 
-    def _load(self, value: str) -> None:
+    def _load(self, value: Any) -> None:
         try:
             self._loading = apply_loading(self._trainer, value)
         except AccelError as error:

@@ -8,18 +8,18 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_accel.errors import AccelError
-from lightning_accel.loading import Choice, apply_choice, choose
+from lightning_accel.loading import Choice, LoadingPlan, apply_choice, choose
 from lightning_accel.loading.callback import Applied
 from lightning_accel.loading.resident import SHARE, free_bytes, look_up
 from lightning_accel.tuning.report import Trial
-from lightning_accel.tuning.settings import PLAIN, loading_arguments
+from lightning_accel.tuning.settings import PLAIN
 
 _LONGEST_S = 5.0
 
 
 def choose_loading(
     trainer: Trainer, step_ms: float, budget_s: float
-) -> tuple[str, float, list[Trial]]:
+) -> tuple[LoadingPlan | str, float, list[Trial]]:
     """Return how to load the training data, what that gives to batch and step together, and all trials.
 
     Args:
@@ -40,11 +40,10 @@ def choose_loading(
         trials.append(Trial("loading", way.name, verdict, way.skipped or way.reason, *gain))
     if not trials:
         trials = [Trial("loading", "any", "skipped", choice.reason)]
-    taken_as = PLAIN if choice.taken == "as is" else choice.taken
-    return taken_as, choice.ratio, trials
+    return PLAIN if choice.taken == "as is" else choice.plan, choice.ratio, trials
 
 
-def apply_loading(trainer: Trainer, value: str) -> Applied:
+def apply_loading(trainer: Trainer, plan: LoadingPlan) -> Applied:
     """Load the training data of a running fit in a way that was chosen, perhaps in an earlier run.
 
     Raises:
@@ -53,14 +52,10 @@ def apply_loading(trainer: Trainer, value: str) -> Applied:
     loader = _only_loader(trainer)
     if isinstance(loader, str):
         raise AccelError("the data cannot be loaded as it was chosen", loader, "tune anew")
-    arguments = loading_arguments(value)
-    if value == "resident":
+    held = None
+    if plan.in_memory:
         held = look_up(loader, int(SHARE * free_bytes(torch.device("cpu"))))
-        choice = Choice("resident", 1.0, "chosen before", store=held)
-    else:
-        workers = arguments.get("workers", loader.num_workers)
-        pin = arguments.get("pin")
-        choice = Choice(value, 1.0, "chosen before", num_workers=workers, pin_memory=pin)
+    choice = Choice(plan.label, 1.0, "chosen before", plan=plan, store=held)
     return apply_choice(trainer, choice)
 
 

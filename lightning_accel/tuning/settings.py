@@ -6,16 +6,17 @@ configuration, the same that one would write by hand, under the same key.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from lightning_accel.arguments import instance
 from lightning_accel.attention.callbacks.attention_backend import AttentionBackend
 from lightning_accel.bridge.technique import Technique
 from lightning_accel.compilation.callbacks.block_compile import BlockCompile
 from lightning_accel.errors import explain
+from lightning_accel.loading.plan import LoadingPlan
 from lightning_accel.loop.callbacks.fused_optimizer import FusedOptimizer
 from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
 from lightning_accel.precision.callbacks.float8_linear import Float8Linear
@@ -65,22 +66,26 @@ class Settings:
     'bf16 + fused optimizer'
     """
 
-    values: tuple[tuple[str, str], ...]
+    values: tuple[tuple[str, Any], ...]
 
-    def __init__(self, **values: str) -> None:
+    def __init__(self, **values: LoadingPlan | str) -> None:
         for name, value in values.items():
             if name not in _APPLIED:
                 raise ValueError(
                     explain("unknown technique", repr(name), f"use {sorted(_APPLIED)}")
                 )
-            if not isinstance(value, str):
-                raise TypeError(explain(f"`{name}` is a name", repr(value), "pass a string"))
-            if value != PLAIN:
+            if value == PLAIN:
+                continue
+            if _APPLIED[name] is None:
+                do = "pass LoadingPlan(in_memory=True)"
+                instance(name, value, LoadingPlan, "a LoadingPlan", do)
+            else:
+                instance(name, value, str, "a name", "pass a string")
                 node(name, value)
         chosen = [(n, values[n]) for n in _APPLIED if values.get(n, PLAIN) != PLAIN]
         object.__setattr__(self, "values", tuple(chosen))
 
-    def __getitem__(self, technique: str) -> str:
+    def __getitem__(self, technique: str) -> Any:
         return dict(self.values).get(technique, PLAIN)
 
     @classmethod
@@ -90,7 +95,11 @@ class Settings:
         >>> Settings.from_dict({"precision": "bf16"}).to_dict()
         {'precision': 'bf16'}
         """
-        odd = [n for n, v in plain.items() if n not in _APPLIED or not isinstance(v, str)]
+        plain = dict(plain)
+        if isinstance(plain.get("loading"), Mapping):
+            plain["loading"] = LoadingPlan.from_dict(plain["loading"])
+        kinds = (str, LoadingPlan)
+        odd = [n for n, v in plain.items() if n not in _APPLIED or not isinstance(v, kinds)]
         if odd:
             raise ValueError(
                 explain(
@@ -99,15 +108,15 @@ class Settings:
             )
         return cls(**plain)
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what is not plain."""
-        return dict(self.values)
+        return {n: v.to_dict() if isinstance(v, LoadingPlan) else v for n, v in self.values}
 
-    def chosen(self) -> Iterator[tuple[str, str]]:
+    def chosen(self) -> Iterator[tuple[str, Any]]:
         """Yield technique and value of what is not plain, in the order of application."""
         yield from self.values
 
-    def having(self, technique: str, value: str) -> Settings:
+    def having(self, technique: str, value: LoadingPlan | str) -> Settings:
         """Return these settings with another value for one technique."""
         return Settings(**{**dict(self.values), technique: value})
 
@@ -130,17 +139,17 @@ class Settings:
         return [make(node(n, v)) for n, v in self.chosen() if _APPLIED[n] is not None]
 
 
-def words(technique: str, value: str) -> str:
+def words(technique: str, value: Any) -> str:
     """Say a value so that it can stand alone.
 
     >>> words("compilation", "blocks"), words("matmul_precision", "medium")
     ('compiled blocks', 'matmul medium')
     """
-    kind = _APPLIED.get(technique)
-    return f"data {value}" if kind is None else kind.describe(value)
+    kind = _APPLIED[technique]
+    return f"data {value.label}" if kind is None else kind.describe(value)
 
 
-def node(technique: str, value: str) -> Node:
+def node(technique: str, value: Any) -> Node:
     """Return the configuration node of one value: `_target_` and its arguments.
 
     >>> node("fused_optimizer", "fused")
@@ -151,7 +160,7 @@ def node(technique: str, value: str) -> Node:
     """
     kind = _APPLIED[technique]
     if kind is None:
-        return {"_target_": "lightning_accel.loading.FastLoading", **loading_arguments(value)}
+        return {"_target_": "lightning_accel.loading.FastLoading", **value.arguments()}
     home = kind.__module__.partition(".callbacks.")[0]
     return {"_target_": f"{home}.{kind.__name__}", **kind.arguments(value)}
 
@@ -164,31 +173,3 @@ def make(described: Node) -> Any:
     }
     home, _, name = arguments.pop("_target_").rpartition(".")
     return getattr(import_module(home), name)(**arguments)
-
-
-def loading_arguments(value: str) -> Node:
-    """Return the arguments of `FastLoading` for a way of loading.
-
-    >>> loading_arguments("workers=2, pinned")
-    {'resident': False, 'workers': 2, 'pin': True}
-    """
-    if value == "resident":
-        return {
-            "workers": False,
-            "pin": False,
-        }  # where it is another dataset, nobody vouches for it
-    found = _LOADING.fullmatch(value)
-    if found is None:
-        raise ValueError(
-            explain("unknown `loading`", repr(value), "pass 'resident', 'pinned' or 'workers=2'")
-        )
-    workers, pinned = found.groups()
-    arguments: Node = {"resident": False}
-    if workers is not None:
-        arguments["workers"] = int(workers)
-    if pinned is not None or value == "pinned":
-        arguments["pin"] = True
-    return arguments
-
-
-_LOADING = re.compile(r"workers=(\d+)(, pinned)?|pinned")

@@ -396,7 +396,7 @@ def test_workers_asked_for_see_what_is_written_between_epochs(
     """The workers that are asked for start anew for each epoch, as a loader's own do."""
     make = lambda: DataLoader(Labels(), 4, shuffle=True)  # noqa: E731
     plain = run(trainer_kwargs, make, _rows, "on_train_epoch_end", [])
-    fast = FastLoading(resident=False, workers=1, pin=False)
+    fast = FastLoading(resident=False, num_workers=1, pin_memory=False)
     assert plain == run(trainer_kwargs, make, _rows, "on_train_epoch_end", [fast])
     assert fast.receipt.changes
 
@@ -574,7 +574,7 @@ def test_a_batch_of_any_class_is_a_reason_and_no_error(
     """pytorch_geometric, tokenizers and dataclasses: what is no tensor is left as it is."""
     make = lambda: DataLoader(TensorDataset(*numbers()), 4, collate_fn=BATCHES[name])  # noqa: E731
     plain = run(trainer_kwargs, make, _nothing, "on_train_end", [])
-    fast = FastLoading(workers=False, budget_s=0.02, unchanging=vouched)
+    fast = FastLoading(num_workers=False, budget_s=0.02, unchanging=vouched)
     assert plain == run(trainer_kwargs, make, _nothing, "on_train_end", [fast])
     if name not in ("namedtuple",):
         assert not fast.receipt and fast.receipt.skipped[0].after
