@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import call
 from torch import Tensor
 from torch._functorch import config as functorch
@@ -441,6 +442,7 @@ def around(model: Module, row: str | None = None) -> dict[str, Any]:
             if vars(kind).get(name) is not value
             and name not in ("__init__", "__setstate__")  # dynamo's
         ],
+        "loaders": _loaders(model),
         "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
         "attention": [
             getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
@@ -450,6 +452,15 @@ def around(model: Module, row: str | None = None) -> dict[str, Any]:
         "modules": modules,
         "kinds": [type(module) for module in model.modules()],
     }
+
+
+def _loaders(model: Module) -> list[Any]:
+    """Return what a Trainer makes its batches with, and what of its strategy is no longer the class's."""
+    trainer = model.trainer
+    loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop)
+    combined = [loop._combined_loader for loop in loops]
+    kinds = [type(one).__name__ for held in combined if held is not None for one in held.flattened]
+    return [*kinds, *sorted(n for n in vars(trainer.strategy) if hasattr(Strategy, n))]
 
 
 def _told(value: Any) -> Any:
