@@ -23,11 +23,10 @@ def tree() -> str:
     folders: dict[str, list[str]] = {}
     for top in ("lightning_accel", "conf", "examples", "benchmarks", "docs"):
         for path in sorted((ROOT / top).rglob("*")):
-            if path.suffix in (".py", ".yaml") and "zoo_packages" not in path.parts:
-                if line := first_line(path):
-                    name = "" if path.name == "__init__.py" else f"- `{path.name}`: "
-                    folder = path.parent.relative_to(ROOT).as_posix()
-                    folders.setdefault(folder, []).append(f"{name}{line}" + "\n" * (not name))
+            if path.suffix in (".py", ".yaml") and (line := first_line(path)):
+                name = "" if path.name == "__init__.py" else f"- `{path.name}`: "
+                folder = path.parent.relative_to(ROOT).as_posix()
+                folders.setdefault(folder, []).append(f"{name}{line}" + "\n" * (not name))
     parts = [f"\n## {name}/\n\n" + "\n".join(folders[name]) for name in sorted(folders)]
     return HEAD + "\n".join(part.rstrip("\n") for part in parts) + "\n"
 
