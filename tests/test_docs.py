@@ -133,6 +133,7 @@ quiet = pytest.mark.filterwarnings(
     "ignore:WarmStart had no effect",
     "ignore:StructuredPruning prunes before epoch",
     "ignore:`weights_only` was not set",
+    "ignore:Precision bf16-mixed is not supported by the model summary",
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
     "ignore:.*slower",
 )
