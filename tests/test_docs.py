@@ -349,7 +349,14 @@ FOREIGN = (
     "torch.utils.data",
     "torch_pruning.pruner",
 )
-THEIRS = {"ModelParallel", "DeepSpeed", "accel_NAME", "customized_pruners", "save_weights_only"}
+THEIRS = {
+    "ModelParallel",
+    "DeepSpeed",
+    "accel_NAME",
+    "customized_pruners",
+    "save_weights_only",
+    "ignore_index",
+}
 """What pages call by a name that is no class: strategies, patterns, arguments of others."""
 
 
