@@ -7,7 +7,7 @@ FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	if "$$p" -c '$(FITS)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 PY := .venv/bin/python
-SOURCES := lightning_accel examples benchmarks tests
+SOURCES := lightning_accel examples benchmarks tests docs/tree.py
 
 help:
 	@head -n 1 Makefile

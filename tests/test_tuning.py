@@ -451,8 +451,8 @@ def test_settings_hold_during_the_fit_and_not_after(
     during = looks.flags[0]
     assert during["matmul"] == "medium" and looks.fused == [True]
     assert looks.plugin == "AutocastPrecision"
-    names = ["Looks", "AutoTune", "MatmulPrecision", "FusedOptimizer", "AttentionBackend"]
-    assert looks.callbacks == names
+    names = ["Looks", "AutoTune", "UsePrecision", "MatmulPrecision", "FusedOptimizer"]
+    assert looks.callbacks == [*names, "AttentionBackend"]
     assert [type(c).__name__ for c in trainer.callbacks] == names[:2]
     assert type(trainer.precision_plugin).__name__ == "Precision"
     assert tuning.settings == MANY and tuning.report is not None and tuning.report.ratio == 2.0
@@ -485,7 +485,7 @@ def test_the_same_trainer_fits_twice(picks: type[Picks], trainer_kwargs: dict[st
     trainer = train(model, data(), [tuner(), looks], **{**trainer_kwargs, "max_epochs": 1})
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, data())
-    assert len(looks.callbacks) == 5 and len(trainer.callbacks) == 2
+    assert len(looks.callbacks) == 6 and len(trainer.callbacks) == 2
     assert flags() == before and len(looks.flags) == 16
 
 
