@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +31,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_accel
 from lightning_accel import (
     AccelReport,
+    AttentionBackend,
     AutocastPrecision,
     BlockCompile,
     Distillation,
+    FrozenPredict,
     FusedOptimizer,
     StepMeter,
     StructuredPruning,
@@ -41,7 +44,7 @@ from lightning_accel import (
 )
 from lightning_accel.bridge import ModelEdit
 from lightning_accel.distillation import Teacher
-from lightning_accel.errors import NoEffect
+from lightning_accel.errors import NoEffect, Unsupported
 from lightning_accel.loading import FastLoading
 from lightning_accel.loop import LeanLoop
 from lightning_accel.memory import ActivationBudget, ActivationCheckpointing
@@ -120,6 +123,7 @@ ROWS: dict[str, Technique] = {
     "checkpointing": lambda: {"callbacks": [ActivationCheckpointing(select="net.conv")]},
     "loading": lambda: {"callbacks": [FastLoading(resident=True)]},
     "matmul": lambda: {"callbacks": [MatmulPrecision("medium")]},
+    "attention": lambda: {"callbacks": [AttentionBackend("math")]},
     "optimizer": lambda: {"callbacks": [FusedOptimizer("for-loop")]},
     "warm": lambda: {"callbacks": [WarmStart("compiled.zip")]},
     "compile+budget": lambda: {
@@ -152,8 +156,17 @@ class Module(LightningModule):
         self.net = tiny.ConvNet()
         self.orders: list[float] = []
 
+    attends = False
+    """Whether a step calls an attention kernel, as `attending` says."""
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.orders.append(float(batch[0].sum()))
+        if self.attends:
+            pixels = batch[0].flatten(2).mT
+            batch = [
+                F.scaled_dot_product_attention(pixels, pixels, pixels).mT.view_as(batch[0]),
+                batch[1],
+            ]
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss)
         return loss
@@ -183,6 +196,13 @@ def data() -> DataLoader[Any]:
 def module(kind: type[Module] = Module) -> Module:
     torch.manual_seed(0)
     return kind()
+
+
+@pytest.fixture(autouse=True)
+def attending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a step have something to choose a kernel for, where a row is about that."""
+    row = getattr(request.node, "callspec", None) and request.node.callspec.params.get("row")
+    monkeypatch.setattr(Module, "attends", row == "attention")
 
 
 Fit = Callable[..., Trainer]
@@ -499,6 +519,56 @@ def test_a_second_fit_and_what_follows_leave_nothing_behind(fit: Fit, row: str) 
         assert outputs is not None and torch.stack([*outputs]).isfinite().all()
         left.append([between, {**around(model, one), "random": plain.chance()}])
     plain.assert_same(left[1], left[0])
+
+
+def frozen() -> FrozenPredict:
+    return FrozenPredict(backend="eager")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_frozen_networks_answer_as_the_plain_ones_and_leave_nothing_behind(
+    trainer_kwargs: dict[str, Any], stage: str, fails: bool
+) -> None:
+    """FrozenPredict has no row: it refuses a fit, which all other checks begin with."""
+
+    class Answers(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard: list[Tensor] = []
+
+        def test_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
+            self.heard.append(self.net(batch[0]))
+            if fails and batch_idx:
+                raise KeyError("the user's")
+            return self.heard[-1].mean()
+
+        validation_step = predict_step = test_step
+
+    torch.manual_seed(0)
+    plainly, frozenly = Answers().eval(), Answers().eval()
+    frozenly.load_state_dict(plainly.state_dict())
+    left = []
+    for model, callbacks in ((plainly, []), (frozenly, [frozen()])):
+        torch.manual_seed(1)
+        trainer = Trainer(**{**trainer_kwargs, "callbacks": callbacks})
+        given = {} if stage == "predict" else {"verbose": False}
+        with pytest.raises(KeyError) if fails else nullcontext():
+            getattr(trainer, stage)(model, data(), **given)
+        left.append({**around(model, "frozen"), "random": plain.chance()})
+    plain.assert_same(left[1], left[0])
+    assert same(plainly, frozenly) and len(frozenly.heard) == (2 if fails else 3)
+    for ours, theirs in zip(frozenly.heard, plainly.heard, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_frozen_networks_refuse_a_fit_and_leave_nothing_behind(fit: Fit) -> None:
+    model, before = module(), module()
+    process, random = plain.process(), plain.chance()
+    with pytest.raises(Unsupported, match="cannot learn"):
+        fit(model, None, frozen())
+    plain.assert_same([plain.process(), plain.chance()], [process, random])
+    assert same(model, before) and not model.orders
 
 
 @pytest.mark.parametrize("name", EDITS)

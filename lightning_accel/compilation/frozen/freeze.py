@@ -47,6 +47,7 @@ _SERIAL = iter(range(2**62))
 _FEWEST = 4
 """Calls that ran both, by the shortest of which the two are judged."""
 _clock = time.perf_counter
+_ABSENT: Any = object()
 
 
 class Costs:
@@ -306,13 +307,17 @@ def frozen(
         )
         for name, module in targets.items()
     ]
+    own = [vars(one.module).get("_compiled_call_impl", _ABSENT) for one in networks]
     for one in networks:
         one.module._compiled_call_impl = one
     try:
         yield networks
     finally:
-        for one in networks:
-            one.module._compiled_call_impl = one.before
+        for one, before in zip(networks, own, strict=True):
+            if before is _ABSENT:
+                del one.module._compiled_call_impl
+            else:
+                one.module._compiled_call_impl = before
 
 
 def check_arguments(weights: Any, channels_last: Any, tolerance: Any, check_every: Any) -> None:
