@@ -26,7 +26,7 @@ class Doubled(Technique):
     needs = "weights"
     stage: ClassVar[Stage] = Stage.KIND
     name = "doubled"
-    choices: ClassVar = {"twice": {"factor": 2.0}, "thrice": {"factor": 3.0}}
+    tunable: ClassVar = {"twice": {"factor": 2.0}, "thrice": {"factor": 3.0}}
 
     def __init__(self, factor: float = 2.0) -> None:
         self.factor = factor

@@ -40,7 +40,7 @@ from lightning_accel.tuning.sizes import resize
 EVERY = [
     Settings(**{name: value})
     for name, technique in _APPLIED.items()
-    for value in (technique.choices if technique is not None else ())
+    for value in (technique.tunable if technique is not None else ())
 ]
 MANY = Settings(
     memory="0.5",

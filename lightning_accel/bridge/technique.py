@@ -94,7 +94,7 @@ class Technique(Callback):
         acts_in: The stages of a Trainer in which there is an effect.
         is_global: Whether the effect changes the process, not the module or its optimizers.
         name: The key in `callbacks` of a configuration, and a tuner's word.
-        choices: Arguments by the name of a value, for what a tuner may choose.
+        tunable: Arguments by the name of a value, for what a tuner may choose.
         receipt: What the effect changed when it was entered last.
     """
 
@@ -103,7 +103,7 @@ class Technique(Callback):
     acts_in: ClassVar[Sequence[str]] = EVERYWHERE
     is_global: ClassVar[bool] = False
     name: ClassVar[str] = ""
-    choices: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    tunable: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     receipt: Receipt = Receipt()
 
@@ -123,7 +123,7 @@ class Technique(Callback):
     @classmethod
     def candidates(cls, situation: Situation) -> Iterable[str | Skipped]:
         """Return the values that are worth trying, and those that are not."""
-        return tuple(cls.choices)
+        return tuple(cls.tunable)
 
     @classmethod
     def arguments(cls, value: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Technique(Callback):
         Raises:
             ValueError: There is no such value.
         """
-        return dict(cls.choices[one_of(cls.name, value, cls.choices)])
+        return dict(cls.tunable[one_of(cls.name, value, cls.tunable)])
 
     @classmethod
     def describe(cls, value: str) -> str:

@@ -18,6 +18,7 @@ from lightning_accel.arguments import instance, one_of, open_share, path, whole
 from lightning_accel.bridge import guards
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.bridge.step import Around
+from lightning_accel.bridge.technique import Technique
 from lightning_accel.distillation import heads, rehearsal
 from lightning_accel.distillation.arguments import index_of
 from lightning_accel.distillation.cache import TeacherCache
@@ -46,7 +47,7 @@ Calls = Literal["error", "last", "all"]
 CALLS = get_args(Calls)
 
 
-class Distillation(Callback):
+class Distillation(Technique):
     """Let the network inside a LightningModule learn from a teacher, in the training step it has.
 
     The student's logits and features are tapped in the one forward that happens anyway; the teacher runs
@@ -141,7 +142,7 @@ class Distillation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        guards.refuse_mirror(trainer)
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         rehearsal.refuse_impossible(
@@ -177,6 +178,7 @@ class Distillation(Callback):
             calls=self.calls,
             evidence_every=self.evidence_every,
         )
+        self.held(trainer).callback(self._course.leave)
         self._course.student = self.student
         self.engine.heads = nn.ModuleDict()
 
@@ -317,6 +319,7 @@ class Distillation(Callback):
 
     # --- beside prunes ------------------------------------------------------------------------------
 
+    @override
     def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the network as it is before the first prune, for teacher='self'."""
         if any(teacher.kind == SELF and not teacher.has_network for teacher in self.teachers):
@@ -325,6 +328,7 @@ class Distillation(Callback):
                 torch.distributed.broadcast(buffer, 0)  # between forwards each process has its own
             self._keep(network)
 
+    @override
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
@@ -388,21 +392,7 @@ class Distillation(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._leave()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._course is not None:
-            self._course.leave()
+        self.leave(trainer)
 
     def _of_this_fit(self) -> Course:
         assert self._course is not None, "`setup` comes first"

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -22,8 +22,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_accel.arguments import flags, whole
-from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.bridge.step import Around
+from lightning_accel.bridge.technique import Technique
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.loading.choose import Choice, choose
 from lightning_accel.loading.order import SameBatches
@@ -46,7 +46,7 @@ _LONG_S = 3600.0
 _TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device")
 
 
-class FastLoading(Callback):
+class FastLoading(Technique):
     """Make the same batches faster: the dataset held in memory, other workers, pinned memory.
 
     Batches, their order and all random numbers stay the same bit for bit, so that the weights at the end
@@ -116,11 +116,11 @@ class FastLoading(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_mirror(trainer)
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._release(trainer)
-        self.receipt, self.choices, self._chosen = Receipt(), [], {}
+        self.held(trainer).callback(self._release, trainer)
+        self.choices, self._chosen = [], {}
         self._seen, self._steps_ms = 0, []
         if type(trainer.strategy).process_dataloader is not Strategy.process_dataloader:
             self._skip("all", f"{type(trainer.strategy).__name__} wraps the loaders itself")
@@ -175,16 +175,6 @@ class FastLoading(Callback):
             applied = apply_choice(trainer, self._chosen[index], index=index)
             self._known.append((loader, combined.flattened[index]))
             self.receipt = self.receipt + (applied.receipt if first else Receipt())
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release(trainer)
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release(trainer)
 
     def _process(self, trainer: Trainer, given: Any) -> Any:
         loader = given.loader if isinstance(given, SameBatches) else given

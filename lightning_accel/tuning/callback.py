@@ -6,13 +6,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.arguments import positive
-from lightning_accel.bridge.guards import refuse_mirror
 from lightning_accel.bridge.paced import report_path
+from lightning_accel.bridge.technique import Technique
 from lightning_accel.changed import changed, written
 from lightning_accel.errors import explain
 from lightning_accel.places import free
@@ -27,7 +27,7 @@ from lightning_accel.tuning.settings import Settings
 from lightning_accel.tuning.within import Asked, refuse, tune_within
 
 
-class AutoTune(Callback):
+class AutoTune(Technique):
     """Find out in seconds what makes this module train faster on this machine, and train with that.
 
     Before the first step copies of the module train side by side with one technique after another: precision,
@@ -88,7 +88,7 @@ class AutoTune(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_mirror(trainer)
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             refuse(trainer, pl_module)
 
@@ -100,16 +100,6 @@ class AutoTune(Callback):
         self.report = self._known() or self._search(trainer, pl_module)
         if not self.only_report:
             self._use(trainer, pl_module)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -194,6 +184,7 @@ class AutoTune(Callback):
         known = " (known from before)" if self.report.cached else ""
         rank_zero_info(f"{self.report.to_text()}\nAutoTune{known}: {self.settings.label}.")
         self._applied = Applied(trainer, pl_module, self.settings, after=self)
+        self.held(trainer).callback(self._release)
         plugin, state = self._applied.precision, self._resumed.pop("precision", None)
         if plugin is not None and state:
             plugin.load_state_dict(state)

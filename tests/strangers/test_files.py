@@ -233,7 +233,7 @@ callbacks:
 
 def test_what_the_tuner_writes_is_a_preset() -> None:
     for technique in settings.TRIED:
-        for value in technique.choices:
+        for value in technique.tunable:
             text = TuneReport(settings.Settings().having(technique.name, value)).to_yaml()
             check_preset(yaml.safe_load(text), "")
 

@@ -37,7 +37,7 @@ class AttentionBackend(Technique):
     needs = "process"
     is_global = True
     name = "attention"
-    choices: ClassVar = {
+    tunable: ClassVar = {
         name: {"backend": name} for name in ("flash", "efficient", "cudnn", "math")
     }
 

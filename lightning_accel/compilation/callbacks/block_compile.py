@@ -87,7 +87,7 @@ class BlockCompile(Technique, EvaluationBatches):
     needs = "weights"
     stage: ClassVar[Stage] = Stage.COMPILE
     name = "compilation"
-    choices: ClassVar = {
+    tunable: ClassVar = {
         "blocks": {},
         "whole": {"blocks": False},
         "with CUDA graphs": {"blocks": False, "mode": "reduce-overhead"},

@@ -42,7 +42,7 @@ class FusedOptimizer(Technique):
     needs = "optimizers"
     acts_in = ("fit",)
     name = "fused_optimizer"
-    choices: ClassVar = {name: {"implementation": name} for name in ("fused", "foreach")}
+    tunable: ClassVar = {name: {"implementation": name} for name in ("fused", "foreach")}
 
     def __init__(self, implementation: str = "fused") -> None:
         self.implementation = check(implementation)
@@ -53,7 +53,7 @@ class FusedOptimizer(Technique):
     @classmethod
     def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
         optimizers = situation.trainer.optimizers
-        for value in cls.choices:
+        for value in cls.tunable:
             if not optimizers or not all(value in o.defaults for o in optimizers):
                 names = ", ".join(sorted({type(o).__name__ for o in optimizers})) or "none"
                 yield Skipped(value, f"no such implementation of {names}")

@@ -45,7 +45,7 @@ class Float8Linear(Technique):
     needs = "weights"
     stage: ClassVar[Stage] = Stage.KIND
     name = "float8"
-    choices: ClassVar = {"tensorwise": {"recipe": "tensorwise"}}
+    tunable: ClassVar = {"tensorwise": {"recipe": "tensorwise"}}
 
     def __init__(
         self,

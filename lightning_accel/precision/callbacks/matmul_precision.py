@@ -38,7 +38,7 @@ class MatmulPrecision(Technique):
     needs = "process"
     is_global = True
     name = "matmul_precision"
-    choices: ClassVar = {"high": {"precision": "high"}, "medium": {"precision": "medium"}}
+    tunable: ClassVar = {"high": {"precision": "high"}, "medium": {"precision": "medium"}}
 
     def __init__(self, precision: str = "auto", *, allow_short: bool = False) -> None:
         self.precision = matmul.check(precision)
@@ -49,7 +49,7 @@ class MatmulPrecision(Technique):
     @classmethod
     def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
         device = situation.device.type
-        for value in cls.choices:
+        for value in cls.tunable:
             if value == torch.get_float32_matmul_precision():
                 yield Skipped(value, "set already")
             elif device not in ("cpu", "cuda"):

@@ -39,7 +39,7 @@ class MemoryFormat(Technique):
     needs = "weights"
     stage: ClassVar[Stage] = Stage.MEMORY
     name = "memory_format"
-    choices: ClassVar = {"channels_last": {}}
+    tunable: ClassVar = {"channels_last": {}}
 
     def __init__(self, select: Select | str | Iterable[str] | dict[str, Any] | None = None) -> None:
         self.select = Select.of(select)

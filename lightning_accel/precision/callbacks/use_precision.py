@@ -40,7 +40,7 @@ class UsePrecision(Technique):
     """
 
     name = "precision"
-    choices: ClassVar = {value: {"plugin": _autocast(value)} for value in ("bf16", "fp16")}
+    tunable: ClassVar = {value: {"plugin": _autocast(value)} for value in ("bf16", "fp16")}
 
     def __init__(self, plugin: Precision) -> None:
         self.plugin = instance(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -21,6 +21,7 @@ from lightning_accel.bridge.optimizers import (
     shadows_of,
 )
 from lightning_accel.bridge.restore import averages
+from lightning_accel.bridge.technique import Technique
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import explain
 from lightning_accel.pruning import masks as masking
@@ -30,7 +31,7 @@ from lightning_accel.surgery.mirrors import mirrored
 from lightning_accel.surgery.optimizers import Steps
 
 
-class WeightMasks(Callback):
+class WeightMasks(Technique):
     """Keep chosen single weights at zero during a fit, whatever the optimizer does.
 
     Masks are decided once, are equal on all ranks, travel in checkpoints as plain boolean tensors, and
@@ -52,6 +53,8 @@ class WeightMasks(Callback):
     >>> WeightMasks(pattern="2:4", when=3).when
     3
     """
+
+    acts_in = ("fit",)
 
     def __init__(
         self,
@@ -84,7 +87,6 @@ class WeightMasks(Callback):
         self._before: dict[str, str] = {}  # settings of the fit that a checkpoint comes from
         self.masks: dict[str, Tensor] = {}
         self._resting: dict[str, Tensor] = {}  # of whole blocks that are gone
-        self.receipt = Receipt()
         self._handles: list[RemovableHandle] = []
         self._steps: Steps | None = None
 
@@ -105,13 +107,13 @@ class WeightMasks(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        guards.refuse_mirror(trainer)
         guards.refuse_sharded(trainer.strategy, type(self).__name__)
         if not guards.is_trial(trainer):
             require_reached((self.when,), trainer.max_epochs)
-        self.masks, self.receipt, self._before = {}, Receipt(), {}
+        self.masks, self._before = {}, {}
         self._resting = {}
 
     @override
@@ -158,14 +160,9 @@ class WeightMasks(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._release()
+        self.leave(trainer)
 
     @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release()
-
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
@@ -239,7 +236,8 @@ class WeightMasks(Callback):
 
     def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let every step of every optimizer end with the masks, in manual optimization too."""
-        self._release()
+        self.leave(trainer)
+        self.held(trainer).callback(self._release)
         self._steps = Steps(
             pl_module.parameters, lambda optimizer: masking.hold(pl_module, self.masks, optimizer)
         )

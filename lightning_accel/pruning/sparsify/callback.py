@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ from lightning_accel.arguments import finite, one_of, open_share, whole
 from lightning_accel.bridge import guards
 from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import Hand
+from lightning_accel.bridge.technique import Technique
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.pruning import sparsity
@@ -29,7 +30,7 @@ from lightning_accel.surgery.preserve import preserve_rng
 _SAMPLES = 2  # enough to trace
 
 
-class SparsityTraining(Callback):
+class SparsityTraining(Technique):
     """Make units of a network small while it trains, so that cutting them later costs little.
 
     The penalty's exact gradient is added after backward and before gradient clipping, to what each
@@ -107,9 +108,9 @@ class SparsityTraining(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        guards.refuse_mirror(trainer)
         guards.refuse_sharded(trainer.strategy, type(self).__name__)
         self.groups, self.picked, self._began, self._before = [], {}, -1, {}
 
@@ -122,7 +123,8 @@ class SparsityTraining(Callback):
             if difference:
                 happens = "the units that were picked stay"
                 rank_zero_warn(in_vain(type(self).__name__, difference, happens))
-        self._release()
+        self.leave(trainer)
+        self.held(trainer).callback(self._release)
         self._hand.do(partial(self._begin, trainer, pl_module))
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, at_hand: AtHand | None) -> None:
@@ -171,14 +173,9 @@ class SparsityTraining(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._release()
+        self.leave(trainer)
 
     @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release()
-
     def on_model_edit_end(
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
