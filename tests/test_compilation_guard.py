@@ -363,9 +363,11 @@ def test_each_step_begins_anew_for_cuda_graphs(
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
     edit = BlockCompile(backend="eager")
     edit.mode = mode
-    monkeypatch.setattr("lightning_accel.compilation.callback.check", lambda *_: None)
     monkeypatch.setattr(
-        "lightning_accel.compilation.callback.compile_blocks",
+        "lightning_accel.compilation.callbacks.block_compile.check", lambda *_: None
+    )
+    monkeypatch.setattr(
+        "lightning_accel.compilation.callbacks.block_compile.compile_blocks",
         lambda model, **kwargs: compile_blocks(model, **{**kwargs, "mode": None}),
     )
     trainer(edit, max_epochs=1).fit(module(), data(16), data(8))

@@ -114,7 +114,7 @@ TECHNIQUES: dict[str, Callable[[], list[Any]]] = {
     "captured": lambda: [BlockCompile(backend="aot_eager", on_graph_break="ignore")],
     "fused": lambda: [FusedOptimizer()],
     "for-loop": lambda: [FusedOptimizer("for-loop")],
-    "tune": lambda: [AutoTune(budget_s=0.01, budget_share=1e9, techniques=("optimizer",), cache=False)],
+    "tune": lambda: [AutoTune(budget_s=0.01, budget_share=1e9, techniques=("fused_optimizer",), cache=False)],
     "beside": lambda: [
         *(LeanLoop(), FastLoading(budget_s=0.01), StepMeter(), AccelReport(budget_s=0.001)),
         *(MatmulPrecision("highest"), AttentionBackend("math")),
