@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -189,6 +191,21 @@ def test_one_trainer_within_another_takes_back_its_own() -> None:
     run(technique, Within()).fit(model)
     assert set(model.seen) == {2 * before}
     assert next(model.parameters()).flatten()[0].item() == before
+
+
+def test_a_copy_has_entered_nothing() -> None:
+    technique, copies = Doubled(), []
+
+    class Copies(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            copies.extend([copy.deepcopy(technique), pickle.loads(pickle.dumps(technique))])  # noqa: S301
+
+    model = Model()
+    run(technique, Copies()).fit(model)
+    for made in copies:
+        assert made.factor == 2.0 and not made._stacks
+        made.leave(model.trainer)
+        assert made.log_of_calls == ["enter"]
 
 
 def test_edits_change_places_before_the_first_is_set_up() -> None:

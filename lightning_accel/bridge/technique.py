@@ -240,6 +240,10 @@ class Technique(Callback):
         self.on_fit_start(trainer, pl_module)
         self.on_train_start(trainer, pl_module)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have entered nothing."""
+        return {name: value for name, value in vars(self).items() if name != "_entered"}
+
     @property
     def _stacks(self) -> dict[int, ExitStack]:
         """By Trainer: one may run within another."""
