@@ -126,7 +126,7 @@ class Distillation(Technique):
         self._by_hand: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_course": None, "_by_hand": None}  # of a copy, no fit is under way
+        return {**super().__getstate__(), "_course": None, "_by_hand": None}  # no fit is under way
 
     @property
     def shares(self) -> dict[str, float]:
