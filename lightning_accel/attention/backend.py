@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -49,8 +50,22 @@ def attention_backend(backend: str) -> Iterator[None]:
         order = [first]
     else:
         order = [first, *(kernel for kernel in _KERNELS.values() if kernel != first)]
-    with sdpa_kernel(order, set_priority=True):
-        yield
+    theirs: dict[str, bool] = {}
+    try:
+        with sdpa_kernel(order, set_priority=True):
+            ours = _switches()
+            try:
+                yield
+            finally:
+                theirs = {name: on for name, on in _switches().items() if on != ours[name]}
+    finally:
+        for name, on in theirs.items():  # what others switched meanwhile stays so
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(on)
+
+
+def _switches() -> dict[str, bool]:
+    names = ("math", "flash", "mem_efficient", "cudnn")
+    return {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names}
 
 
 def uses_attention(fn: Callable[[], Any]) -> bool:

@@ -81,7 +81,7 @@ def check(precision: Any, *, auto: bool = True) -> str:
 
 @contextmanager
 def matmul_precision(name: str) -> Iterator[str]:
-    """Compute float32 matrix products with this setting inside the block; all flags are put back.
+    """Compute float32 matrix products with this setting inside the block; all flags are put back, unless others set them.
 
     Gives the setting that was before.
 
@@ -97,10 +97,12 @@ def matmul_precision(name: str) -> Iterator[str]:
     check(name, auto=False)
     before = read()
     apply(name)
+    ours = read()
     try:
         yield before.old
     finally:
-        write(before)
+        if read() == ours:
+            write(before)
 
 
 def probe_matmul(name: str, device: torch.device | str = "cpu") -> Probe:
