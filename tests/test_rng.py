@@ -98,7 +98,7 @@ def test_a_fit_on_the_cpu_promises_no_other_seed_to_cuda(
     callback = (
         StructuredPruning(ratio=0.5, when=0)
         if technique == "prune"
-        else AutoTune(budget_s=60, budget_share=1e9, techniques=["optimizer"], cache=False)
+        else AutoTune(budget_s=60, budget_share=1e9, techniques=["fused_optimizer"], cache=False)
     )
     data = DataLoader(TensorDataset(torch.ones(4, 8)), 2)
     Trainer(**trainer_kwargs, callbacks=[callback]).fit(Module(), data)
