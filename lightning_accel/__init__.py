@@ -14,34 +14,35 @@ if TYPE_CHECKING:
     from lightning_accel.compilation.callbacks.frozen_predict import FrozenPredict
     from lightning_accel.compilation.callbacks.warm_start import WarmStart
     from lightning_accel.distillation.cache import TeacherCache
-    from lightning_accel.distillation.callback import Distillation
+    from lightning_accel.distillation.callbacks.distillation import Distillation
     from lightning_accel.distillation.module import DistillationModule
     from lightning_accel.distillation.schedule import Ramp
     from lightning_accel.distillation.teacher import Teacher
     from lightning_accel.distillation.views import SeededViews
-    from lightning_accel.loading.callback import FastLoading
+    from lightning_accel.loading.callbacks.fast_loading import FastLoading
     from lightning_accel.loop.callbacks.fused_optimizer import FusedOptimizer
     from lightning_accel.loop.callbacks.lean_loop import LeanLoop
-    from lightning_accel.measure.callback import AccelReport
-    from lightning_accel.measure.meter.callback import StepMeter
+    from lightning_accel.measure.callbacks.accel_report import AccelReport
+    from lightning_accel.measure.callbacks.step_meter import StepMeter
     from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
     from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
     from lightning_accel.precision.callbacks.float8_linear import Float8Linear
     from lightning_accel.precision.callbacks.matmul_precision import MatmulPrecision
     from lightning_accel.precision.callbacks.memory_format import MemoryFormat
     from lightning_accel.precision.callbacks.use_precision import UsePrecision
-    from lightning_accel.precision.plugin import AutocastPrecision
-    from lightning_accel.precision.true.plugin import Bf16Precision, XlaPrecision
-    from lightning_accel.pruning.callback import StructuredPruning
-    from lightning_accel.pruning.mask.callback import WeightMasks
+    from lightning_accel.precision.plugins.autocast_precision import AutocastPrecision
+    from lightning_accel.precision.plugins.bf16_precision import Bf16Precision
+    from lightning_accel.precision.plugins.xla_precision import XlaPrecision
+    from lightning_accel.pruning.callbacks.sparsity_training import SparsityTraining
+    from lightning_accel.pruning.callbacks.structured_pruning import StructuredPruning
+    from lightning_accel.pruning.callbacks.weight_masks import WeightMasks
     from lightning_accel.pruning.module import prune_before_sharding
     from lightning_accel.pruning.prune import prune
     from lightning_accel.pruning.qubo import QuboSelector
     from lightning_accel.pruning.reconstruction import Reconstruction
-    from lightning_accel.pruning.sparsify.callback import SparsityTraining
     from lightning_accel.pruning.target import Latency, Macs, Memory, Params
     from lightning_accel.surgery.select import Select
-    from lightning_accel.tuning.callback import AutoTune
+    from lightning_accel.tuning.callbacks.auto_tune import AutoTune
     from lightning_accel.tuning.outside import tune
 
 __version__ = "0.1.0"
@@ -53,17 +54,17 @@ filterwarnings(
 )
 
 _HOMES = {
-    "AccelReport": "measure.callback",
+    "AccelReport": "measure.callbacks.accel_report",
     "ActivationBudget": "memory.callbacks.activation_budget",
     "ActivationCheckpointing": "memory.callbacks.activation_checkpointing",
     "AttentionBackend": "attention.callbacks.attention_backend",
-    "AutoTune": "tuning.callback",
-    "AutocastPrecision": "precision.plugin",
-    "Bf16Precision": "precision.true.plugin",
+    "AutoTune": "tuning.callbacks.auto_tune",
+    "AutocastPrecision": "precision.plugins.autocast_precision",
+    "Bf16Precision": "precision.plugins.bf16_precision",
     "BlockCompile": "compilation.callbacks.block_compile",
-    "Distillation": "distillation.callback",
+    "Distillation": "distillation.callbacks.distillation",
     "DistillationModule": "distillation.module",
-    "FastLoading": "loading.callback",
+    "FastLoading": "loading.callbacks.fast_loading",
     "Float8Linear": "precision.callbacks.float8_linear",
     "FrozenPredict": "compilation.callbacks.frozen_predict",
     "FusedOptimizer": "loop.callbacks.fused_optimizer",
@@ -80,15 +81,15 @@ _HOMES = {
     "Reconstruction": "pruning.reconstruction",
     "SeededViews": "distillation.views",
     "Select": "surgery.select",
-    "SparsityTraining": "pruning.sparsify.callback",
-    "StepMeter": "measure.meter.callback",
-    "StructuredPruning": "pruning.callback",
+    "SparsityTraining": "pruning.callbacks.sparsity_training",
+    "StepMeter": "measure.callbacks.step_meter",
+    "StructuredPruning": "pruning.callbacks.structured_pruning",
     "Teacher": "distillation.teacher",
     "TeacherCache": "distillation.cache",
     "UsePrecision": "precision.callbacks.use_precision",
     "WarmStart": "compilation.callbacks.warm_start",
-    "WeightMasks": "pruning.mask.callback",
-    "XlaPrecision": "precision.true.plugin",
+    "WeightMasks": "pruning.callbacks.weight_masks",
+    "XlaPrecision": "precision.plugins.xla_precision",
     "load_from_checkpoint": "bridge.restore",
     "prune": "pruning.prune",
     "prune_before_sharding": "pruning.module",

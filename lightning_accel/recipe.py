@@ -146,7 +146,7 @@ def build_callbacks(
     """Build callbacks from nodes by name, checked as `build` checks, in the order of their stages.
 
     >>> build_callbacks({"report": {"_target_": "lightning_accel.StepMeter"}})  # doctest: +ELLIPSIS
-    [<lightning_accel.measure.meter.callback.StepMeter object at ...>]
+    [<lightning_accel.measure.callbacks.step_meter.StepMeter object at ...>]
     """
     tree = {"callbacks": dict(nodes)}
     with unsaid(below_secrets(tree)), _whitelist(tuple(allow)):

@@ -343,7 +343,12 @@ def test_a_student_gains_from_its_teacher_in_under_sixty_lines(tmp_path: Path, n
 @pytest.mark.slow
 def test_what_a_run_found_out_is_a_preset_for_the_next(tmp_path: Path) -> None:
     fast = ["trainer=fast", "model.widths=[8,16]", "model.depth=1"]
-    given = ["budget_s=4", "budget_share=1000", "cache=false", "techniques=[precision,fused_optimizer]"]
+    given = [
+        "budget_s=4",
+        "budget_share=1000",
+        "cache=false",
+        "techniques=[precision,fused_optimizer]",
+    ]
     searched = run(
         "+accel=auto", *fast, *(f"+callbacks.tuning.{one}" for one in given), cwd=tmp_path
     )

@@ -19,7 +19,7 @@ from lightning_accel import AccelReport, AutoTune, StructuredPruning
 from lightning_accel.bridge.data import ReadOnce
 from lightning_accel.bridge.hand import Hand
 from lightning_accel.memory import ActivationBudget
-from lightning_accel.pruning.sparsify import SparsityTraining
+from lightning_accel.pruning import SparsityTraining
 from lightning_accel.surgery.rng import random_state
 
 pytestmark = [

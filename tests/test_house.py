@@ -19,16 +19,16 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py") if "_hydra_plugins" not in p.par
 YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 
 ADAPTERS = {
-    "callback.py",
-    "plugin.py",
-    "strategy.py",
     "module.py",
     "course.py",
     "judge.py",
     "manual.py",
     "rehearsal.py",
 }
-"""The last four: what a callback knows of a fit, of a step by hand, and what it tries on a copy before it."""
+"""Files of a technique beside its rooms: a LightningModule of ours, what a callback knows of a fit, of a step by hand,
+and what it tries on a copy before it."""
+ROOMS = {"callbacks", "plugins", "strategies"}
+"""Folders of a technique with what a Trainer takes, one class per file."""
 FLOOR = {"surgery": 1, "measure": 1, "bridge": 3, "tuning": 4, "cli": 4}
 """Floors of the folders; every other folder is a technique on floor 2, its adapters on floor 3.
 Tuning chooses among all techniques, and so stands above them."""
@@ -60,7 +60,7 @@ def _floor(parts: tuple[str, ...]) -> int:
     folder = parts[0]
     if not (PACKAGE / folder).is_dir():
         return 4 if folder in ROOFS else 0
-    if (f"{parts[-1]}.py" in ADAPTERS or "callbacks" in parts[1:]) and folder not in TOP:
+    if (f"{parts[-1]}.py" in ADAPTERS or ROOMS & set(parts[1:])) and folder not in TOP:
         return 3
     return FLOOR.get(folder, 2)
 
@@ -137,7 +137,7 @@ def test_only_adapters_import_lightning(path: Path) -> None:
     parts = path.relative_to(PACKAGE).parts
     if path.name in ADAPTERS or parts[0] in ("bridge", *TOP) or path.stem in ROOFS:
         return
-    if "callbacks" in parts:
+    if ROOMS & set(parts):
         return
     for module, _ in _imports(path):
         root = module.split(".")[0]

@@ -302,7 +302,7 @@ def test_auto_measures_workers_after_the_first_epoch(
         steps.append(step_ms)
         return Choice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1))
 
-    monkeypatch.setattr("lightning_accel.loading.callback.choose", chosen)
+    monkeypatch.setattr("lightning_accel.loading.callbacks.fast_loading.choose", chosen)
     for extra in ({}, {"reload_dataloaders_every_n_epochs": 1}):
         kwargs = {**trainer_kwargs, "max_epochs": 3, **extra}
         train = lambda: loader(num_workers=2, persistent_workers=True)  # noqa: E731

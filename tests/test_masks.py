@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel.bridge import commit
 from lightning_accel.bridge.restore import register
 from lightning_accel.errors import NoEffect
+from lightning_accel.pruning import WeightMasks
 from lightning_accel.pruning.graph import Graph
-from lightning_accel.pruning.mask import WeightMasks
 from lightning_accel.pruning.masks import (
     apply_masks,
     follow_masks,
@@ -489,7 +489,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from test_masks import CutOnce, Module, Watch, data
-from lightning_accel.pruning.mask import WeightMasks
+from lightning_accel.pruning import WeightMasks
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

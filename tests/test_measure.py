@@ -45,7 +45,7 @@ from lightning_accel.measure import (
     race,
     time_call,
 )
-from lightning_accel.measure import callback as callback_file
+from lightning_accel.measure.callbacks import accel_report as callback_file
 from lightning_accel.measure.report import Ratios, Side
 from lightning_accel.measure.subject import (
     Runnable,

@@ -28,7 +28,8 @@ from lightning_accel.errors import AccelError, NoEffect, Unsupported
 from lightning_accel.precision import MemoryFormat, Policy, channels_last, plugin, policy, resolve
 from lightning_accel.precision.autocast import takes_effect
 from lightning_accel.precision.gate import Gate
-from lightning_accel.precision.true.plugin import Bf16Precision, XlaPrecision
+from lightning_accel.precision.plugins.bf16_precision import Bf16Precision
+from lightning_accel.precision.plugins.xla_precision import XlaPrecision
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -819,7 +820,9 @@ def test_a_module_with_its_own_short_weights_is_told_of_them(
 ) -> None:
     if format == "fp16":  # as on a GPU; torch's scaler works on a CPU as well
         policy = Policy(torch.float16, True, "asked for")
-        monkeypatch.setattr("lightning_accel.precision.plugin.resolve", lambda *_: policy)
+        monkeypatch.setattr(
+            "lightning_accel.precision.plugins.autocast_precision.resolve", lambda *_: policy
+        )
     data = DataLoader(TensorDataset(torch.randn(8, 8)), 4)
     plain = {**trainer_kwargs, "precision": {"fp32": "32-true", "fp16": "16-mixed"}[format]}
     words = "same dtype|FP16 gradients"

@@ -15,7 +15,7 @@ from lightning_accel import callbacks, plugins
 
 def _public(base: type) -> set[str]:
     for module in pkgutil.walk_packages(lightning_accel.__path__, "lightning_accel."):
-        if {"callback", "callbacks", "plugin", "objective"} & set(module.name.split(".")):
+        if {"callbacks", "plugins", "objective"} & set(module.name.split(".")):
             importlib.import_module(module.name)
     found: set[type[Any]] = set()
     waiting = [base]

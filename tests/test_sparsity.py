@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel.bridge import commit
 from lightning_accel.errors import NoEffect
+from lightning_accel.pruning import SparsityTraining
 from lightning_accel.pruning.graph import Graph, Group, Member
-from lightning_accel.pruning.sparsify import SparsityTraining
 from lightning_accel.pruning.sparsity import (
     PENALTIES,
     add_to_grad,

@@ -11,7 +11,7 @@ from lightning_accel.distillation.views import SeededViews
 from lightning_accel.lazy import lazily
 
 if TYPE_CHECKING:
-    from lightning_accel.distillation.callback import Distillation
+    from lightning_accel.distillation.callbacks.distillation import Distillation
     from lightning_accel.distillation.module import DistillationModule
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "losses",
 ]
 
-_WITH_LIGHTNING = {"Distillation": "callback", "DistillationModule": "module"}
+_WITH_LIGHTNING = {"Distillation": "callbacks.distillation", "DistillationModule": "module"}
 
 
 __getattr__ = lazily(__name__, _WITH_LIGHTNING)

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_accel.arguments import instance, one_of
 from lightning_accel.bridge.inert import Onlooker
-from lightning_accel.distillation.callback import Distillation
+from lightning_accel.distillation.callbacks.distillation import Distillation
 from lightning_accel.distillation.criterion import are_distributions
 from lightning_accel.distillation.locate import class_dim_of, classes_last, logits_of
 from lightning_accel.distillation.tape import Record

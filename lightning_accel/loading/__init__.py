@@ -9,7 +9,7 @@ from lightning_accel.loading.resident import ResidentLoader, resident
 from lightning_accel.loading.workers import WorkerLoader, with_workers
 
 if TYPE_CHECKING:
-    from lightning_accel.loading.callback import Applied, FastLoading, apply_choice
+    from lightning_accel.loading.callbacks.fast_loading import Applied, FastLoading, apply_choice
 
 __all__ = [
     "Applied",
@@ -29,8 +29,8 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "Applied": "callback",
-        "FastLoading": "callback",
-        "apply_choice": "callback",
+        "Applied": "callbacks.fast_loading",
+        "FastLoading": "callbacks.fast_loading",
+        "apply_choice": "callbacks.fast_loading",
     },
 )

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from lightning_accel.precision.callbacks.matmul_precision import MatmulPrecision
     from lightning_accel.precision.callbacks.memory_format import MemoryFormat
     from lightning_accel.precision.callbacks.use_precision import UsePrecision
-    from lightning_accel.precision.plugin import AutocastPrecision
-    from lightning_accel.precision.true.plugin import Bf16Precision, XlaPrecision
+    from lightning_accel.precision.plugins.autocast_precision import AutocastPrecision
+    from lightning_accel.precision.plugins.bf16_precision import Bf16Precision
+    from lightning_accel.precision.plugins.xla_precision import XlaPrecision
 
 __all__ = [
     "AutocastPrecision",
@@ -36,12 +37,12 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "AutocastPrecision": "plugin",
-        "Bf16Precision": "true.plugin",
+        "AutocastPrecision": "plugins.autocast_precision",
+        "Bf16Precision": "plugins.bf16_precision",
         "Float8Linear": "callbacks.float8_linear",
         "MatmulPrecision": "callbacks.matmul_precision",
         "MemoryFormat": "callbacks.memory_format",
         "UsePrecision": "callbacks.use_precision",
-        "XlaPrecision": "true.plugin",
+        "XlaPrecision": "plugins.xla_precision",
     },
 )

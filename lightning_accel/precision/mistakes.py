@@ -23,6 +23,17 @@ def misplaced(plugin: object) -> AccelError:
     )
 
 
+def refuse_complex(module: nn.Module) -> None:
+    """Raise where a network has complex weights or buffers, which bfloat16 cannot hold."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_complex():
+            raise Unsupported(
+                "there is no complex bfloat16, and the imaginary part would be lost",
+                f"`{name}` of {str(tensor.dtype).removeprefix('torch.')}",
+                "use `AutocastPrecision('bf16')`, which leaves weights as they are",
+            )
+
+
 @contextmanager
 def told_of_short_weights(plugin: object, model: Callable[[], nn.Module | None]) -> Iterator[None]:
     """Say what is behind torch's complaint about number formats in a module with short weights."""

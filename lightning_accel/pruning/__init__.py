@@ -12,10 +12,10 @@ from lightning_accel.pruning.target import Latency, Macs, Memory, Params
 from lightning_accel.pruning.verify import mask_equivalence
 
 if TYPE_CHECKING:
-    from lightning_accel.pruning.callback import StructuredPruning
-    from lightning_accel.pruning.mask.callback import WeightMasks
+    from lightning_accel.pruning.callbacks.sparsity_training import SparsityTraining
+    from lightning_accel.pruning.callbacks.structured_pruning import StructuredPruning
+    from lightning_accel.pruning.callbacks.weight_masks import WeightMasks
     from lightning_accel.pruning.module import prune_before_sharding
-    from lightning_accel.pruning.sparsify.callback import SparsityTraining
 
 __all__ = [
     "GreedySwapSelector",
@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 _WITH_LIGHTNING = {
-    "StructuredPruning": "callback",
-    "WeightMasks": "mask.callback",
-    "SparsityTraining": "sparsify.callback",
+    "StructuredPruning": "callbacks.structured_pruning",
+    "WeightMasks": "callbacks.weight_masks",
+    "SparsityTraining": "callbacks.sparsity_training",
     "prune_before_sharding": "module",
 }
 

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from lightning_accel.lazy import lazily
 
 if TYPE_CHECKING:
-    from lightning_accel.tuning.callback import AutoTune
+    from lightning_accel.tuning.callbacks.auto_tune import AutoTune
     from lightning_accel.tuning.outside import tune
     from lightning_accel.tuning.report import TuneReport
     from lightning_accel.tuning.settings import Settings
 
 _HOMES = {
-    "AutoTune": "callback",
+    "AutoTune": "callbacks.auto_tune",
     "Settings": "settings",
     "TuneReport": "report",
     "tune": "outside",

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_accel.bridge.technique import Technique, place_of
 from lightning_accel.errors import AccelError
-from lightning_accel.loading.callback import Applied as Loading
+from lightning_accel.loading.callbacks.fast_loading import Applied as Loading
 from lightning_accel.precision.callbacks.use_precision import UsePrecision
 from lightning_accel.tuning.data import apply_loading
 from lightning_accel.tuning.settings import PLAIN, Settings

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from lightning_accel.errors import AccelError
 from lightning_accel.loading import Choice, LoadingPlan, apply_choice, choose
-from lightning_accel.loading.callback import Applied
+from lightning_accel.loading.callbacks.fast_loading import Applied
 from lightning_accel.loading.resident import SHARE, free_bytes, look_up
 from lightning_accel.tuning.report import Trial
 from lightning_accel.tuning.settings import PLAIN

@@ -16,7 +16,7 @@ from lightning_accel.errors import AccelError
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.tuning.arguments import readable
-from lightning_accel.tuning.callback import AutoTune
+from lightning_accel.tuning.callbacks.auto_tune import AutoTune
 from lightning_accel.tuning.report import TuneReport
 
 

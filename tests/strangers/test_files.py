@@ -398,7 +398,7 @@ NODES = {
     "a private function": {"_target_": ACCEL + "measure.report._replace", "target": "x", "text": "y"},
     "a function": {"_target_": ACCEL + "pruning.prune"},
     "a method": {"_target_": ACCEL + "Teacher.load_weights"},
-    "a name that passes by": {"_target_": ACCEL + "measure.callback.Path"},
+    "a name that passes by": {"_target_": ACCEL + "measure.callbacks.accel_report.Path"},
     "a private class of torch": {"_target_": "torch.nn.modules.module._IncompatibleKeys"},
     "half a call": {"_target_": ACCEL + "AccelReport", "_partial_": True},
     "by place": {"_target_": ACCEL + "AccelReport", "_args_": ["x.json"]},

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_accel import AccelReport, AutoTune, StructuredPruning
 from lightning_accel.measure import contention, race
-from lightning_accel.pruning.sparsify import SparsityTraining
+from lightning_accel.pruning import SparsityTraining
 from lightning_accel.tuning import Settings, arena, search
 
 pytestmark = [

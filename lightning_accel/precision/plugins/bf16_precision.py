@@ -1,17 +1,15 @@
-"""Weights in bfloat16 for the Trainer: with masters or random rounding, and on XLA really in that format."""
+"""`Bf16Precision`: weights in bfloat16 for the Trainer, with masters or random rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins import HalfPrecision, XLAPrecision
-from lightning.pytorch.plugins.precision.precision import Precision
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor, nn
@@ -22,14 +20,13 @@ from typing_extensions import override
 from lightning_accel.bridge.guards import refuse_lazy
 from lightning_accel.bridge.optimizers import kept_beside
 from lightning_accel.bridge.strategies import is_of
-from lightning_accel.errors import StructureMismatch, Unsupported, explain
-from lightning_accel.precision.mistakes import misplaced
+from lightning_accel.errors import StructureMismatch, Unsupported
+from lightning_accel.precision.mistakes import misplaced, refuse_complex
 from lightning_accel.precision.weights import SHORT, ShortWeights
 from lightning_accel.precision.written import Written
 from lightning_accel.surgery.optimizers import bare, within
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
-_XLA_NAMES = ("bf16-true", "bf16-mixed")
 
 
 class Bf16Precision(HalfPrecision):
@@ -80,7 +77,7 @@ class Bf16Precision(HalfPrecision):
         assert isinstance(module, LightningModule)
         _refuse(module.trainer.strategy, "Bf16Precision", _SHARDED)
         refuse_lazy(module, type(self).__name__)
-        _refuse_complex(module)
+        refuse_complex(module)
         if module.trainer.state.fn == "fit":
             self.weights.remember(module.parameters())
         return super().convert_module(module)
@@ -202,92 +199,6 @@ class Bf16Precision(HalfPrecision):
         return f"{type(self).__name__}({self.weights.kind!r})"
 
 
-class XlaPrecision(XLAPrecision):
-    """Compute in bfloat16 on XLA devices, really: by autocast, or with the module converted.
-
-    Lightning 2.6.6 sets the variable `XLA_USE_BF16`, which torch_xla reads no more since 2.6 (pytorch/xla
-    #7582), so its "bf16-true" computes in float32; and it refuses "bf16-mixed" (Lightning #17927).
-    "bf16-true" has bfloat16 weights and loses updates below half an ulp; prefer "bf16-mixed" for training.
-
-    Args:
-        precision: "bf16-mixed" or "bf16-true".
-
-    Raises:
-        ValueError: The precision is unknown.
-        Unsupported: When a Trainer starts on another device than XLA.
-
-    >>> XlaPrecision("bf16-mixed").precision
-    'bf16-mixed'
-    """
-
-    device_type: ClassVar[str] = "xla"
-
-    def __init__(self, precision: str = "bf16-mixed") -> None:
-        # XLAPrecision.__init__ sets variables of the process, refuses "bf16-mixed" and wants torch_xla now.
-        listed = ", ".join(repr(name) for name in _XLA_NAMES)
-        if not isinstance(precision, str):
-            raise TypeError(
-                explain("`precision` is a name", repr(precision), f"pass one of {listed}")
-            )
-        if precision not in _XLA_NAMES:
-            raise ValueError(
-                explain("unknown `precision` on XLA", repr(precision), f"pass one of {listed}")
-            )
-        self.precision = precision  # type: ignore[assignment]
-        self._half = HalfPrecision("bf16-true") if precision == "bf16-true" else None
-
-    @override
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """Convert in place: XLA's strategies do not look at what is returned."""
-        assert isinstance(module, LightningModule)
-        found = module.trainer.strategy.root_device.type
-        if found != self.device_type:
-            raise Unsupported(
-                "XlaPrecision is for XLA devices",
-                f"a Trainer on {found}",
-                "use `AutocastPrecision('bf16')` or `Bf16Precision()` there",
-            )
-        if self._half is None:
-            return module
-        _refuse_complex(module)
-        return self._half.convert_module(module)
-
-    @override
-    def convert_input(self, data: Any) -> Any:
-        return data if self._half is None else self._half.convert_input(data)
-
-    @override
-    def tensor_init_context(self) -> AbstractContextManager[Any]:
-        return _DtypeContextManager(torch.bfloat16 if self._half else torch.get_default_dtype())
-
-    @override
-    def module_init_context(self) -> AbstractContextManager[Any]:
-        return self.tensor_init_context()
-
-    @contextmanager
-    @override
-    def forward_context(self) -> Iterator[None]:
-        if self._half is not None:
-            with self._half.forward_context():
-                yield
-        else:
-            with torch.autocast(self.device_type, dtype=torch.bfloat16, cache_enabled=False):
-                yield
-
-    @override
-    def teardown(self) -> None:
-        """Leave the process alone: Lightning's would remove variables that it did not set."""
-        Precision.teardown(self)
-
-    @property
-    def state_key(self) -> str:
-        """What Lightning asks of callbacks, and so raise."""
-        raise misplaced(self)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.precision!r})"
-
-
 def _refuse_unseen(optimizer: Any, before: Mapping[nn.Parameter, Tensor]) -> None:
     if any(p.dtype == SHORT and not torch.equal(p, old) for p, old in before.items()):
         raise Unsupported(
@@ -313,13 +224,3 @@ def _refuse(strategy: Strategy, what: str, kinds: tuple[str, ...]) -> None:
             type(strategy).__name__,
             "use `AutocastPrecision('bf16')`, Trainer(precision='bf16-mixed'), or `XlaPrecision` on XLA",
         )
-
-
-def _refuse_complex(module: nn.Module) -> None:
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_complex():
-            raise Unsupported(
-                "there is no complex bfloat16, and the imaginary part would be lost",
-                f"`{name}` of {str(tensor.dtype).removeprefix('torch.')}",
-                "use `AutocastPrecision('bf16')`, which leaves weights as they are",
-            )

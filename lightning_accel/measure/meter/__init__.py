@@ -1,1 +1,0 @@
-"""The pace of a training while it goes on."""
