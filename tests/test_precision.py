@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import AutocastPrecision, Select, StructuredPruning, hardware
 from lightning_accel.errors import AccelError, NoEffect, Unsupported
-from lightning_accel.precision import MemoryFormat, Policy, channels_last, plugin, policy, resolve
+from lightning_accel.precision import MemoryFormat, Policy, channels_last, policy, resolve
 from lightning_accel.precision.autocast import takes_effect
 from lightning_accel.precision.gate import Gate
+from lightning_accel.precision.plugins import autocast_precision as plugin
 from lightning_accel.precision.plugins.bf16_precision import Bf16Precision
 from lightning_accel.precision.plugins.xla_precision import XlaPrecision
 
@@ -403,7 +404,8 @@ def test_two_processes_agree_on_the_format(tmp_path: Path, root: Path) -> None:
             from lightning.pytorch import Trainer
             from lightning.pytorch.demos.boring_classes import BoringModel
             from lightning_accel import AutocastPrecision
-            from lightning_accel.precision import Policy, plugin
+            from lightning_accel.precision import Policy
+            from lightning_accel.precision.plugins import autocast_precision as plugin
             rank = int(os.environ.get("LOCAL_RANK", 0))
             dtype = torch.bfloat16 if rank == 0 else None  # clocks that disagree
             plugin.resolve = lambda format, device: Policy(dtype, False, "test")

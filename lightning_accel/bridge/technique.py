@@ -94,6 +94,7 @@ class Technique(Callback):
         acts_in: The stages of a Trainer in which there is an effect.
         is_global: Whether the effect changes the process, not the module or its optimizers.
         name: The key in `callbacks` of a configuration, and a tuner's word.
+        of_a_fit: Attributes that copies do not take along, and what these have instead.
         tunable: Arguments by the name of a value, for what a tuner may choose.
         receipt: What the effect changed when it was entered last.
     """
@@ -104,6 +105,7 @@ class Technique(Callback):
     is_global: ClassVar[bool] = False
     name: ClassVar[str] = ""
     tunable: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    of_a_fit: ClassVar[Mapping[str, Callable[[], Any]]] = {}
 
     receipt: Receipt = Receipt()
 
@@ -154,8 +156,10 @@ class Technique(Callback):
         elif self.needs == "weights" and is_built(pl_module):
             try:
                 self.enter(trainer, pl_module)
-            except NoEffect:
-                if not is_overridden("configure_model", pl_module):
+            except (
+                NoEffect
+            ):  # the module's own hooks, which come later, may make what there is to change
+                if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
                     raise
 
     @override
@@ -241,8 +245,16 @@ class Technique(Callback):
         self.on_train_start(trainer, pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have entered nothing."""
-        return {name: value for name, value in vars(self).items() if name != "_entered"}
+        """Copies and pickles have entered nothing, and hold nothing of a fit."""
+        left = (
+            "_entered",
+            "log",
+            "log_dict",
+        )  # the last two are methods of a module, from the Trainer
+        state = {name: value for name, value in vars(self).items() if name not in left}
+        for kind in reversed(type(self).__mro__):
+            state |= {name: make() for name, make in vars(kind).get("of_a_fit", {}).items()}
+        return state
 
     @property
     def _stacks(self) -> dict[int, ExitStack]:

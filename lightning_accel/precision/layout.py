@@ -93,9 +93,10 @@ def _store(weight: nn.Parameter, format: torch.memory_format) -> None:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
+    # Not `module.weight`: that of a parametrized layer is computed anew, and spectral norm's vectors move with it.
+    weight = module._parameters.get("weight")
     kind = (nn.Conv2d, nn.ConvTranspose2d)
-    return isinstance(module, kind) and isinstance(weight, nn.Parameter) and weight.dim() == 4
+    return isinstance(module, kind) and weight is not None and weight.dim() == 4
 
 
 def _convert(

@@ -41,7 +41,7 @@ from lightning_accel.tuning.data import choose_loading
 from lightning_accel.tuning.replica import Replica, copied
 from lightning_accel.tuning.report import TuneReport
 from lightning_accel.tuning.search import Search, Unpayable
-from lightning_accel.tuning.settings import PLAIN, Settings
+from lightning_accel.tuning.settings import PLAIN, Settings, words
 from lightning_accel.tuning.sizes import measure_sizes
 
 _BATCHES = 4
@@ -136,7 +136,7 @@ def _search(
         value, gain, tried = choose_loading(trainer, found.bars[-1].step_ms, share_s)
         settings, trials = settings.having("loading", value), [*trials, *tried]
         if value != PLAIN:
-            notes = [*notes, f"data {value}: {gain:.2f}x, batch and step together"]
+            notes = [*notes, f"{words('loading', value)}: {gain:.2f}x, batch and step together"]
     return TuneReport(
         settings,
         found.bars,

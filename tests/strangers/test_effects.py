@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +18,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import (
     ActivationCheckpointing,
     AttentionBackend,
+    AutocastPrecision,
     BlockCompile,
+    FastLoading,
     FusedOptimizer,
     LeanLoop,
     MatmulPrecision,
     MemoryFormat,
+    SparsityTraining,
+    StructuredPruning,
+    UsePrecision,
+    WeightMasks,
 )
+from lightning_accel.errors import NoEffect
 
 MAKES: dict[str, Callable[[], Callback]] = {
     "memory format": MemoryFormat,
@@ -255,3 +264,122 @@ def test_a_resumed_fit_enters_before_the_state_comes_back(make: Any, tmp_path: A
     trainer = run(make(), saver(), max_epochs=4, enable_checkpointing=True)
     trainer.fit(again, data(), ckpt_path=tmp_path / "last.ckpt")
     assert all(map(torch.equal, weights(again), weights(whole)))
+
+
+# --- what an adversary with the pages alone found ---------------------------------------------------
+
+
+def test_vectors_of_a_spectral_norm_stay_where_they_are() -> None:
+    """A look at the weight of a parametrized layer in training moves its power iteration."""
+
+    class Normed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.utils.parametrizations.spectral_norm(self.backbone[0])
+
+    seen: dict[str, Tensor] = {}
+
+    class Looks(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            held: Any = pl_module
+            seen[word] = held.backbone[0].parametrizations.weight[0]._u.clone()
+
+    for word, callbacks in (  # noqa: B007
+        ("plain", []),
+        ("ours", [MemoryFormat("unused.*")]),
+        ("all", [MemoryFormat()]),
+    ):
+        run(*callbacks, Looks()).fit(Normed(), data())
+    assert torch.equal(seen["plain"], seen["ours"]) and torch.equal(seen["plain"], seen["all"])
+
+
+def test_one_loading_callback_in_two_trainers_at_once_leaves_neither_patched() -> None:
+    loading = FastLoading(resident=True)
+
+    class Within(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            if batch_idx == 0 and trainer.current_epoch == 0:
+                inner = run(loading, max_epochs=1)
+                inner.fit(Model(), data())
+                assert "process_dataloader" not in vars(inner.strategy)
+
+    outer = run(loading, Within())
+    outer.fit(Model(), data())
+    assert "process_dataloader" not in vars(outer.strategy)
+
+
+class Deep(Model):
+    """With something to prune, and to be slim in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        self.backbone = nn.Sequential(*layers)
+
+
+COPIED: dict[str, Callable[[], Callback]] = {
+    **MAKES,
+    "attention": lambda: AttentionBackend("math"),
+    "loading": lambda: FastLoading(resident=True),
+    "masks": lambda: WeightMasks(0.5),
+    "sparsity": lambda: SparsityTraining("slimming"),
+    "prune": lambda: StructuredPruning(ratio=0.5, when=1),
+    "precision": lambda: UsePrecision(AutocastPrecision("bf16")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:AttentionBackend has nothing to choose")
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])  # noqa: S301
+@pytest.mark.parametrize("make", COPIED.values(), ids=COPIED)
+def test_a_copy_made_before_during_or_after_a_fit_is_a_fresh_callback(make: Any, how: Any) -> None:
+    """Lightning#9155, #8472: callbacks travel to spawned processes and into copies of a Trainer."""
+    ours, copies = make(), []
+
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                copies.append(how(ours))
+
+    copies.append(how(ours))
+    run(ours, Copies()).fit(Deep(), data())
+    copies.append(how(ours))
+    found = []
+    for one in (make(), *copies):
+        model = Deep()
+        run(one).fit(model, data())
+        found.append(weights(model))
+    for each_copy in found[1:]:
+        assert all(map(torch.equal, each_copy, found[0]))
+
+
+def test_layers_that_the_module_makes_in_its_own_setup_are_changed() -> None:
+    class Late(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.backbone, self.unused
+
+        def setup(self, stage: str) -> None:
+            torch.manual_seed(5)
+            self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            formats.append(self.backbone[0].weight.is_contiguous())
+            return super().training_step(batch, batch_idx)
+
+    for callback in (MemoryFormat(), ActivationCheckpointing("backbone")):
+        formats: list[bool] = []
+        run(callback).fit(Late(), data())
+        assert callback.receipt.changes
+        assert set(formats) == {not isinstance(callback, MemoryFormat)}
+
+
+def test_a_block_in_evaluation_is_told_as_that() -> None:
+    class Rests(Model):
+        def on_train_start(self) -> None:
+            self.backbone.eval()
+
+    with pytest.raises(NoEffect, match="evaluation mode"):
+        run(ActivationCheckpointing("backbone")).fit(Rests(), data())

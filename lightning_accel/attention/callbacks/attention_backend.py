@@ -36,6 +36,7 @@ class AttentionBackend(Technique):
 
     needs = "process"
     is_global = True
+    of_a_fit: ClassVar = {"_around": type(None)}
     name = "attention"
     tunable: ClassVar = {
         name: {"backend": name} for name in ("flash", "efficient", "cudnn", "math")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -48,6 +48,8 @@ class FrozenPredict(Technique, EvaluationBatches):
     >>> FrozenPredict(weights="bf16", channels_last=True).weights
     'bf16'
     """
+
+    of_a_fit: ClassVar = {"networks": list}
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -77,6 +77,8 @@ class FastLoading(Technique):
     2
     """
 
+    of_a_fit: ClassVar = {"_stores": list, "_known": list, "_wrapped": set}
+
     def __init__(
         self,
         resident: bool | str = "auto",
@@ -107,7 +109,7 @@ class FastLoading(Technique):
         self.keep_random, self.unchanging = keep_random, unchanging
         self.choices: list[tuple[str, Choice]] = []
         self.receipt = Receipt()
-        self._around: Around | None = None
+        self._wrapped: set[int] = set()
         self._stores: list[tuple[Any, Any, Store]] = []
         self._known: list[tuple[Any, Any]] = []
         self._chosen: dict[int, Choice] = {}
@@ -125,11 +127,14 @@ class FastLoading(Technique):
         if type(trainer.strategy).process_dataloader is not Strategy.process_dataloader:
             self._skip("all", f"{type(trainer.strategy).__name__} wraps the loaders itself")
             return
-        self._around = Around(
+        around = Around(
             trainer.strategy,  # type: ignore[arg-type]
             "process_dataloader",
             lambda method, given: self._process(trainer, method(given)),
         )
+        self._wrapped.add(id(trainer))
+        self.held(trainer).callback(self._wrapped.discard, id(trainer))
+        self.held(trainer).callback(around.remove)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,7 +164,7 @@ class FastLoading(Technique):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         combined = _combined(trainer, "train")
-        if not self._steps_ms or combined is None or self._around is None:
+        if not self._steps_ms or combined is None or id(trainer) not in self._wrapped:
             return
         for index, loader in enumerate(combined.flattened):
             if isinstance(loader, SameBatches) or (
@@ -260,9 +265,6 @@ class FastLoading(Technique):
         self.receipt = self.receipt + Receipt(skipped=(change,))
 
     def _release(self, trainer: Trainer) -> None:
-        if self._around is not None:
-            self._around.remove()
-            self._around = None
         self._stores, self._known = [], []
         for kind in ("train", "val"):
             combined = _combined(trainer, kind)

@@ -41,6 +41,7 @@ class FusedOptimizer(Technique):
 
     needs = "optimizers"
     acts_in = ("fit",)
+    of_a_fit: ClassVar = {"_optimizers": list, "_layout": Layout}
     name = "fused_optimizer"
     tunable: ClassVar = {name: {"implementation": name} for name in ("fused", "foreach")}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import torch
@@ -46,6 +46,8 @@ class LeanLoop(Technique):
     >>> LeanLoop(sigterm_every=20).sigterm_every
     20
     """
+
+    of_a_fit: ClassVar = {"_undo": ExitStack, "_throttle": type(None)}
 
     def __init__(
         self,

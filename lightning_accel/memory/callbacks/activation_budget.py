@@ -6,7 +6,7 @@ import math
 import weakref
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -77,6 +77,7 @@ class ActivationBudget(Technique):
 
     acts_in = ("fit",)
     is_global = True
+    of_a_fit: ClassVar = {"_hand": Hand, "_step": type(None)}
     name = "memory"
 
     def __init__(self, budget: float | str = 0.5, *, limit_bytes: int | None = None) -> None:

@@ -96,8 +96,13 @@ class ActivationCheckpointing(Technique):
         self._unproved = False
         left = uncalled(pl_module)
         if left and not compiled_names(pl_module):  # compiled code calls without our notice
+            rests = not any(pl_module.get_submodule(name).training for name in left)
             raise NoEffect(
                 f"checkpointing `{', '.join(left[:4])}` had no effect",
-                "the first training step did not call it as a module",
-                "select the modules that are called, such as 'net.layers.*'",
+                "it is in evaluation mode, in which activations are kept"
+                if rests
+                else "the first training step did not call it as a module",
+                "leave it out by `select=Select(exclude=...)`"
+                if rests
+                else "select the modules that are called, such as 'net.layers.*'",
             )

@@ -64,7 +64,7 @@ class AutocastPrecision(MixedPrecision):
         self.precision = "32-true"
         self.scaler: torch.amp.GradScaler | None = None
         self._gate: Gate | None = None
-        self._module: Callable[[], nn.Module | None] = lambda: None
+        self._module: Callable[[], nn.Module | None] = type(None)
 
     @property
     def last_step_skipped(self) -> bool:
@@ -192,6 +192,9 @@ class AutocastPrecision(MixedPrecision):
                 "call this within fit, validate, test or predict",
             )
         return self.policy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": type(None)}  # of a copy, no step is under way
 
     def _release(self) -> None:
         if self._gate is not None:

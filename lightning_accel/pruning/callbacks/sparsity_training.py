@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -54,6 +54,8 @@ class SparsityTraining(Technique):
     >>> SparsityTraining("group_lasso", strength=1e-3).penalty
     'group_lasso'
     """
+
+    of_a_fit: ClassVar = {"_hand": Hand, "_steps": type(None)}
 
     def __init__(
         self,

@@ -106,6 +106,7 @@ class StructuredPruning(ModelEdit):
     """
 
     stage: ClassVar[Stage] = Stage.SHAPE
+    of_a_fit: ClassVar = {"_trainer": lambda: type(None), "_module": lambda: type(None)}
 
     def __init__(
         self,
@@ -165,8 +166,8 @@ class StructuredPruning(ModelEdit):
             None  # what earlier fits left of the layers that they pruned
         )
         self._at_hand: AtHand | None = None
-        self._trainer: Callable[[], Trainer | None] = lambda: None
-        self._module: Callable[[], LightningModule | None] = lambda: None
+        self._trainer: Callable[[], Trainer | None] = type(None)
+        self._module: Callable[[], LightningModule | None] = type(None)
 
     @property
     def when(self) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -55,6 +55,7 @@ class WeightMasks(Technique):
     """
 
     acts_in = ("fit",)
+    of_a_fit: ClassVar = {"_handles": list, "_steps": type(None)}
 
     def __init__(
         self,
