@@ -64,7 +64,7 @@ def batches(trainer: Trainer, count: int) -> list[Any]:
     limit = trainer.num_training_batches
     limit = _LOOK_AHEAD if not 0 < limit < math.inf else min(int(limit), _LOOK_AHEAD)
     epoch = trainer.current_epoch
-    drawn = tree_map(lambda loader: _Drawn(_draw(loader, count, limit, epoch)), loaders)
+    drawn = tree_map(lambda loader: _Drawn(_draw(_users(loader), count, limit, epoch)), loaders)
     columns = min(len(v) for v in tree_leaves(drawn, is_leaf=_is_drawn))
     return [tree_map(lambda v, i=i: v[i], drawn, is_leaf=_is_drawn) for i in range(columns)]
 
@@ -85,14 +85,14 @@ def validation_batches(trainer: Trainer, count: int) -> list[tuple[Any, int]]:
     for number, (loader, limit) in enumerate(zip(loaders, limits, strict=False)):
         if limit > 0:
             limit = int(min(limit, _LOOK_AHEAD))
-            drawn = _draw(loader, count, limit, trainer.current_epoch)
+            drawn = _draw(_users(loader), count, limit, trainer.current_epoch)
             found += [(batch, number) for batch in drawn]
     return found
 
 
 def is_stream(trainer: Trainer) -> bool:
     """Tell whether the training data have no indices to ask for, and so perhaps an end."""
-    return not all(map(_reads_by_index, tree_leaves(trainer.train_dataloader)))
+    return not all(_reads_by_index(_users(o)) for o in tree_leaves(trainer.train_dataloader))
 
 
 @contextmanager
@@ -132,6 +132,12 @@ def _draw(loader: Any, count: int, limit: int, epoch: int) -> list[Any]:
     if not found:
         raise AccelError("the training data is empty", repr(loader), "pass data to `trainer.fit`")
     return found
+
+
+def _users(loader: Any) -> Any:
+    """Return the user's own loader, where another of ours makes its batches."""
+    where = getattr(type(loader), "makes_the_batches_of", None)
+    return vars(loader)[where] if where else loader
 
 
 def _reads_by_index(loader: Any) -> bool:

@@ -72,6 +72,9 @@ class SameBatches:
     Looks like the DataLoader to whoever reads `dataset`, `sampler`, `batch_size` and the like, or sets them.
     """
 
+    makes_the_batches_of = "loader"
+    """Where the DataLoader is that says which batches there are."""
+
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.__dict__["loader"] = loader
         self._running: Any = None

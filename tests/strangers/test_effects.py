@@ -383,3 +383,16 @@ def test_a_block_in_evaluation_is_told_as_that() -> None:
 
     with pytest.raises(NoEffect, match="evaluation mode"):
         run(ActivationCheckpointing("backbone")).fit(Rests(), data())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_prune_sees_the_same_batches_whoever_makes_them(first: bool) -> None:
+    prune = lambda: StructuredPruning(ratio=0.5, when=1)  # noqa: E731
+    loading = FastLoading(resident=True)
+    found = []
+    for callbacks in ([prune()], [loading, prune()] if first else [prune(), loading]):
+        model = Deep()
+        torch.manual_seed(1)
+        run(*callbacks, max_epochs=3).fit(model, data())
+        found.append(weights(model))
+    assert all(map(torch.equal, *found))
