@@ -230,6 +230,7 @@ class Technique(Callback):
 
     def leave(self, trainer: Trainer) -> None:
         """Take back all that was done in this Trainer."""
+        self._left_for_edit = False
         stack = self._stacks.pop(id(trainer), None)
         if stack is not None:
             stack.close()

@@ -323,6 +323,7 @@ class Deep(Model):
 COPIED: dict[str, Callable[[], Callback]] = {
     **MAKES,
     "attention": lambda: AttentionBackend("math"),
+    "in one kernel": FusedOptimizer,
     "loading": lambda: FastLoading(resident=True),
     "masks": lambda: WeightMasks(0.5),
     "sparsity": lambda: SparsityTraining("slimming"),
