@@ -232,7 +232,7 @@ def train_student(name: str, variant: str, seed: int, teacher: str | None) -> tu
     callbacks: list[Callback] = []
     plugins: list[Any] = []
     if chosen.distillation is not None:
-        settings = {"teacher": teacher, "evidence_every": 0, **chosen.distillation}
+        settings = {"teacher": teacher, "diagnostics_every_n_steps": 0, **chosen.distillation}
         callbacks.append(Distillation(**settings))
     if chosen.prune_when is not None:
         callbacks.append(StructuredPruning(ratio=0.75, when=chosen.prune_when))  # type: ignore[arg-type]

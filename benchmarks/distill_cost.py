@@ -138,7 +138,7 @@ def distillation(kind: str, case: Case, teacher: LightningModule, folder: str) -
         case.losses,
         task_weight=0.1,
         cache=cache,
-        evidence_every=STEPS if kind == "weighed" else 0,
+        diagnostics_every_n_steps=STEPS if kind == "weighed" else 0,
     )
 
 

@@ -73,18 +73,18 @@ def pairs(x: Tensor) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     found: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
     for name, every in (("recomputed", 64), ("recomputed, looks alone", None)):
         ours = copy.deepcopy(plain)
-        checkpoint_activations(ours, check_every=every)
+        checkpoint_activations(ours, check_every_n_calls=every)
         found[name] = (step_of(theirs, x), step_of(ours, x))
     sides = []
     for every in (None, 64):
         net = copy.deepcopy(plain)
-        compile_blocks(net, backend="aot_eager", check_every=every)
+        compile_blocks(net, backend="aot_eager", check_every_n_calls=every)
         sides.append(step_of(net, x))
     found["compiled"] = (sides[0], sides[1])
     model = GPT()
     net, tokens = model.net.eval(), model.batch(9, 1)[0]
     for name, every in (("frozen", 128), ("frozen, looks alone", None)):
-        with frozen(net, backend="eager", check_every=every) as networks, torch.no_grad():
+        with frozen(net, backend="eager", check_every_n_calls=every) as networks, torch.no_grad():
             for _ in range(_SETTLED):
                 net(tokens)
         found[name] = calls_of(networks[0], tokens)

@@ -42,7 +42,7 @@ from lightning_accel.measure.flops import count_macs
 from lightning_accel.measure.timing import compare
 from lightning_accel.pruning import Macs, prune
 from lightning_accel.pruning.leftover import Leftover
-from lightning_accel.surgery.bypass import gone
+from lightning_accel.surgery.bypass import removed_blocks
 from lightning_accel.surgery.call import as_call
 
 WANTED = 0.8
@@ -144,7 +144,7 @@ def measure_ways(
                     "way": way,
                     "batch": batch,
                     "macs_left": macs[1] / macs[0],
-                    "blocks_gone": len(gone(small)),
+                    "blocks_gone": len(removed_blocks(small)),
                     "change": leftover.of(small),
                     "dense_ms": timed.baseline.p10_ms,
                     "time_left": 1 / timed.ratio,

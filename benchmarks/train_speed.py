@@ -46,7 +46,7 @@ from lightning_accel import tune
 from lightning_accel.loop import LeanLoop
 from lightning_accel.measure import Table
 from lightning_accel.measure.bars import bars_svg
-from lightning_accel.measure.contention import Watch
+from lightning_accel.measure.contention import LoadWatcher
 from lightning_accel.precision import matmul
 from lightning_accel.tuning.settings import TECHNIQUES
 
@@ -128,7 +128,7 @@ def measure(
         runs[f"{tier} by hand"] = by_hand(make, batches, steps, report.settings.to_dict())
     round_s = steps * step_s * (2 + sum(2 / report.ratio for report in reports.values()))
     rounds = min(most_rounds, max(min(5, most_rounds), round(1.5 * budget_s / round_s)))
-    watch = Watch()
+    watch = LoadWatcher()
     blocks, losses = race(runs, rounds)
     gflop, torch_peaks = step_gflop(make(), batches[0]), peaks()
     return {

@@ -46,7 +46,7 @@ from train_speed import SEARCHED
 
 from lightning_accel import tune
 from lightning_accel.measure import Table
-from lightning_accel.measure.contention import Watch
+from lightning_accel.measure.contention import LoadWatcher
 from lightning_accel.precision import matmul
 
 NEVER_SLOWER = 0.97
@@ -297,7 +297,7 @@ def measure(pair: str, budget_s: float, rounds: int, compiled: bool) -> dict[str
     steps = max(1, round(BLOCK_S / step_seconds(make, batches[0])))
     stock = by_trainer(make, batches, steps)
     tuned = by_trainer(make, batches, steps, report.trainer_arguments)
-    watch = Watch()
+    watch = LoadWatcher()
     blocks, _ = race({"stock": stock, "tuned": tuned, "stock again": stock}, rounds)
     won, same = gain(blocks, "tuned"), report.settings.label == "plain"
     return {

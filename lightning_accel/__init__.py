@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_accel.distillation.cache import TeacherCache
     from lightning_accel.distillation.callbacks.distillation import Distillation
     from lightning_accel.distillation.module import DistillationModule
-    from lightning_accel.distillation.schedule import Ramp
+    from lightning_accel.distillation.schedule import Schedule
     from lightning_accel.distillation.teacher import Teacher
     from lightning_accel.distillation.views import SeededViews
     from lightning_accel.loading.callbacks.fast_loading import FastLoading
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from lightning_accel.pruning.reconstruction import Reconstruction
     from lightning_accel.pruning.target import Latency, Macs, Memory, Params
     from lightning_accel.surgery.select import Select
+    from lightning_accel.tuning.api import tune
     from lightning_accel.tuning.callbacks.auto_tune import AutoTune
-    from lightning_accel.tuning.outside import tune
 
 __version__ = "0.1.0"
 
@@ -77,7 +77,7 @@ _HOMES = {
     "Objective": "bridge.objective",
     "Params": "pruning.target",
     "QuboSelector": "pruning.qubo",
-    "Ramp": "distillation.schedule",
+    "Schedule": "distillation.schedule",
     "Reconstruction": "pruning.reconstruction",
     "SeededViews": "distillation.views",
     "Select": "surgery.select",
@@ -93,7 +93,7 @@ _HOMES = {
     "load_from_checkpoint": "bridge.restore",
     "prune": "pruning.prune",
     "prune_before_sharding": "pruning.module",
-    "tune": "tuning.outside",
+    "tune": "tuning.api",
 }
 
 __all__ = [
@@ -120,8 +120,8 @@ __all__ = [
     "Objective",
     "Params",
     "QuboSelector",
-    "Ramp",
     "Reconstruction",
+    "Schedule",
     "SeededViews",
     "Select",
     "SparsityTraining",

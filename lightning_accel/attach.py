@@ -28,7 +28,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_accel.bridge.guards import refuse_mirror
+from lightning_accel.bridge.checks import refuse_mirror
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.unread import attach_of
@@ -50,10 +50,10 @@ def factory() -> list[Callback]:
     if not asking:
         return []
     places = {_place_of_trainer(node) for node in asking}
-    return [Asked(asking[0]._get_root(), _OWN if _OWN in places else min(places))]
+    return [ConfiguredCallbacks(asking[0]._get_root(), _OWN if _OWN in places else min(places))]
 
 
-class Asked(Callback):
+class ConfiguredCallbacks(Callback):
     """See to it that a Trainer has the callbacks which its configuration asks for.
 
     Args:

@@ -2,7 +2,7 @@
 
 What replaces a computation (a compiled block, a frozen copy, a recomputation, answers from a cache) is right as long
 as what it rests on is as it was. So some calls are computed plainly as well and compared: the first, second, fourth,
-eighth ..., where most mistakes show, and every `check_every`-th. `None` is never.
+eighth ..., where most mistakes show, and every `check_every_n_calls`-th. `None` is never.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from lightning_accel.arguments import whole
 
 
-def check_seldom(check_every: Any) -> int | None:
+def check_seldom(check_every_n_calls: Any) -> int | None:
     """Return how often to look, or raise.
 
     Raises:
@@ -23,15 +23,17 @@ def check_seldom(check_every: Any) -> int | None:
     (64, None)
     """
     do = "pass 64, say; never is None (in yaml: null)"
-    return whole("check_every", check_every, none=True, do=do)
+    return whole("check_every_n_calls", check_every_n_calls, none=True, do=do)
 
 
-def is_due(number: int, check_every: int | None) -> bool:
+def is_due(number: int, check_every_n_calls: int | None) -> bool:
     """Tell whether call `number`, from 1, is one to look at.
 
     >>> [number for number in range(1, 21) if is_due(number, 10)]
     [1, 2, 4, 8, 10, 20]
     """
-    if check_every is None:
+    if check_every_n_calls is None:
         return False
-    return number % check_every == 0 or (number < check_every and number & (number - 1) == 0)
+    return number % check_every_n_calls == 0 or (
+        number < check_every_n_calls and number & (number - 1) == 0
+    )

@@ -31,7 +31,7 @@ OURS = frozenset(full for name, home in CLASSES.items() for full in _names(name,
 def is_ours(target: Any) -> bool:
     """Tell whether a `_target_` names a public class of this package.
 
-    >>> is_ours("lightning_accel.AccelReport"), is_ours("lightning_accel.loading.store.Store")
+    >>> is_ours("lightning_accel.AccelReport"), is_ours("lightning_accel.loading.tensor_store.TensorStore")
     (True, False)
     """
     return isinstance(target, str) and target in OURS

@@ -126,9 +126,11 @@ def test_attach_keeps_to_the_order_of_stages_and_to_the_list_of_users(folder: Pa
     eager = "+callbacks.compilation.backend=eager"
     cfg = compose("train", ["+accel=[compile,prune]", "+accel.attach=true", eager, *BARE])
     trainer = hydra.utils.instantiate(cfg.trainer)
-    given = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ != "Asked"]
+    given = [
+        type(c).__name__ for c in trainer.callbacks if type(c).__name__ != "ConfiguredCallbacks"
+    ]
     assert fit(trainer) == [4, 2]
-    now = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ != "Asked"]
+    now = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ != "ConfiguredCallbacks"]
     assert now == [*given, "StructuredPruning", "BlockCompile"]
 
 
@@ -228,7 +230,11 @@ def test_other_stages_and_other_apps_are_left_alone(folder: Path) -> None:
     odd = ["+callbacks=null", "+callbacks=3", "+callbacks=[1]", "+callbacks={a: {b: 1}, c: 2}"]
     for override in odd:
         cfg = compose("train", [override])
-        assert not [c for c in hydra.utils.instantiate(cfg.trainer).callbacks if "Asked" in str(c)]
+        assert not [
+            c
+            for c in hydra.utils.instantiate(cfg.trainer).callbacks
+            if "ConfiguredCallbacks" in str(c)
+        ]
     cfg = compose("train", ["+accel=prune"])
     hydra.utils.instantiate(cfg.trainer).predict(Tiny(), Tiny().train_dataloader())
     cfg.accel = 3
@@ -240,7 +246,7 @@ def test_our_own_recipe_gives_its_trainer_everything_itself(folder: Path) -> Non
     (folder / "train.yaml").write_text(CONFIG)
     cfg = compose("train", ["+accel=prune", "+model._target_=test_attach.Tiny", *BARE])
     run = build(cfg, allow=(f"{Tiny.__module__}.",))
-    assert not [c for c in run.trainer.callbacks if type(c).__name__ == "Asked"]  # type: ignore[attr-defined]
+    assert not [c for c in run.trainer.callbacks if type(c).__name__ == "ConfiguredCallbacks"]  # type: ignore[attr-defined]
 
 
 def test_what_is_attached_may_only_come_from_where_a_recipe_may_build(folder: Path) -> None:

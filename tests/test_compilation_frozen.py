@@ -380,7 +380,7 @@ def test_a_mixed_precision_prediction_is_that_of_the_plain_one(trainer: Any) -> 
         {"tolerance": "1"},
         {"tolerance": True},
         {"backend": None},
-        *({"check_every": value} for value in (0, -1, 1.5, float("nan"), "2", True)),
+        *({"check_every_n_calls": value} for value in (0, -1, 1.5, float("nan"), "2", True)),
     ],
 )
 def test_bad_arguments_are_refused_at_once(kwargs: Any) -> None:
@@ -426,7 +426,7 @@ def test_a_copy_that_takes_longer_is_told(
 ) -> None:
     """The first of five calls compiles and does not count, and of four the other three are too few."""
     monkeypatch.setattr(freeze, "_clock", passing(copy_s).__next__)
-    edit = FrozenPredict(backend=Spy(), check_every=1)
+    edit = FrozenPredict(backend=Spy(), check_every_n_calls=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(edit).predict(module(), data(size=size))

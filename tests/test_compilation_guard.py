@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_accel import BlockCompile
 from lightning_accel.compilation import captures, compile_blocks
-from lightning_accel.compilation.guard import batch_sizes
+from lightning_accel.compilation.recompile_policy import batch_sizes
 from lightning_accel.compilation.region import expect, settle, unsettle
 from lightning_accel.errors import AccelError
 

@@ -273,7 +273,7 @@ def test_a_forward_that_cannot_run_twice_and_one_with_hooks_are_left_out() -> No
 def test_nothing_is_compared_where_nobody_wants_it() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(Block(lambda b, x: x))
-    compile_blocks(net, select="0", backend="aot_eager", check_every=None)
+    compile_blocks(net, select="0", backend="aot_eager", check_every_n_calls=None)
     assert region(net[0]).samples is None  # type: ignore[union-attr]
 
 
@@ -290,20 +290,20 @@ def test_wrong_numbers_of_calls_are_refused(value: Any, tmp_path: Path) -> None:
         partial(checkpoint_activations, nn.Linear(2, 2)),
     ):
         with pytest.raises(kind, match=r"or None\. Found: .* Do: pass 64.* never is None"):
-            takes(check_every=value)
+            takes(check_every_n_calls=value)
 
 
 def test_never_is_none_everywhere(tmp_path: Path) -> None:
     x = torch.randn(3, 4, requires_grad=True)
     net = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])
-    with frozen(net, backend="eager", check_every=None) as networks, torch.no_grad():
+    with frozen(net, backend="eager", check_every_n_calls=None) as networks, torch.no_grad():
         for _ in range(8):
             net.eval()(x)
     assert [network.num_checked for network in networks] == [1], "as its copy was made"
-    assert TeacherCache(tmp_path, check_every=None).check_every is None
+    assert TeacherCache(tmp_path, check_every_n_calls=None).check_every_n_calls is None
     numbers = iter(range(100))
     turning = nn.Sequential(*[Block(lambda b, x: x.roll(next(numbers), 1)) for _ in range(2)])
-    checkpoint_activations(turning, check_every=None)
+    checkpoint_activations(turning, check_every_n_calls=None)
     for _ in range(8):  # recomputed otherwise each time, and nobody looks
         turning(torch.randn(3, 8)).sum().backward()
 
@@ -353,7 +353,7 @@ def test_a_prediction_finds_it_at_the_next_dataloader(
 ) -> None:
     monkeypatch.setitem(WORLD, "scale", 1.0)
     found = []
-    for callbacks in ([], [BlockCompile("net.0", backend="aot_eager", check_every=1000)]):
+    for callbacks in ([], [BlockCompile("net.0", backend="aot_eager", check_every_n_calls=1000)]):
         run = Trainer(**{**trainer_kwargs, "callbacks": callbacks})
         if callbacks:
             with pytest.warns(UserWarning, match="at call 7"):

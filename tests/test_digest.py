@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_accel.distillation.tape import Tape
+from lightning_accel.distillation.forward_recorder import ForwardRecorder
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery.digest import digest
 
@@ -194,7 +194,7 @@ def double(module: nn.Module, args: Any, out: Tensor) -> Tensor:
 def test_hooks_count_by_what_they_do_and_taps_of_ours_not_at_all() -> None:
     net = Net()
     before = digest(net)
-    tape = Tape(net, ["body.0"])
+    tape = ForwardRecorder(net, ["body.0"])
     assert digest(net) == before
     tape.remove()
     prints = []

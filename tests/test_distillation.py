@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from lessons import (
+from distilling import (
     BOTH,
     FORMULAS,
     HINT,
@@ -37,9 +37,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_accel import (
     Distillation,
 )
-from lightning_accel.distillation import Moment, Ramp, SeededViews, losses
+from lightning_accel.distillation import FitProgress, Schedule, SeededViews, losses
+from lightning_accel.distillation.loss_term import KNOWN
 from lightning_accel.distillation.projector import Projector
-from lightning_accel.distillation.term import KNOWN
 from lightning_accel.errors import AccelError, NoEffect
 
 pytestmark = [
@@ -118,14 +118,14 @@ def test_what_the_user_logs_is_the_users_own_loss(fit: Fit) -> None:
 def test_weights_and_temperatures_move_along_their_ramps(fit: Fit) -> None:
     seen: list[float] = []
 
-    def note(moment: Moment) -> float:
+    def note(moment: FitProgress) -> float:
         seen.append(moment.epoch)
         return 1.0
 
-    ramp = Ramp(0.0, 1.0, over=6, unit="step")
+    ramp = Schedule(0.0, 1.0, over=6, unit="step")
     term = {"kd": {"weight": ramp, "temperature": note}}
     model, student = Module(), Module().net
-    fit(model, Distillation(teacher(), term, evidence_every=0))
+    fit(model, Distillation(teacher(), term, diagnostics_every_n_steps=0))
     sgd, guide = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9), master()
     for step, (x, y) in enumerate([*data(), *data()]):
         logits = student(x)
@@ -308,7 +308,9 @@ def test_in_a_gan_the_lesson_goes_into_the_backward_of_the_student(fit: Fit, tog
     hints = {"out": {"loss": "fitnet", "layers": "2", "weight": 1.0}}
     hints["hidden"] = {"loss": "fitnet", "layers": "1", "weight": 0.5}
     model = Gan(toggles)
-    distillation = Distillation(teacher(guide), hints, student="generator", evidence_every=1)
+    distillation = Distillation(
+        teacher(guide), hints, student="generator", diagnostics_every_n_steps=1
+    )
     trainer = fit(model, distillation, batches=DataLoader(TensorDataset(z), 8))
     hand, head = Gan(False), Projector(8, 9, seed=0)
     sgds = [torch.optim.SGD(net.parameters(), 0.1) for net in (hand.generator, hand.critic, head)]
@@ -417,7 +419,7 @@ def test_a_step_may_change_its_batch_in_place(fit: Fit) -> None:
 
     models = Doubles(), Copies()
     for model in models:
-        fit(model, Distillation(teacher(), BOTH, evidence_every=2))
+        fit(model, Distillation(teacher(), BOTH, diagnostics_every_n_steps=2))
     assert apart(*models) == 0
 
 
@@ -557,7 +559,9 @@ def test_a_language_model_learns_from_another_with_keywords_labels_and_padding(f
         adam.step()
     model, student = Speaks(), Speaks().model
     trainer = fit(
-        model, Distillation(teacher(guide), {"jsd": 1.0}, evidence_every=1), batches=sentences()
+        model,
+        Distillation(teacher(guide), {"jsd": 1.0}, diagnostics_every_n_steps=1),
+        batches=sentences(),
     )
     assert trainer.callback_metrics["distillation/jsd"] > 0
     sgd = torch.optim.SGD(student.parameters(), 0.5)

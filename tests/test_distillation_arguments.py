@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_accel import Distillation, DistillationModule
-from lightning_accel.distillation import SeededViews, Teacher, TeacherCache, Term, losses
+from lightning_accel.distillation import LossTerm, SeededViews, Teacher, TeacherCache, losses
 
 NOT_NUMBERS = (math.nan, math.inf, "x", [], {}, True, object())
 NOT_WHOLE = (*NOT_NUMBERS, -1, 1.5, None)
@@ -34,15 +34,18 @@ BUILD: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...]]] = {
     "mask": (lambda v: Distillation(net(), mask=v), (True, 1.5, [], {})),
     "cache": (lambda v: Distillation(net(), cache=v), NOT_NAMES),
     "ema_decay": (lambda v: Distillation(net(), ema_decay=v), (0, 1, None, *NOT_NUMBERS)),
-    "evidence_every": (lambda v: Distillation(net(), evidence_every=v), NOT_WHOLE),
+    "diagnostics_every_n_steps": (
+        lambda v: Distillation(net(), diagnostics_every_n_steps=v),
+        NOT_WHOLE,
+    ),
     "checkpoint": (lambda v: Teacher(net(), checkpoint=v), NOT_NAMES),
     "checkpoint of a path": (lambda v: Teacher("a.ckpt", checkpoint=v), ("b.ckpt",)),
     "compile": (lambda v: Teacher(net(), compile=v), (0, None, "yes")),
     "classes": (lambda v: Teacher(net(), classes=v), (0, [], {}, "x", [-1], [0.5])),
-    "weight": (lambda v: Term("kd", weight=v), (-1, *NOT_NUMBERS[:-1])),
-    "temperature": (lambda v: Term("kd", temperature=v), (0, -1, *NOT_NUMBERS[:-1])),
-    "student_layout": (lambda v: Term("kd", student_layout=v), (0, "x", [], {})),
-    "teacher": (lambda v: Term("kd", teacher=v), NOT_WHOLE[:-1]),
+    "weight": (lambda v: LossTerm("kd", weight=v), (-1, *NOT_NUMBERS[:-1])),
+    "temperature": (lambda v: LossTerm("kd", temperature=v), (0, -1, *NOT_NUMBERS[:-1])),
+    "student_layout": (lambda v: LossTerm("kd", student_layout=v), (0, "x", [], {})),
+    "teacher": (lambda v: LossTerm("kd", teacher=v), NOT_WHOLE[:-1]),
     "folder": (lambda v: TeacherCache(v), (*NOT_NAMES, None)),
     "views": (lambda v: SeededViews([1, 2], v), (0, *NOT_WHOLE)),
     "seed": (lambda v: SeededViews([1, 2], 2, seed=v), NOT_WHOLE),

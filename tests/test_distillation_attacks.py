@@ -31,7 +31,7 @@ def says(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def opened(folder: Path, **options: Any) -> TeacherCache:
-    cache = TeacherCache(folder, dtype="float32", check_every=None, **options)
+    cache = TeacherCache(folder, dtype="float32", check_every_n_calls=None, **options)
     cache.open("teacher")
     return cache
 

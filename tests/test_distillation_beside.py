@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from lessons import (
+from distilling import (
     BOTH,
     HINT,
     Adam,
@@ -46,9 +46,9 @@ from lightning_accel import (
     StepMeter,
     StructuredPruning,
 )
-from lightning_accel.distillation import Moment, Ramp, Teacher, Term, losses
+from lightning_accel.distillation import FitProgress, LossTerm, Schedule, Teacher, losses
+from lightning_accel.distillation.loss_term import KNOWN, loss_terms
 from lightning_accel.distillation.schedule import read
-from lightning_accel.distillation.term import KNOWN, terms
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.precision import MemoryFormat
 from lightning_accel.pruning import SparsityTraining, WeightMasks
@@ -223,7 +223,7 @@ def prune(**kwargs: Any) -> StructuredPruning:
 
 SETTINGS: dict[str, Callable[[], list[Callback]]] = {
     "projectors": lambda: [Distillation(teacher(), {**BOTH, "crd": {"layers": "down"}})],
-    "ramps": lambda: [Distillation(teacher(), {"kd": Ramp(0.0, 1.0, delay=0.4), **HINT})],
+    "ramps": lambda: [Distillation(teacher(), {"kd": Schedule(0.0, 1.0, delay=0.4), **HINT})],
     "average": lambda: [Distillation(teacher("ema"), BOTH, ema_decay=0.8)],
     "average of lightning": lambda: [EMAWeightAveraging(decay=0.8), Distillation(teacher("ema"), BOTH)],
     "self": lambda: [prune(), Distillation(teacher("self"), BOTH)],
@@ -354,7 +354,7 @@ EVERY = {
 )
 def test_all_losses_work_in_every_precision(fit: Fit, kind: str, guide: str) -> None:
     model = Module()
-    distillation = Distillation(teacher(precision=guide), EVERY, evidence_every=1)
+    distillation = Distillation(teacher(precision=guide), EVERY, diagnostics_every_n_steps=1)
     given = {"plugins": [AutocastPrecision("bf16")]} if kind == "autocast" else {"precision": kind}
     trainer = fit(model, distillation, max_epochs=1, **given)
     assert all(p.isfinite().all() for p in model.parameters())
@@ -476,7 +476,7 @@ OTHERS: dict[str, Callable[[], list[Callback]]] = {
     ("name", "first"), [(name, index % 2 == 0) for index, name in enumerate(OTHERS)]
 )
 def test_it_works_beside_other_callbacks(fit: Fit, name: str, first: bool) -> None:
-    distillation, model = Distillation(teacher(), BOTH, evidence_every=2), Adam()
+    distillation, model = Distillation(teacher(), BOTH, diagnostics_every_n_steps=2), Adam()
     others = OTHERS[name]()
     callbacks = [distillation, *others] if first else [*others, distillation]
     trainer = fit(model, *callbacks, max_epochs=4)
@@ -503,13 +503,13 @@ def test_a_moving_average_beside_it_averages_the_student_alone(fit: Fit) -> None
         (["kd", "dkd"], ["kd", "dkd"]),
         ({"kd": 0.5, "hint": {"loss": "fitnet", "layers": "a"}, "dkd": None}, ["kd", "hint"]),
         (losses.kd, ["kd"]),
-        ({"mine": Term("jsd", beta=0.1)}, ["mine"]),
+        ({"mine": LossTerm("jsd", beta=0.1)}, ["mine"]),
     ],
 )
 def test_losses_are_read_in_every_notation(given: Any, names: list[str]) -> None:
-    found = terms(given)
+    found = loss_terms(given)
     assert list(found) == names
-    assert all(isinstance(term, Term) for term in found.values())
+    assert all(isinstance(term, LossTerm) for term in found.values())
 
 
 @pytest.mark.parametrize(
@@ -529,21 +529,21 @@ def test_losses_are_read_in_every_notation(given: Any, names: list[str]) -> None
 )
 def test_losses_that_cannot_be_are_refused(given: Any, said: str) -> None:
     with pytest.raises((ValueError, TypeError), match=said):
-        terms(given)
+        loss_terms(given)
 
 
 def test_a_ramp_waits_moves_and_stays() -> None:
-    ramp = Ramp(1.0, 3.0, over=4, unit="epoch", delay=2)
-    found = [ramp.at(Moment(epoch=epoch)) for epoch in (0, 2, 3, 6, 9)]
+    ramp = Schedule(1.0, 3.0, over=4, unit="epoch", delay=2)
+    found = [ramp.at(FitProgress(epoch=epoch)) for epoch in (0, 2, 3, 6, 9)]
     assert found == [1.0, 1.0, 1.5, 3.0, 3.0]
-    half = Ramp(0.0, 1.0, shape="cosine")
-    assert [round(half.at(Moment(share=share)), 3) for share in (0, 0.25, 0.5, 1)] == [
+    half = Schedule(0.0, 1.0, shape="cosine")
+    assert [round(half.at(FitProgress(share=share)), 3) for share in (0, 0.25, 0.5, 1)] == [
         0,
         0.146,
         0.5,
         1,
     ]
-    assert read({"start": 1, "end": 0}, "weight") == Ramp(1, 0)
+    assert read({"start": 1, "end": 0}, "weight") == Schedule(1, 0)
 
 
 @pytest.mark.parametrize(
@@ -551,7 +551,7 @@ def test_a_ramp_waits_moves_and_stays() -> None:
 )
 def test_ramps_that_cannot_be_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Found"):
-        Ramp(**{"start": 0.0, "end": 1.0, **bad})
+        Schedule(**{"start": 0.0, "end": 1.0, **bad})
 
 
 @pytest.mark.parametrize(
@@ -561,7 +561,7 @@ def test_ramps_that_cannot_be_are_refused(bad: dict[str, Any]) -> None:
         ({"teacher": 5}, TypeError),
         ({"calls": "first"}, ValueError),
         ({"ema_decay": 1.0}, ValueError),
-        ({"evidence_every": -1}, ValueError),
+        ({"diagnostics_every_n_steps": -1}, ValueError),
         ({"target": 1.5}, TypeError),
         ({"task_weight": "much"}, TypeError),
     ],

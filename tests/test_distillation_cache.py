@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_accel.distillation.answers import Answer
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.keys import row_keys
-from lightning_accel.distillation.store import Store, bytes_in
+from lightning_accel.distillation.row_store import RowStore, bytes_in
 from lightning_accel.distillation.topk import coarsen, compress
 from lightning_accel.distillation.views import SeededViews
 from lightning_accel.errors import AccelError
@@ -68,7 +68,7 @@ class Teacher:
 
 def opened(folder: Path, fingerprint: str = "teacher", **options: Any) -> TeacherCache:
     """Return a cache that believes its teacher; what it tries otherwise is in test_distillation_trust.py."""
-    cache = TeacherCache(folder, **{"check_every": None, **options})
+    cache = TeacherCache(folder, **{"check_every_n_calls": None, **options})
     cache.open(fingerprint)
     return cache
 
@@ -245,7 +245,7 @@ def test_keys_move_no_random_state() -> None:
 def test_a_store_agrees_with_a_dict(
     tmp_path_factory: pytest.TempPathFactory, value_bytes: int, sizes: list[int], seed: int
 ) -> None:
-    store = Store(tmp_path_factory.mktemp("s"), value_bytes=value_bytes, max_bytes=8 * MIB)
+    store = RowStore(tmp_path_factory.mktemp("s"), value_bytes=value_bytes, max_bytes=8 * MIB)
     truth: dict[bytes, bytes] = {}
     keys, values = some(sum(sizes), value_bytes, seed)
     for end, size in zip(np.cumsum(sizes), sizes, strict=True):
@@ -261,20 +261,20 @@ def test_a_store_agrees_with_a_dict(
 
 def test_a_store_of_many_values_keeps_every_one(tmp_path: Path) -> None:
     keys, values = some(20_000, 200)
-    store = Store(tmp_path / "s", value_bytes=200, max_bytes=64 * MIB)
+    store = RowStore(tmp_path / "s", value_bytes=200, max_bytes=64 * MIB)
     for start in range(0, len(keys), 256):
         store.put(keys[start : start + 256], values[start : start + 256])
     found, got = store.get(keys)
     assert found.all() and (got == values).all()
     assert bytes_in(tmp_path) < 1.4 * values.nbytes, "little is lost beside the values"
-    again = Store(tmp_path / "s", value_bytes=200, max_bytes=64 * MIB)
+    again = RowStore(tmp_path / "s", value_bytes=200, max_bytes=64 * MIB)
     assert again.get(keys)[0].all(), "another process finds them as well"
 
 
 @pytest.mark.parametrize("value_bytes", [1, 200, 70_000, 900_000])
 def test_the_size_on_disk_stays_below_the_limit(tmp_path: Path, value_bytes: int) -> None:
     limit = 3 * MIB
-    store = Store(tmp_path / "s", value_bytes=value_bytes, max_bytes=limit)
+    store = RowStore(tmp_path / "s", value_bytes=value_bytes, max_bytes=limit)
     rows = min(3000, 8 * limit // value_bytes)
     for seed in range(3):
         store.put(*some(rows, value_bytes, seed))
@@ -294,9 +294,9 @@ _GROWS = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_distillation_cache import some
-from lightning_accel.distillation.store import Store
+from lightning_accel.distillation.row_store import Store
 number = int(sys.argv[1])
-store = Store({folder!r} + "/" + str(number), value_bytes=20_000, max_bytes={limit}, counted_in={folder!r})
+store = RowStore({folder!r} + "/" + str(number), value_bytes=20_000, max_bytes={limit}, counted_in={folder!r})
 sys.stdin.readline()
 for seed in range(12):
     store.put(*some(8, 20_000, 100 * number + seed))
@@ -311,7 +311,7 @@ def test_two_processes_that_grow_at_once_stay_below_the_limit(tmp_path: Path) ->
     assert limit // 2 < bytes_in(tmp_path) <= limit
     kept = 0
     for number in range(2):
-        store = Store(tmp_path / str(number), value_bytes=20_000, max_bytes=limit)
+        store = RowStore(tmp_path / str(number), value_bytes=20_000, max_bytes=limit)
         kept += sum(
             int(store.get(some(8, 20_000, 100 * number + seed)[0])[0].sum()) for seed in range(12)
         )
@@ -319,14 +319,14 @@ def test_two_processes_that_grow_at_once_stay_below_the_limit(tmp_path: Path) ->
 
 
 def test_a_value_larger_than_the_limit_is_never_stored(tmp_path: Path) -> None:
-    store = Store(tmp_path / "s", value_bytes=MIB, max_bytes=MIB)
+    store = RowStore(tmp_path / "s", value_bytes=MIB, max_bytes=MIB)
     store.put(*some(2, MIB))
     assert not store.get(some(2, MIB)[0])[0].any()
     assert bytes_in(tmp_path) == 0
 
 
 def test_epochs_over_three_times_more_rows_than_fit_still_hit(tmp_path: Path) -> None:
-    store = Store(tmp_path / "s", value_bytes=1000, max_bytes=MIB)
+    store = RowStore(tmp_path / "s", value_bytes=1000, max_bytes=MIB)
     keys, values = some(3000, 1000)
     rates = []
     for _ in range(6):
@@ -341,7 +341,7 @@ def test_epochs_over_three_times_more_rows_than_fit_still_hit(tmp_path: Path) ->
 
 
 def test_new_rows_come_in_when_the_old_ones_are_never_asked_for_again(tmp_path: Path) -> None:
-    store = Store(tmp_path / "s", value_bytes=1000, max_bytes=MIB)
+    store = RowStore(tmp_path / "s", value_bytes=1000, max_bytes=MIB)
     store.put(*some(2000, 1000, seed=1))
     keys, values = some(500, 1000, seed=2)
     for _ in range(40):
@@ -352,7 +352,7 @@ def test_new_rows_come_in_when_the_old_ones_are_never_asked_for_again(tmp_path: 
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_keys_that_share_a_half_are_told_apart(tmp_path: Path, half: int) -> None:
-    store = Store(tmp_path / "s", value_bytes=8, max_bytes=64 * MIB)
+    store = RowStore(tmp_path / "s", value_bytes=8, max_bytes=64 * MIB)
     keys, values = some(180, 8)
     keys[:, half] = 0
     store.put(keys[:90], values[:90])
@@ -362,7 +362,7 @@ def test_keys_that_share_a_half_are_told_apart(tmp_path: Path, half: int) -> Non
 
 
 def test_more_keys_at_once_than_one_query_takes(tmp_path: Path) -> None:
-    store = Store(tmp_path / "s", value_bytes=8, max_bytes=64 * MIB)
+    store = RowStore(tmp_path / "s", value_bytes=8, max_bytes=64 * MIB)
     keys, values = some(2501, 8)
     store.put(keys, values)
     found, got = store.get(np.concatenate([keys, keys[:7]]))
@@ -371,7 +371,7 @@ def test_more_keys_at_once_than_one_query_takes(tmp_path: Path) -> None:
 
 def reads(folder: Path, keys: np.ndarray, values: np.ndarray) -> bool:
     """See that a damaged file gives no wrong value and is healed by writing again; tell whether it was read."""
-    store = Store(folder, value_bytes=16, max_bytes=MIB)
+    store = RowStore(folder, value_bytes=16, max_bytes=MIB)
     found, got = store.get(keys)
     assert (got[found] == values[found]).all()
     store.put(keys, values)
@@ -384,7 +384,7 @@ def reads(folder: Path, keys: np.ndarray, values: np.ndarray) -> bool:
 @pytest.mark.slow
 def test_a_flipped_bit_is_a_miss_or_harmless_and_is_healed_by_writing_again(tmp_path: Path) -> None:
     keys, values = some(3, 16)
-    store = Store(tmp_path / "s", value_bytes=16, max_bytes=MIB)
+    store = RowStore(tmp_path / "s", value_bytes=16, max_bytes=MIB)
     store.put(keys, values)
     store.close()
     (path,) = (tmp_path / "s").glob("*.sqlite")
@@ -407,7 +407,7 @@ def test_a_flipped_bit_is_a_miss_or_harmless_and_is_healed_by_writing_again(tmp_
 @pytest.mark.parametrize("size", [0, 10, 4096, 8192, 20_000, -1])
 def test_a_file_of_another_length_gives_no_wrong_value(tmp_path: Path, size: int) -> None:
     keys, values = some(3, 16)
-    store = Store(tmp_path / "s", value_bytes=16, max_bytes=MIB)
+    store = RowStore(tmp_path / "s", value_bytes=16, max_bytes=MIB)
     store.put(keys, values)
     store.close()
     (path,) = (tmp_path / "s").glob("*.sqlite")
@@ -418,7 +418,7 @@ def test_a_file_of_another_length_gives_no_wrong_value(tmp_path: Path, size: int
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.7])
 def test_a_file_that_shrinks_while_it_is_open_is_no_signal(tmp_path: Path, kept: float) -> None:
     keys, values = some(3000, 16)
-    store = Store(tmp_path / "s", value_bytes=16, max_bytes=MIB)
+    store = RowStore(tmp_path / "s", value_bytes=16, max_bytes=MIB)
     store.put(keys, values)
     assert store.get(keys[:5])[0].all()
     (path,) = (tmp_path / "s").glob("*.sqlite")
@@ -433,10 +433,10 @@ def test_a_file_that_shrinks_while_it_is_open_is_no_signal(tmp_path: Path, kept:
 
 def test_a_file_removed_by_another_process_is_made_anew(tmp_path: Path) -> None:
     keys, values = some(9, 16)
-    one = Store(tmp_path / "s", value_bytes=16, max_bytes=MIB)
+    one = RowStore(tmp_path / "s", value_bytes=16, max_bytes=MIB)
     one.put(keys[:3], values[:3])
     next((tmp_path / "s").glob("*.sqlite")).unlink()
-    other = Store(tmp_path / "s", value_bytes=16, max_bytes=MIB)
+    other = RowStore(tmp_path / "s", value_bytes=16, max_bytes=MIB)
     other.put(keys[3:6], values[3:6])
     one.put(keys[6:], values[6:])
     found, got = other.get(keys)
@@ -445,29 +445,29 @@ def test_a_file_removed_by_another_process_is_made_anew(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_content_is_set_aside_with_a_warning(tmp_path: Path) -> None:
     keys, values = some(3, 16)
-    Store(tmp_path / "s", value_bytes=16, max_bytes=MIB).put(keys, values)
+    RowStore(tmp_path / "s", value_bytes=16, max_bytes=MIB).put(keys, values)
     with pytest.warns(UserWarning, match=r"does not describe.*Found: .*Do: delete .*aside"):
-        other = Store(tmp_path / "s", value_bytes=8, max_bytes=MIB)
+        other = RowStore(tmp_path / "s", value_bytes=8, max_bytes=MIB)
     assert not other.get(keys)[0].any()
     assert len(list(tmp_path.glob("s.aside-*/rows.sqlite"))) == 1
 
 
 def test_every_flipped_byte_of_the_meta_file_is_noticed(tmp_path: Path) -> None:
     keys, values = some(1, 16)
-    Store(tmp_path / "s", value_bytes=16, max_bytes=MIB).put(keys, values)
+    RowStore(tmp_path / "s", value_bytes=16, max_bytes=MIB).put(keys, values)
     text = (tmp_path / "s" / "meta.json").read_bytes()
     assert json.loads(text) == {"schema": 3, "value_bytes": 16}
     for place in range(len(text)):
         meta = tmp_path / "s" / "meta.json"
         meta.write_bytes(text[:place] + bytes([text[place] ^ 4]) + text[place + 1 :])
         with pytest.warns(UserWarning, match="does not describe"):
-            store = Store(tmp_path / "s", value_bytes=16, max_bytes=MIB)
+            store = RowStore(tmp_path / "s", value_bytes=16, max_bytes=MIB)
         assert not store.get(keys)[0].any()
         store.put(keys, values)
 
 
 def test_a_row_of_another_process_is_found_while_both_run(tmp_path: Path) -> None:
-    one, other = (Store(tmp_path / "s", value_bytes=16, max_bytes=MIB) for _ in range(2))
+    one, other = (RowStore(tmp_path / "s", value_bytes=16, max_bytes=MIB) for _ in range(2))
     keys, values = some(9, 16)
     one.put(keys[:5], values[:5])
     assert other.get(keys)[0].tolist() == [True] * 5 + [False] * 4
@@ -482,9 +482,9 @@ import resource, signal, sys
 import numpy as np
 sys.path.insert(0, {tests!r})
 from test_distillation_cache import some
-from lightning_accel.distillation.store import Store
+from lightning_accel.distillation.row_store import Store
 keys, values = some(64, 5000)
-store = Store({folder!r}, value_bytes=5000, max_bytes=2**22)
+store = RowStore({folder!r}, value_bytes=5000, max_bytes=2**22)
 store.put(keys[:32], values[:32])
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a write beyond the limit ends the process in its middle
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -531,7 +531,7 @@ def test_a_writer_killed_in_the_middle_leaves_only_whole_values(tmp_path: Path, 
     assert run_child(script).returncode == -signal.SIGXFSZ
     assert limit < 2 or (tmp_path / "s" / "rows.sqlite-journal").stat().st_size > 512
     keys, values = some(64, 5000)
-    store = Store(tmp_path / "s", value_bytes=5000, max_bytes=2**22)
+    store = RowStore(tmp_path / "s", value_bytes=5000, max_bytes=2**22)
     found, got = store.get(keys)
     assert found.tolist() == [True] * 32 + [False] * 32, "what was there before, and no more"
     assert (got[found] == values[found]).all()
@@ -544,8 +544,8 @@ _AT_ANY_MOMENT = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_distillation_cache import some
-from lightning_accel.distillation.store import Store
-store = Store({folder!r}, value_bytes=2000, max_bytes=2**20)
+from lightning_accel.distillation.row_store import Store
+store = RowStore({folder!r}, value_bytes=2000, max_bytes=2**20)
 print("ready", flush=True)
 for seed in range(10_000):
     store.put(*some(16, 2000, seed % 50))
@@ -566,7 +566,7 @@ def test_writers_killed_at_any_moment_leave_only_whole_values(tmp_path: Path) ->
             time.sleep(wait_s)
             child.kill()
             child.wait()
-        store = Store(tmp_path / "s", value_bytes=2000, max_bytes=2**20)
+        store = RowStore(tmp_path / "s", value_bytes=2000, max_bytes=2**20)
         kept = 0
         for seed in range(50):
             keys, values = some(16, 2000, seed)
@@ -708,12 +708,12 @@ def test_one_changed_bit_another_teacher_and_other_settings_are_misses(tmp_path:
         teacher.rows = 0
         opened(tmp_path / "c", fingerprint, **options).look_up((x,), {}, teacher)
         assert teacher.rows == 4, (fingerprint, options)
-    cache = TeacherCache(tmp_path / "c", top_k=2, check_every=None)
+    cache = TeacherCache(tmp_path / "c", top_k=2, check_every_n_calls=None)
     cache.open("teacher", temperature=4.0)
     teacher.rows = 0
     cache.look_up((x,), {}, teacher)
     assert teacher.rows == 4, "the tail belongs to a temperature"
-    cache = TeacherCache(tmp_path / "c", check_every=None)
+    cache = TeacherCache(tmp_path / "c", check_every_n_calls=None)
     cache.open("teacher", temperature=4.0)
     teacher.rows = 0
     cache.look_up((x,), {}, teacher)
@@ -829,7 +829,10 @@ def test_the_cache_gives_the_device_and_no_gradient(tmp_path: Path) -> None:
 
 
 def test_a_hit_rate_below_the_minimum_after_the_first_views_switches_it_off(tmp_path: Path) -> None:
-    cache, teacher = TeacherCache(tmp_path / "c", min_hit_rate=0.5, check_every=None), Teacher()
+    cache, teacher = (
+        TeacherCache(tmp_path / "c", min_hit_rate=0.5, check_every_n_calls=None),
+        Teacher(),
+    )
     cache.open("teacher", views=2)
     for _ in range(2):
         cache.look_up((torch.randn(4, 6),), {}, teacher)
@@ -1022,7 +1025,7 @@ def test_a_copy_of_a_cache_is_configured_alike_and_closed(tmp_path: Path) -> Non
         for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):  # noqa: S301
             assert vars(twin) == vars(TeacherCache(tmp_path / "c", **{
                 name: getattr(cache, name)
-                for name in ("max_bytes", "top_k", "dtype", "min_hit_rate", "check_every")
+                for name in ("max_bytes", "top_k", "dtype", "min_hit_rate", "check_every_n_calls")
             }))  # fmt: skip
         cache.open("teacher")
         cache.look_up((torch.randn(2, 6),), {}, Teacher())

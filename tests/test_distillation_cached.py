@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from lessons import BOTH, Fit, Module, apart, data, fits, master, rows, teacher
+from distilling import BOTH, Fit, Module, apart, data, fits, master, rows, teacher
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -42,7 +42,7 @@ def counting(network: nn.Module) -> Counted:
 
 
 def exact(folder: Path, **kwargs: Any) -> TeacherCache:
-    return TeacherCache(folder, dtype="float32", check_every=None, **kwargs)
+    return TeacherCache(folder, dtype="float32", check_every_n_calls=None, **kwargs)
 
 
 def test_a_fit_with_an_exact_cache_equals_one_without_and_asks_each_row_once(
@@ -124,7 +124,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn_from_the_top_cla
         {"kd": {"weight": 1.0, "temperature": 3.0}},
         task_weight=0.0,
         cache=exact(tmp_path, top_k=2),
-        evidence_every=0,
+        diagnostics_every_n_steps=0,
     )
     fit(student, callback, batches=text())
     assert apart(student.net, guide) < 1e-5
@@ -172,7 +172,7 @@ def test_the_same_rows_in_another_order_are_known(fit: Fit, tmp_path: Path) -> N
     for batches in (data(), DataLoader(TensorDataset(*[t.flip(0) for t in rows().tensors]), 6)):
         counted = counting(master())
         cache = exact(tmp_path / "c")
-        callback = Distillation(counted, "kd", cache=cache, evidence_every=0)
+        callback = Distillation(counted, "kd", cache=cache, diagnostics_every_n_steps=0)
         fit(Module(), callback, batches=batches)
         asked.append(counted.rows)
     assert asked == [24 + 2 * 8, 0 + 2 * 6]  # rows, and the first batch twice to try the teacher

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import Fit, User, apart, fits
+from distilling import Fit, User, apart, fits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

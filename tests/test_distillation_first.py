@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import Fit, Manual, Module, apart, by_hand, fits, rows, teacher
+from distilling import Fit, Manual, Module, apart, by_hand, fits, rows, teacher
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -108,7 +108,7 @@ def left(fit: Fit, make: Callable[[], Any], *callbacks: Callback, batches: Any =
 def test_the_users_code_runs_as_often_as_without_a_teacher(
     fit: Fit, make: Callable[[], Any], every: int
 ) -> None:
-    lesson = Distillation(teacher(), {"kd": 0.5}, evidence_every=every)
+    lesson = Distillation(teacher(), {"kd": 0.5}, diagnostics_every_n_steps=every)
     assert left(fit, make, lesson) == left(fit, make)
     assert lesson.shares["kd"] > 0  # measured, and nothing ran for it
 
@@ -200,7 +200,7 @@ class Blank(Manual):
 
 def test_a_student_that_comes_in_a_later_step_is_found(fit: Fit) -> None:
     model = Blank()
-    lesson = Distillation(teacher(), {"kd": 0.5}, evidence_every=0)
+    lesson = Distillation(teacher(), {"kd": 0.5}, diagnostics_every_n_steps=0)
     fit(model, lesson)
     plain = Blank()
     fit(plain)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import Fit, fits
+from distilling import Fit, fits
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -94,7 +94,9 @@ def seen(
         return (s - t).square().mean()
 
     got: list[Any] = []
-    distillation = Distillation(Teacher(make()), {"spy": {"loss": spy}}, evidence_every=0, **given)
+    distillation = Distillation(
+        Teacher(make()), {"spy": {"loss": spy}}, diagnostics_every_n_steps=0, **given
+    )
     fit(User(make(), step), distillation, batches=DataLoader([batch], batch_size=None))
     return got[0], got[1]
 
@@ -274,7 +276,7 @@ def test_positions_that_are_left_out_later_are_left_out_from_then_on(fit: Fit, a
     got: list[Any] = []
     step = lambda n, b: mean(each(n(b[0]), b[1]), b[2])  # noqa: E731
     batches = [(IDS, MIXED, KEEP | (index < at)) for index in range(at + 2)]
-    distillation = Distillation(Teacher(Net()), {"spy": {"loss": spy}}, evidence_every=0)
+    distillation = Distillation(Teacher(Net()), {"spy": {"loss": spy}}, diagnostics_every_n_steps=0)
     told = pytest.warns(UserWarning, match="6 positions in batch 20, after 4 steps.*pass `mask=`")
     with told if at > 16 else nullcontext():  # after those that are all looked at
         fit(User(Net(), step), distillation, batches=DataLoader(batches, batch_size=None), log_every_n_steps=20)  # type: ignore[arg-type]  # fmt: skip

@@ -16,6 +16,7 @@ from models.vit import ViT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_accel.distillation.forward_recorder import ForwardRecorder
 from lightning_accel.distillation.layers import Pair, pairs
 from lightning_accel.distillation.projector import (
     LAYOUTS,
@@ -28,7 +29,6 @@ from lightning_accel.distillation.projector import (
     narrowed,
     spec,
 )
-from lightning_accel.distillation.tape import Tape
 from lightning_accel.errors import NoEffect
 from lightning_accel.surgery import Select, follow
 
@@ -643,7 +643,7 @@ class TestNarrowing:
 
 
 def tapped(model: nn.Module, name: str, batch: Tensor) -> Tensor:
-    tape = Tape(model, [name])
+    tape = ForwardRecorder(model, [name])
     with tape.recording():
         model(batch)
     value = tape.records()[0].taps[name]

@@ -31,10 +31,10 @@ from lightning_accel.distillation.losses import (
     rkd,
     similarity_preserving,
 )
-from lightning_accel.distillation.losses.island import (
+from lightning_accel.distillation.losses.full_precision import (
     average,
     blank,
-    island,
+    full_precision,
     unit,
     valid_positions,
 )
@@ -733,7 +733,7 @@ def test_under_autocast_a_loss_is_the_float32_loss_of_the_same_values(
 
 
 def test_the_island_is_out_of_autocast() -> None:
-    @island()
+    @full_precision()
     def products(student: Tensor, teacher: Tensor, /) -> Tensor:
         return student @ teacher.T
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from lessons import (
+from distilling import (
     BOTH,
     Fit,
     apart,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import Fit, User, apart, fits
+from distilling import Fit, User, apart, fits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -42,7 +42,7 @@ def nets(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
 
 def fitted(fit: Fit, net: nn.Module, guide: nn.Module, step: Any, batch: Any, **given: Any) -> Any:
     model = User(net, step)
-    own = {"losses": {"kd": 1.0}, "task_weight": 0.0, "evidence_every": 0, **given}
+    own = {"losses": {"kd": 1.0}, "task_weight": 0.0, "diagnostics_every_n_steps": 0, **given}
     loader = DataLoader([batch], batch_size=None)
     fit(model, Distillation(Teacher(guide, precision="fp32"), **own), batches=loader)
     return model
@@ -278,7 +278,7 @@ def test_the_default_loss_takes_distributions_and_the_classes_of_maps(fit: Fit) 
     for make, x, y in cases:
         net, guide = make(), make()
         sgd = lambda parameters: torch.optim.SGD(parameters, 0.5)  # noqa: E731
-        learner = DistillationModule(copy.deepcopy(net), guide, {"kd": 1e-9}, optimizer=sgd, evidence_every=0)  # fmt: skip
+        learner = DistillationModule(copy.deepcopy(net), guide, {"kd": 1e-9}, optimizer=sgd, diagnostics_every_n_steps=0)  # fmt: skip
         fit(learner, batches=DataLoader([(x, y)], batch_size=None))
         F.cross_entropy(net(x), y).backward()
         torch.optim.SGD(net.parameters(), 0.5).step()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import Fit, apart, fits
+from distilling import Fit, apart, fits
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -81,7 +81,9 @@ def off(
     student, guide = make(), net()
     model = module(copy.deepcopy(student), loss)
     losses = losses or {"kd": {"weight": WEIGHT, "temperature": 2.0}}
-    own = Distillation(Teacher(guide, precision="fp32"), losses, task_weight=TASK, evidence_every=0)
+    own = Distillation(
+        Teacher(guide, precision="fp32"), losses, task_weight=TASK, diagnostics_every_n_steps=0
+    )
     fit(model, own, batches=DataLoader(batches(), batch_size=None), **kwargs)
     sgd = torch.optim.SGD(student.parameters(), 0.1)
     for index, batch in enumerate(batches()):
@@ -201,7 +203,9 @@ def test_the_shares_of_the_gradient_are_those_of_what_is_learned(fit: Fit) -> No
     shares = []
     for divided in (1.0, 4.0):
         model = ByHand(make_again(net), lambda o, b, i, by=divided: ce(o, b[1]) / by)
-        own = Distillation(Teacher(net(), precision="fp32"), {"kd": 0.5}, evidence_every=1)
+        own = Distillation(
+            Teacher(net(), precision="fp32"), {"kd": 0.5}, diagnostics_every_n_steps=1
+        )
         fit(model, own, batches=DataLoader(batches()[:1], batch_size=None))
         shares.append(own.shares["kd"])
     assert shares[0] == pytest.approx(shares[1], abs=1e-5)

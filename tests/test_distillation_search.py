@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import BOTH, Fit, Module, apart, fits, rows, teacher
+from distilling import BOTH, Fit, Module, apart, fits, rows, teacher
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from lessons import (
+from distilling import (
     BOTH,
     HINT,
     At,
@@ -40,8 +40,8 @@ from lightning_accel import (
     Distillation,
     StructuredPruning,
 )
-from lightning_accel.distillation import Teacher, evidence, losses
-from lightning_accel.distillation.tape import Tape
+from lightning_accel.distillation import Teacher, diagnostics, losses
+from lightning_accel.distillation.forward_recorder import ForwardRecorder
 from lightning_accel.errors import AccelError, NoEffect
 
 pytestmark = [
@@ -154,13 +154,13 @@ def test_a_few_classes_in_another_order_are_told_in_the_first_epoch(
 def test_a_few_labels_that_are_met_often_are_no_order_by_chance() -> None:
     labels = torch.cat([torch.tensor([1, 4, 6]).repeat(5), torch.arange(20)])
     chosen = torch.cat([torch.tensor([8, 2, 1]).repeat(5), torch.randint(20, (20,))])
-    evidence.check_order(chosen, labels)
+    diagnostics.check_order(chosen, labels)
     with pytest.raises(AccelError, match="another order"):
-        evidence.check_order(chosen[:15], labels[:15])
+        diagnostics.check_order(chosen[:15], labels[:15])
 
 
 def test_classes_that_are_confused_one_way_are_no_other_order() -> None:
-    order = evidence.Order()
+    order = diagnostics.ClassOrder()
     order.note(torch.tensor([0, 0, 2]).repeat(9), torch.tensor([0, 1, 2]).repeat(9))
     assert order.swapped() == {}
     order.note(torch.tensor([3]).repeat(4), torch.tensor([2]).repeat(4))  # 9 of 13 right
@@ -174,13 +174,13 @@ def test_a_few_samples_tell_two_classes_apart_where_the_teacher_knows_the_others
 ) -> None:
     labels = torch.tensor([0, 1, 2]).repeat_interleave(8)
     chosen = labels if known else (labels + torch.arange(24) % 2) % 3
-    order = evidence.Order()
+    order = diagnostics.ClassOrder()
     order.note(torch.cat([chosen, torch.tensor([4] * 3 + [3] * 5)]), torch.cat([labels, torch.tensor([3] * 3 + [4] * 5)]))  # fmt: skip
     assert order.swapped() == ({3: 4, 4: 3} if known else {})
 
 
 def test_a_weak_teacher_in_another_order_is_told_where_classes_are_compared() -> None:
-    order, labels = evidence.Order(), torch.arange(4).repeat(20)
+    order, labels = diagnostics.ClassOrder(), torch.arange(4).repeat(20)
     chosen = (labels + 1) % 4
     chosen[::3] = (labels[::3] + 2) % 4  # two of three samples of each label
     order.note(chosen, labels, classes=4)
@@ -500,7 +500,7 @@ def test_wrong_names_of_layers_are_told(fit: Fit, layers: str, said: str) -> Non
 
 def test_a_tape_keeps_inputs_and_outputs_only_while_it_records() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
-    tape, x = Tape(net, ["1@input", "1"]), torch.randn(4, 2)
+    tape, x = ForwardRecorder(net, ["1@input", "1"]), torch.randn(4, 2)
     net(x)
     assert tape.records() == []
     with tape.recording():
@@ -536,7 +536,9 @@ def test_convolutions_and_tokens_learn_from_each_other(fit: Fit, name: str) -> N
         (ViT, master(), "block: conv"),
     ):
         model = Module(student)
-        distillation = Distillation(teacher(guide), {name: {"layers": layers}}, evidence_every=1)
+        distillation = Distillation(
+            teacher(guide), {name: {"layers": layers}}, diagnostics_every_n_steps=1
+        )
         fit(model, distillation, max_epochs=1)
         assert distillation.shares[name] > 1e-3
         assert all(p.isfinite().all() for p in model.parameters())

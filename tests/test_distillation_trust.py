@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lessons import At, Fit, Module, apart, data, fits, master, teacher
+from distilling import At, Fit, Module, apart, data, fits, master, teacher
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -147,7 +147,7 @@ def test_the_teacher_runs_now_and_then_and_never_when_told_so(tmp_path: Path) ->
         (8, 2 * 4 + 2 * 1),
     ):  # 1, 2, 4, 8 and 16, on the whole and a part
         rows.clear()
-        cache = opened(tmp_path / str(every), check_every=every)
+        cache = opened(tmp_path / str(every), check_every_n_calls=every)
         for _ in range(16):
             cache.look_up((x,), {}, run)
         assert len(rows) == expected
@@ -203,7 +203,9 @@ class Guide(nn.Module):
 def test_a_teacher_that_answers_differently_next_time_is_not_cached(
     fit: Fit, tmp_path: Path, kind: str, said: str
 ) -> None:
-    lesson = Distillation(teacher(Guide(kind)), "kd", cache=tmp_path / "c", evidence_every=0)
+    lesson = Distillation(
+        teacher(Guide(kind)), "kd", cache=tmp_path / "c", diagnostics_every_n_steps=0
+    )
     with pytest.warns(UserWarning, match=f"cannot be cached.*Found: teacher 0, Guide, {said}.*Do:"):
         fit(Module(), lesson)
     assert not list(tmp_path.rglob("*.sqlite"))
@@ -225,7 +227,7 @@ def test_a_teacher_that_moves_answers_each_batch_once(
 
     guide, model, called = Guide(kind), Seeds(), []
     guide.register_forward_hook(lambda *_: called.append(1))
-    lesson = Distillation(teacher(guide), "kd", cache=cache, evidence_every=1)
+    lesson = Distillation(teacher(guide), "kd", cache=cache, diagnostics_every_n_steps=1)
     student, hand = copy.deepcopy(model.net), Guide(kind).eval()
     fit(model, lesson)
     sgd = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9)
@@ -260,10 +262,10 @@ def test_a_teacher_that_is_changed_between_steps_gives_its_new_answers(
 ) -> None:
     students = []
     before = torch.get_float32_matmul_precision()
-    for cache in (None, TeacherCache(tmp_path / "c", dtype="float32", check_every=None)):
+    for cache in (None, TeacherCache(tmp_path / "c", dtype="float32", check_every_n_calls=None)):
         guide, model = Guide(), Module()
         at = At(lambda trainer, *_, guide=guide: trainer.global_step == 3 and change(guide))
-        lesson = Distillation(teacher(guide), "kd", cache=cache, evidence_every=0)
+        lesson = Distillation(teacher(guide), "kd", cache=cache, diagnostics_every_n_steps=0)
         fit(model, lesson, at)
         torch.set_float32_matmul_precision(before)
         students.append(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lessons import Fit, fits
+from distilling import Fit, fits
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -135,7 +135,12 @@ class Watches(LightningModule):
 def test_every_epoch_shows_another_view_wherever_the_views_are_held(fit: Fit, nest: str) -> None:
     views, model = SeededViews(Noise(), 3), Watches()
     batches = NESTS[nest](views)
-    fit(model, Distillation(nn.Linear(3, 2), evidence_every=0), batches=batches, max_epochs=3)
+    fit(
+        model,
+        Distillation(nn.Linear(3, 2), diagnostics_every_n_steps=0),
+        batches=batches,
+        max_epochs=3,
+    )
     items = {"a subset": 3, "a split": 2, "deep": 2, "several columns": 2}.get(nest, 4)
     assert len(model.seen) == 3 * items
 
@@ -147,7 +152,7 @@ def test_views_of_a_data_module_that_loads_anew_hear_of_the_epoch(fit: Fit) -> N
 
     model = Watches()
     fit(
-        model, Distillation(nn.Linear(3, 2), evidence_every=0), batches=Data(),
+        model, Distillation(nn.Linear(3, 2), diagnostics_every_n_steps=0), batches=Data(),
         max_epochs=3, reload_dataloaders_every_n_epochs=1,
     )  # fmt: skip
     assert len(model.seen) == 6

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_accel.surgery.footprint import Footprint, observe
-from lightning_accel.surgery.named import Code, Named
+from lightning_accel.surgery.named import FunctionReads, Named
 
 SCALE = 1.0
 GAINS = [1.0]
@@ -288,7 +288,7 @@ def test_a_name_and_a_cell_that_are_bound_later_are_unbound_again(
         yield read
 
     steps = make()
-    code = Code(next(steps))
+    code = FunctionReads(next(steps))
     before = code.copy()
     assert next(steps)() == 5
     code.put_back(before)

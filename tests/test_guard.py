@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import StructuredPruning
 from lightning_accel.errors import AccelError, StructureMismatch
 from lightning_accel.pruning import prune, schedule
-from lightning_accel.pruning.guard import Guard
+from lightning_accel.pruning.rollback import Rollback
 from lightning_accel.pruning.target import Macs
 from lightning_accel.surgery import Structure, follow
 from lightning_accel.surgery.rng import random_state, set_random_state
@@ -388,7 +388,7 @@ def test_random_states_are_plain_and_come_back() -> None:
 
 
 def test_a_drop_of_exactly_the_budget_is_within_it() -> None:
-    guard = Guard(max_drop=0.01, monitor="acc", mode="max", patience=1)
+    guard = Rollback(max_drop=0.01, monitor="acc", mode="max", patience=1)
     guard.note({"acc": torch.tensor(0.95)})
     guard.begin(epoch=1, snapshot=None)
     guard.note({"acc": torch.tensor(0.94)})

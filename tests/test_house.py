@@ -20,10 +20,11 @@ YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 
 ADAPTERS = {
     "module.py",
-    "course.py",
+    "fit_state.py",
+    "sparse_training.py",
     "judge.py",
-    "manual.py",
-    "rehearsal.py",
+    "manual_steps.py",
+    "dry_run.py",
 }
 """Files of a technique beside its rooms: a LightningModule of ours, what a callback knows of a fit, of a step by hand,
 and what it tries on a copy before it."""

@@ -30,7 +30,7 @@ from torch.utils.data import (
 
 from lightning_accel.errors import Unsupported
 from lightning_accel.loading import (
-    Choice,
+    LoadingChoice,
     LoadingPlan,
     ResidentLoader,
     choose,
@@ -38,8 +38,8 @@ from lightning_accel.loading import (
     with_workers,
 )
 from lightning_accel.loading.choose import _Race
-from lightning_accel.loading.order import SameBatches
-from lightning_accel.loading.still import same
+from lightning_accel.loading.determinism import same
+from lightning_accel.loading.order import EquivalentLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # one core or two
 
@@ -353,7 +353,7 @@ def test_what_could_change_is_refused_with_its_reason_and_nothing_is_drawn(name:
 
 def test_reading_that_would_take_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("lightning_accel.loading.store.time", clock)
+    monkeypatch.setattr("lightning_accel.loading.tensor_store.time", clock)
     loader = DataLoader(taking(clock), 4)  # 22 items of a millisecond
     with pytest.raises(Unsupported, match="takes about"):
         resident(loader, limit_s=0.0219)
@@ -479,7 +479,7 @@ def test_an_epoch_under_way_goes_on_where_it_is(workers: int, begun: int, to: st
             batches = loader.adopt(batches)
         found += [[batch, torch.rand(1)] for batch in batches]
         found += [[batch, torch.rand(1)] for batch in loader]
-        if isinstance(loader, SameBatches):
+        if isinstance(loader, EquivalentLoader):
             loader.close()
         return found
 
@@ -543,7 +543,7 @@ def test_choose_takes_what_is_faster_and_leaves_everything_as_it_was(clock: Cloc
 AS_IS = [10.0, 10.2, 10.1, 9.9, 10.0]
 
 
-def raced(again: list[float], **ways: list[float]) -> Choice:
+def raced(again: list[float], **ways: list[float]) -> LoadingChoice:
     """Return what is chosen after these turns, in milliseconds; no clock is read."""
     loader = DataLoader(Items(), 4)
     race = _Race(loader, 0.0, torch.device("cpu"), 1.0)
@@ -676,4 +676,4 @@ def test_arguments_of_choose_are_checked(given: dict[str, Any]) -> None:
 
 def test_a_choice_for_another_loader_is_checked_again() -> None:
     with pytest.raises(Unsupported, match="list"):
-        Choice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1)).apply([1])
+        LoadingChoice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1)).apply([1])

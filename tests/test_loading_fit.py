@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from lightning_accel.errors import Unsupported
-from lightning_accel.loading import Choice, FastLoading, LoadingPlan, apply_choice, choose, resident
-from lightning_accel.loading.order import SameBatches
-from lightning_accel.loading.store import Store
+from lightning_accel.loading import (
+    FastLoading,
+    LoadingChoice,
+    LoadingPlan,
+    apply_choice,
+    choose,
+    resident,
+)
+from lightning_accel.loading.order import EquivalentLoader
+from lightning_accel.loading.tensor_store import TensorStore
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -155,7 +162,9 @@ def _first_of_list(self: Module, batch: Any, batch_idx: int) -> Tensor:
 
 def _ours(trainer: Trainer) -> list[Any]:
     loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop)
-    return [x for p in loops for x in p._combined_loader.flattened if isinstance(x, SameBatches)]  # type: ignore[union-attr]
+    return [
+        x for p in loops for x in p._combined_loader.flattened if isinstance(x, EquivalentLoader)
+    ]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +224,7 @@ def test_a_second_fit_starts_afresh(trainer_kwargs: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module, given = run([fast])
     assert_same(plain, module)
-    assert not any(isinstance(x, SameBatches) for x in given.flattened)
+    assert not any(isinstance(x, EquivalentLoader) for x in given.flattened)
     assert len([c for c in fast.receipt.changes if c.name == "train"]) == 1, "of the second alone"
 
 
@@ -228,7 +237,7 @@ def test_a_fit_that_fails_leaves_nothing(trainer_kwargs: dict[str, Any]) -> None
     trainer = Trainer(**trainer_kwargs, callbacks=[FastLoading(True, False), Fails()])
     with pytest.raises(RuntimeError, match="mine"):
         trainer.fit(Module(), given)
-    assert not any(isinstance(x, SameBatches) for x in given.flattened)
+    assert not any(isinstance(x, EquivalentLoader) for x in given.flattened)
     assert "process_dataloader" not in vars(trainer.strategy)
 
 
@@ -260,17 +269,17 @@ class Slow(Items):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    for name in ("choose", "store"):
+    for name in ("choose", "tensor_store"):
         monkeypatch.setattr(import_module(f"lightning_accel.loading.{name}"), "time", made)
     module = import_module("lightning_accel.loading.choose")
     monkeypatch.setattr(module, "_step", lambda ms, device: lambda batch: None)
 
-    def take(store: Store, indices: Any) -> Any:
+    def take(store: TensorStore, indices: Any) -> Any:
         made.spend()  # a batch of four at the price of one item
         return plain_take(store, indices)
 
-    plain_take = Store.take
-    monkeypatch.setattr(Store, "take", take)
+    plain_take = TensorStore.take
+    monkeypatch.setattr(TensorStore, "take", take)
     return made
 
 
@@ -298,9 +307,9 @@ def test_auto_measures_workers_after_the_first_epoch(
 ) -> None:
     steps: list[float] = []
 
-    def chosen(given: Any, *, step_ms: float, **rest: Any) -> Choice:
+    def chosen(given: Any, *, step_ms: float, **rest: Any) -> LoadingChoice:
         steps.append(step_ms)
-        return Choice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1))
+        return LoadingChoice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1))
 
     monkeypatch.setattr("lightning_accel.loading.callbacks.fast_loading.choose", chosen)
     for extra in ({}, {"reload_dataloaders_every_n_epochs": 1}):
@@ -317,7 +326,7 @@ def test_auto_measures_workers_after_the_first_epoch(
 class Applies(Callback):
     """What a tuner does: a choice, when training starts."""
 
-    def __init__(self, choice: Choice, undo: bool = False) -> None:
+    def __init__(self, choice: LoadingChoice, undo: bool = False) -> None:
         self.choice, self.undo = choice, undo
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -340,7 +349,7 @@ def test_a_choice_is_applied_to_a_running_trainer(
     store = resident(given).store if taken == "resident" else None
     plan = LoadingPlan(taken == "resident", 1 if taken == "workers=1" else None)
     assert plan.label == taken
-    choice = Choice(taken, 2.0, "why", plan=plan, store=store)
+    choice = LoadingChoice(taken, 2.0, "why", plan=plan, store=store)
     _, plain = fit(kwargs, [], train=loader(num_workers=workers, persistent_workers=workers > 0))
     callback = Applies(choice)
     _, module = fit(kwargs, [callback], train=given)
@@ -357,7 +366,7 @@ def test_a_real_choice_is_applied(trainer_kwargs: dict[str, Any], clock: Clock) 
 
 
 def test_a_loader_that_is_not_there_cannot_be_replaced(trainer_kwargs: dict[str, Any]) -> None:
-    choice = Choice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1))
+    choice = LoadingChoice("workers=1", 2.0, "", plan=LoadingPlan(num_workers=1))
     with pytest.raises(Unsupported, match="no such loader"):
         apply_choice(Trainer(**trainer_kwargs), choice)
     with pytest.raises(ValueError, match="kind"):

@@ -586,11 +586,11 @@ def test_another_lightning_is_left_alone_and_said_once(
     ("kwargs", "error"),
     [
         ({"log": 1}, TypeError), ({"log": None}, TypeError), ({"progress_bar": "yes"}, TypeError),
-        ({"sigterm_every": 0}, ValueError), ({"sigterm_every": -1}, ValueError),
-        ({"sigterm_every": 2.0}, TypeError), ({"sigterm_every": True}, TypeError),
-        ({"sigterm_every": float("nan")}, TypeError), ({"sigterm_every": None}, TypeError),
+        ({"sigterm_every_n_steps": 0}, ValueError), ({"sigterm_every_n_steps": -1}, ValueError),
+        ({"sigterm_every_n_steps": 2.0}, TypeError), ({"sigterm_every_n_steps": True}, TypeError),
+        ({"sigterm_every_n_steps": float("nan")}, TypeError), ({"sigterm_every_n_steps": None}, TypeError),
         ({"hooks": 0}, TypeError),
-        ({"log": False, "hooks": False, "progress_bar": False, "sigterm_every": 1}, ValueError),
+        ({"log": False, "hooks": False, "progress_bar": False, "sigterm_every_n_steps": 1}, ValueError),
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_be_meant_are_refused(kwargs: Any, error: type[Exception]) -> None:

@@ -31,10 +31,10 @@ from lightning_accel import AccelReport, StepMeter, StructuredPruning
 from lightning_accel.bridge import paced
 from lightning_accel.measure import (
     Comparison,
-    Latency,
+    LatencyStats,
+    MeasuredModel,
     Pace,
     Report,
-    Subject,
     Table,
     compare,
     contention,
@@ -479,8 +479,12 @@ def test_json_keeps_unrounded_numbers_and_writes_null_for_nan() -> None:
 def test_a_pair_of_known_speeds_gives_known_ratios() -> None:
     wide, narrow = nn.Linear(64, 8, bias=False), nn.Linear(64, 2, bias=False)
     x = torch.ones(1, 64)
-    dense = Subject(wide, {1: spin(0.002), 7: spin(0.002)}, spin(0.003), count_macs(wide, (x,)))
-    final = Subject(narrow, {1: spin(0.001), 7: spin(0.002)}, spin(0.001), count_macs(narrow, (x,)))
+    dense = MeasuredModel(
+        wide, {1: spin(0.002), 7: spin(0.002)}, spin(0.003), count_macs(wide, (x,))
+    )
+    final = MeasuredModel(
+        narrow, {1: spin(0.001), 7: spin(0.002)}, spin(0.001), count_macs(narrow, (x,))
+    )
     report = measure_pair(dense, final, budget_s=0.6)
     ratios = report.ratios
     assert (ratios.params, ratios.macs) == (4.0, 4.0)
@@ -493,7 +497,7 @@ def test_a_pair_of_known_speeds_gives_known_ratios() -> None:
 
 
 def test_the_file_has_exactly_the_promised_keys(tmp_path: Path) -> None:
-    side = Subject(
+    side = MeasuredModel(
         nn.Linear(4, 2),
         {1: lambda: None},
         lambda: None,
@@ -1028,7 +1032,7 @@ def test_a_gain_is_withheld_where_other_work_took_most_of_the_processor(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(contention, "_busy_seconds", lambda: 100 + (1 + others) * ticks.now)
     net = nn.Linear(2, 2)
-    dense, final = (Subject(net, {1: spin(s)}, spin(s)) for s in (0.002, 0.001))
+    dense, final = (MeasuredModel(net, {1: spin(s)}, spin(s)) for s in (0.002, 0.001))
     report = measure_pair(dense, final, budget_s=0.1)
     assert report.final.latency_ms["1"] == pytest.approx(1.0, rel=0.2)
     assert (report.ratios.latency != {}) == (report.ratios.steps_per_s is not None) == given
@@ -1039,12 +1043,12 @@ def test_a_gain_is_withheld_where_other_work_took_most_of_the_processor(
 
 def test_a_gain_whose_interval_says_nothing_is_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
     def compared(*_: Any, **__: Any) -> Comparison:
-        side = Latency(1.0, 0.1, 1.0, 9)
+        side = LatencyStats(1.0, 0.1, 1.0, 9)
         return Comparison(side, side, 93.62, 2.58, 285.95, 0.2)
 
     monkeypatch.setattr("lightning_accel.measure.report.compare", compared)
     net = nn.Linear(2, 2)
-    subject = Subject(net, {1: lambda: None}, step=lambda: None)
+    subject = MeasuredModel(net, {1: lambda: None}, step=lambda: None)
     report = measure_pair(subject, subject)
     assert report.ratios.latency == {}
     assert report.ratios.steps_per_s is None
@@ -1415,7 +1419,7 @@ def test_two_processes_report_once_and_count_all_samples(tmp_path: Path, root: P
 @timed
 def test_what_became_slower_is_said() -> None:
     net = nn.Linear(8, 8)
-    quick, long = (Subject(net, {1: spin(seconds)}) for seconds in (0.001, 0.002))
+    quick, long = (MeasuredModel(net, {1: spin(seconds)}) for seconds in (0.001, 0.002))
     slower = measure_pair(quick, long, budget_s=0.2)
     assert any("slower here: latency_1" in note for note in slower.extra["notes"])
     faster = measure_pair(long, quick, budget_s=0.2)

@@ -30,7 +30,7 @@ from lightning_accel import (
     WeightMasks,
 )
 from lightning_accel.errors import AccelError
-from lightning_accel.tuning import arena
+from lightning_accel.tuning import benchmark_pool
 from lightning_accel.tuning.search import Search
 
 pytestmark = [
@@ -50,7 +50,7 @@ def nothing_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return judge(self, technique, *given)._replace(verdict="not taken")
 
     monkeypatch.setattr(Search, "_judge", lose)
-    monkeypatch.setattr(arena, "_BLOCK_S", 1e-9)
+    monkeypatch.setattr(benchmark_pool, "_BLOCK_S", 1e-9)
     return judged
 
 
@@ -109,7 +109,7 @@ ALWAYS_ACT = {
     "Float8Linear": "computes in float8 from the first step on, or refuses",
     "Bf16Precision": "has short weights from the start",
     "XlaPrecision": "is of another device",
-    "Asked": "is added by Lightning itself, and only where a configuration asks for it",
+    "ConfiguredCallbacks": "is added by Lightning itself, and only where a configuration asks for it",
     "Objective": "is compared with a plain fit in test_objective.py: here, nothing logs its metric",
 }
 

@@ -137,7 +137,7 @@ def test_the_table_has_a_line_per_row_and_names_the_device() -> None:
 
 def told(ratio: float, low: float, high: float, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the table of a network whose layers, cut, are `ratio` times as fast."""
-    side = timing.Latency(1.0, 0.1, 1.0, 9)
+    side = timing.LatencyStats(1.0, 0.1, 1.0, 9)
     found = timing.Comparison(side, side, ratio, low, high, 1.0)
     monkeypatch.setattr("lightning_accel.pruning.target.compare", lambda *_, **__: found)
     rows = sensitivity(tiny.MLP(), calls_for(tiny.MLP), budget_s=0.1)

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_accel.precision import MatmulPrecision, matmul, matmul_precision, probe_matmul
-from lightning_accel.precision.matmul import Choice, Probe, choose, read, write
+from lightning_accel.precision.matmul import MatmulChoice, Probe, choose, read, write
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
@@ -274,7 +274,9 @@ def test_the_choice_is_said_once_with_its_reason(
     said: list[str] = []
     monkeypatch.setattr(adapter, "rank_zero_info", said.append)
     torch.set_float32_matmul_precision("high")
-    monkeypatch.setattr(adapter.matmul, "choose", lambda *_, **__: Choice("medium", "so it is"))
+    monkeypatch.setattr(
+        adapter.matmul, "choose", lambda *_, **__: MatmulChoice("medium", "so it is")
+    )
     callback = MatmulPrecision()
     for _ in range(2):
         trainer(callback).fit(Net())
@@ -316,7 +318,7 @@ _DDP = """
     warnings.filterwarnings("ignore")
     rank = int(os.environ.get("LOCAL_RANK", 0))
     short = sys.argv[2] == "short"  # rank 1 is another machine, on which "medium" computes in bfloat16
-    matmul.choose = lambda *a, **k: Choice("medium" if rank == 0 else "high", f"rank {rank}")
+    matmul.choose = lambda *a, **k: MatmulChoice("medium" if rank == 0 else "high", f"rank {rank}")
     matmul.probe_matmul = lambda *a: Probe(2.0, 3e-3 if short and rank else 3e-7, 3e-7)
     seen = []
     class Net(BoringModel):

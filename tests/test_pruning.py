@@ -1121,7 +1121,7 @@ class TestRefusals:
             fit(model, StructuredPruning(ratio=0.5, when=0))
 
     def test_spawned_ranks(self, trainer_kwargs: dict[str, Any]) -> None:
-        from lightning_accel.bridge.guards import refuse_spawn
+        from lightning_accel.bridge.checks import refuse_spawn
 
         trainer = Trainer(**{**trainer_kwargs, "strategy": "ddp_spawn", "devices": 2})
         with pytest.raises(Unsupported, match="strategy='ddp'"):
@@ -1133,7 +1133,7 @@ class TestRefusals:
     def test_sharded_strategies_name_the_alternative(self, name: str) -> None:
         from lightning.pytorch import strategies
 
-        from lightning_accel.bridge.guards import refuse_sharded
+        from lightning_accel.bridge.checks import refuse_sharded
 
         with pytest.raises(Unsupported, match="configure_model"):
             refuse_sharded(object.__new__(getattr(strategies, name)), "pruning")

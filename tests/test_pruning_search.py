@@ -260,7 +260,7 @@ def test_why_it_ended_is_told() -> None:
         ([good | {"exhausted": True}], "Nothing more could go"),
         ([good, bad | {"exhausted": True}], "No smaller step was left"),
     ]:
-        assert says in past.says(past.trade_off(history, 0.9, "max"), "score", history)
+        assert says in past.describe(past.trade_off(history, 0.9, "max"), "score", history)
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lightning_accel.measure import contention, race
-from lightning_accel.measure.contention import Load, Watch
-from lightning_accel.measure.race import Lane, Ratio, gain, run, tenth
+from lightning_accel.measure.contention import Load, LoadWatcher
+from lightning_accel.measure.race import BenchmarkCase, Ratio, p10, run, speedup
 
 CPU = torch.device("cpu")
 
@@ -44,23 +44,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def lanes_of(clock: Clock, **seconds: float) -> dict[str, Lane]:
-    return {name: Lane(clock.call(s, 0.1), CPU) for name, s in seconds.items()}
+def lanes_of(clock: Clock, **seconds: float) -> dict[str, BenchmarkCase]:
+    return {name: BenchmarkCase(clock.call(s, 0.1), CPU) for name, s in seconds.items()}
 
 
 def test_the_ratio_is_that_of_the_true_times(clock: Clock) -> None:
     lanes = lanes_of(clock, a=0.030, b=0.010)
     run(lanes, budget_s=10.0)
-    ratio, low, high = gain(lanes["a"], lanes["b"])
+    ratio, low, high = speedup(lanes["a"], lanes["b"])
     assert ratio == pytest.approx(3.0, rel=0.03) and low <= ratio <= high
-    assert gain(lanes["b"], lanes["a"]).ratio == pytest.approx(1 / ratio)
-    assert tenth(lanes["b"]) == pytest.approx(0.010, rel=0.05)
+    assert speedup(lanes["b"], lanes["a"]).ratio == pytest.approx(1 / ratio)
+    assert p10(lanes["b"]) == pytest.approx(0.010, rel=0.05)
 
 
 def test_equal_calls_are_no_different(clock: Clock) -> None:
-    lanes = {n: Lane(clock.call(0.01, 0.2, seed), CPU) for seed, n in enumerate("ab")}
+    lanes = {n: BenchmarkCase(clock.call(0.01, 0.2, seed), CPU) for seed, n in enumerate("ab")}
     run(lanes, budget_s=5.0)
-    ratio, low, high = gain(lanes["a"], lanes["b"])
+    ratio, low, high = speedup(lanes["a"], lanes["b"])
     assert ratio == pytest.approx(1.0, abs=0.03) and low < 1.02 and high > 0.98
 
 
@@ -70,17 +70,17 @@ def test_a_burst_of_other_work_hits_all_lanes_and_no_ratio(clock: Clock) -> None
     def slowed(seconds: float) -> Callable[[], None]:
         return lambda: clock.spend(seconds * (3 if clock.now < 2 else 1))
 
-    lanes = {name: Lane(slowed(s), CPU) for name, s in (("a", 0.02), ("b", 0.01))}
+    lanes = {name: BenchmarkCase(slowed(s), CPU) for name, s in (("a", 0.02), ("b", 0.01))}
     run(lanes, budget_s=4.0)
-    assert gain(lanes["a"], lanes["b"]).ratio == pytest.approx(2.0, rel=0.01)
+    assert speedup(lanes["a"], lanes["b"]).ratio == pytest.approx(2.0, rel=0.01)
 
 
 def test_fast_calls_are_repeated_within_a_block(clock: Clock) -> None:
-    lane = Lane(clock.call(1e-4), CPU, block_s=0.004)
+    lane = BenchmarkCase(clock.call(1e-4), CPU, block_s=0.004)
     assert lane.calls == pytest.approx(40, abs=1)
     lane.measure()
     assert lane.wall_s == [pytest.approx(1e-4)]
-    assert Lane(clock.call(1.0), CPU).calls == 1
+    assert BenchmarkCase(clock.call(1.0), CPU).calls == 1
 
 
 def test_the_warm_up_is_not_measured(clock: Clock) -> None:
@@ -90,7 +90,7 @@ def test_the_warm_up_is_not_measured(clock: Clock) -> None:
         clock.spend(9.0 if len(calls) < 2 else 0.01)
         calls.append(0)
 
-    lane = Lane(first_is_slow, CPU, warmup=2)
+    lane = BenchmarkCase(first_is_slow, CPU, warmup=2)
     run({"": lane}, budget_s=0.0)
     assert max(lane.wall_s) == pytest.approx(0.01)
 
@@ -110,7 +110,7 @@ def test_each_block_is_held_in_its_context_outside_the_clock(clock: Clock) -> No
         assert inside[-1]
         clock.spend(0.01)
 
-    lane = Lane(fn, CPU, around=around)
+    lane = BenchmarkCase(fn, CPU, around=around)
     lane.measure()
     assert lane.wall_s == [pytest.approx(0.01)]
 
@@ -132,7 +132,7 @@ def test_a_hopeless_lane_leaves_early_and_keeps_its_rounds(clock: Clock) -> None
     run(lanes, budget_s=3.0, baseline="plain")
     assert len(lanes["slow"].wall_s) == 3
     assert len(lanes["close"].wall_s) == len(lanes["plain"].wall_s) > 50
-    assert gain(lanes["plain"], lanes["slow"]).ratio == pytest.approx(1 / 3, rel=0.1)
+    assert speedup(lanes["plain"], lanes["slow"]).ratio == pytest.approx(1 / 3, rel=0.1)
 
 
 def test_without_a_baseline_nobody_leaves(clock: Clock) -> None:
@@ -153,15 +153,15 @@ def test_a_lane_that_fails_leaves_and_the_baseline_must_not(clock: Clock) -> Non
 
         return fn
 
-    lanes = {"plain": Lane(clock.call(0.01), CPU), "big": Lane(failing(6), CPU)}
+    lanes = {"plain": BenchmarkCase(clock.call(0.01), CPU), "big": BenchmarkCase(failing(6), CPU)}
     said: dict[str, Exception] = {}
     run(lanes, budget_s=0.5, baseline="plain", on_error=said.__setitem__)
     assert list(said) == ["big"] and isinstance(said["big"], torch.OutOfMemoryError)
     assert len(lanes["plain"].wall_s) > 10
     with pytest.raises(torch.OutOfMemoryError):
-        run({"big": Lane(failing(6), CPU)}, budget_s=0.5, baseline="big", on_error=print)
+        run({"big": BenchmarkCase(failing(6), CPU)}, budget_s=0.5, baseline="big", on_error=print)
     with pytest.raises(torch.OutOfMemoryError):
-        run({"big": Lane(failing(6), CPU)}, budget_s=0.5)
+        run({"big": BenchmarkCase(failing(6), CPU)}, budget_s=0.5)
 
 
 def test_the_order_within_a_round_changes_and_takes_no_random_numbers(clock: Clock) -> None:
@@ -175,10 +175,10 @@ def test_the_order_within_a_round_changes_and_takes_no_random_numbers(clock: Clo
         return fn
 
     before = torch.get_rng_state(), random.getstate()
-    lanes = {name: Lane(named(name), CPU, warmup=0) for name in "abc"}
+    lanes = {name: BenchmarkCase(named(name), CPU, warmup=0) for name in "abc"}
     order.clear()
     run(lanes, budget_s=0.0, fewest_rounds=12)
-    gain(lanes["a"], lanes["b"])
+    speedup(lanes["a"], lanes["b"])
     rounds = {tuple(order[i : i + 3]) for i in range(0, 36, 3)}
     assert len(rounds) > 3 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
@@ -192,17 +192,17 @@ def test_processor_time_tells_the_ratio_that_the_wall_hides(clock: Clock) -> Non
         clock.spend(0.01)
         clock.share = 1.0
 
-    lanes = {"plain": Lane(clock.call(0.02), CPU), "fast": Lane(robbed, CPU)}
+    lanes = {"plain": BenchmarkCase(clock.call(0.02), CPU), "fast": BenchmarkCase(robbed, CPU)}
     run(lanes, budget_s=2.0, clock="cpu", baseline="plain")
-    assert gain(*lanes.values()).ratio == pytest.approx(0.2, rel=0.01)
-    assert gain(*lanes.values(), clock="cpu").ratio == pytest.approx(2.0, rel=0.01)
+    assert speedup(*lanes.values()).ratio == pytest.approx(0.2, rel=0.01)
+    assert speedup(*lanes.values(), clock="cpu").ratio == pytest.approx(2.0, rel=0.01)
     assert len(lanes["fast"].wall_s) > 3  # by the wall clock it were hopeless
 
 
 def test_a_ratio_is_of_the_rounds_that_both_took_part_in() -> None:
-    lanes = [Lane(lambda: None, CPU, warmup=0) for _ in range(2)]
+    lanes = [BenchmarkCase(lambda: None, CPU, warmup=0) for _ in range(2)]
     lanes[0].wall_s, lanes[1].wall_s = [4.0, 4.0, 1.0, 1.0], [2.0, 2.0]
-    assert gain(*lanes) == Ratio(2.0, 2.0, 2.0)
+    assert speedup(*lanes) == Ratio(2.0, 2.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_other_work_counts_beyond_the_spare_cores(
     monkeypatch.setattr(
         contention, "_busy_seconds", lambda: 100 + clock.worked + others * clock.now
     )
-    watch = Watch()
+    watch = LoadWatcher()
     clock.share = share
     clock.spend(share * 10.0)
     load = watch.load()
@@ -241,13 +241,13 @@ def test_other_work_counts_beyond_the_spare_cores(
 
 
 def test_where_the_others_are_unknown_ones_own_idle_threads_tell(clock: Clock) -> None:
-    watch = Watch()
+    watch = LoadWatcher()
     clock.share = 0.5
     clock.spend(1.0)
     load = watch.load()
     assert load.others_cores is None and load.contended and "unknown" in str(load)
     clock.share = 1.0
-    watch = Watch()
+    watch = LoadWatcher()
     clock.spend(1.0)
     assert not watch.load().contended
 

@@ -438,7 +438,7 @@ def test_a_shuffle_that_nobody_can_put_back_is_found_at_once() -> None:
 def test_a_block_that_begins_to_differ_keeps_its_activations_with_one_loud_line() -> None:
     calls = iter(range(100))
     net = network(lambda block, x: x * next(calls) if block.epoch > 0 else x)
-    receipt = checkpoint_activations(net, check_every=3)
+    receipt = checkpoint_activations(net, check_every_n_calls=3)
     assert len(receipt.changes) == 2
     with pytest.warns(
         UserWarning, match=r"keeps its activations from now on.*after 2 comparisons"

@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_accel import StructuredPruning
 from lightning_accel.errors import NoEffect
 from lightning_accel.measure.timing import Comparison
-from lightning_accel.measure.timing import Latency as MeasuredLatency
+from lightning_accel.measure.timing import LatencyStats as MeasuredLatency
 from lightning_accel.pruning import plan
 from lightning_accel.pruning import target as target_file
 from lightning_accel.pruning.rounding import best_round_to, check_round_to, reach
 from lightning_accel.pruning.selection import kept_width
-from lightning_accel.pruning.target import Gone, Latency, Macs, Memory, Params, Target
+from lightning_accel.pruning.target import Latency, Macs, Memory, Params, RemovedUnits, Target
 from lightning_accel.recipe import build
 from lightning_accel.surgery import Cut, Kept, Structure, twin
 from lightning_accel.surgery.call import Call
@@ -44,19 +44,19 @@ class Chain:
             for i, width in enumerate(widths[1:-1])
         ]
 
-    def left(self, gone: Gone) -> list[int]:
+    def left(self, gone: RemovedUnits) -> list[int]:
         inner = [group.units - len(gone.get(group.name, ())) for group in self.groups]
         return [self.widths[0], *inner, self.widths[-1]]
 
-    def macs(self, gone: Gone) -> float:
+    def macs(self, gone: RemovedUnits) -> float:
         return len(self.calls[0].args[0]) * sum(
             a * b for a, b in itertools.pairwise(self.left(gone))
         )
 
-    def params(self, gone: Gone) -> int:
+    def params(self, gone: RemovedUnits) -> int:
         return sum(a * b + b for a, b in itertools.pairwise(self.left(gone)))
 
-    def cut(self, gone: Gone) -> Cut:
+    def cut(self, gone: RemovedUnits) -> Cut:
         kept = [None, *(self._rest(group, gone) for group in self.groups), None]
         changed: dict[str, Kept] = {}
         for i, (columns, rows) in enumerate(itertools.pairwise(kept)):
@@ -70,7 +70,7 @@ class Chain:
         return Cut(changed, Structure.of(self.model), attributes)
 
     @staticmethod
-    def _rest(group: Any, gone: Gone) -> torch.Tensor:
+    def _rest(group: Any, gone: RemovedUnits) -> torch.Tensor:
         removed = set(gone.get(group.name, ()))
         return torch.tensor([i for i in range(group.units) if i not in removed])
 
@@ -162,7 +162,7 @@ def test_the_batch_size_comes_from_the_example_unless_it_is_given() -> None:
 class Clock(Latency):
     """Time that is known: quadratic in the widths, on a plateau of 16 channels, with noise."""
 
-    def kept(self, graph: Any, gone: Gone) -> float:
+    def kept(self, graph: Any, gone: RemovedUnits) -> float:
         self.asked.append(1)  # type: ignore[attr-defined]
         return seconds(graph, gone) / seconds(graph, {}) * noise.uniform(0.98, 1.02)
 
@@ -170,7 +170,7 @@ class Clock(Latency):
 noise = random.Random(0)
 
 
-def seconds(graph: Any, gone: Gone) -> float:
+def seconds(graph: Any, gone: RemovedUnits) -> float:
     blocks = [graph.block * math.ceil(width / graph.block) for width in graph.left(gone)]
     return 1000.0 + sum(a * b for a, b in itertools.pairwise(blocks))
 
@@ -256,7 +256,7 @@ def test_a_latency_target_of_a_convolutional_network_is_met_from_below() -> None
 def test_the_multiple_of_the_machine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = Chain((64, 100, 100, 64))
 
-    def blocks_of_sixteen(self: Latency, graph: Any, gone: Gone) -> float:
+    def blocks_of_sixteen(self: Latency, graph: Any, gone: RemovedUnits) -> float:
         graph.block = 16
         return seconds(graph, gone) / seconds(graph, {})
 

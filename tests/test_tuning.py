@@ -28,11 +28,11 @@ from lightning_accel import AccelReport, AutoTune, BlockCompile, StructuredPruni
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.measure import contention
 from lightning_accel.measure.race import Ratio
-from lightning_accel.tuning import Settings, search, within
-from lightning_accel.tuning.candidates import TECHNIQUES, Contest, Skipped
+from lightning_accel.tuning import Settings, in_trainer, search
+from lightning_accel.tuning.candidates import TECHNIQUES, SearchSpace, SkippedCandidate
 from lightning_accel.tuning.replica import Replica
-from lightning_accel.tuning.report import Bar, Trial
-from lightning_accel.tuning.search import Found
+from lightning_accel.tuning.report import Trial, WaterfallStep
+from lightning_accel.tuning.search import SearchResult
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -62,7 +62,7 @@ class Picks:
     def __init__(self, build: Callable[[Settings], Replica], **given: Any) -> None:
         self.build, self.given = build, given
 
-    def run(self, contests: list[Contest], skipped: list[Skipped]) -> Found:
+    def run(self, contests: list[SearchSpace], skipped: list[SkippedCandidate]) -> SearchResult:
         Picks.searches += 1
         tried = [
             (c.technique, v) for c in contests for v in c.values if c.technique != "compilation"
@@ -76,9 +76,9 @@ class Picks:
                     replica.step()
         trials = [Trial(*one, "not taken", "as the test says") for one in tried]
         trials += [Trial(s.technique, s.value, "skipped", s.reason) for s in skipped]
-        bars = [Bar("plain", 2.0), Bar("+ all", 1.0, 2.0, 1.9, 2.1, 2.0)]
+        bars = [WaterfallStep("plain", 2.0), WaterfallStep("+ all", 1.0, 2.0, 1.9, 2.1, 2.0)]
         bars = bars if self.wanted != Settings() else bars[:1]
-        return Found(self.wanted, trials, bars, Ratio(1.0, 0.99, 1.01), [])
+        return SearchResult(self.wanted, trials, bars, Ratio(1.0, 0.99, 1.01), [])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,7 +92,7 @@ def _quick_garbage() -> Iterator[None]:
 
 @pytest.fixture
 def picks(monkeypatch: pytest.MonkeyPatch) -> type[Picks]:
-    monkeypatch.setattr(within, "Search", Picks)
+    monkeypatch.setattr(in_trainer, "Search", Picks)
     monkeypatch.setattr(Picks, "wanted", Settings())
     monkeypatch.setattr(Picks, "searches", 0)
     return Picks
@@ -722,13 +722,13 @@ def test_products_in_float32_are_found(
     found: list[bool] = []
 
     class Looking(Picks):
-        def run(self, contests: Any, skipped: Any) -> Found:
+        def run(self, contests: Any, skipped: Any) -> SearchResult:
             for precision in ("plain", "bf16"):
                 replica = self.build(Settings(precision=precision))
                 found.append(replica.has_float32_products())
             return super().run(contests, skipped)
 
-    monkeypatch.setattr(within, "Search", Looking)
+    monkeypatch.setattr(in_trainer, "Search", Looking)
     train(kind(), data(), [tuner()], **{**trainer_kwargs, "max_epochs": 1, **kwargs})
     assert found == [kind is Net and not kwargs, False]
 
@@ -745,7 +745,7 @@ def test_a_copy_repeats_its_step(
     found: list[Any] = []
 
     class Repeats(Picks):
-        def run(self, contests: Any, skipped: Any) -> Found:
+        def run(self, contests: Any, skipped: Any) -> SearchResult:
             for _ in range(2):
                 replica = self.build(Settings())
                 for steps in (0, 70):
@@ -756,7 +756,7 @@ def test_a_copy_repeats_its_step(
                     found.append(replica.gradients(0))
             return super().run(contests, skipped)
 
-    monkeypatch.setattr(within, "Search", Repeats)
+    monkeypatch.setattr(in_trainer, "Search", Repeats)
     train(kind(), data(), [tuner()], **{**trainer_kwargs, "max_epochs": 1})
     assert len(found) == 4
     for loss, gradients in found[1:]:
@@ -1010,7 +1010,7 @@ def test_several_steps_are_compared_over_which_the_modules_own_schedules_move(
     batches: list[Any] = []
 
     class Looks(Picks):
-        def run(self, contests: list[Contest], skipped: list[Skipped]) -> Found:
+        def run(self, contests: list[SearchSpace], skipped: list[SkippedCandidate]) -> SearchResult:
             replica = self.build(Settings())
             batches.extend(replica._batches[:3])
             for _ in range(2):
@@ -1018,7 +1018,7 @@ def test_several_steps_are_compared_over_which_the_modules_own_schedules_move(
                 found.append((replica.module.drop, replica.module.scale, replica.module._steps))
             return super().run(contests, skipped)
 
-    monkeypatch.setattr(within, "Search", Looks)
+    monkeypatch.setattr(in_trainer, "Search", Looks)
     model = Moving()
     weight, bias = model.net.weight.detach().clone(), model.net.bias.detach().clone()
     train(model, data(), [tuner()], **trainer_kwargs)
@@ -1062,12 +1062,12 @@ def test_products_in_float32_are_seen_until_autocast_takes_them(
     seen = {}
 
     class Looks(Picks):
-        def run(self, contests: list[Contest], skipped: list[Skipped]) -> Found:
+        def run(self, contests: list[SearchSpace], skipped: list[SkippedCandidate]) -> SearchResult:
             for settings in (Settings(), Settings(precision="bf16")):
                 seen[settings.label] = self.build(settings).has_float32_products()
             return super().run(contests, skipped)
 
-    monkeypatch.setattr(within, "Search", Looks)
+    monkeypatch.setattr(in_trainer, "Search", Looks)
     train(Net(), data(), [tuner()], **trainer_kwargs)
     assert seen == {"plain": True, "bf16": False}
 
@@ -1159,11 +1159,11 @@ def test_the_length_of_the_run_is_known(
     given: list[dict[str, Any]] = []
 
     class Notes(Picks):
-        def run(self, contests: Any, skipped: Any) -> Found:
+        def run(self, contests: Any, skipped: Any) -> SearchResult:
             given.append(self.given)
             return super().run(contests, skipped)
 
-    monkeypatch.setattr(within, "Search", Notes)
+    monkeypatch.setattr(in_trainer, "Search", Notes)
     for kwargs, steps in (
         ({"max_epochs": 3}, 24),
         ({"max_epochs": 3, "max_steps": 5}, 5),
@@ -1193,11 +1193,11 @@ def test_captured_code_of_the_user_stays(
     compiled(torch.ones(3))
 
     class Compiles(Picks):
-        def run(self, contests: Any, skipped: Any) -> Found:
+        def run(self, contests: Any, skipped: Any) -> SearchResult:
             torch.compile(lambda x: x - 1, backend=backend)(torch.ones(2))
             return super().run(contests, skipped)
 
-    monkeypatch.setattr(within, "Search", Compiles)
+    monkeypatch.setattr(in_trainer, "Search", Compiles)
     train(Net(), data(), [tuner()], **trainer_kwargs)
     compiled(torch.ones(3))
     assert len(frames) == 2  # the user's and the search's, none anew

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_accel import AutoTune
 from lightning_accel.loading import LoadingPlan
-from lightning_accel.loading.choose import Choice, Way
+from lightning_accel.loading.choose import Candidate, LoadingChoice
 from lightning_accel.measure.race import Ratio
 from lightning_accel.precision import UsePrecision
 from lightning_accel.recipe import build
@@ -33,7 +33,7 @@ from lightning_accel.tuning.numerics import (
     difference,
     verdict,
 )
-from lightning_accel.tuning.report import Bar, Rate, Trial
+from lightning_accel.tuning.report import BatchRate, Trial, WaterfallStep
 from lightning_accel.tuning.settings import _APPLIED
 from lightning_accel.tuning.sizes import resize
 
@@ -56,13 +56,13 @@ STILL = Difference(0.0, 1.0, 1.0)
 def full() -> TuneReport:
     return TuneReport(
         MANY,
-        [Bar("plain", 8.0), Bar("+ bf16 & <more>", 4.0, 2.0, 1.9, 2.1, 2.0)],
+        [WaterfallStep("plain", 8.0), WaterfallStep("+ bf16 & <more>", 4.0, 2.0, 1.9, 2.1, 2.0)],
         [
             Trial("precision", "bf16", "taken", "", 2.0, 1.9, 2.1),
             Trial("compilation", "whole", "not taken", "pays late", 1.1, 1.0, 1.2, 30.5, 9000),
             Trial("precision", "fp16", "skipped", "slow"),
         ],
-        [Rate(8, 100.5), Rate(4096, None, "out of memory")],
+        [BatchRate(8, 100.5), BatchRate(4096, None, "out of memory")],
         (1.01, 0.99, 1.02),
         steps=5000,
         numerics="low",
@@ -254,13 +254,15 @@ def test_ways_of_loading_are_told_with_their_gains_and_reasons(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ways = (
-        Way("as is", (10.0,)),
-        Way("resident", (5.6,), gain=Ratio(1.79, 1.7, 1.8)),
-        Way("workers=1", (7.8,), gain=Ratio(1.29, 1.2, 1.3), reason="another way is faster still"),
-        Way("workers=2", (140.0,), gain=Ratio(0.07, 0.06, 0.08), reason="slower: 0.07x"),
-        Way("pinned", skipped="no CUDA"),
+        Candidate("as is", (10.0,)),
+        Candidate("resident", (5.6,), gain=Ratio(1.79, 1.7, 1.8)),
+        Candidate(
+            "workers=1", (7.8,), gain=Ratio(1.29, 1.2, 1.3), reason="another way is faster still"
+        ),
+        Candidate("workers=2", (140.0,), gain=Ratio(0.07, 0.06, 0.08), reason="slower: 0.07x"),
+        Candidate("pinned", skipped="no CUDA"),
     )
-    choice = Choice("resident", 1.79, "", ways, LoadingPlan(in_memory=True))
+    choice = LoadingChoice("resident", 1.79, "", ways, LoadingPlan(in_memory=True))
     monkeypatch.setattr(data, "choose", lambda *_, **__: choice)
     monkeypatch.setattr(data, "_only_loader", lambda trainer: object())
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))

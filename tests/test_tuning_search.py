@@ -16,17 +16,17 @@ from torch import Tensor
 
 from lightning_accel.measure import contention, race
 from lightning_accel.measure.race import Ratio
-from lightning_accel.tuning import Settings, arena, search
-from lightning_accel.tuning.candidates import TECHNIQUES, Contest, Skipped
-from lightning_accel.tuning.search import Found, Search, Unpayable
-from lightning_accel.tuning.settings import words
+from lightning_accel.tuning import Settings, benchmark_pool, search
+from lightning_accel.tuning.candidates import TECHNIQUES, SearchSpace, SkippedCandidate
+from lightning_accel.tuning.search import Search, SearchResult, Unpayable
+from lightning_accel.tuning.settings import label_of
 
 STEP_S = 0.01
-PRECISION = Contest("precision", ("bf16",))
-MATMUL = Contest("matmul_precision", ("high", "medium"))
-OPTIMIZER = Contest("fused_optimizer", ("fused", "foreach"))
-ATTENTION = Contest("attention", ("math",))
-COMPILATION = Contest("compilation", ("blocks", "whole"))
+PRECISION = SearchSpace("precision", ("bf16",))
+MATMUL = SearchSpace("matmul_precision", ("high", "medium"))
+OPTIMIZER = SearchSpace("fused_optimizer", ("fused", "foreach"))
+ATTENTION = SearchSpace("attention", ("math",))
+COMPILATION = SearchSpace("compilation", ("blocks", "whole"))
 ALL = [PRECISION, MATMUL, OPTIMIZER, COMPILATION]
 
 
@@ -139,7 +139,7 @@ def _quick_garbage() -> Iterator[None]:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
     ticks = SimpleNamespace(perf_counter=lambda: made.now, process_time=lambda: made.worked)
-    for module in (race, contention, search, arena):
+    for module in (race, contention, search, benchmark_pool):
         monkeypatch.setattr(module, "time", ticks)
     monkeypatch.setattr(contention, "_busy_seconds", lambda: 0.0)
     return made
@@ -147,14 +147,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 def find(
     world: World,
-    *contests: Contest,
-    skipped: tuple[Skipped, ...] = (),
+    *contests: SearchSpace,
+    skipped: tuple[SkippedCandidate, ...] = (),
     numerics: str = "amp",
     steps: int = 10**6,
     budget_s: float = 60.0,
     budget_share: float = float("inf"),
     longest_s: float = float("inf"),
-) -> Found:
+) -> SearchResult:
     return Search(
         world.build,
         device=torch.device("cpu"),
@@ -166,11 +166,11 @@ def find(
     ).run(list(contests), list(skipped))
 
 
-def verdicts(found: Found) -> dict[str, str]:
+def verdicts(found: SearchResult) -> dict[str, str]:
     return {f"{t.technique} {t.value}": t.verdict for t in found.trials}
 
 
-def reason(found: Found, value: str) -> str:
+def reason(found: SearchResult, value: str) -> str:
     return next(t.reason for t in found.trials if t.value == value)
 
 
@@ -286,7 +286,7 @@ def test_five_percent_beside_plain_that_differs_by_four_is_no_gain(world: World)
     """As in a report of a user: 1.05x, and plain against plain 1.04x (1.02 to 1.08)."""
     world.noise, world.factors = 0.05, {"fused_optimizer fused": 1 / 1.05}
     twins(world, 1 / 1.04)
-    found = find(world, Contest("fused_optimizer", ("fused",)))
+    found = find(world, SearchSpace("fused_optimizer", ("fused",)))
     trial = found.trials[0]
     assert trial.ratio == pytest.approx(1.05, abs=0.02) and trial.low and trial.low > 1
     assert trial.verdict == "not taken" and "plain against plain is 1.0" in trial.reason
@@ -296,7 +296,7 @@ def test_five_percent_beside_plain_that_differs_by_four_is_no_gain(world: World)
 def test_a_gain_is_called_what_it_is(world: World, gain: float) -> None:
     world.factors = {"fused_optimizer fused": 1 / gain, "fused_optimizer foreach": 1 / 3}
     for values, taken in ((("fused",), "fused"), (("fused", "foreach"), "foreach")):
-        found = find(world, Contest("fused_optimizer", values))
+        found = find(world, SearchSpace("fused_optimizer", values))
         trial = next(t for t in found.trials if t.value == "fused")
         assert trial.ratio == pytest.approx(gain, rel=0.02)
         assert trial.low <= trial.ratio <= trial.high  # type: ignore[operator]
@@ -322,7 +322,7 @@ def test_both_tables_give_one_number_to_what_was_taken(world: World) -> None:
     assert len(taken) == 3 == len(found.bars) - 1
     by_label = {bar.label: bar.step_ratio for bar in found.bars}
     for trial in taken:
-        assert trial.ratio == by_label[f"+ {words(trial.technique, trial.value)}"]
+        assert trial.ratio == by_label[f"+ {label_of(trial.technique, trial.value)}"]
 
 
 def test_a_gain_within_what_plain_differs_from_plain_is_not_confirmed(world: World) -> None:
@@ -359,8 +359,8 @@ def test_a_step_that_gains_nothing_beside_the_others_says_what_it_gained_alone(
     found = find(
         world,
         PRECISION,
-        Contest("matmul_precision", ("high",)),
-        Contest("fused_optimizer", ("fused",)),
+        SearchSpace("matmul_precision", ("high",)),
+        SearchSpace("fused_optimizer", ("fused",)),
         ATTENTION,
     )
     trial = next(t for t in found.trials if t.technique == "matmul_precision")
@@ -471,7 +471,7 @@ def test_a_saving_below_the_cost_of_a_callback_is_not_taken(
     world: World, step_s: float, verdict: str
 ) -> None:
     world.step_s, world.factors = step_s, {"fused_optimizer fused": 0.9}
-    found = find(world, Contest("fused_optimizer", ("fused",)))
+    found = find(world, SearchSpace("fused_optimizer", ("fused",)))
     assert verdicts(found) == {"fused_optimizer fused": verdict}
     assert ("one more callback" in reason(found, "fused")) == (verdict == "not taken")
 
@@ -491,7 +491,10 @@ def test_the_faster_of_two_values_wins(world: World) -> None:
 
 
 def test_what_is_left_out_is_said_in_the_order_of_the_techniques(world: World) -> None:
-    skipped = (Skipped("float8", "tensorwise", "no CUDA"), Skipped("precision", "fp16", "slow"))
+    skipped = (
+        SkippedCandidate("float8", "tensorwise", "no CUDA"),
+        SkippedCandidate("precision", "fp16", "slow"),
+    )
     found = find(world, OPTIMIZER, MATMUL, skipped=skipped)
     order = [TECHNIQUES.index(t.technique) for t in found.trials]
     assert order == sorted(order) and len(order) == 6
@@ -572,8 +575,8 @@ def test_out_of_memory_in_the_waterfall_leaves_its_ends(world: World) -> None:
     found = find(
         world,
         PRECISION,
-        Contest("matmul_precision", ("medium",)),
-        Contest("fused_optimizer", ("fused",)),
+        SearchSpace("matmul_precision", ("medium",)),
+        SearchSpace("fused_optimizer", ("fused",)),
     )
     assert found.settings == Settings(
         precision="bf16", matmul_precision="medium", fused_optimizer="fused"

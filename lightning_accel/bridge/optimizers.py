@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 
 from lightning_accel.errors import Unsupported
-from lightning_accel.surgery.dropped import Entry, entries_of
+from lightning_accel.surgery.dropped import DroppedEntry, entries_of
 from lightning_accel.surgery.optimizers import Steps, is_optimizer, parameters_of, within
 from lightning_accel.surgery.owners import kept_by, owners
 from lightning_accel.surgery.shadows import Shadows
@@ -135,7 +135,7 @@ def beside_blocks(
     names: Mapping[int, str],
     shadows: Shadows,
     hidden: Sequence[Any] = (),
-) -> list[Entry]:
+) -> list[DroppedEntry]:
     """Return the entries that go with parameters of blocks, given by identity with their names."""
     if not names:
         return []

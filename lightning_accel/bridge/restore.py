@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_accel.bridge.guards import refuse_lazy
+from lightning_accel.bridge.checks import refuse_lazy
 from lightning_accel.bridge.hyper import as_values
 from lightning_accel.errors import StructureMismatch, explain, weights_alone
 from lightning_accel.surgery import Structure

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lightning_accel.arguments import one_of
 from lightning_accel.bridge import beside
-from lightning_accel.bridge.guards import is_built, refuse_compiled, refuse_lazy, refuse_mirror
+from lightning_accel.bridge.checks import is_built, refuse_compiled, refuse_lazy, refuse_mirror
 from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.bridge.restore import register
 from lightning_accel.errors import AccelError, NoEffect

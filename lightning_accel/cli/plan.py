@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lightning_accel.cli.subject import (
-    Subject,
+    NamedModel,
     add_subject,
     brings_data,
     found_in_code,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and 
     from lightning.pytorch import Trainer
 
 
-class Named(NamedTuple):
+class PlannedModel(NamedTuple):
     """A network with the calls to try it on, and its loss if there is one."""
 
     model: nn.Module
@@ -142,7 +142,7 @@ def picture(rows: Sequence[Row], *, share: float, measured: str) -> str:
     return bars_svg([row.name for row in rows], panels, title=title)
 
 
-def _named(args: argparse.Namespace) -> Named:
+def _named(args: argparse.Namespace) -> PlannedModel:
     subject = _subject(args)
     if args.example:
         subject = subject._replace(example=tuple(tensor(text) for text in args.example), data=None)
@@ -155,7 +155,7 @@ def _named(args: argparse.Namespace) -> Named:
         moved = torch.utils._pytree.tree_map(
             lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, (call.args, call.kwargs)
         )
-        return Named(subject.model.to(device), (Call("", *moved),))
+        return PlannedModel(subject.model.to(device), (Call("", *moved),))
     if not brings_data(subject.model, subject.data):
         raise ValueError(
             explain(
@@ -167,7 +167,7 @@ def _named(args: argparse.Namespace) -> Named:
     return _with_data(subject, args.device)
 
 
-def _subject(args: argparse.Namespace) -> Subject:
+def _subject(args: argparse.Namespace) -> NamedModel:
     if args.checkpoint is None:
         return subject_of(args)
     from lightning_accel.bridge.restore import load_from_checkpoint
@@ -181,10 +181,10 @@ def _subject(args: argparse.Namespace) -> Subject:
                 "say mymodels.lit:LitNet --checkpoint last.ckpt",
             )
         )
-    return Subject(load_from_checkpoint(found, args.checkpoint))
+    return NamedModel(load_from_checkpoint(found, args.checkpoint))
 
 
-def _with_data(subject: Subject, device: str) -> Named:
+def _with_data(subject: NamedModel, device: str) -> PlannedModel:
     """Take the calls of a training step on one batch, and its loss."""
     from lightning.pytorch.utilities import CombinedLoader
 
@@ -211,7 +211,7 @@ def _with_data(subject: Subject, device: str) -> Named:
             output = run_step(trainer, copy, batch, 0)
         return float((output["loss"] if isinstance(output, dict) else output).detach())
 
-    return Named(model, calls, loss)
+    return PlannedModel(model, calls, loss)
 
 
 def _quiet_trainer() -> Trainer:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and 
     from lightning.pytorch import Trainer
 
 
-class Subject(NamedTuple):
+class NamedModel(NamedTuple):
     """A network with what is known beside it."""
 
     model: nn.Module
@@ -47,7 +47,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def subject_of(args: argparse.Namespace) -> Subject:
+def subject_of(args: argparse.Namespace) -> NamedModel:
     """Build what the arguments name.
 
     Raises:
@@ -143,7 +143,7 @@ def is_data(value: Any) -> bool:
     return hasattr(value, "__iter__") and not batch
 
 
-def _of_made(name: str, made: Any) -> Subject:
+def _of_made(name: str, made: Any) -> NamedModel:
     model, beside = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -154,7 +154,9 @@ def _of_made(name: str, made: Any) -> Subject:
             )
         )
     trains = hasattr(model, "training_step")
-    return Subject(model, data=beside) if trains and is_data(beside) else Subject(model, beside)
+    return (
+        NamedModel(model, data=beside) if trains and is_data(beside) else NamedModel(model, beside)
+    )
 
 
 def _said(made: Any) -> str:
@@ -163,7 +165,7 @@ def _said(made: Any) -> str:
     return type(made).__name__
 
 
-def _from_config(path: Path, overrides: list[str], allow: list[str]) -> Subject:
+def _from_config(path: Path, overrides: list[str], allow: list[str]) -> NamedModel:
     from lightning_accel.recipe import build
     from lightning_accel.redact import unsaid
 
@@ -172,7 +174,7 @@ def _from_config(path: Path, overrides: list[str], allow: list[str]) -> Subject:
         made = build(config, allow=tuple(allow))
     if made.data is None:
         raise ValueError(explain("the configuration has no data", str(path), "choose a `data`"))
-    return Subject(made.model, data=made.data, trainer=made.trainer)
+    return NamedModel(made.model, data=made.data, trainer=made.trainer)
 
 
 def _composed(path: Path, overrides: list[str]) -> tuple[dict[Any, Any], set[str]]:

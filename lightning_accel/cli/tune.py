@@ -86,7 +86,7 @@ def _tuned(args: argparse.Namespace, arguments: dict[str, Any]) -> TuneReport:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightning_accel.tuning import AutoTune, tune
-    from lightning_accel.tuning.outside import tune_in
+    from lightning_accel.tuning.api import tune_in
 
     model, example, data, trainer = subject_of(args)
     if example is not None or not brings_data(model, data):

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_accel.compilation.region import (
     Backend,
-    Settings,
+    CompileSettings,
     attach,
     check,
     is_of_torch,
@@ -38,7 +38,7 @@ def compile_blocks(
     mode: str | None = None,
     dynamic: bool | None = None,
     fullgraph: bool = False,
-    check_every: int | None = 64,
+    check_every_n_calls: int | None = 64,
 ) -> Receipt:
     """Compile repeated blocks in place, each kind once; a network without repeats as a whole.
 
@@ -54,11 +54,11 @@ def compile_blocks(
         mode: A mode of the inductor backend, such as "reduce-overhead" or "max-autotune".
         dynamic: As in `torch.compile`: `None` lets sizes become dynamic when they change.
         fullgraph: Raise where a graph would break.
-        check_every: At how many calls a block is compared with itself uncompiled, besides its first, second, fourth
+        check_every_n_calls: At how many calls a block is compared with itself uncompiled, besides its first, second, fourth
             ... and those after changes; one that differs runs as it is from then on, with a warning. None for never.
 
     Raises:
-        ValueError: Unknown backend or mode, or `check_every` is below 1.
+        ValueError: Unknown backend or mode, or `check_every_n_calls` is below 1.
         NoEffect: There is nothing to compile, or all of it is compiled already by others.
 
     >>> net = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)])
@@ -67,8 +67,8 @@ def compile_blocks(
     """
     check(backend, mode)
     targets = find_blocks(model, select=select, blocks=blocks, itself=itself)
-    every = check_seldom(check_every)
-    return attach(targets, Settings(backend, mode, dynamic, fullgraph, every))
+    every = check_seldom(check_every_n_calls)
+    return attach(targets, CompileSettings(backend, mode, dynamic, fullgraph, every))
 
 
 def find_blocks(

@@ -65,7 +65,7 @@ class Capture:
         return [name for name in self.targets if name not in self.called]
 
 
-class Moment(NamedTuple):
+class CaptureCounts(NamedTuple):
     """Where dynamo's counters stood."""
 
     frames: int
@@ -74,10 +74,10 @@ class Moment(NamedTuple):
     time: float
 
 
-def now() -> Moment:
+def now() -> CaptureCounts:
     """Read dynamo's counters; cheap enough for every call of a block."""
     utils = torch._dynamo.utils
-    return Moment(
+    return CaptureCounts(
         utils.counters["frames"]["total"],
         utils.counters["stats"]["unique_graphs"],
         len(utils.graph_break_reasons),
@@ -85,7 +85,7 @@ def now() -> Moment:
     )
 
 
-def note(capture: Capture, since: Moment) -> None:
+def note(capture: Capture, since: CaptureCounts) -> None:
     """Add to `capture` what dynamo did since a moment, if anything."""
     utils = torch._dynamo.utils
     if utils.counters["frames"]["total"] == since.frames:

@@ -22,7 +22,7 @@ from torch import nn
 
 from lightning_accel.arguments import one_of
 from lightning_accel.compilation.explain import Capture, note, now, runs_cached_graphs
-from lightning_accel.compilation.guard import Code
+from lightning_accel.compilation.recompile_policy import CompiledCode
 from lightning_accel.compilation.sample import Samples
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import Change, Receipt
@@ -36,20 +36,22 @@ _REASONS = 16
 
 
 @dataclass(frozen=True)
-class Settings:
+class CompileSettings:
     """What is handed to `torch.compile`, and at how many calls a block is compared with itself uncompiled."""
 
     backend: Backend = "inductor"
     mode: str | None = None
     dynamic: bool | None = None
     fullgraph: bool = False
-    check_every: int | None = None
+    check_every_n_calls: int | None = None
 
 
-class Kind:
+class BlockKind:
     """One kind of block: the functions that its blocks share, and what they captured."""
 
-    def __init__(self, signature: tuple[Any, ...], settings: Settings, capture: Capture) -> None:
+    def __init__(
+        self, signature: tuple[Any, ...], settings: CompileSettings, capture: Capture
+    ) -> None:
         self.signature = signature
         self.settings = settings
         self.capture = capture
@@ -58,12 +60,12 @@ class Kind:
         self.eval = self._code(f"{label} in evaluation")
         self.refuse = False
 
-    def fits(self, signature: tuple[Any, ...], settings: Settings) -> bool:
+    def fits(self, signature: tuple[Any, ...], settings: CompileSettings) -> bool:
         return (self.signature, self.settings) == (signature, settings)
 
-    def again(self) -> Kind:
+    def again(self) -> BlockKind:
         """Return the same kind with new code, which knows what batches to expect."""
-        new = Kind(self.signature, self.settings, self.capture)
+        new = BlockKind(self.signature, self.settings, self.capture)
         new.train.sizes, new.eval.sizes = self.train.sizes, self.eval.sizes
         new.refuse = self.refuse
         return new
@@ -86,9 +88,9 @@ class Kind:
                 "make the warm-up longer, give it inputs of one shape, or pass on_recompile='eager'",
             )
 
-    def _code(self, name: str) -> Code:
+    def _code(self, name: str) -> CompiledCode:
         settings = self.settings
-        return Code(
+        return CompiledCode(
             name,
             self.missed,
             backend=settings.backend,
@@ -105,14 +107,14 @@ class Region:
     with hooks of its own shares no graph with others, and one that gets or loses hooks gets new graphs.
     """
 
-    def __init__(self, module: nn.Module, name: str, kind: Kind) -> None:
+    def __init__(self, module: nn.Module, name: str, kind: BlockKind) -> None:
         self.module = module
         self.name = name
         self.kind = kind
         self.capture = kind.capture
         self.hooks = _hooks(module)
         self.inner_hooks = _inner_hooks(module)
-        every, backend = kind.settings.check_every, kind.settings.backend
+        every, backend = kind.settings.check_every_n_calls, kind.settings.backend
         self.samples = None if every is None else Samples(module, backend, every)
 
     def is_current(self) -> bool:
@@ -163,7 +165,9 @@ def region(module: nn.Module) -> Region | None:
     return found if isinstance(found, Region) else None
 
 
-def attach(targets: dict[str, nn.Module], settings: Settings, renew: bool = False) -> Receipt:
+def attach(
+    targets: dict[str, nn.Module], settings: CompileSettings, renew: bool = False
+) -> Receipt:
     """Compile modules by name, those alike as one kind; what is compiled so already stays.
 
     Args:
@@ -171,7 +175,7 @@ def attach(targets: dict[str, nn.Module], settings: Settings, renew: bool = Fals
         settings: How to compile.
         renew: Take new code also where it fits.
     """
-    kinds: dict[tuple[Any, ...], Kind] = {}
+    kinds: dict[tuple[Any, ...], BlockKind] = {}
     changes = []
     for name, module in targets.items():
         same, present = signature(module), region(module)
@@ -180,7 +184,7 @@ def attach(targets: dict[str, nn.Module], settings: Settings, renew: bool = Fals
             kinds.setdefault(key, present.kind)
             continue
         if key not in kinds:
-            kinds[key] = Kind(same, settings, Capture([name], type(module).__name__))
+            kinds[key] = BlockKind(same, settings, Capture([name], type(module).__name__))
         elif name not in kinds[key].capture.targets:
             kinds[key].capture.targets.append(name)
         module._compiled_call_impl = Region(module, name, kinds[key])
@@ -307,7 +311,7 @@ def is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-def _kinds(model: nn.Module) -> Iterator[Kind]:
+def _kinds(model: nn.Module) -> Iterator[BlockKind]:
     kinds = (r.kind for m in model.modules() if (r := region(m)) is not None)
     yield from {id(kind): kind for kind in kinds}.values()
 

@@ -46,7 +46,7 @@ class Samples:
     Args:
         module: The block.
         backend: What compiled it: whether its random numbers are those of eager code.
-        check_every: At how many calls, besides those named above.
+        check_every_n_calls: At how many calls, besides those named above.
 
     Attributes:
         reason: Why the block runs as it is, or "" while it is compiled.
@@ -55,9 +55,9 @@ class Samples:
         num_checked: Comparisons so far.
     """
 
-    def __init__(self, module: nn.Module, backend: Any, check_every: int) -> None:
+    def __init__(self, module: nn.Module, backend: Any, check_every_n_calls: int) -> None:
         self.module = module
-        self.check_every = check_every
+        self.check_every_n_calls = check_every_n_calls
         self.reason = ""
         self.left_out = _not_comparable(module)
         self.error = 0.0
@@ -78,7 +78,7 @@ class Samples:
             return False
         mode = self.module.training
         number = self._count[mode] = self._count[mode] + 1
-        due = self._asked or is_due(number, self.check_every) or self._has_changed(number)
+        due = self._asked or is_due(number, self.check_every_n_calls) or self._has_changed(number)
         return due and _is_plain_world()
 
     def compare(self, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:

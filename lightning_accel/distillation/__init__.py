@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 from lightning_accel.distillation import losses
 from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.schedule import Moment, Ramp
+from lightning_accel.distillation.loss_term import LossTerm
+from lightning_accel.distillation.schedule import FitProgress, Schedule
 from lightning_accel.distillation.teacher import Teacher
-from lightning_accel.distillation.term import Term
 from lightning_accel.distillation.views import SeededViews
 from lightning_accel.lazy import lazily
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Distillation",
     "DistillationModule",
-    "Moment",
-    "Ramp",
+    "FitProgress",
+    "LossTerm",
+    "Schedule",
     "SeededViews",
     "Teacher",
     "TeacherCache",
-    "Term",
     "losses",
 ]
 

@@ -21,10 +21,10 @@ from torch import Tensor
 _SHORT_IDS = 2**16
 
 
-class Entry(NamedTuple):
+class RowField(NamedTuple):
     """One tensor of an answer: its name, shape for one row, type on disk and type in use.
 
-    >>> Entry("logits", (3,), torch.float16, torch.float32).row_bytes
+    >>> RowField("logits", (3,), torch.float16, torch.float32).row_bytes
     8
     """
 
@@ -39,14 +39,14 @@ class Entry(NamedTuple):
         return -(-math.prod(self.shape) * self.stored.itemsize // 8) * 8
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """What one row of an answer looks like, as bytes.
 
-    >>> Layout((Entry("logits", (10,), torch.float16, torch.float32),)).row_bytes
+    >>> RowLayout((RowField("logits", (10,), torch.float16, torch.float32),)).row_bytes
     24
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[RowField, ...]
 
     @property
     def row_bytes(self) -> int:
@@ -86,7 +86,7 @@ class Answer(NamedTuple):
     (torch.Size([2, 8]), [True, False], [0.0999755859375, 70000.0])
     """
 
-    layout: Layout
+    layout: RowLayout
     tensors: dict[str, Tensor]
     packed: Tensor
     finite: np.ndarray
@@ -107,7 +107,7 @@ class Answer(NamedTuple):
         device = parts[0].device
         good = [part.to(device) for part in finite] or [torch.ones(len(parts[0]), dtype=torch.bool)]
         return cls(
-            Layout(tuple(entries)),
+            RowLayout(tuple(entries)),
             tensors,
             torch.cat([part.to(device) for part in parts], dim=1),
             torch.stack(good).all(0).cpu().numpy(),
@@ -145,13 +145,13 @@ class Answer(NamedTuple):
         return answers
 
 
-def _entry_of(name: str, tensor: Tensor, stored: torch.dtype) -> tuple[Entry, Tensor]:
+def _entry_of(name: str, tensor: Tensor, stored: torch.dtype) -> tuple[RowField, Tensor]:
     """Return how a tensor is kept, and it in that type."""
     shape = tuple(tensor.shape[1:])
     if tensor.is_floating_point():
-        return Entry(name, shape, stored, torch.float32), tensor.to(stored)
+        return RowField(name, shape, stored, torch.float32), tensor.to(stored)
     ids = name == "logits_ids"
-    return Entry(name, shape, tensor.dtype, torch.int64 if ids else tensor.dtype), tensor
+    return RowField(name, shape, tensor.dtype, torch.int64 if ids else tensor.dtype), tensor
 
 
 def _held(rounded: Tensor, was: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ A folder that others can write is safe to use, and shared by one's own processes
 
     <folder>/<teacher>/teacher.json          fingerprint and settings, one folder for each teacher
     <folder>/<teacher>/<layout>/meta.json    names, shapes and types of one row
-    <folder>/<teacher>/<layout>/rows.sqlite  rows (`store`), shared by all processes
+    <folder>/<teacher>/<layout>/rows.sqlite  rows (`row_store`), shared by all processes
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lightning_accel.arguments import one_of, path, share, whole
+from lightning_accel.distillation.row_store import SCHEMA, RowStore, bytes_in
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.seal import own_folder, put, sealed, secret
 from lightning_accel.seldom import check_seldom
 
-from .answers import Answer, Layout, digest, short_ids
+from .answers import Answer, RowLayout, digest, short_ids
 from .checks import EXACT, Checks, alike, try_rows
 from .folder import layouts_in, remove_unused
 from .keys import row_keys
-from .store import SCHEMA, Store, bytes_in
 from .topk import compress
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Tensor]]
@@ -61,7 +61,7 @@ class TeacherCache:
         top_k: Keep this many of the answer "logits" and the tail; all of them when None.
         dtype: What floating-point answers are rounded to: "float16", "bfloat16" or "float32".
         min_hit_rate: Share of rows, 0..1, below which an epoch switches the cache off.
-        check_every: At how many look-ups the teacher runs all the same, on the whole batch and on a part of it,
+        check_every_n_calls: At how many look-ups the teacher runs all the same, on the whole batch and on a part of it,
             besides the first, second, fourth, eighth ... None for never.
 
     Raises:
@@ -86,14 +86,14 @@ class TeacherCache:
         top_k: int | None = None,
         dtype: StoredIn = "float16",
         min_hit_rate: float = 0.05,
-        check_every: int | None = 1000,
+        check_every_n_calls: int | None = 1000,
     ) -> None:
         self.folder = path("folder", folder)
         self.max_bytes = whole("max_bytes", max_bytes)
         self.top_k = whole("top_k", top_k, none=True)
         self.dtype = one_of("dtype", dtype, DTYPES)
         self.min_hit_rate = share("min_hit_rate", min_hit_rate)
-        self.check_every = check_seldom(check_every)
+        self.check_every_n_calls = check_seldom(check_every_n_calls)
         self.hits = 0
         self.rows = 0
         self._enabled = True
@@ -103,8 +103,8 @@ class TeacherCache:
         self._checks: Checks | None = None
         self._home: Path | None = None
         self._salt = self._key = b""
-        self._stores: dict[Layout, Store] = {}
-        self._known: dict[Any, list[Layout]] = {}
+        self._stores: dict[RowLayout, RowStore] = {}
+        self._known: dict[Any, list[RowLayout]] = {}
 
     @property
     def enabled(self) -> bool:
@@ -133,7 +133,7 @@ class TeacherCache:
             tolerance: How much of its largest number an answer may differ by from one batch to another.
         """
         self.close()
-        self._tolerance, self._checks = tolerance, Checks(self.check_every)
+        self._tolerance, self._checks = tolerance, Checks(self.check_every_n_calls)
         self._enabled, self._epochs, self._views = True, 0, views
         self.hits = self.rows = 0
         self._temperature = temperature if self.top_k else 1.0
@@ -257,7 +257,7 @@ class TeacherCache:
         self._home = None
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("folder", "max_bytes", "top_k", "dtype", "min_hit_rate", "check_every")
+        names = ("folder", "max_bytes", "top_k", "dtype", "min_hit_rate", "check_every_n_calls")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -273,7 +273,7 @@ class TeacherCache:
         keys: np.ndarray,
         call: tuple[tuple[Any, ...], dict[str, Any]],
         run: Run,
-        known: tuple[Layout | None, np.ndarray, np.ndarray],
+        known: tuple[RowLayout | None, np.ndarray, np.ndarray],
     ) -> dict[str, Tensor]:
         """Let the teacher answer the whole batch, and compare: with a part of it, and with what is on disk."""
         layout, found, values = known
@@ -310,7 +310,7 @@ class TeacherCache:
             answers["logits_ids"] = short_ids(ids, classes)
         return answers
 
-    def _read(self, form: Any, keys: np.ndarray) -> tuple[Layout | None, np.ndarray, np.ndarray]:
+    def _read(self, form: Any, keys: np.ndarray) -> tuple[RowLayout | None, np.ndarray, np.ndarray]:
         """Look for rows among the layouts that fit; the form of the input tells which, once known."""
         try:
             for layout in self._known.get(form, list(self._stores)):
@@ -337,10 +337,10 @@ class TeacherCache:
         except OSError as error:
             self._give_up(error)
 
-    def _store(self, layout: Layout) -> Store:
+    def _store(self, layout: RowLayout) -> RowStore:
         assert self._home is not None
         if layout not in self._stores:
-            self._stores[layout] = Store(
+            self._stores[layout] = RowStore(
                 self._home / layout.digest,
                 value_bytes=layout.row_bytes,
                 max_bytes=self.max_bytes,
@@ -350,7 +350,7 @@ class TeacherCache:
             )
         return self._stores[layout]
 
-    def _seal(self, layout: Layout) -> bytes:
+    def _seal(self, layout: RowLayout) -> bytes:
         """Return what proves that a row of this layout, of this teacher, was written by this user."""
         return sealed(self._key, self._salt, layout.digest.encode())
 

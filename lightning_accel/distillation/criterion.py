@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from lightning_accel.distillation.tape import Record
+from lightning_accel.distillation.forward_recorder import ForwardRecord
 
 CLASSES, LABELS, NUMBERS, SOFTMAX = "classes", "labels", "numbers", "softmax"
 """One class out of several; any number of labels at once; numbers, as in a regression."""
@@ -146,7 +146,7 @@ class Listener(TorchFunctionMode):
 class Hearing(NamedTuple):
     """What was heard around one call of the student, and the loss that hangs on it where that is known."""
 
-    record: Record
+    record: ForwardRecord
     calls: Sequence[Heard]
     task: Tensor | None = None
 

@@ -11,24 +11,24 @@ from pathlib import Path
 
 import torch
 
+from lightning_accel.distillation.row_store import bytes_in
 from lightning_accel.seal import is_own
 
-from .answers import Entry, Layout
-from .store import bytes_in
+from .answers import RowField, RowLayout
 
 _HEX = set("0123456789abcdef")
 _IN_USE_S = 86_400.0
 """Another teacher's answers are left alone for so many seconds after their last use."""
 
 
-def layouts_in(home: Path, seal: Callable[[Layout], bytes]) -> list[Layout]:
+def layouts_in(home: Path, seal: Callable[[RowLayout], bytes]) -> list[RowLayout]:
     """Return the layouts that are on disk for a teacher, those that say what their folder says."""
     layouts = []
     for path in sorted(home.glob("*/meta.json")):
         try:
             about = json.loads(path.read_bytes())
-            entries = (Entry(n, tuple(s), _dtype(a), _dtype(b)) for n, s, a, b in about["row"])
-            layout = Layout(tuple(entries))
+            entries = (RowField(n, tuple(s), _dtype(a), _dtype(b)) for n, s, a, b in about["row"])
+            layout = RowLayout(tuple(entries))
             if layout.digest == path.parent.name and about["seal"] == seal(layout).hex():
                 layouts.append(layout)
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from lightning_accel.changed import changed, written
-from lightning_accel.distillation.engine import Engine
+from lightning_accel.distillation.distillation_loss import DistillationLoss
+from lightning_accel.distillation.forward_recorder import INPUT, ForwardRecord
+from lightning_accel.distillation.outputs import Answer
 from lightning_accel.distillation.projector import Embedding, Projector, from_spec, narrowed, spec
-from lightning_accel.distillation.seen import Answer
-from lightning_accel.distillation.tape import INPUT, Record
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery import Receipt, follow
 from lightning_accel.surgery.optimizers import within
 
 
-def state(engine: Engine) -> dict[str, Any]:
+def state(engine: DistillationLoss) -> dict[str, Any]:
     """Return specifications, weights and what they were made for as plain data."""
     heads = engine.heads
     return {
@@ -28,7 +28,7 @@ def state(engine: Engine) -> dict[str, Any]:
     }
 
 
-def load(engine: Engine, stored: Mapping[str, Any], device: torch.device) -> None:
+def load(engine: DistillationLoss, stored: Mapping[str, Any], device: torch.device) -> None:
     """Make the heads again as `state` described them.
 
     Raises:
@@ -50,8 +50,8 @@ def load(engine: Engine, stored: Mapping[str, Any], device: torch.device) -> Non
 
 
 def narrow(
-    engine: Engine,
-    record: Record,
+    engine: DistillationLoss,
+    record: ForwardRecord,
     answer: Answer,
     edit: Receipt,
     optimizers: Sequence[Any],
@@ -88,7 +88,7 @@ def narrow(
     return anew
 
 
-def _layers(engine: Engine) -> dict[str, str]:
+def _layers(engine: DistillationLoss) -> dict[str, str]:
     """Return which layers each loss reads, as text: a projector fits one pair of them."""
     return written({n: t.layers for n, t in engine.terms.items() if t.layers is not None})
 

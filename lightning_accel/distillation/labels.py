@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.distillation.criterion import Usage
+from lightning_accel.distillation.forward_recorder import ForwardRecord
 from lightning_accel.distillation.locate import Where, at, is_whole
-from lightning_accel.distillation.tape import Record
 from lightning_accel.surgery.call import tensors
 
 IGNORED = -100
@@ -69,7 +69,7 @@ class Reading(NamedTuple):
 
 
 def read(
-    where: Where, batch: Any, record: Record, logits: Tensor | None, usage: Usage
+    where: Where, batch: Any, record: ForwardRecord, logits: Tensor | None, usage: Usage
 ) -> tuple[Reading, Tensor | None]:
     """Find out how labels are read; and where the criterion counts, if that was heard.
 
@@ -89,7 +89,7 @@ def read(
 
 
 def target_of(
-    where: Where, batch: Any, record: Record, logits: Tensor | None, reading: Reading
+    where: Where, batch: Any, record: ForwardRecord, logits: Tensor | None, reading: Reading
 ) -> Tensor | None:
     """Return the labels of the logits' positions: a given place, or the one tensor that can be them.
 
@@ -115,7 +115,7 @@ def target_of(
 def mask_of(
     where: Where,
     batch: Any,
-    record: Record,
+    record: ForwardRecord,
     logits: Tensor | None,
     target: Tensor | None,
     reading: Reading,
@@ -137,7 +137,9 @@ def mask_of(
     return valid
 
 
-def _heard(where: Where, batch: Any, record: Record, usage: Usage, plain: Reading) -> Reading:
+def _heard(
+    where: Where, batch: Any, record: ForwardRecord, usage: Usage, plain: Reading
+) -> Reading:
     """Return the tensor and the shift that give what the criterion compared, wherever it counts."""
     labels, counted = usage.labels, usage.counted
     assert labels is not None and counted is not None
@@ -161,7 +163,7 @@ def _heard(where: Where, batch: Any, record: Record, usage: Usage, plain: Readin
 
 
 def _candidates(
-    where: Where, batch: Any, record: Record
+    where: Where, batch: Any, record: ForwardRecord
 ) -> Iterator[tuple[tuple[str, int] | None, Tensor]]:
     if where is not None:
         given = at(where, batch, record, "target")
@@ -207,7 +209,9 @@ def _with_padding(reading: Reading, placed: Tensor, counted: Tensor) -> Reading:
     return reading._replace(ignored=(*reading.ignored, values[0]))
 
 
-def _own_shift(where: Where, batch: Any, record: Record, logits: Tensor, plain: Reading) -> int:
+def _own_shift(
+    where: Where, batch: Any, record: ForwardRecord, logits: Tensor, plain: Reading
+) -> int:
     """Return 1 where the labels of a sequence are the tokens that the network got, else 0."""
     if callable(where) or logits.dim() != 3:
         return 0
@@ -220,7 +224,7 @@ def _own_shift(where: Where, batch: Any, record: Record, logits: Tensor, plain: 
 
 
 def _unplaced(
-    where: Where, batch: Any, record: Record, logits: Tensor | None, reading: Reading
+    where: Where, batch: Any, record: ForwardRecord, logits: Tensor | None, reading: Reading
 ) -> Tensor | None:
     if where is not None:
         return at(where, batch, record, "target")
@@ -243,14 +247,14 @@ def _unplaced(
     return fits[0] if len(fits) == 1 else None
 
 
-def _listed(batch: Any, record: Record) -> dict[str, list[Tensor]]:
+def _listed(batch: Any, record: ForwardRecord) -> dict[str, list[Tensor]]:
     return {
         "batch": [t for leaf in tree_leaves(batch) for t in tensors(leaf)],
         "call": tensors((record.args, record.kwargs)),
     }
 
 
-def _of_padding(record: Record, shape: torch.Size) -> Tensor | None:
+def _of_padding(record: ForwardRecord, shape: torch.Size) -> Tensor | None:
     """Return where the network was told that there is a token.
 
     `attention_mask` (of the decoder, where there is one) is true or 1 there, or 0 and negative elsewhere where it is

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_accel.distillation.tape import INPUT
+from lightning_accel.distillation.forward_recorder import INPUT
 from lightning_accel.errors import NoEffect, explain
 from lightning_accel.surgery import Select
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.distillation.criterion import are_distributions
-from lightning_accel.distillation.tape import Record
+from lightning_accel.distillation.forward_recorder import ForwardRecord
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery.call import tensors
 
@@ -67,14 +67,14 @@ def classes_back(logits: Tensor, dim: int | None) -> Tensor:
     return logits if dim is None or logits.dim() < 3 else logits.movedim(-1, dim)
 
 
-def class_dim_of(logits: Tensor, batch: Any, record: Record) -> int | None:
+def class_dim_of(logits: Tensor, batch: Any, record: ForwardRecord) -> int | None:
     """Tell from shapes where the classes of logits of three or more dimensions are: 1, -1 or `None`.
 
     Labels in the batch have the logits' shape without that dimension, or are distributions along it. Where there are
     none, tokens and masks that the network got say it, and last its inputs that differ from the
     logits in one dimension alone. `None` where they disagree, or where all dimensions are alike.
 
-    >>> call = Record((torch.ones(2, 3, 8, 8),), {}, None, {})
+    >>> call = ForwardRecord((torch.ones(2, 3, 8, 8),), {}, None, {})
     >>> class_dim_of(torch.ones(2, 5, 8, 8), (torch.ones(2, 8, 8, dtype=torch.long),), call)
     1
     """
@@ -125,7 +125,7 @@ def is_whole(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex()
 
 
-def at(where: Where, batch: Any, record: Record, name: str) -> Tensor:
+def at(where: Where, batch: Any, record: ForwardRecord, name: str) -> Tensor:
     """Return what lies at a given place of the batch or of the network's call.
 
     Raises:

@@ -18,8 +18,8 @@ from lightning_accel.arguments import instance, one_of
 from lightning_accel.bridge.inert import Onlooker
 from lightning_accel.distillation.callbacks.distillation import Distillation
 from lightning_accel.distillation.criterion import are_distributions
+from lightning_accel.distillation.forward_recorder import ForwardRecord
 from lightning_accel.distillation.locate import class_dim_of, classes_last, logits_of
-from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Source, Teacher
 from lightning_accel.errors import AccelError, explain
 
@@ -182,7 +182,7 @@ class DistillationModule(LightningModule):
         """Return that of classes, one per position or as distributions; refuse other targets."""
         dim = self.class_dim
         if dim is None:
-            dim = class_dim_of(logits, target, Record((), {}, None, {}))
+            dim = class_dim_of(logits, target, ForwardRecord((), {}, None, {}))
         if dim is None:
             raise AccelError(
                 "the cross entropy cannot tell which dimension of the logits holds the classes",

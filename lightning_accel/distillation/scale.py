@@ -23,7 +23,7 @@ from lightning_accel.distillation.criterion import SOFTMAX, Heard
 from lightning_accel.distillation.steps import depends_on
 from lightning_accel.surgery.call import tensors
 
-_MOST = 10_000  # nodes that are looked at on the way to a criterion
+_MAX_NODES = 10_000  # nodes that are looked at on the way to a criterion
 _CLOSE = 1e-3
 _COMPILED = (
     "CompiledFunction"  # a criterion of the user's that was heard as it ran without its code
@@ -31,19 +31,19 @@ _COMPILED = (
 _SCALES = ("DivBackward0", "MulBackward0")
 
 
-class Way(NamedTuple):
+class GraphPath(NamedTuple):
     """How one gets from a loss to a criterion's result: names of nodes, and which of their inputs is next."""
 
     turns: tuple[tuple[str, int], ...]
     end: str
 
     @classmethod
-    def find(cls, loss: Tensor, result: Tensor) -> Way | None:
+    def find(cls, loss: Tensor, result: Tensor) -> GraphPath | None:
         """Return the shortest one, `None` where the loss does not hang on the result."""
         end: Any = result.grad_fn
         ahead: deque[tuple[Any, tuple[tuple[str, int], ...]]] = deque([(loss.grad_fn, ())])
         seen: set[Any] = {loss.grad_fn}
-        while ahead and len(seen) < _MOST:
+        while ahead and len(seen) < _MAX_NODES:
             node, turns = ahead.popleft()
             if node is end:
                 return cls(turns, node.name())
@@ -73,7 +73,7 @@ class Count(NamedTuple):
     that of rows, or by none: the first of them that leaves no more than one is taken for it.
     """
 
-    way: Way
+    way: GraphPath
     times: str
     """Whether it is multiplied by the number of "positions" or of "rows", or by "one"."""
     summed: bool
@@ -85,7 +85,7 @@ class Count(NamedTuple):
     def learn(cls, loss: Tensor, heard: Heard) -> Count | None:
         """Return it for a criterion, `None` where the loss does not hang on it, or on positions in proportions."""
         result = heard.result
-        way = None if result is None else Way.find(loss, result)
+        way = None if result is None else GraphPath.find(loss, result)
         if way is None or result is None:
             return None
         made = cls(way, "one", heard.summed, heard.dim if heard.logs else None)
@@ -184,7 +184,7 @@ class Scale:
         return cls([count for _, count in chosen], adds=abs(sum(values)) <= 1 + _CLOSE)
 
     @property
-    def tells(self) -> bool:
+    def is_known(self) -> bool:
         """Whether a criterion was found."""
         return self._own or bool(self._counts)
 
@@ -271,7 +271,7 @@ def _own_losses(loss: Tensor, outputs: Sequence[Any]) -> list[Tensor]:
 def _nodes(loss: Tensor) -> Iterator[Any]:
     ahead: deque[Any] = deque([loss.grad_fn])
     seen = {loss.grad_fn}
-    while ahead and len(seen) < _MOST:
+    while ahead and len(seen) < _MAX_NODES:
         node = ahead.popleft()
         yield node
         for following, _ in node.next_functions:

@@ -1,7 +1,7 @@
 """Weights and temperatures that change over a fit.
 
-A number that changes is a `Ramp`: it stays at `start` for `delay`, moves to `end` during `over`, and
-stays there. DKD's warm-up of twenty epochs is `Ramp(0, 1, over=20, unit="epoch")`.
+A number that changes is a `Schedule`: it stays at `start` for `delay`, moves to `end` during `over`, and
+stays there. DKD's warm-up of twenty epochs is `Schedule(0, 1, over=20, unit="epoch")`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Shape = Literal["linear", "cosine"]
 SHAPES = get_args(Shape)
 
 
-class Moment(NamedTuple):
+class FitProgress(NamedTuple):
     """Where a fit is: optimizer steps, epochs with their fraction, and the share (0 to 1) of the whole."""
 
     step: int = 0
@@ -29,7 +29,7 @@ class Moment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ramp:
+class Schedule:
     """A number that moves from one value to another.
 
     Args:
@@ -44,7 +44,7 @@ class Ramp:
         TypeError: An argument is of another kind.
         ValueError: An argument is out of range.
 
-    >>> Ramp(0.0, 1.0, over=20, unit="epoch").at(Moment(epoch=5))
+    >>> Schedule(0.0, 1.0, over=20, unit="epoch").at(FitProgress(epoch=5))
     0.25
     """
 
@@ -64,7 +64,7 @@ class Ramp:
         finite("over", self.over, above=0.0, do=do)
         finite("delay", self.delay, least=0.0)
 
-    def at(self, moment: Moment) -> float:
+    def at(self, moment: FitProgress) -> float:
         """Return the value at a moment of the fit."""
         now = {"fit": moment.share, "epoch": moment.epoch, "step": float(moment.step)}[self.unit]
         done = min(max((now - self.delay) / self.over, 0.0), 1.0)
@@ -73,38 +73,40 @@ class Ramp:
         return self.start + (self.end - self.start) * done
 
 
-Number = float | Ramp | Callable[[Moment], float]
+Number = float | Schedule | Callable[[FitProgress], float]
 """A number, or how it changes."""
 
 
 def read(value: Any, name: str) -> Number:
-    """Read a number, a `Ramp`, its arguments as a mapping, or a function of the `Moment`.
+    """Read a number, a `Schedule`, its arguments as a mapping, or a function of the `FitProgress`.
 
     >>> read({"start": 0, "end": 1}, "weight")
-    Ramp(start=0, end=1, over=1.0, unit='fit', delay=0.0, shape='linear')
+    Schedule(start=0, end=1, over=1.0, unit='fit', delay=0.0, shape='linear')
     """
     if isinstance(value, Mapping):
         try:
-            return Ramp(**value)
+            return Schedule(**value)
         except TypeError as error:
             raise TypeError(
-                explain(f"`{name}` as a mapping is a Ramp", str(error), "pass start, end and over")
+                explain(
+                    f"`{name}` as a mapping is a Schedule", str(error), "pass start, end and over"
+                )
             ) from None
-    if isinstance(value, Ramp) or (callable(value) and not isinstance(value, type)):
+    if isinstance(value, Schedule) or (callable(value) and not isinstance(value, type)):
         return value
     return finite(name, value, least=0.0)
 
 
-def now(value: Number, moment: Moment) -> float:
+def now(value: Number, moment: FitProgress) -> float:
     """Return the value of a number at a moment."""
-    if isinstance(value, Ramp):
+    if isinstance(value, Schedule):
         return value.at(moment)
     return float(value(moment)) if callable(value) else float(value)
 
 
 def is_constant(value: Number) -> bool:
     """Tell whether a number stays what it is."""
-    return not isinstance(value, Ramp) and not callable(value)
+    return not isinstance(value, Schedule) and not callable(value)
 
 
 def require_some(*weights: Number) -> None:

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map
 
 from lightning_accel import hardware
 from lightning_accel.arguments import finite, flag, instance, one_of, path, whole
-from lightning_accel.distillation.doubts import misfit
-from lightning_accel.distillation.tape import Record, Tape
+from lightning_accel.distillation.forward_recorder import ForwardRecord, ForwardRecorder
+from lightning_accel.distillation.teacher_errors import misfit
 from lightning_accel.errors import AccelError, explain, weights_alone
 from lightning_accel.surgery.call import tensors
 from lightning_accel.surgery.digest import digest
@@ -97,7 +97,7 @@ class Teacher:
         self.bound: nn.Module = self.network
         self.device = torch.device("cpu")
         self._run: Any = None
-        self._tape: Tape | None = None
+        self._tape: ForwardRecorder | None = None
         self._versions: dict[str, int] = {}
         self._footprint: Footprint | None = None
         """What it reads in eval mode; and beside it the same in the mode that it is left in between calls."""
@@ -142,12 +142,12 @@ class Teacher:
         if self._is_bf16() and self.kind != EMA and _can_cast(network):
             network = _cast(copy.deepcopy(network))
         self.bound = network.to(self.device)
-        self._tape = Tape(network, taps, role="the teacher")
+        self._tape = ForwardRecorder(network, taps, role="the teacher")
         self._run = torch.compile(network) if self.compile else network
         self._versions = self._buffer_versions()
         return self
 
-    def __call__(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Record:
+    def __call__(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> ForwardRecord:
         """Run on the arguments of a student's call."""
         assert self._tape is not None, "bind the teacher first"
         args, kwargs = self._as_own(call)

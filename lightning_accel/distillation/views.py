@@ -29,7 +29,7 @@ from lightning_accel.arguments import whole
 from lightning_accel.errors import explain
 from lightning_accel.surgery.preserve import runs
 
-_MOST, _MANY = 100_000, 1000
+_MAX_NODES, _MANY = 100_000, 1000
 """Objects that are looked at, and entries of one container."""
 _MAIN, _WORKERS = 3, 4
 _ENDS = (
@@ -144,7 +144,7 @@ def views_in(*data: Any) -> list[SeededViews]:
     """
     found, seen, ahead = [], set[int](), deque(data)
     kept = []  # so that no id comes again
-    while ahead and len(seen) < _MOST:
+    while ahead and len(seen) < _MAX_NODES:
         value = ahead.popleft()
         if isinstance(value, _ENDS) or id(value) in seen or runs(value):
             continue

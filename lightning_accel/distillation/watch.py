@@ -21,7 +21,7 @@ _CALL = "_compiled_call_impl"
 _NONE = object()
 
 
-class Calls:
+class OutermostCalls:
     """Stands around each outermost call of some modules, as a context.
 
     Args:
@@ -37,7 +37,7 @@ class Calls:
         self._modules, self._around = dict(modules), around
         self._own: dict[str, Any] = {}
 
-    def __enter__(self) -> Calls:
+    def __enter__(self) -> OutermostCalls:
         for name, module in self._modules.items():  # compiled anew between two calls, perhaps
             self._own[name] = vars(module).get(_CALL, _NONE)
             vars(module)[_CALL] = self._instead(name, module)
@@ -67,7 +67,7 @@ class Calls:
         return call
 
 
-class Watch(Calls):
+class StudentWatcher(OutermostCalls):
     """Tells of each outermost call of a trainable module inside a model, before it begins.
 
     Calls under `no_grad` teach nothing and are passed over.
@@ -77,7 +77,7 @@ class Watch(Calls):
         begins: Gets the name of the module; "" is the model itself.
 
     >>> net, seen = nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.ReLU()), []
-    >>> with Watch(net, seen.append):
+    >>> with StudentWatcher(net, seen.append):
     ...     out = net[1](net[0](torch.ones(1)))
     >>> seen
     ['0']
@@ -97,7 +97,9 @@ class Watch(Calls):
         super().__init__(trainable, around)
 
 
-def around_compiled(model: nn.Module, aside: Callable[[], AbstractContextManager[None]]) -> Calls:
+def around_compiled(
+    model: nn.Module, aside: Callable[[], AbstractContextManager[None]]
+) -> OutermostCalls:
     """Return what stands around the calls of a model's compiled modules while criteria are listened to.
 
     A network runs as ever, with nobody listening, as its code would be compiled anew without a listener. A criterion,
@@ -113,4 +115,4 @@ def around_compiled(model: nn.Module, aside: Callable[[], AbstractContextManager
     def around(name: str) -> AbstractContextManager[None]:
         return aside() if name in networks else torch.compiler.set_stance("force_eager")
 
-    return Calls(compiled, around)
+    return OutermostCalls(compiled, around)

@@ -3,21 +3,25 @@
 from typing import TYPE_CHECKING
 
 from lightning_accel.lazy import lazily
-from lightning_accel.loading.choose import Choice, Way, choose
+from lightning_accel.loading.choose import Candidate, LoadingChoice, choose
 from lightning_accel.loading.plan import LoadingPlan
 from lightning_accel.loading.resident import ResidentLoader, resident
 from lightning_accel.loading.workers import WorkerLoader, with_workers
 
 if TYPE_CHECKING:
-    from lightning_accel.loading.callbacks.fast_loading import Applied, FastLoading, apply_choice
+    from lightning_accel.loading.callbacks.fast_loading import (
+        AppliedPlan,
+        FastLoading,
+        apply_choice,
+    )
 
 __all__ = [
-    "Applied",
-    "Choice",
+    "AppliedPlan",
+    "Candidate",
     "FastLoading",
+    "LoadingChoice",
     "LoadingPlan",
     "ResidentLoader",
-    "Way",
     "WorkerLoader",
     "apply_choice",
     "choose",
@@ -29,7 +33,7 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "Applied": "callbacks.fast_loading",
+        "AppliedPlan": "callbacks.fast_loading",
         "FastLoading": "callbacks.fast_loading",
         "apply_choice": "callbacks.fast_loading",
     },

@@ -27,13 +27,18 @@ from torch.utils.data import DataLoader, SequentialSampler
 from lightning_accel.arguments import finite, whole
 from lightning_accel.errors import AccelError
 from lightning_accel.hardware import num_usable_cores
-from lightning_accel.loading.order import SameBatches, stop_workers
+from lightning_accel.loading.order import EquivalentLoader, stop_workers
 from lightning_accel.loading.plan import AS_IS, LoadingPlan
 from lightning_accel.loading.resident import ResidentLoader, check_limits, resident
 from lightning_accel.loading.rows import Rows, rows
-from lightning_accel.loading.store import Store, batch_size_of, require_plain, require_still
+from lightning_accel.loading.tensor_store import (
+    TensorStore,
+    batch_size_of,
+    require_deterministic,
+    require_plain,
+)
 from lightning_accel.loading.workers import with_workers
-from lightning_accel.measure.race import Ratio, compare, no_gain, synchronise, typical
+from lightning_accel.measure.race import Ratio, compare, no_speedup, synchronise, tenth_percentile
 from lightning_accel.measure.table import Table
 from lightning_accel.surgery.preserve import preserve_rng
 
@@ -47,7 +52,7 @@ _MATRIX = 128
 
 
 @dataclass(frozen=True)
-class Way:
+class Candidate:
     """One way of making batches: milliseconds of batch and step together in each turn, or why not.
 
     `gain` is over the user's own way, with its 95 % interval; `reason` says why the way was not taken.
@@ -62,11 +67,11 @@ class Way:
     @property
     def step_ms(self) -> float | None:
         """Milliseconds of batch and step together: the tenth percentile of the turns, as in other races."""
-        return typical(self.times_ms) if self.times_ms else None
+        return tenth_percentile(self.times_ms) if self.times_ms else None
 
 
 @dataclass(frozen=True)
-class Choice:
+class LoadingChoice:
     """What `choose` found. `ratio` is a gain: the time as it is by the time of what was taken.
 
     Attributes:
@@ -80,10 +85,10 @@ class Choice:
     taken: str
     ratio: float
     reason: str
-    ways: tuple[Way, ...] = ()
+    ways: tuple[Candidate, ...] = ()
     plan: LoadingPlan = AS_IS
     keep_random: bool = True
-    store: Store | Rows | None = field(default=None, repr=False, compare=False)
+    store: TensorStore | Rows | None = field(default=None, repr=False, compare=False)
 
     def apply(self, loader: Any) -> Any:
         """Return `loader`, over the same dataset, in the form that was taken.
@@ -104,7 +109,7 @@ class Choice:
     def table(self) -> Table:
         """List the ways with their times and ratios.
 
-        >>> Choice("resident", 2.0, "", (Way("resident", (1.0,), gain=Ratio(2.0, 1.9, 2.1)),)).table().rows
+        >>> LoadingChoice("resident", 2.0, "", (Candidate("resident", (1.0,), gain=Ratio(2.0, 1.9, 2.1)),)).table().rows
         (('resident', 1.0, '2.00x (1.90 to 2.10)', ''),)
         """
         rows = tuple(
@@ -127,7 +132,7 @@ def choose(
     keep_random: bool = True,
     unchanging: bool = False,
     limit_bytes: int | None = None,
-) -> Choice:
+) -> LoadingChoice:
     """Measure ways of making the batches of a DataLoader, and return the one to take.
 
     Nothing of the user's is left changed: no sampler is iterated, and only a dataset that is nothing but its
@@ -152,14 +157,14 @@ def choose(
     True
     """
     _check(step_ms, budget_s, limit_bytes, workers)
-    if isinstance(loader, SameBatches):
+    if isinstance(loader, EquivalentLoader):
         loader = loader.loader
     try:
         require_plain(loader)
         if not unchanging:
             rows(loader)
     except AccelError as error:
-        return Choice("as is", 1.0, str(error))
+        return LoadingChoice("as is", 1.0, str(error))
     race = _Race(loader, step_ms, torch.device(device), budget_s)
     with preserve_rng(loader.dataset, loader.collate_fn):
         race.enter("as is", lambda: loader)
@@ -190,7 +195,7 @@ class _Race:
         self.loader, self.device, self.budget_s = loader, device, budget_s
         self.end = time.perf_counter() + budget_s
         self.step = _step(step_ms, device)
-        self.store: Store | Rows | None = None
+        self.store: TensorStore | Rows | None = None
         self.makes: dict[str, Any] = {}
         self.times: dict[str, list[float]] = {}
         self.skipped: dict[str, str] = {}
@@ -242,7 +247,7 @@ class _Race:
                 self._turn(name, max(0.0, (self.end - now) / left))
                 left -= 1
 
-    def choice(self, keep_random: bool) -> Choice:
+    def choice(self, keep_random: bool) -> LoadingChoice:
         """Take the fastest of those whose gain lies beyond what the user's own way shows against itself."""
         for name, times in self.times.items():
             if not times and name not in self.skipped:
@@ -253,20 +258,20 @@ class _Race:
         ways = [self._way(name, still) for name in names]
         if "as is" in self.skipped:
             reason = f"the loader raised: {self.skipped['as is']}"
-            return Choice("as is", 1.0, reason, tuple(ways))
+            return LoadingChoice("as is", 1.0, reason, tuple(ways))
         others = [way for way in ways[1:] if way.gain is not None and not way.skipped]
         if not others:
-            return Choice("as is", 1.0, "no other way could be measured", tuple(ways))
+            return LoadingChoice("as is", 1.0, "no other way could be measured", tuple(ways))
         best = max(others, key=lambda way: (not way.reason, way.gain))
         if best.reason:
             reason = f"the best other way, {best.name}, gave {best.gain}: {best.reason}"
-            return Choice("as is", 1.0, reason, tuple(ways))
+            return LoadingChoice("as is", 1.0, reason, tuple(ways))
         ways = [way if way is best else _beaten(way) for way in ways]
         return self._taken(best, tuple(ways), keep_random)
 
-    def _way(self, name: str, still: Ratio | None) -> Way:
+    def _way(self, name: str, still: Ratio | None) -> Candidate:
         plain, times = self.times["as is"], self.times[name]
-        way = Way(name, tuple(times), self.skipped.get(name, ""))
+        way = Candidate(name, tuple(times), self.skipped.get(name, ""))
         if not times or not plain or name == "as is":
             return way
         gain = compare(plain, times)
@@ -275,23 +280,25 @@ class _Race:
             why = f"{kind}: {gain} in {len(times)} of {_ROUNDS} turns"
         else:
             worst = min(plain) / max(times)  # by chance above 1 once in 252 times
-            why = no_gain(gain, still, least=_GAIN)
+            why = no_speedup(gain, still, least=_GAIN)
             why = why or ("" if worst >= 1 else f"not in every turn, {worst:.2f}x at worst")
         return replace(way, gain=gain, reason=why)
 
-    def _taken(self, way: Way, ways: tuple[Way, ...], keep_random: bool) -> Choice:
+    def _taken(
+        self, way: Candidate, ways: tuple[Candidate, ...], keep_random: bool
+    ) -> LoadingChoice:
         assert way.gain is not None
         plain_ms, made = ways[0].step_ms, self.makes[way.name]
         reason = f"{way.name} took {way.step_ms:.3g} ms where as it is took {plain_ms:.3g}"
         if way.name == "resident":
             plan = LoadingPlan(in_memory=True)
-            return Choice(way.name, way.gain.ratio, reason, ways, plan, store=self.store)
+            return LoadingChoice(way.name, way.gain.ratio, reason, ways, plan, store=self.store)
         own, pins = self.loader.num_workers, made.pin_memory or None
         plan = LoadingPlan(
             num_workers=None if made.num_workers == own else made.num_workers,
             pin_memory=pins if pins != (self.loader.pin_memory or None) else None,
         )
-        return Choice(way.name, way.gain.ratio, reason, ways, plan, keep_random)
+        return LoadingChoice(way.name, way.gain.ratio, reason, ways, plan, keep_random)
 
     def _turn(self, name: str, seconds: float) -> None:
         running: Any = None
@@ -331,7 +338,7 @@ class _Race:
         return iter(fresh), workers * (fresh.prefetch_factor or 0)
 
 
-def _beaten(way: Way) -> Way:
+def _beaten(way: Candidate) -> Candidate:
     return (
         way
         if way.reason or way.gain is None
@@ -402,7 +409,7 @@ def _counts(loader: DataLoader[Any]) -> tuple[int, ...]:
 def _moves(loader: DataLoader[Any]) -> str:
     """Return why items would be others in another process, or nothing."""
     try:
-        require_still(loader)
+        require_deterministic(loader)
     except AccelError as error:
         return str(error)
     return ""

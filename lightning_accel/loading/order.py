@@ -2,7 +2,7 @@
 
 A DataLoader draws one number for its workers whenever it is iterated, from its own generator or from the
 global one, and so moves the dropout of the whole training. With workers it also asks its sampler ahead of
-time: `num_workers * prefetch_factor` lists at once, then one for each batch that it gives. `Order` asks the
+time: `num_workers * prefetch_factor` lists at once, then one for each batch that it gives. `IndexOrder` asks the
 user's own sampler at exactly these moments, whoever makes the batches.
 """
 
@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 from lightning_accel.errors import Unsupported
 
 
-class Order:
+class IndexOrder:
     """Lists of indices from a sampler, asked for when a DataLoader would ask.
 
     Args:
         indices: The iterator of the user's sampler.
         ahead: How many lists the DataLoader asks for at once: 0 without workers.
 
-    >>> list(Order(iter([[0, 1], [2]]), ahead=4))
+    >>> list(IndexOrder(iter([[0, 1], [2]]), ahead=4))
     [[0, 1], [2]]
     """
 
@@ -35,7 +35,7 @@ class Order:
         for _ in range(ahead):
             self._ask()
 
-    def __iter__(self) -> Order:
+    def __iter__(self) -> IndexOrder:
         return self
 
     def __next__(self) -> Any:
@@ -56,7 +56,7 @@ class Order:
 class Batches:
     """Batches of one epoch: for each list of indices what `make` makes of it."""
 
-    def __init__(self, order: Order, make: Callable[[Any], Any]) -> None:
+    def __init__(self, order: IndexOrder, make: Callable[[Any], Any]) -> None:
         self.order, self._make = order, make
 
     def __iter__(self) -> Batches:
@@ -66,7 +66,7 @@ class Batches:
         return self._make(next(self.order))
 
 
-class SameBatches:
+class EquivalentLoader:
     """A DataLoader's batches made in another way: same values, same order, same random numbers.
 
     Looks like the DataLoader to whoever reads `dataset`, `sampler`, `batch_size` and the like, or sets them.
@@ -86,7 +86,7 @@ class SameBatches:
             seed = torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
             self._begin(int(seed))
         stop_workers(self._running)
-        self._running = self._start(Order(indices, ahead=_ahead(loader)))
+        self._running = self._start(IndexOrder(indices, ahead=_ahead(loader)))
         return self._running
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class SameBatches:
 
     def follow(self, old: Any) -> None:
         """Take the place of `old`, a loader of the same batches that may have been iterated before."""
-        if isinstance(old, SameBatches):
+        if isinstance(old, EquivalentLoader):
             self._running = old._running
         elif self.loader._iterator is not None:  # workers that persist
             self._running = self.loader._iterator
@@ -145,13 +145,13 @@ class SameBatches:
                 type(running).__name__,
                 "nothing: the next epoch comes from the new loader",
             )
-        self._running = running if workers else self._start(Order(indices))
+        self._running = running if workers else self._start(IndexOrder(indices))
         return self._running
 
     def _begin(self, seed: int) -> None:
         """Do what is due where a DataLoader would start its workers, with this seed."""
 
-    def _start(self, order: Order) -> Iterator[Any]:
+    def _start(self, order: IndexOrder) -> Iterator[Any]:
         raise NotImplementedError
 
 

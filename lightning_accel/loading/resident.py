@@ -19,24 +19,31 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightning_accel.errors import Unsupported, explain
-from lightning_accel.loading.order import Batches, Order, SameBatches, stop_workers
+from lightning_accel.loading.determinism import fingerprint
+from lightning_accel.loading.order import Batches, EquivalentLoader, IndexOrder, stop_workers
 from lightning_accel.loading.rows import Rows, rows, why_not_now
-from lightning_accel.loading.still import fingerprint
-from lightning_accel.loading.store import Store, build, prove, reader, require_plain, too_large
+from lightning_accel.loading.tensor_store import (
+    TensorStore,
+    build,
+    prove,
+    reader,
+    require_plain,
+    too_large,
+)
 
 SHARE = 0.2
 _SPOT_ITEMS = 2
 
 
-class ResidentLoader(SameBatches):
-    """A DataLoader's batches, looked up in `Rows` or in a `Store`. Made by `resident`.
+class ResidentLoader(EquivalentLoader):
+    """A DataLoader's batches, looked up in `Rows` or in a `TensorStore`. Made by `resident`.
 
     Whenever it is iterated, what shows a change is compared: whether the dataset still is its rows; of one that
     is held, all that it keeps, and two items. If they differ, the DataLoader itself gives the batches from then
     on, and of a dataset that was held a warning says so.
     """
 
-    def __init__(self, loader: DataLoader[Any], store: Store | Rows) -> None:
+    def __init__(self, loader: DataLoader[Any], store: TensorStore | Rows) -> None:
         super().__init__(loader)
         self.__dict__["store"] = store
         self._times = 0
@@ -91,7 +98,7 @@ class ResidentLoader(SameBatches):
     def _begin(self, seed: int) -> None:
         self._frozen = None
 
-    def _start(self, order: Order) -> Iterator[Any]:
+    def _start(self, order: IndexOrder) -> Iterator[Any]:
         store, plain = self.store, reader(self.loader)
         if isinstance(store, Rows) and self.loader.num_workers:
             self._frozen = store = self._frozen or store.frozen()
@@ -133,7 +140,7 @@ def resident(
     >>> [batch for (batch,) in resident(loader)]
     [tensor([0, 1, 2, 3]), tensor([4, 5])]
     """
-    if isinstance(loader, SameBatches):
+    if isinstance(loader, EquivalentLoader):
         loader = loader.loader
     check_limits(limit_bytes, limit_s)
     device = torch.device(device)

@@ -23,8 +23,8 @@ from torch.utils.data import (
 
 from lightning_accel.arguments import flag, whole
 from lightning_accel.errors import Unsupported
-from lightning_accel.loading.order import Order, SameBatches, stop_workers
-from lightning_accel.loading.store import require_plain, require_still
+from lightning_accel.loading.order import EquivalentLoader, IndexOrder, stop_workers
+from lightning_accel.loading.tensor_store import require_deterministic, require_plain
 
 _KNOWN = (
     BatchSampler,
@@ -37,7 +37,7 @@ _KNOWN = (
 _OF_LIGHTNING = "DistributedSamplerWrapper"  # lists all of the sampler that it wraps at once
 
 
-class WorkerLoader(SameBatches):
+class WorkerLoader(EquivalentLoader):
     """A DataLoader's batches, made by another number of workers. Made by `with_workers`.
 
     The workers persist where the user's do, and else are started for each epoch: they see the dataset as it
@@ -61,10 +61,10 @@ class WorkerLoader(SameBatches):
         self.close()  # others are started for this epoch
         self._seed.manual_seed(seed)  # items that draw follow the user's seed
 
-    def _start(self, order: Order) -> Iterator[Any]:
+    def _start(self, order: IndexOrder) -> Iterator[Any]:
         return _Ahead(self, order)
 
-    def begin(self, order: Order) -> Iterator[Any]:
+    def begin(self, order: IndexOrder) -> Iterator[Any]:
         """Let the workers begin with the batches of `order`."""
         loader = self.loader
         if self._inner is None:
@@ -87,7 +87,7 @@ class WorkerLoader(SameBatches):
         return iter(self._inner)
 
 
-class PinnedLoader(SameBatches):
+class PinnedLoader(EquivalentLoader):
     """A DataLoader with pinned memory or without, and all else of the user's. Made by `with_workers`."""
 
     def __init__(self, loader: DataLoader[Any], pin_memory: bool) -> None:
@@ -148,7 +148,7 @@ class _Lists:
 class _Ahead:
     """One epoch. The workers begin at the first batch, or at once where the user's began at once."""
 
-    def __init__(self, loader: WorkerLoader, order: Order) -> None:
+    def __init__(self, loader: WorkerLoader, order: IndexOrder) -> None:
         self.order, self._loader = order, loader
         self._batches = loader.begin(order) if loader.loader.num_workers > 0 else None
 
@@ -188,7 +188,7 @@ def with_workers(
     >>> sum(len(batch) for (batch,) in with_workers(loader, 0))
     6
     """
-    if isinstance(loader, SameBatches):
+    if isinstance(loader, EquivalentLoader):
         loader = loader.loader
     whole("num_workers", num_workers, least=0, do="pass 2")
     flag("pin_memory", pin_memory, none=True)
@@ -199,7 +199,7 @@ def with_workers(
         return PinnedLoader(loader, pins)
     require_known_order(loader)
     if keep_random:
-        require_still(loader)
+        require_deterministic(loader)
     return WorkerLoader(loader, num_workers, pins)
 
 

@@ -69,10 +69,10 @@ class Load(NamedTuple):
         return f"{self.own_cores:.1f} of {self.cores} cores ours, {others} of other work"
 
 
-class Watch:
+class LoadWatcher:
     """Reads the clocks at its start; `load()` tells who used the processor since.
 
-    >>> load = Watch().load()
+    >>> load = LoadWatcher().load()
     >>> load.threads >= 1 and load.cores >= 1
     True
     """

@@ -31,7 +31,7 @@ _POINTWISE = ("thnn_fused", "backward")
 _KNOWN_NAMESPACES = ("aten", "prim", "prims", "c10d", "_c10d_functional", "profiler", "inductor")
 
 
-class Macs(NamedTuple):
+class MacsCount(NamedTuple):
     """Multiply-accumulates of a call; `partial` when operations were `missed`, by module and name."""
 
     macs: int
@@ -41,18 +41,18 @@ class Macs(NamedTuple):
 
 def count_macs(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-) -> Macs:
+) -> MacsCount:
     """Count the multiply-accumulates of `model(*args, **kwargs)` in eval mode, uncompiled.
 
     Weights, buffers, gradients, training flags and random state are as before afterwards.
 
     >>> count_macs(nn.Linear(8, 4), (torch.ones(2, 8),))
-    Macs(macs=64, partial=False, missed=())
+    MacsCount(macs=64, partial=False, missed=())
     """
     return count_run(lambda: model(*args, **(kwargs or {})), model)
 
 
-def count_run(run: Callable[[], Any], model: nn.Module) -> Macs:
+def count_run(run: Callable[[], Any], model: nn.Module) -> MacsCount:
     """Count the multiply-accumulates of `run`, which calls `model` or parts of it.
 
     >>> net = nn.Linear(8, 4)
@@ -62,10 +62,10 @@ def count_run(run: Callable[[], Any], model: nn.Module) -> Macs:
     seen = _Unknown(model)
     counter = FlopCounterMode(display=False, custom_mapping=_MISSING)
     counter.mod_tracker = _Anywhere()  # type: ignore[assignment]
-    with undisturbed(model), eval_mode(model), torch.no_grad(), unfused(model), seen, counter:
+    with preserve_buffers(model), eval_mode(model), torch.no_grad(), unfused(model), seen, counter:
         run()
     missed = tuple(sorted(seen.missed))
-    return Macs(counter.get_total_flops() // 2, bool(missed), missed)
+    return MacsCount(counter.get_total_flops() // 2, bool(missed), missed)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
     """Put buffers and torch's random state back at the end, in place and bit-equal."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     kinds = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}

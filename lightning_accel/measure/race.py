@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_accel.measure.contention import Load, Watch
+from lightning_accel.measure.contention import Load, LoadWatcher
 
 _RESAMPLES = 1000
 _HOPELESS = 1.25
@@ -53,7 +53,7 @@ class Ratio(NamedTuple):
         return max(self.high, 1 / max(self.low, sys.float_info.min), 1.0)
 
 
-class Lane:
+class BenchmarkCase:
     """One call under measurement: how often per block, and the seconds per call of each block.
 
     Args:
@@ -114,7 +114,7 @@ class Lane:
 
 
 def run(
-    lanes: Mapping[str, Lane],
+    cases: Mapping[str, BenchmarkCase],
     *,
     budget_s: float,
     baseline: str | None = None,
@@ -126,7 +126,7 @@ def run(
     """Measure lanes in rounds until the budget is spent, and return who used the processor meanwhile.
 
     Args:
-        lanes: By name; each round runs one block of each.
+        cases: By name; each round runs one block of each.
         budget_s: When to stop, after `fewest_rounds`.
         baseline: If given, lanes that are hopelessly slower than this one leave after some rounds.
         fewest_rounds: Rounds that are run whatever the budget.
@@ -135,20 +135,20 @@ def run(
         on_error: Gets the name and the error of a lane that failed, which then leaves; by default, and
             for the baseline, errors are raised.
 
-    >>> a, b = (Lane(lambda n=n: sum(range(n)), torch.device("cpu")) for n in (9000, 900))
+    >>> a, b = (BenchmarkCase(lambda n=n: sum(range(n)), torch.device("cpu")) for n in (9000, 900))
     >>> _ = run({"a": a, "b": b}, budget_s=0.05)
     >>> len(a.wall_s) == len(b.wall_s) >= 5
     True
     """
     order = random.Random(0)  # of its own: the user's random state is not ours to use
-    left = dict(lanes)
-    watch, end = Watch(), time.perf_counter() + budget_s
+    left = dict(cases)
+    watch, end = LoadWatcher(), time.perf_counter() + budget_s
     for count in range(most_rounds):
         if count >= fewest_rounds and time.perf_counter() > end:
             break
         if baseline is not None and len(left[baseline].wall_s) >= _FAIR:
             limit = _HOPELESS * left[baseline].best(clock)
-            left = {n: lane for n, lane in left.items() if lane.best(clock) <= limit}
+            left = {n: case for n, case in left.items() if case.best(clock) <= limit}
         for name in order.sample(list(left), len(left)):
             try:
                 left[name].measure()
@@ -160,7 +160,7 @@ def run(
     return watch.load()
 
 
-def gain(baseline: Lane, candidate: Lane, *, clock: str = "wall") -> Ratio:
+def speedup(baseline: BenchmarkCase, candidate: BenchmarkCase, *, clock: str = "wall") -> Ratio:
     """Return the ratio of tenth percentiles over the rounds that both took part in.
 
     Args:
@@ -168,7 +168,7 @@ def gain(baseline: Lane, candidate: Lane, *, clock: str = "wall") -> Ratio:
         candidate: The lane in question.
         clock: "wall", or "cpu" for the processor time of this process.
     """
-    first, second = (getattr(lane, f"{clock}_s") for lane in (baseline, candidate))
+    first, second = (getattr(case, f"{clock}_s") for case in (baseline, candidate))
     return compare(first, second)
 
 
@@ -186,7 +186,7 @@ def compare(baseline: Sequence[float], candidate: Sequence[float]) -> Ratio:
     return Ratio(float(whole[0] / whole[1]), low, high)
 
 
-def no_gain(found: Ratio, still: Ratio, *, least: float) -> str:
+def no_speedup(found: Ratio, still: Ratio, *, least: float) -> str:
     """Return why a ratio is no gain to take, or nothing where it is one.
 
     Args:
@@ -194,11 +194,11 @@ def no_gain(found: Ratio, still: Ratio, *, least: float) -> str:
         still: The same thing against itself, from the same race.
         least: A gain below this is not worth a change, however sure it is.
 
-    >>> no_gain(Ratio(1.05, 1.03, 1.07), Ratio(1.04, 1.02, 1.08), least=1.02)
+    >>> no_speedup(Ratio(1.05, 1.03, 1.07), Ratio(1.04, 1.02, 1.08), least=1.02)
     'no measurable difference: plain against plain is 1.04x (1.02 to 1.08)'
-    >>> no_gain(Ratio(0.67, 0.66, 0.68), Ratio(1.04, 1.02, 1.08), least=1.02)
+    >>> no_speedup(Ratio(0.67, 0.66, 0.68), Ratio(1.04, 1.02, 1.08), least=1.02)
     'slower: 0.67x (0.66 to 0.68)'
-    >>> no_gain(Ratio(1.29, 1.25, 1.31), Ratio(1.04, 1.02, 1.08), least=1.02)
+    >>> no_speedup(Ratio(1.29, 1.25, 1.31), Ratio(1.04, 1.02, 1.08), least=1.02)
     ''
     """
     if found.high < 1 / still.edge:
@@ -208,12 +208,12 @@ def no_gain(found: Ratio, still: Ratio, *, least: float) -> str:
     return "" if found.ratio >= least else f"faster by less than {100 * (least - 1):.0f} %"
 
 
-def tenth(lane: Lane, *, clock: str = "wall") -> float:
+def p10(case: BenchmarkCase, *, clock: str = "wall") -> float:
     """Return the tenth percentile of a lane's blocks, in seconds per call."""
-    return typical(getattr(lane, f"{clock}_s"))
+    return tenth_percentile(getattr(case, f"{clock}_s"))
 
 
-def typical(times: Sequence[float]) -> float:
+def tenth_percentile(times: Sequence[float]) -> float:
     """Return the tenth percentile, which other work disturbs least."""
     return float(torch.tensor(times, dtype=torch.float64).quantile(0.1))
 

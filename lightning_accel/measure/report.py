@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from lightning_accel.measure.flops import Macs
+from lightning_accel.measure.flops import MacsCount
 from lightning_accel.measure.memory import model_size
 from lightning_accel.measure.table import Cell, Table, finite, show
 from lightning_accel.measure.timing import Comparison, compare
@@ -35,7 +35,7 @@ _LEAST_LEFT = 0.5
 """And where other work left less of the processor: at a third, 2.8x once read 5.1x (3.3 to 6.5)."""
 
 
-class Subject(NamedTuple):
+class MeasuredModel(NamedTuple):
     """One side of a report: a model and what to run.
 
     `forward` has one call per batch size, `step` is one forward and backward, `macs` those of one
@@ -45,7 +45,7 @@ class Subject(NamedTuple):
     model: nn.Module
     forward: Mapping[int, Callable[[], Any]]
     step: Callable[[], Any] | None = None
-    macs: Macs | None = None
+    macs: MacsCount | None = None
 
 
 @dataclass
@@ -218,8 +218,8 @@ class Report:
 
 
 def measure_pair(
-    dense: Subject,
-    final: Subject,
+    dense: MeasuredModel,
+    final: MeasuredModel,
     *,
     device: torch.device | str = "cpu",
     budget_s: float = 10.0,
@@ -235,7 +235,7 @@ def measure_pair(
         report: A report to fill, so that what was measured before an error is kept.
 
     >>> net = nn.Linear(64, 64)
-    >>> subject = Subject(net, {1: lambda: net(torch.ones(1, 64))})
+    >>> subject = MeasuredModel(net, {1: lambda: net(torch.ones(1, 64))})
     >>> measure_pair(subject, subject, budget_s=0.05).ratios.params
     1.0
     """
@@ -261,7 +261,7 @@ def measure_pair(
     return report
 
 
-def _count(report: Report, dense: Subject, final: Subject) -> None:
+def _count(report: Report, dense: MeasuredModel, final: MeasuredModel) -> None:
     report.dense.params = model_size(dense.model).params
     report.final.params = model_size(final.model).params
     report.ratios.params = _gain(report.dense.params, report.final.params)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_accel.measure.flops import Macs, count_run, eval_mode
-from lightning_accel.measure.report import Report, Subject, measure_pair
+from lightning_accel.measure.flops import MacsCount, count_run, eval_mode
+from lightning_accel.measure.report import MeasuredModel, Report, measure_pair
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.bypass import is_under
 from lightning_accel.surgery.call import Call, batch_size, first, parameters_of, run
@@ -48,7 +48,7 @@ def measure_subjects(
     """
     sides = dense, final
     macs = [_counted(side, report) for side in sides]
-    counted = [Subject(s.model, {}, macs=found) for s, found in zip(sides, macs, strict=True)]
+    counted = [MeasuredModel(s.model, {}, macs=found) for s, found in zip(sides, macs, strict=True)]
     measure_pair(counted[0], counted[1], report=report)
     _tell_idle(final, report)
     whole = batch_size(dense.calls)
@@ -59,7 +59,7 @@ def measure_subjects(
         for size in sizes:
             calls = [{size: forward(side, size)} for side in sides]
             if _both_run(f"latency at batch {size}", calls, size, report):
-                pair = [Subject(s.model, call) for s, call in zip(sides, calls, strict=True)]
+                pair = [MeasuredModel(s.model, call) for s, call in zip(sides, calls, strict=True)]
                 measure_pair(pair[0], pair[1], device=device, budget_s=share_s, report=report)
     for times in (report.dense.latency_ms, report.final.latency_ms, report.ratios.latency):
         ascending = sorted(times.items(), key=lambda item: int(item[0]))
@@ -67,7 +67,9 @@ def measure_subjects(
         times.update(ascending)
     steps = [{0: training_step(side)} for side in sides]
     if _both_run("training steps/s", steps, 0, report):
-        pair = [Subject(s.model, {}, step=step[0]) for s, step in zip(sides, steps, strict=True)]
+        pair = [
+            MeasuredModel(s.model, {}, step=step[0]) for s, step in zip(sides, steps, strict=True)
+        ]
         measure_pair(pair[0], pair[1], device=device, budget_s=share_s, report=report)
     return report
 
@@ -83,7 +85,7 @@ def _tell_idle(side: Runnable, report: Report) -> None:
         )
 
 
-def count(side: Runnable) -> Macs:
+def count(side: Runnable) -> MacsCount:
     """Count the multiply-accumulates of one sample."""
     with side.forward_context():
         found = count_run(lambda: run(side.eager, side.calls), side.eager)
@@ -186,7 +188,7 @@ class _LocalBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Accept what `SyncBatchNorm` accepts."""
 
 
-def _counted(side: Runnable, report: Report) -> Macs | None:
+def _counted(side: Runnable, report: Report) -> MacsCount | None:
     try:
         return count(side)
     except Exception as error:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_accel.measure.race import Lane, gain, run
+from lightning_accel.measure.race import BenchmarkCase, run, speedup
 
 
-class Latency(NamedTuple):
+class LatencyStats(NamedTuple):
     """Milliseconds of one call: median, spread (interquartile range) and tenth percentile of blocks."""
 
     median_ms: float
@@ -33,8 +33,8 @@ class Comparison(NamedTuple):
     far as that is known (both always 1.0 off the CPU).
     """
 
-    baseline: Latency
-    candidate: Latency
+    baseline: LatencyStats
+    candidate: LatencyStats
     ratio: float
     low: float
     high: float
@@ -53,7 +53,7 @@ def time_call(
     device: torch.device | str = "cpu",
     warmup: int = 2,
     budget_s: float = 1.0,
-) -> Latency:
+) -> LatencyStats:
     """Measure one call; fast ones are repeated within a block, so that the clock does not show.
 
     Args:
@@ -65,9 +65,9 @@ def time_call(
     >>> time_call(lambda: sum(range(100)), budget_s=0.02).median_ms > 0
     True
     """
-    lane = Lane(fn, torch.device(device), warmup=warmup)
-    run({"": lane}, budget_s=budget_s)
-    return _latency(lane)
+    case = BenchmarkCase(fn, torch.device(device), warmup=warmup)
+    run({"": case}, budget_s=budget_s)
+    return _latency(case)
 
 
 def compare(
@@ -92,10 +92,10 @@ def compare(
     True
     """
     device = torch.device(device)
-    first, second = (Lane(fn, device, warmup=warmup) for fn in (baseline, candidate))
+    first, second = (BenchmarkCase(fn, device, warmup=warmup) for fn in (baseline, candidate))
     load = run({"baseline": first, "candidate": second}, budget_s=budget_s)
     shares = (load.busy, load.left) if device.type == "cpu" else (1.0, 1.0)
-    return Comparison(_latency(first), _latency(second), *gain(first, second), *shares)
+    return Comparison(_latency(first), _latency(second), *speedup(first, second), *shares)
 
 
 class Pace:
@@ -157,8 +157,8 @@ class Pace:
         return self.samples / self.seconds if self.samples and self.seconds > 0 else None
 
 
-def _latency(lane: Lane) -> Latency:
-    times_ms = 1000 * torch.tensor(lane.wall_s, dtype=torch.float64)
+def _latency(case: BenchmarkCase) -> LatencyStats:
+    times_ms = 1000 * torch.tensor(case.wall_s, dtype=torch.float64)
     quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75], dtype=torch.float64)
     p10, p25, p50, p75 = times_ms.quantile(quantiles).tolist()
-    return Latency(p50, p75 - p25, p10, lane.calls * len(lane.wall_s))
+    return LatencyStats(p50, p75 - p25, p10, case.calls * len(case.wall_s))

@@ -47,7 +47,7 @@ from torch.utils.checkpoint import (
 from lightning_accel.arguments import one_of
 from lightning_accel.errors import NoEffect
 from lightning_accel.memory.draws import draws
-from lightning_accel.memory.recompute import Calls, Recomputation
+from lightning_accel.memory.recompute import Recomputation, RecomputedBlock
 from lightning_accel.memory.saved import note_kept
 from lightning_accel.seldom import check_seldom
 from lightning_accel.surgery import Change, Receipt, Select
@@ -71,7 +71,7 @@ def checkpoint_activations(
     *,
     select: Select | str | Iterable[str] | dict[str, Any] | None = None,
     policy: str = "full",
-    check_every: int | None = 64,
+    check_every_n_calls: int | None = 64,
 ) -> Receipt:
     """Let blocks recompute their activations in backward instead of keeping them, in place.
 
@@ -84,18 +84,18 @@ def checkpoint_activations(
         policy: "full" keeps the inputs of a block; "selective" results of matrix products, convolutions
             and attention as well, so that recomputing is cheap. There, an operation that changes a
             kept result in place raises in backward.
-        check_every: At how many calls of a block its recomputation is compared with its forward, besides the
+        check_every_n_calls: At how many calls of a block its recomputation is compared with its forward, besides the
             first, second, fourth, eighth ... None for never.
 
     Raises:
-        ValueError: Unknown policy, or `check_every` is below 1.
+        ValueError: Unknown policy, or `check_every_n_calls` is below 1.
         NoEffect: Nothing was chosen, or nothing repeats.
 
     >>> net = nn.Sequential(*[nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3)])
     >>> checkpoint_activations(net).changes[0]
     Change(name='0', what='checkpointed', before='kept', after='full recomputation')
     """
-    check_arguments(policy, check_every)
+    check_arguments(policy, check_every_n_calls)
     found = find_repeated(model) if select is None else _chosen(model, Select.of(select))
     if not found:
         raise NoEffect(
@@ -108,7 +108,9 @@ def checkpoint_activations(
     changes = []
     for name, module in found.items():
         if _own_forward(module) is None:
-            vars(module)["forward"] = MethodType(_recomputing(module, policy, check_every), module)
+            vars(module)["forward"] = MethodType(
+                _recomputing(module, policy, check_every_n_calls), module
+            )
             changes.append(Change(name, "checkpointed", "kept", f"{policy} recomputation"))
     return Receipt(tuple(changes))
 
@@ -158,10 +160,10 @@ def find_repeated(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def check_arguments(policy: Any, check_every: Any) -> None:
+def check_arguments(policy: Any, check_every_n_calls: Any) -> None:
     """Raise unless these can be arguments of `checkpoint_activations`."""
     one_of("policy", policy, POLICIES)
-    check_seldom(check_every)
+    check_seldom(check_every_n_calls)
 
 
 def uncalled(model: nn.Module) -> list[str]:
@@ -204,7 +206,9 @@ _HOOKS: dict[str, Any] = (
 _selecting: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False, **_HOOKS)
 
 
-def _recomputing(module: nn.Module, policy: str, check_every: int | None) -> Callable[..., Any]:
+def _recomputing(
+    module: nn.Module, policy: str, check_every_n_calls: int | None
+) -> Callable[..., Any]:
     """Make a function of the module, which holds no instance, so that copies get one of their own.
 
     (What it knows of the calls is of the instance that called last: copies rarely learn in turns.) As a method that is called "forward" it pickles as the attribute of that name, which is the class's own.
@@ -215,7 +219,7 @@ def _recomputing(module: nn.Module, policy: str, check_every: int | None) -> Cal
         plain = own[0].__func__
     elif own:
         plain = _ignoring_self(own[0])
-    known: list[Calls] = []
+    known: list[RecomputedBlock] = []
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -232,7 +236,7 @@ def _recomputing(module: nn.Module, policy: str, check_every: int | None) -> Cal
                 return checkpoint(call, *values, use_reentrant=False)
             return _selecting(call, *values, context_fn=_selective)
         if not known or known[0].block() is not self:
-            known[:] = [Calls(self, check_every)]
+            known[:] = [RecomputedBlock(self, check_every_n_calls)]
             _called.add(self)
         calls = known[0]
         if calls.reason:

@@ -1,6 +1,6 @@
 """A block computed a second time, in backward: from what it was in forward, and as if there had been no second time.
 
-`Recomputation` brings back the `Moment` of the forward for the second one. `Calls` is what is known of a block from
+`Recomputation` brings back the `Moment` of the forward for the second one. `RecomputedBlock` is what is known of a block from
 its calls so far: some are compared, whether the second time gave what the first one did.
 """
 
@@ -26,12 +26,12 @@ _SAMPLES = 64
 _DO = "leave the block out by `select=Select(exclude=...)`"
 
 
-class Calls:
+class RecomputedBlock:
     """What is known of a block that recomputes.
 
     Args:
         block: The module.
-        check_every: At how many calls a result is compared with its recomputation, besides the first, second,
+        check_every_n_calls: At how many calls a result is compared with its recomputation, besides the first, second,
             fourth, eighth ..., and the first after a change of its structure; None for never.
 
     Attributes:
@@ -39,9 +39,9 @@ class Calls:
         num_checked: Recomputations that were compared.
     """
 
-    def __init__(self, block: nn.Module, check_every: int | None) -> None:
+    def __init__(self, block: nn.Module, check_every_n_calls: int | None) -> None:
         self.block = weakref.ref(block)
-        self.check_every = check_every
+        self.check_every_n_calls = check_every_n_calls
         self.reason = ""
         self.num_checked = 0
         self._moments = Moments(block)
@@ -53,8 +53,8 @@ class Calls:
         """Note what is before a call."""
         self._count += 1
         moment = self._moments.take(*arguments, whole=self._count == 1)
-        changed = self.check_every is not None and self._moments.count != self._structure
-        self.is_due = changed or is_due(self._count, self.check_every)
+        changed = self.check_every_n_calls is not None and self._moments.count != self._structure
+        self.is_due = changed or is_due(self._count, self.check_every_n_calls)
         self._structure = self._moments.count
         return moment
 

@@ -51,10 +51,10 @@ class Probe(NamedTuple):
         return self.relative_error <= _EXACT * self.exact_error
 
 
-class Choice(NamedTuple):
+class MatmulChoice(NamedTuple):
     """A setting and why it was taken.
 
-    >>> Choice("highest", "it was asked for").precision
+    >>> MatmulChoice("highest", "it was asked for").precision
     'highest'
     """
 
@@ -121,7 +121,7 @@ def probe_matmul(name: str, device: torch.device | str = "cpu") -> Probe:
 
 def choose(
     precision: str = "auto", device: torch.device | str = "cpu", *, allow_short: bool = False
-) -> Choice:
+) -> MatmulChoice:
     """Choose the setting for a device.
 
     Args:
@@ -135,9 +135,11 @@ def choose(
     """
     check(precision)
     if precision == "highest":
-        return Choice(precision, "it was asked for")
+        return MatmulChoice(precision, "it was asked for")
     if precision != "auto":
-        return Choice(precision, f"it was asked for; {_told(probe_matmul(precision, device))}")
+        return MatmulChoice(
+            precision, f"it was asked for; {_told(probe_matmul(precision, device))}"
+        )
     probes = {name: probe_matmul(name, device) for name in PRECISIONS[1:]}
     best = "highest"
     for name, probe in probes.items():  # the longer format first, and a tie stays with it
@@ -145,13 +147,13 @@ def choose(
         if probe.ratio >= bar and (probe.exact or allow_short):
             best = name
     if best != "highest":
-        return Choice(best, _told(probes[best]))
+        return MatmulChoice(best, _told(probes[best]))
     name, fastest = max(probes.items(), key=lambda item: item[1].ratio)
     if fastest.ratio >= _CLEARLY_FASTER:
-        return Choice(
+        return MatmulChoice(
             best, f"'{name}' is {_told(fastest)}; pass it, or `allow_short=True`, to accept that"
         )
-    return Choice(best, f"no setting is clearly faster here ('{name}': {fastest.ratio:.2f}x)")
+    return MatmulChoice(best, f"no setting is clearly faster here ('{name}': {fastest.ratio:.2f}x)")
 
 
 def apply(name: str) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lightning_accel.errors import AccelError, BrokenModel, NoEffect
 from lightning_accel.pruning.foreign import Pruner, Turn, removals
-from lightning_accel.pruning.graph import Gone, Graph, require_stored
+from lightning_accel.pruning.graph import Graph, RemovedUnits, require_stored
 from lightning_accel.pruning.halving import sound
+from lightning_accel.pruning.removal_recorder import Removal
 from lightning_accel.pruning.subject import Subject
 from lightning_accel.pruning.verify import why_broken
-from lightning_accel.pruning.watch import Removal
 from lightning_accel.surgery import Change, Cut, Kept, Select, Structure, twin
 from lightning_accel.surgery.attributes import Size, get_size
 from lightning_accel.surgery.call import Call
@@ -31,7 +31,7 @@ from lightning_accel.surgery.structure import named_tensors
 _MODES = ("heads", "width")
 
 
-class Part(NamedTuple):
+class AdoptedGroup(NamedTuple):
     """What one group of the pruner takes, and the units of our groups that take the same, if any do."""
 
     removal: Removal
@@ -43,7 +43,7 @@ class Adopted(NamedTuple):
 
     cut: Cut
     graph: Graph | None
-    gone: Gone | None
+    gone: RemovedUnits | None
     refused: tuple[Change, ...]
 
 
@@ -81,7 +81,7 @@ def adopt(subject: Subject, pruner: Pruner, *, turn: Turn, until: float) -> Adop
             "raise its pruning_ratio, or lower its round_to",
         )
 
-    def failure(some: Sequence[Part]) -> str:
+    def failure(some: Sequence[AdoptedGroup]) -> str:
         return why_broken(verifier, training, partial(translator.cut, some))
 
     for _ in range(2):
@@ -133,23 +133,25 @@ class _Translator:
         self._model = model
         self._tensors = {name: tuple(t.shape) for name, t in named_tensors(model)}
 
-    def part(self, removal: Removal) -> Part:
-        return Part(removal, None if self.graph is None else self.graph.units(removal.places))
+    def part(self, removal: Removal) -> AdoptedGroup:
+        return AdoptedGroup(
+            removal, None if self.graph is None else self.graph.units(removal.places)
+        )
 
-    def gone(self, parts: Sequence[Part]) -> dict[str, list[int]] | None:
+    def gone(self, parts: Sequence[AdoptedGroup]) -> dict[str, list[int]] | None:
         """Return the units of all parts; `None` if some have none."""
         if any(part.units is None for part in parts):
             return None
         return _joined(parts)
 
-    def rescale(self, part: Part) -> bool:
+    def rescale(self, part: AdoptedGroup) -> bool:
         return (
             self.graph is not None
             and bool(part.units)
             and self.graph.rescale(list(part.units or ()))
         )
 
-    def cut(self, parts: Sequence[Part]) -> Cut:
+    def cut(self, parts: Sequence[AdoptedGroup]) -> Cut:
         """Return the cut that takes all of these.
 
         Raises:
@@ -183,7 +185,7 @@ class _Translator:
         )
 
 
-def _joined(parts: Sequence[Part]) -> dict[str, list[int]]:
+def _joined(parts: Sequence[AdoptedGroup]) -> dict[str, list[int]]:
     gone: dict[str, set[int]] = {}
     for part in parts:
         for name, units in (part.units or {}).items():

@@ -28,9 +28,16 @@ from torch import Tensor, nn
 from lightning_accel.arguments import positive
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.pruning.groups import Group
+from lightning_accel.pruning.layer_inputs import (
+    AnotherWay,
+    LayerInputs,
+    Pairs,
+    after,
+    held_out,
+    unfolded,
+)
 from lightning_accel.pruning.least_squares import Piece, improved
 from lightning_accel.pruning.leftover import Leftover
-from lightning_accel.pruning.observed import AnotherWay, Pairs, Seen, after, held_out, unfolded
 from lightning_accel.pruning.reconstruction import evaluating
 from lightning_accel.pruning.unfold import (
     by_block,
@@ -47,7 +54,7 @@ from lightning_accel.surgery import Change, twin
 from lightning_accel.surgery.call import Call, run
 from lightning_accel.surgery.preserve import preserve_rng
 
-Gone = Mapping[str, Sequence[int]]
+RemovedUnits = Mapping[str, Sequence[int]]
 _COMPUTES_MORE = "it gives out something else than its input times its weight, and its bias"
 
 
@@ -74,7 +81,7 @@ def compensate(
     cut: nn.Module,
     *,
     groups: Sequence[Group],
-    gone: Gone,
+    gone: RemovedUnits,
     batches: Iterable[Sequence[Call]],
     ridge: float | None = None,
 ) -> Compensation:
@@ -128,7 +135,7 @@ def compensate(
         order, others = _counted(dense, readers, steps[0])
         left_out += [Change(name, _COMPUTES_MORE) for name in sorted(others)]
         once = [name for name, count in order.items() if count == 1]
-        with Seen(dense, work, steps, once) as seen:
+        with LayerInputs(dense, work, steps, once) as seen:
             for name in order:
                 kept = _kept_outputs(dense, name, groups, gone)
                 layer, pairs = work.get_submodule(name), seen.pairs(name)
@@ -164,7 +171,7 @@ def _require_runs(cut: nn.Module, calls: Sequence[Call]) -> None:
 
 
 def _readers(
-    cut: nn.Module, groups: Sequence[Group], gone: Gone
+    cut: nn.Module, groups: Sequence[Group], gone: RemovedUnits
 ) -> tuple[dict[str, nn.Module], list[Change]]:
     """Return the layers to solve by name, and those that cannot be, with reasons."""
     holders: dict[int, set[int]] = {}
@@ -234,7 +241,7 @@ def _is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
 
 
 def _kept_outputs(
-    dense: nn.Module, name: str, groups: Sequence[Group], gone: Gone
+    dense: nn.Module, name: str, groups: Sequence[Group], gone: RemovedUnits
 ) -> Tensor | None:
     """Return which outputs of a layer are left, or `None` if all are."""
     module = dense.get_submodule(name)

@@ -24,13 +24,13 @@ from lightning_accel.errors import AccelError, BrokenModel, NoEffect
 from lightning_accel.pruning.blocks import Block, Blocks, cut_of, find_blocks
 from lightning_accel.pruning.halving import sound
 from lightning_accel.pruning.leftover import Leftover
-from lightning_accel.pruning.order import Order
+from lightning_accel.pruning.order import BlockOrder
 from lightning_accel.pruning.request import Occasion, Request
 from lightning_accel.pruning.subject import Subject
 from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.verify import why_broken
 from lightning_accel.surgery import Change, Cut, twin
-from lightning_accel.surgery.bypass import bypass, gone
+from lightning_accel.surgery.bypass import bypass, removed_blocks
 from lightning_accel.surgery.call import Call
 
 _TRIES = 5  # numbers of blocks that are weighed against width
@@ -74,12 +74,14 @@ def plan_depth(
     asked = _Asked(request, occasion, width, until)
     model, network, calls = subject.users, subject.network, subject.calls
     verifier, training = subject.verifier, subject.training
-    before = [n for n in gone(network) if asked.occasion.dense.bypassed.get(n, "") is None]
+    before = [
+        n for n in removed_blocks(network) if asked.occasion.dense.bypassed.get(n, "") is None
+    ]
     blocks = _proved(subject, asked)
     if not blocks.found:
-        if gone(network) and asked.width is not None:
+        if removed_blocks(network) and asked.width is not None:
             return asked.width(network, asked.request.target)
-        if gone(network) and not asked.occasion.thorough:
+        if removed_blocks(network) and not asked.occasion.thorough:
             return Cut()
         listed = "; ".join(f"`{c.name}`: {c.what}" for c in blocks.refused[:4])
         raise NoEffect(
@@ -91,7 +93,7 @@ def plan_depth(
     leftover = Leftover(network, data, renews=bool(occasion.batches))
     if not hasattr(asked.request.target, "batch_size"):
         calls = verifier.calls  # shares of arithmetic are those of a few samples
-    order = Order(network, blocks.found, leftover, asked.request.target, calls, asked.until)
+    order = BlockOrder(network, blocks.found, leftover, asked.request.target, calls, asked.until)
     if asked.request.ratio is not None:
         cut = _of_share(network, order, len(before), asked)
     else:
@@ -143,7 +145,7 @@ class _Mix:
         self,
         network: nn.Module,
         calls: Sequence[Call],
-        order: Order,
+        order: BlockOrder,
         target: Target,
         asked: _Asked,
     ) -> None:
@@ -265,7 +267,7 @@ class _Mix:
             + f": the outputs change by {tried.error:.1%}"
             + (f" ({', '.join(others)})" if others else "")
         )
-        says = self._target.says(tried.kept, device)
+        says = self._target.describe(tried.kept, device)
         return dataclasses.replace(tried.cut, notes=(note, says, *tried.cut.notes))
 
     def _tried_error(self, count: int) -> str:
@@ -293,7 +295,7 @@ def joined(blocks: Cut, width: Cut) -> Cut:
     )
 
 
-def _of_share(network: nn.Module, order: Order, before: int, asked: _Asked) -> Cut:
+def _of_share(network: nn.Module, order: BlockOrder, before: int, asked: _Asked) -> Cut:
     assert asked.request.ratio is not None
     total = len(order.blocks) + before
     count = math.floor(total * asked.request.ratio + 1e-6) - before

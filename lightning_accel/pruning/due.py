@@ -89,11 +89,11 @@ def decide(
         if request.is_search and kept in past.in_vain(history):
             found = Decision(Cut(), None, "The least that could go next was taken back already.")
             continue
-        return Decision(cut, kept, _says(asked, calls, due, fit.left * (kept or 1.0), device))
+        return Decision(cut, kept, _describe(asked, calls, due, fit.left * (kept or 1.0), device))
     return found
 
 
-def rehearse(request: Request, model: nn.Module, calls: Sequence[Call], fit: Fit) -> None:
+def dry_run(request: Request, model: nn.Module, calls: Sequence[Call], fit: Fit) -> None:
     """Do it all on a copy, but by magnitude and without measuring time; a pruner as it will.
 
     Raises:
@@ -199,11 +199,11 @@ def _kept(request: Request, subject: Subject, cut: Cut) -> float | None:
     return request.target.of(subject.calls).compared(before, after, subject.whole)
 
 
-def _says(
+def _describe(
     request: Request, calls: Sequence[Call], due: int, left: float, device: torch.device
 ) -> str:
     """Write what of the target's unit is left after a step, and what was asked for."""
     if request.target is None:
         return ""
     share = scheduling.share_left(request.target.share, due, request.steps, request.schedule)
-    return dataclasses.replace(request.target.of(calls), share=share).says(left, device)
+    return dataclasses.replace(request.target.of(calls), share=share).describe(left, device)

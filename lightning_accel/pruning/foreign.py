@@ -32,7 +32,7 @@ from torch import nn
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.pruning.importance import require_gradients
 from lightning_accel.pruning.interop import by_name, of_copy
-from lightning_accel.pruning.watch import Failed, Removal, Watch
+from lightning_accel.pruning.removal_recorder import Failed, Removal, RemovalRecorder
 from lightning_accel.surgery import Change, Select, Structure
 from lightning_accel.surgery.call import Call
 
@@ -220,7 +220,7 @@ def removals(
         if reads_gradients(made):
             require_gradients(model)
         try:
-            watch = Watch(model, made)
+            watch = RemovalRecorder(model, made)
             with torch.no_grad(), _told_if_slow():
                 for _ in _steps(made, turn, partial(_dense, pruner, twins, calls, turn.dense)):
                     for group in _groups(made):

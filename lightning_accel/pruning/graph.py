@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from lightning_accel.errors import NoEffect
 from lightning_accel.pruning.groups import Group, Groups, Member
 from lightning_accel.pruning.scaling import factor, query_rows
-from lightning_accel.pruning.trace import Flow, Ids, traced
+from lightning_accel.pruning.trace import ChannelTracer, Ids, traced
 from lightning_accel.pruning.trace.sizes import solve
 from lightning_accel.surgery import Change, Cut, Kept, Select, Structure
 from lightning_accel.surgery.attributes import get_size
 from lightning_accel.surgery.call import Call, in_precision, parameters_of
 from lightning_accel.surgery.structure import named_tensors
 
-__all__ = ["Gone", "Graph", "Group", "Member"]
+__all__ = ["Graph", "Group", "Member", "RemovedUnits"]
 
-Gone = Mapping[str, Sequence[int]]
+RemovedUnits = Mapping[str, Sequence[int]]
 """Units that are removed, ascending, by name of their group."""
 
 _AS_IT_IS = Structure()
@@ -77,7 +77,7 @@ class Graph:
 
     # -- what a removal does ------------------------------------------------------------------------
 
-    def cut(self, gone: Gone) -> Cut:
+    def cut(self, gone: RemovedUnits) -> Cut:
         """Return the cut that removes these units.
 
         Raises:
@@ -139,14 +139,14 @@ class Graph:
             query.scaled = not query.scaled
         return bool(found)
 
-    def macs(self, gone: Gone) -> float:
+    def macs(self, gone: RemovedUnits) -> float:
         """Return the multiply-accumulates of the calls with these units gone."""
         left = self._left(gone)
         return float(
             sum(p.times * math.prod(left.count(a) for a in p.axes) for p in self._flow.products)
         )
 
-    def params(self, gone: Gone) -> int:
+    def params(self, gone: RemovedUnits) -> int:
         """Return the number of parameters of the networks that are called with these units gone."""
         left, total, called = self._left(gone), 0, parameters_of(self.model, self.calls)
         for name, parameter in self.model.named_parameters():
@@ -208,7 +208,9 @@ class Graph:
     def _names(self) -> list[str]:
         return [group.name for group in self.groups]
 
-    def _scaled(self, gone: Gone, left: _Left, kept: Mapping[str, Kept]) -> dict[str, Tensor]:
+    def _scaled(
+        self, gone: RemovedUnits, left: _Left, kept: Mapping[str, Kept]
+    ) -> dict[str, Tensor]:
         found = {}
         for name in gone:
             for query in self._queries.get(name, ()):
@@ -241,7 +243,7 @@ class Graph:
                 shares = norms[0] / norms[1].clamp_min(1e-300)
                 yield magnitude, shares.view(tensors[magnitude].shape)
 
-    def _left(self, gone: Gone) -> _Left:
+    def _left(self, gone: RemovedUnits) -> _Left:
         removed = np.zeros(self._flow.atoms.count, dtype=bool)
         for name, units in gone.items():
             removed[self._found.roots[name][list(units)]] = True
@@ -315,7 +317,7 @@ class _Query:
 class _Left:
     """What is left of each dimension after a removal."""
 
-    def __init__(self, flow: Flow, removed: Any) -> None:
+    def __init__(self, tracer: ChannelTracer, removed: Any) -> None:
         self._removed = removed
         self._counts: dict[int, tuple[Ids, int]] = {}
 

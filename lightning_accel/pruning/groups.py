@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.pruning.trace import Flow, Forms, Ids
+from lightning_accel.pruning.trace import ChannelTracer, Ids, WidthConstraints
 from lightning_accel.pruning.trace.sizes import Attribute, Length, leaves
 from lightning_accel.surgery import Change, Select, Structure
 from lightning_accel.surgery.attributes import get_size
@@ -65,7 +65,7 @@ class Groups:
 
     Args:
         model: The network that was traced.
-        flow: What the trace showed.
+        tracer: What the trace showed.
         select: Every layer whose outputs shrink must be among these.
         frozen: Names of parameters that must not be touched.
         dense: Shapes before an earlier cut, of which shares are meant.
@@ -82,7 +82,7 @@ class Groups:
     def __init__(
         self,
         model: nn.Module,
-        flow: Flow,
+        tracer: ChannelTracer,
         *,
         select: Select,
         frozen: frozenset[str],
@@ -91,7 +91,7 @@ class Groups:
         self.skipped: list[Change] = []
         self.roots: dict[str, Ids] = {}
         self._model = model
-        self._flow = flow
+        self._flow = tracer
         self._dense = dense
         self._shrinking: set[str] = set()
         self._paired = {
@@ -105,26 +105,26 @@ class Groups:
 
     def _index(self) -> None:
         """Number the free parts, and tell them apart by the dimensions of tensors that they touch."""
-        flow = self._flow
-        everything = np.arange(flow.atoms.count)
-        self.root = flow.atoms.find(everything)
-        self._fixed = flow.atoms.is_fixed(everything)
+        tracer = self._flow
+        everything = np.arange(tracer.atoms.count)
+        self.root = tracer.atoms.find(everything)
+        self._fixed = tracer.atoms.is_fixed(everything)
         attributes = {
             leaf: int(_attribute(self._model, leaf))
-            for e in flow.equations
+            for e in tracer.equations
             for leaf in leaves(e.expression)
             if isinstance(leaf, Attribute)
         }
         self.attributes = attributes
-        self._is_made, self._is_read = np.zeros((2, flow.atoms.count), dtype=bool)
-        for marks, marked in ((flow.made, self._is_made), (flow.read, self._is_read)):
+        self._is_made, self._is_read = np.zeros((2, tracer.atoms.count), dtype=bool)
+        for marks, marked in ((tracer.made, self._is_made), (tracer.read, self._is_read)):
             for atoms in marks:
                 marked[atoms] = True
-        moving = [e for e in flow.equations if self._moves(e)]
+        moving = [e for e in tracer.equations if self._moves(e)]
         shared = {a for e in moving for a in leaves(e.expression) if isinstance(a, Attribute)}
         self.equations = moving + [
             e
-            for e in flow.equations
+            for e in tracer.equations
             if not self._moves(e)
             and any(isinstance(a, Attribute) and a in shared for a in leaves(e.expression))
         ]
@@ -142,14 +142,14 @@ class Groups:
         )
 
     def _find(self, chosen: set[str], frozen: frozenset[str]) -> list[Group]:
-        flow = self._flow
+        tracer = self._flow
         rng = np.random.default_rng(0)
         places = [
             (name, dim, axis.atoms)
             for name, info in self._first_names()
             for dim, axis in enumerate(info.axes)
         ]
-        code = np.zeros(flow.atoms.count, dtype=np.uint64)
+        code = np.zeros(tracer.atoms.count, dtype=np.uint64)
         for _, _, atoms in places:
             mark = rng.integers(1, 2**63, dtype=np.uint64)
             np.add.at(code, self.root[atoms], mark)
@@ -158,7 +158,7 @@ class Groups:
             roots = self.root[atoms]
             for key in np.unique(code[roots[~self._fixed[roots]]]):
                 groups.setdefault(int(key), []).append((name, dim, atoms))
-        heads = {int(r) for a in flow.headed for r in self.root[a]}
+        heads = {int(r) for a in tracer.headed for r in self.root[a]}
         found = [
             group
             for key, touched in groups.items()
@@ -274,7 +274,9 @@ class Groups:
     def _linked(self, groups: list[Group]) -> list[Group]:
         """Link groups whose widths the forward takes for the same; drop what cannot follow."""
         while True:
-            forms = Forms(self.equations, self.root, {g.name: self.roots[g.name] for g in groups})
+            forms = WidthConstraints(
+                self.equations, self.root, {g.name: self.roots[g.name] for g in groups}
+            )
             links, wrong = forms.links()
             if not wrong:
                 break
@@ -313,14 +315,14 @@ class Groups:
 
     def _why_idle(self, name: str) -> str:
         """Return why a weight neither makes nor reads channels; nothing if it shrinks with others."""
-        flow = self._flow
-        if flow.own[name].source not in flow.touched:  # a method other than forward may read it
-            ran = name.rpartition(".")[0] in flow.ran
+        tracer = self._flow
+        if tracer.own[name].source not in tracer.touched:  # a method other than forward may read it
+            ran = name.rpartition(".")[0] in tracer.ran
             return "nothing that can be followed reads it" if ran else "it never ran on the example"
-        axes = [axis.atoms for axis in flow.own[name].axes]
+        axes = [axis.atoms for axis in tracer.own[name].axes]
         if name in self._shrinking:
             return ""
-        reasons = (flow.atoms.reason(atoms) for atoms in axes)
+        reasons = (tracer.atoms.reason(atoms) for atoms in axes)
         return next(
             filter(None, reasons), "nothing that can be followed makes or reads its channels"
         )

@@ -1,8 +1,8 @@
 """What a fit has pruned step by step, and without a target how far the next step goes.
 
-A fit with a budget of accuracy and no target gallops: the first step takes `_FIRST` of the multiply-accumulates
+A fit with a budget of accuracy and no target gallops: the first step takes `_FIRST_STEP` of the multiply-accumulates
 that are left, each that stays within the budget is followed by one half as large again, and after one that is
-taken back all are half as large as that, until nothing above `_LEAST` is left to try. What each network scored is
+taken back all are half as large as that, until nothing above `_MIN_STEP` is left to try. What each network scored is
 kept on the way: the trade-off between size and score, of which the best pairs are the Pareto points.
 """
 
@@ -19,7 +19,7 @@ from lightning_accel.pruning.target import Macs
 Entry = dict[str, Any]
 """One prune of a fit, as plain data for a checkpoint."""
 
-_FIRST, _LEAST, _MOST = 0.2, 0.02, 0.5
+_FIRST_STEP, _MIN_STEP, _MAX_STEP = 0.2, 0.02, 0.5
 _GROWTH = 1.5
 
 
@@ -90,14 +90,14 @@ def next_steps(history: Sequence[Entry]) -> Iterator[Macs]:
     >>> [round(step.share, 4) for step in next_steps([])]
     [0.8, 0.9, 0.95, 0.975]
     """
-    step, failed = _FIRST, False
+    step, failed = _FIRST_STEP, False
     for entry in history:
         failed = failed or "rolled_back" in entry
         if "rolled_back" in entry:
             step /= 2
         elif not failed:
-            step = min(step * _GROWTH, _MOST)
-    while step >= _LEAST:
+            step = min(step * _GROWTH, _MAX_STEP)
+    while step >= _MIN_STEP:
         yield Macs(left(history) * (1 - step))
         step /= 2
 
@@ -130,7 +130,7 @@ def trade_off(history: Sequence[Entry], first: float | None, mode: str) -> list[
     return points
 
 
-def says(points: Sequence[Entry], monitor: str, history: Sequence[Entry]) -> str:
+def describe(points: Sequence[Entry], monitor: str, history: Sequence[Entry]) -> str:
     """Write the trade-off as a small table, the Pareto points marked, and why it ends there."""
     lines = [f"What `{monitor}` was at each size (* none is smaller and better):"]
     for point in points:
@@ -145,5 +145,5 @@ def says(points: Sequence[Entry], monitor: str, history: Sequence[Entry]) -> str
     elif any(next_steps(history)):
         lines.append("The fit ended before the steps did: a longer one may go further.")
     else:
-        lines.append(f"Steps of less than {_LEAST:.0%} of what is left are not tried.")
+        lines.append(f"Steps of less than {_MIN_STEP:.0%} of what is left are not tried.")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_accel.bridge.rewind import rewind
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.pruning import history as past
-from lightning_accel.pruning.guard import Guard
+from lightning_accel.pruning.rollback import Rollback
 from lightning_accel.surgery import Receipt
 
 
@@ -70,11 +70,11 @@ def is_last_epoch(trainer: Trainer) -> bool:
 
 
 def take_back(
-    trainer: Trainer, pl_module: LightningModule, guard: Guard, told: Callable[[str], None]
+    trainer: Trainer, pl_module: LightningModule, guard: Rollback, told: Callable[[str], None]
 ) -> Receipt:
     """Take the last prune back, and the metrics of the smaller network with it."""
     assert guard.snapshot is not None
-    told(f"The prune before epoch {guard.pruned_at} is taken back: {guard.says()}.")
+    told(f"The prune before epoch {guard.pruned_at} is taken back: {guard.describe()}.")
     metrics = trainer._logger_connector._callback_metrics
     metrics.update({name: torch.as_tensor(value) for name, value in guard.metrics.items()})
     receipt = rewind(trainer, pl_module, guard.snapshot)
@@ -82,18 +82,18 @@ def take_back(
     return receipt
 
 
-def tell_end(guard: Guard, history: Sequence[past.Entry], is_search: bool) -> None:
+def tell_end(guard: Rollback, history: Sequence[past.Entry], is_search: bool) -> None:
     """Tell at the end of a fit what a search has seen, and what is not as it was asked for."""
     if is_search and not history:
         rank_zero_warn("The fit ended before the first step of the search, and nothing is pruned.")
     points = past.trade_off(history, guard.first, guard.mode)
     if is_search and points:
-        rank_zero_info(past.says(points, guard.monitor, history))
+        rank_zero_info(past.describe(points, guard.monitor, history))
     if past.standing(history) and guard.ends_outside():
         rank_zero_warn(
             explain(
                 "the network is worse at the end than when its last prune passed",
-                f"{guard.says()}, with max_drop={guard.max_drop}",
+                f"{guard.describe()}, with max_drop={guard.max_drop}",
                 "take an earlier checkpoint, or train on",
             )
         )

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.measure.flops import undisturbed
+from lightning_accel.measure.flops import preserve_buffers
 from lightning_accel.pruning.recalibrate import recalibrate
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call, run, same_random_state, tensors
 
-_MOST = 2**25  # numbers of outputs that are kept
+_MAX_NUMEL = 2**25  # numbers of outputs that are kept
 
 
 class Leftover:
@@ -37,7 +37,7 @@ class Leftover:
             self._wanted.append(_outputs(before, calls))
             self._batches.append(calls)
             held += sum(t.numel() for t in self._wanted[-1])
-            if held > _MOST:
+            if held > _MAX_NUMEL:
                 break
 
     def of(self, model: nn.Module) -> float:
@@ -45,7 +45,7 @@ class Leftover:
 
         A network that fails on the batches, or gives no numbers, leaves infinite error.
         """
-        with undisturbed(model):
+        with preserve_buffers(model):
             try:
                 if self._renews:
                     recalibrate(model, self._batches)

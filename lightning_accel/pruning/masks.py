@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_accel.arguments import one_of, open_share
 from lightning_accel.errors import NoEffect, explain
 from lightning_accel.surgery import Change, Receipt, Select
-from lightning_accel.surgery.bypass import gone, is_under
+from lightning_accel.surgery.bypass import is_under, removed_blocks
 from lightning_accel.surgery.memories import mixing
 from lightning_accel.surgery.optimizers import parameters_of
 
@@ -187,12 +187,12 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Any) -> None:
         parameter = parameters[name]
         if id(parameter) not in stepped:
             continue
-        gone = ~keep.to(parameter.device)
-        parameter.masked_fill_(gone, 0.0)
+        removed_blocks = ~keep.to(parameter.device)
+        parameter.masked_fill_(removed_blocks, 0.0)
         for key, value in optimizer.state.get(parameter, {}).items():
             fits = isinstance(value, Tensor) and value.shape == parameter.shape
             if fits and value.is_floating_point() and not _mixes(optimizer, parameter, key):
-                value.masked_fill_(gone.to(value.device), 0)
+                value.masked_fill_(removed_blocks.to(value.device), 0)
 
 
 def follow_masks(model: nn.Module, masks: Mapping[str, Tensor], receipt: Receipt) -> Masks:
@@ -201,7 +201,7 @@ def follow_masks(model: nn.Module, masks: Mapping[str, Tensor], receipt: Receipt
     Where the cut took neighbours of a two-of-four pattern apart, `restored` puts it back. Masks of whole blocks
     that are gone stay as they are, until the blocks come back.
     """
-    away = gone(model)
+    away = removed_blocks(model)
     moved = {id(move.new): move for move in receipt.moved}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     keep: dict[str, Tensor] = {}
@@ -271,8 +271,8 @@ def _mixes(optimizer: Any, parameter: Tensor, key: str) -> bool:
     return known[key]
 
 
-def _masked(gone: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.masked_fill(gone, 0.0)
+def _masked(removed_blocks: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.masked_fill(removed_blocks, 0.0)
 
 
 def _weights(model: nn.Module, select: Select) -> tuple[dict[str, nn.Parameter], list[Change]]:
@@ -297,9 +297,9 @@ def _candidates(model: nn.Module, select: Select) -> Iterator[tuple[str, nn.Para
 
 def _largest(weights: Mapping[str, Tensor], amount: float) -> dict[str, Tensor]:
     values = torch.cat([w.detach().abs().flatten().float() for w in weights.values()])
-    gone = math.floor(len(values) * amount + 1e-6)
+    removed_blocks = math.floor(len(values) * amount + 1e-6)
     keep = torch.ones(len(values), dtype=torch.bool, device=values.device)
-    keep[values.argsort(stable=True)[:gone]] = False
+    keep[values.argsort(stable=True)[:removed_blocks]] = False
     parts = keep.split([w.numel() for w in weights.values()])
     return {n: part.view(w.shape) for (n, w), part in zip(weights.items(), parts, strict=True)}
 

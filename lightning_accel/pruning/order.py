@@ -28,7 +28,7 @@ from lightning_accel.surgery.call import Call, run
 _RUNS, _SECONDS = 5, 0.5  # of a profile, at least and at most
 
 
-class Order:
+class BlockOrder:
     """The order in which blocks go: next is what leaves least error per what is saved with all that are gone.
 
     Args:

@@ -16,7 +16,7 @@ from lightning_accel.errors import AccelError, BrokenModel, NoEffect
 from lightning_accel.pruning import compensation, interop, rounding, selection
 from lightning_accel.pruning.adopt import Adopted, adopt
 from lightning_accel.pruning.depth import plan_depth
-from lightning_accel.pruning.graph import Gone, Graph, Group
+from lightning_accel.pruning.graph import Graph, Group, RemovedUnits
 from lightning_accel.pruning.halving import sound
 from lightning_accel.pruning.importance import require_gradients
 from lightning_accel.pruning.ranking import Ranking
@@ -145,10 +145,10 @@ def _proved(
 
 def _reach(
     subject: Subject, request: Request, graph: Graph, ranking: Ranking, groups: Sequence[Group]
-) -> tuple[Gone, int | None]:
+) -> tuple[RemovedUnits, int | None]:
     """Return what of these groups has to go for the ratio or the target, and the multiple that was used."""
 
-    def pick(share: float, multiple: int | None) -> Gone:
+    def pick(share: float, multiple: int | None) -> RemovedUnits:
         return selection.choose(
             groups,
             ranking.scores,
@@ -180,7 +180,7 @@ def _reached(subject: Subject, request: Request, found: Adopted) -> str:
     assert graph is not None and gone is not None
     if target is not None:
         device = next(graph.model.parameters()).device
-        return target.says(target.kept(graph, gone), device)
+        return target.describe(target.kept(graph, gone), device)
     assert ratio is not None
     dense = sum(group.dense for group in graph.groups)
     left = sum(group.units - len(gone.get(group.name, ())) for group in graph.groups)
@@ -248,7 +248,7 @@ def _compensated(found: Adopted, batches: Sequence[Sequence[Call]], *, must: boo
 
 
 def _culprits(
-    subject: Subject, graph: Graph, groups: Sequence[Group], gone: Gone, until: float
+    subject: Subject, graph: Graph, groups: Sequence[Group], gone: RemovedUnits, until: float
 ) -> list[Change]:
     """Return the groups that cannot be cut (with the others), with reasons; none if all can."""
     bundles: dict[Any, dict[str, Sequence[int]]] = {}

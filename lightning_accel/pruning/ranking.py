@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_accel.pruning import activations, reconstruction
 from lightning_accel.pruning import importance as scoring
-from lightning_accel.pruning.graph import Gone, Graph
+from lightning_accel.pruning.graph import Graph, RemovedUnits
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.reconstruction import Reconstruction, Selector
 from lightning_accel.pruning.weighing import weighed
@@ -73,7 +73,7 @@ class Ranking:
         if scope == "sensitivity" and self.scores:
             self.scores = weighed(graph, self.scores, batches)
 
-    def refined(self, gone: Gone) -> dict[str, list[int]]:
+    def refined(self, gone: RemovedUnits) -> dict[str, list[int]]:
         """Return as many units per group, chosen together where that is possible."""
         return {
             name: self._select(self._grams[name], len(units))

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_accel.arguments import one_of, whole
 from lightning_accel.errors import NoEffect
-from lightning_accel.pruning.graph import Gone
+from lightning_accel.pruning.graph import RemovedUnits
 from lightning_accel.pruning.search import same
 from lightning_accel.pruning.target import Latency, Macs, Prunable, Target
 
@@ -28,7 +28,7 @@ _WORTH = (
 
 def best_round_to(
     graph: Prunable,
-    gone_at: Callable[[int], Gone],
+    gone_at: Callable[[int], RemovedUnits],
     *,
     batch_size: int | None = None,
     multiples: Sequence[int] = MULTIPLES,
@@ -49,7 +49,7 @@ def best_round_to(
         NoEffect: None of the multiples leaves anything to remove.
     """
     clock = Latency(0.5, batch_size=batch_size, budget_s=budget_s)
-    best, best_time, tried = 0, math.inf, list[Gone]()
+    best, best_time, tried = 0, math.inf, list[RemovedUnits]()
     for multiple in multiples:
         try:
             gone = gone_at(multiple)
@@ -72,13 +72,13 @@ def best_round_to(
 
 def reach(
     graph: Prunable,
-    pick: Callable[[float, int | None], Gone],
+    pick: Callable[[float, int | None], RemovedUnits],
     *,
     ratio: float | None = None,
     target: Target | None = None,
     round_to: int | str | None = None,
     batch_size: int | None = None,
-) -> tuple[Gone, int | None]:
+) -> tuple[RemovedUnits, int | None]:
     """Return what has to go for a share of the channels or a target, and the multiple that was used.
 
     Args:
@@ -93,7 +93,7 @@ def reach(
         NoEffect: The target cannot be reached, or there is nothing to remove.
     """
 
-    def gone_at(multiple: int | None, goal: Target | None) -> Gone:
+    def gone_at(multiple: int | None, goal: Target | None) -> RemovedUnits:
         if goal is None:
             assert ratio is not None
             return pick(ratio, multiple)

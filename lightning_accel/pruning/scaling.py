@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.groups import Group
-from lightning_accel.pruning.trace.numbers import without_override
+from lightning_accel.pruning.trace.symbolic_sizes import without_override
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call, run, same_random_state
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lightning_accel.pruning.graph import Gone
+from lightning_accel.pruning.graph import RemovedUnits
 
-Pick = Callable[[float], Gone]
+Pick = Callable[[float], RemovedUnits]
 """What goes when this share of the channels is to go; a larger share removes no less."""
-Left = Callable[[Gone], float]
+Left = Callable[[RemovedUnits], float]
 """The share of something that is left then."""
 
 _STEPS, _TRIES = 12, 10
@@ -28,8 +28,8 @@ class Bracket(NamedTuple):
     """A share of channels that meets a target, its removal, and the next smaller one, which does not."""
 
     ratio: float
-    enough: Gone
-    too_little: Gone
+    enough: RemovedUnits
+    too_little: RemovedUnits
 
 
 def bisect(pick: Pick, left: Left, share: float) -> Bracket:
@@ -40,7 +40,7 @@ def bisect(pick: Pick, left: Left, share: float) -> Bracket:
     (50, 49)
     """
     above, below = 0.0, MOST
-    too_little: Gone = {}
+    too_little: RemovedUnits = {}
     enough = pick(below)
     for _ in range(_STEPS):
         middle = (above + below) / 2
@@ -52,7 +52,7 @@ def bisect(pick: Pick, left: Left, share: float) -> Bracket:
     return Bracket(below, enough, too_little)
 
 
-def closest(groups: Sequence[Any], pick: Pick, left: Left, share: float) -> Gone:
+def closest(groups: Sequence[Any], pick: Pick, left: Left, share: float) -> RemovedUnits:
     """Return the removal that leaves most of what the share allows, for an exact and cheap `left`.
 
     A little more than enough is taken, and given back group by group, the most expensive first.
@@ -76,7 +76,7 @@ def closest(groups: Sequence[Any], pick: Pick, left: Left, share: float) -> Gone
 
 def measured(
     groups: Sequence[Any], pick: Pick, left: Left, share: float, *, start: float, slack: float
-) -> Gone:
+) -> RemovedUnits:
     """Return a removal that leaves about the share, for a noisy and expensive `left`.
 
     Stops as soon as two looks at a removal lie within `slack` of the share on average. Where that is not
@@ -115,14 +115,14 @@ def measured(
     return _partly(list(_movable(groups, enough, too_little)), enough, too_little, left, share)
 
 
-def same(one: Gone, other: Gone) -> bool:
+def same(one: RemovedUnits, other: RemovedUnits) -> bool:
     """Whether two removals take the same units."""
     return {n: list(u) for n, u in one.items()} == {n: list(u) for n, u in other.items()}
 
 
 def _partly(
-    parts: list[list[str]], enough: Gone, too_little: Gone, left: Left, share: float
-) -> Gone:
+    parts: list[list[str]], enough: RemovedUnits, too_little: RemovedUnits, left: Left, share: float
+) -> RemovedUnits:
     meets, misses, best = 0, len(parts), enough
     while misses - meets > 1:
         middle = (meets + misses) // 2
@@ -134,7 +134,7 @@ def _partly(
     return best
 
 
-def _movable(groups: Sequence[Any], gone: Gone, less: Gone) -> Iterator[list[str]]:
+def _movable(groups: Sequence[Any], gone: RemovedUnits, less: RemovedUnits) -> Iterator[list[str]]:
     """Yield the names of groups in which two removals differ, those together that must stay equal."""
     parts: dict[Any, list[str]] = {}
     for group in groups:
@@ -144,7 +144,7 @@ def _movable(groups: Sequence[Any], gone: Gone, less: Gone) -> Iterator[list[str
             yield names
 
 
-def _with(gone: Gone, other: Gone, names: Sequence[str]) -> Gone:
+def _with(gone: RemovedUnits, other: RemovedUnits, names: Sequence[str]) -> RemovedUnits:
     """Return the first removal, but the second one's for the groups of these names."""
     mixed = {**gone, **{name: other.get(name, []) for name in names}}
     return {name: units for name, units in mixed.items() if len(units)}

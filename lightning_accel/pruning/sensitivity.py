@@ -20,7 +20,7 @@ from lightning_accel.measure.table import Cell, Table
 from lightning_accel.measure.timing import Comparison
 from lightning_accel.pruning import importance as scoring
 from lightning_accel.pruning import selection
-from lightning_accel.pruning.graph import Gone, Graph, Group
+from lightning_accel.pruning.graph import Graph, Group, RemovedUnits
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.selection import Attention
 from lightning_accel.pruning.target import Latency, Macs, Params
@@ -177,12 +177,14 @@ def graph_of(
     )
 
 
-def _bundles(graph: Graph, importance: Importance, share: float) -> list[tuple[list[Group], Gone]]:
+def _bundles(
+    graph: Graph, importance: Importance, share: float
+) -> list[tuple[list[Group], RemovedUnits]]:
     """Return the groups that can only be cut together, with what goes."""
     together: dict[Any, list[Group]] = {}
     for group in graph.groups:
         together.setdefault(group.name if group.link is None else group.link, []).append(group)
-    found: list[tuple[list[Group], Gone]] = []
+    found: list[tuple[list[Group], RemovedUnits]] = []
     reasons = []
     for groups in together.values():
         try:

@@ -38,7 +38,7 @@ class Note(NamedTuple):
     results: tuple[Tensor, ...]
 
 
-class Record:
+class StatisticsRecorder:
     """Runs operations, and writes down every statistic."""
 
     def __init__(self) -> None:
@@ -54,11 +54,11 @@ class Record:
         return result
 
 
-class Replay(TorchDispatchMode):
+class StatisticsReplay(TorchDispatchMode):
     """Uses the statistics written down wherever a dimension that they reduce was cut.
 
     Args:
-        notes: What `Record` wrote down in the masked network.
+        notes: What `StatisticsRecorder` wrote down in the masked network.
         tolerance: How far two inputs that are the same may be apart, over their scale.
     """
 

@@ -24,7 +24,7 @@ from lightning_accel.errors import NoEffect
 from lightning_accel.measure.flops import count_macs, eval_mode
 from lightning_accel.measure.memory import model_size, peak_memory
 from lightning_accel.measure.timing import Comparison, compare
-from lightning_accel.pruning.graph import Gone
+from lightning_accel.pruning.graph import RemovedUnits
 from lightning_accel.pruning.search import MOST, Pick, bisect, closest, measured
 from lightning_accel.surgery import Cut, twin
 from lightning_accel.surgery.call import Call, batch_size, parameters_of, run
@@ -39,9 +39,9 @@ class Prunable(Protocol):
     calls: tuple[Call, ...]
     groups: list[Any]
 
-    def cut(self, gone: Gone) -> Cut: ...
-    def macs(self, gone: Gone) -> float: ...
-    def params(self, gone: Gone) -> int: ...
+    def cut(self, gone: RemovedUnits) -> Cut: ...
+    def macs(self, gone: RemovedUnits) -> float: ...
+    def params(self, gone: RemovedUnits) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Target(ABC):
             raise NoEffect("what was removed already is more than is due", f"{share:.0%} may stay")
         return dataclasses.replace(self, share=share)
 
-    def kept(self, graph: Prunable, gone: Gone) -> float:
+    def kept(self, graph: Prunable, gone: RemovedUnits) -> float:
         """Return the share of the present network's need that is left without `gone`."""
         after = twin(graph.model)
         graph.cut(gone).apply(after)
         return self.compared(graph.model, after, graph.calls)
 
-    def reach(self, graph: Prunable, pick: Pick) -> Gone:
+    def reach(self, graph: Prunable, pick: Pick) -> RemovedUnits:
         """Return what has to go so that just no more than the share is left.
 
         Raises:
@@ -98,12 +98,12 @@ class Target(ABC):
                 "raise the share of the target, or widen `select`",
             )
 
-    def says(self, achieved: float, device: torch.device | str = "cpu") -> str:
+    def describe(self, achieved: float, device: torch.device | str = "cpu") -> str:
         """Write what was reached and what was asked for, with its unit and, if it matters, the device.
 
-        >>> Macs(0.5).says(0.4912)
+        >>> Macs(0.5).describe(0.4912)
         '49.1 % of the multiply-accumulates (asked: 50 %)'
-        >>> Latency(0.5, batch_size=32).says(0.49)
+        >>> Latency(0.5, batch_size=32).describe(0.49)
         '49.0 % of the milliseconds of a forward at batch 32 on cpu (asked: 50 %)'
         """
         what = self.unit
@@ -126,10 +126,10 @@ class Macs(Target):
     def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
         return macs_of(after, calls) / macs_of(before, calls)
 
-    def kept(self, graph: Prunable, gone: Gone) -> float:
+    def kept(self, graph: Prunable, gone: RemovedUnits) -> float:
         return graph.macs(gone) / graph.macs({})
 
-    def reach(self, graph: Prunable, pick: Pick) -> Gone:
+    def reach(self, graph: Prunable, pick: Pick) -> RemovedUnits:
         self._require(self.kept(graph, pick(MOST)))
         return closest(graph.groups, pick, partial(self.kept, graph), self.share)
 
@@ -147,10 +147,10 @@ class Params(Target):
         ]
         return counts[0] / counts[1]
 
-    def kept(self, graph: Prunable, gone: Gone) -> float:
+    def kept(self, graph: Prunable, gone: RemovedUnits) -> float:
         return graph.params(gone) / graph.params({})
 
-    def reach(self, graph: Prunable, pick: Pick) -> Gone:
+    def reach(self, graph: Prunable, pick: Pick) -> RemovedUnits:
         self._require(self.kept(graph, pick(MOST)))
         return closest(graph.groups, pick, partial(self.kept, graph), self.share)
 
@@ -234,7 +234,7 @@ class Latency(Target):
         assert best is not None
         return best
 
-    def reach(self, graph: Prunable, pick: Pick) -> Gone:
+    def reach(self, graph: Prunable, pick: Pick) -> RemovedUnits:
         left = partial(self.kept, graph)
         least = pick(MOST)
         self._require(left(least))

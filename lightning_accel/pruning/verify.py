@@ -22,7 +22,7 @@ from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.blank import Blank, Masks, masks
 from lightning_accel.pruning.precise import Precise
 from lightning_accel.pruning.silence import silence
-from lightning_accel.pruning.statistics import Note, Record, Replay
+from lightning_accel.pruning.statistics import Note, StatisticsRecorder, StatisticsReplay
 from lightning_accel.pruning.trains import REMEDY, Training, located
 from lightning_accel.pruning.variants import lively, opposite, resized, shaken, varied_calls, vary
 from lightning_accel.surgery import Cut, Structure, twin
@@ -243,7 +243,7 @@ class Verifier:
             return None
         if self._finite and not _is_finite(expected) and not self._stands(setting):
             return None
-        small, replay = twin(setting.network), Replay(notes, self.tolerance)
+        small, replay = twin(setting.network), StatisticsReplay(notes, self.tolerance)
         cut.apply(small, raw=True)
         with (
             torch.no_grad(),
@@ -286,7 +286,7 @@ class Verifier:
 
     def _masked(self, setting: _Setting, cut: Cut) -> tuple[list[Tensor], Sequence[Note]]:
         """Return what the network computes with all that a cut removes as nothing, and its statistics."""
-        dense, record = twin(setting.network), Record()
+        dense, record = twin(setting.network), StatisticsRecorder()
         if self._of is None or self._of[0] is not cut:
             nothing = _NOTHING if self.dtype == torch.float64 else 0.0
             self._of = cut, masks(dense, cut, nothing)

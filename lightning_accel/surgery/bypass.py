@@ -143,7 +143,7 @@ class Shell:
         return _read(self._part, name)
 
 
-class Gone(NamedTuple):
+class RemovedBlock(NamedTuple):
     """A block that went, and the parameters that nobody else in the network has."""
 
     name: str
@@ -187,7 +187,7 @@ def checked(handing: Any) -> Handing:
     return handing
 
 
-def bypass(model: nn.Module, handings: Mapping[str, Handing]) -> list[Gone]:
+def bypass(model: nn.Module, handings: Mapping[str, Handing]) -> list[RemovedBlock]:
     """Put a `Bypass` in the place of each block, wherever the model holds it; inner ones first.
 
     Its hooks come along. The blocks lose the memory of their weights.
@@ -208,7 +208,7 @@ def bypass(model: nn.Module, handings: Mapping[str, Handing]) -> list[Gone]:
         held = {id(t) for t in (*model.parameters(), *model.buffers())}
         own = {n: p for n, p in block.named_parameters() if id(p) not in held}
         made.husk.empty(held)
-        found.append(Gone(name, block, own))
+        found.append(RemovedBlock(name, block, own))
     return found
 
 
@@ -269,7 +269,7 @@ def put_back(model: nn.Module, names: Sequence[str]) -> list[str]:
     return found
 
 
-def gone(model: nn.Module) -> dict[str, Bypass]:
+def removed_blocks(model: nn.Module) -> dict[str, Bypass]:
     """Return what stands in the place of blocks, by name."""
     return {name: m for name, m in whole_modules(model) if isinstance(m, Bypass)}
 

@@ -109,13 +109,13 @@ class _Reading:
 
     def all(self, module: nn.Module) -> str:
         """Return the digest of a module and its world."""
-        self.say(sys.version_info[:2], torch.__version__)
+        self.add(sys.version_info[:2], torch.__version__)
         self.take(module, "")
         for what, hooks in EVERYWHERE:
             self.take([_plain(hook) for hook in hooks.values()], what)
         return self._sum.hexdigest()
 
-    def say(self, *words: Any) -> None:
+    def add(self, *words: Any) -> None:
         for word in words:
             text = word if isinstance(word, (bytes, memoryview)) else str(word).encode()
             self._sum.update(struct.pack("<q", len(text)))
@@ -124,7 +124,7 @@ class _Reading:
     def take(self, value: Any, where: str) -> None:
         """Add a value; `where` is its place, for messages."""
         if isinstance(value, _PLAIN):
-            self.say(type(value).__name__, repr(value))
+            self.add(type(value).__name__, repr(value))
             return
         if id(value) not in self._known:
             self._known[id(value)] = b"within itself"
@@ -138,7 +138,7 @@ class _Reading:
                 raise
             finally:
                 self._sum = outer
-        self.say(self._known[id(value)])
+        self.add(self._known[id(value)])
 
     def _way(self, value: Any) -> Callable[[Any, str], None]:
         for kinds, name in _WAYS:
@@ -160,12 +160,12 @@ class _Reading:
 
     def _tensor(self, value: Tensor, where: str) -> None:
         value = value.detach()
-        self.say("tensor", value.dtype, tuple(value.shape), value.layout)
+        self.add("tensor", value.dtype, tuple(value.shape), value.layout)
         if not self.content:
             return
         if hasattr(value, "__tensor_flatten__"):
             names, context = value.__tensor_flatten__()
-            self.say(type(value).__qualname__)
+            self.add(type(value).__qualname__)
             self.take([*(getattr(value, name) for name in names), context], where)
         elif value.is_quantized:
             self.take([value.int_repr(), str(value.qscheme()), value.dequantize()], where)
@@ -177,23 +177,23 @@ class _Reading:
             self._refuse(value, where)
         elif value.numel():
             flat = value.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-            self.say(flat.view(torch.uint8).numpy().data)
+            self.add(flat.view(torch.uint8).numpy().data)
 
     def _array(self, value: Any, where: str) -> None:
-        self.say("array", value.dtype, value.shape)
+        self.add("array", value.dtype, value.shape)
         if value.dtype.hasobject:
             self.take(value.reshape(-1).tolist(), where)
         else:
-            self.say(np.ascontiguousarray(value).tobytes())
+            self.add(np.ascontiguousarray(value).tobytes())
 
     def _mapping(self, value: Any, where: str) -> None:
-        self.say(name_of(type(value)), len(value))
+        self.add(name_of(type(value)), len(value))
         for key, item in value.items():
             self.take(key, where)
             self.take(item, f"{where}.{key}")
 
     def _sequence(self, value: Any, where: str) -> None:
-        self.say(name_of(type(value)), len(value))
+        self.add(name_of(type(value)), len(value))
         for number, item in enumerate(value):
             self.take(item, f"{where}.{number}")
 
@@ -207,30 +207,30 @@ class _Reading:
                 own.append(self._sum.hexdigest())
             finally:
                 self._sum = outer
-        self.say(type(value).__name__, *sorted(own))
+        self.add(type(value).__name__, *sorted(own))
 
     # --- code ---------------------------------------------------------------------------------------
 
     def _function(self, value: FunctionType, where: str) -> None:
         if is_installed(value):
-            self.say(name_of(value), version_of(value.__module__))
+            self.add(name_of(value), version_of(value.__module__))
             if hasattr(value, "__wrapped__"):  # a decorator of torch's around code of the user's
                 self.take(value.__wrapped__, where)
             return
-        self.say("function")
+        self.add("function")
         self._code(value.__code__)
         self.take([value.__defaults__, value.__kwdefaults__], where)
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # a name that its function has not bound yet
                 self.take(cell.cell_contents, f"{where}, in the closure of {value.__name__}")
         for name in sorted(names_in(value.__code__) & value.__globals__.keys()):
-            self.say(name)
+            self.add(name)
             self.take(value.__globals__[name], f"{name}, which {value.__name__} names")
         self.take(vars(value), where)
 
     def _code(self, code: CodeType) -> None:
         self.found |= names_in(code)
-        self.say(code.co_code, code.co_names, code.co_varnames, code.co_freevars)
+        self.add(code.co_code, code.co_names, code.co_varnames, code.co_freevars)
         for constant in code.co_consts:
             if isinstance(constant, CodeType):
                 self._code(constant)
@@ -241,7 +241,7 @@ class _Reading:
         self.take([value.__func__, value.__self__], where)
 
     def _routine(self, value: Any, where: str) -> None:
-        self.say(name_of(value))
+        self.add(name_of(value))
         owner = getattr(value, "__self__", None)
         if owner is not None and not isinstance(owner, (ModuleType, type)):
             self.take(owner, where)
@@ -250,11 +250,11 @@ class _Reading:
         self.take([value.func, value.args, value.keywords], where)
 
     def _operator(self, value: Any, where: str) -> None:
-        self.say(str(value))
+        self.add(str(value))
 
     def _class(self, value: type, where: str) -> None:
         """Add what the code that runs can name in a class."""
-        self.say(name_of(value), version_of(value.__module__))
+        self.add(name_of(value), version_of(value.__module__))
         for kind in value.__mro__:
             installed = is_installed(kind)
             for name, member in sorted(vars(kind).items()):
@@ -263,14 +263,14 @@ class _Reading:
                     is_operator(name) and isinstance(member, FunctionType)
                 )
                 if used and (not installed or (callable(member) and not is_installed(member))):
-                    self.say(name)
+                    self.add(name)
                     self.take(member, f"{where} {kind.__name__}.{name}".strip())
 
     def _python_module(self, value: ModuleType, where: str) -> None:
-        self.say(value.__name__, version_of(value.__name__))
+        self.add(value.__name__, version_of(value.__name__))
         if not is_installed(value):
             for name in sorted(self.names & vars(value).keys()):
-                self.say(name)
+                self.add(name)
                 self.take(vars(value)[name], f"{value.__name__}.{name}")
 
     # --- objects ------------------------------------------------------------------------------------
@@ -287,9 +287,9 @@ class _Reading:
             return
         held = dict(vars(value))
         for name in _PARTS:
-            self.say(name)
+            self.add(name)
             for key, part in held.pop(name).items():  # in order: a Sequential runs them so
-                self.say(key)
+                self.add(key)
                 self.take(part, f"{where}.{key}".strip("."))
         for name in _HOOKS:
             hooks = map(_plain, held.pop(name, {}).values())
@@ -302,17 +302,17 @@ class _Reading:
     def _scripted(self, value: torch.jit.ScriptModule) -> None:
         archive = io.BytesIO()
         torch.jit.save(value, archive)
-        self.say(archive.getvalue())
+        self.add(archive.getvalue())
 
     def _attributes(self, holder: Any, held: Mapping[str, Any], where: str) -> None:
         for name in sorted(held):
-            self.say(name)
+            self.add(name)
             try:
                 self.take(held[name], f"{where}.{name}".strip("."))
             except AccelError:
                 if name in self.names or not is_own(type(holder)):
                     raise
-                self.say("no code that runs names it")
+                self.add("no code that runs names it")
 
     def _object(self, value: Any, where: str) -> None:
         held = _held_by(value)
@@ -323,14 +323,14 @@ class _Reading:
         self._attributes(value, held, where)
 
     def _enum(self, value: Enum, where: str) -> None:
-        self.say(name_of(type(value)), value.name)
+        self.add(name_of(type(value)), value.name)
         self.take(value.value, where)
 
     def _logger(self, value: logging.Logger, where: str) -> None:
-        self.say("logger")  # what it says changes no output
+        self.add("logger")  # what it says changes no output
 
     def _generator(self, value: Any, where: str) -> None:
-        self.say(type(value).__name__)
+        self.add(type(value).__name__)
         self.take(generator_state(value), where)
 
 

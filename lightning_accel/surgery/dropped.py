@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_accel.errors import Unsupported
-from lightning_accel.surgery.bypass import gone, is_under
+from lightning_accel.surgery.bypass import is_under, removed_blocks
 from lightning_accel.surgery.owners import children
 
 _DEPTH = 6
 _LOGS = "_accel_dropped"
 
 
-class Entry(NamedTuple):
+class DroppedEntry(NamedTuple):
     """What is taken out of a container, from where, and the parameter that it belongs to."""
 
     owner: str
@@ -34,7 +34,9 @@ class Entry(NamedTuple):
     value: Any
 
 
-def entries_of(holders: Mapping[str, Mapping[str, Any]], lost: Mapping[int, str]) -> list[Entry]:
+def entries_of(
+    holders: Mapping[str, Mapping[str, Any]], lost: Mapping[int, str]
+) -> list[DroppedEntry]:
     """Return the entries that belong to what is gone; take out nothing.
 
     Args:
@@ -51,7 +53,7 @@ def entries_of(holders: Mapping[str, Mapping[str, Any]], lost: Mapping[int, str]
     >>> len(slow), found[0].where
     (1, 'ema.slow[1]')
     """
-    found: list[Entry] = []
+    found: list[DroppedEntry] = []
     seen: dict[int, Any] = {}
 
     def look(value: Any, where: str, depth: int) -> None:
@@ -66,7 +68,7 @@ def entries_of(holders: Mapping[str, Mapping[str, Any]], lost: Mapping[int, str]
             if not owner:
                 look(one, where + at, depth + 1)
             elif isinstance(value, (list, deque, MutableMapping)):
-                found.append(Entry(owner, where + at, value, place, key, one))
+                found.append(DroppedEntry(owner, where + at, value, place, key, one))
             elif isinstance(value, (tuple, nn.ParameterList)):
                 raise Unsupported(
                     "a tuple cannot follow when a whole block goes",
@@ -80,7 +82,7 @@ def entries_of(holders: Mapping[str, Mapping[str, Any]], lost: Mapping[int, str]
     return found
 
 
-def take_out(entries: Sequence[Entry]) -> None:
+def take_out(entries: Sequence[DroppedEntry]) -> None:
     """Take entries out of their containers; those of one container came in order."""
     for entry in reversed(entries):
         if isinstance(entry.container, MutableMapping):
@@ -89,7 +91,7 @@ def take_out(entries: Sequence[Entry]) -> None:
             del entry.container[entry.place]
 
 
-def put_in(entries: Sequence[Entry], but: Sequence[Entry] = ()) -> None:
+def put_in(entries: Sequence[DroppedEntry], but: Sequence[DroppedEntry] = ()) -> None:
     """Put entries back where they were, in the order of before; `but` are those that stay out."""
     for entry in entries:
         missing = sum(e.container is entry.container and e.place < entry.place for e in but)
@@ -108,9 +110,9 @@ class Dropped:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._logs: list[list[Entry]] = vars(module).setdefault(_LOGS, _Logs())
+        self._logs: list[list[DroppedEntry]] = vars(module).setdefault(_LOGS, _Logs())
 
-    def add(self, entries: Sequence[Entry]) -> None:
+    def add(self, entries: Sequence[DroppedEntry]) -> None:
         """Take out those that are still where they were: an optimizer's own lists follow by themselves."""
         there = [entry for entry in entries if _is_there(entry)]
         take_out(there)
@@ -119,7 +121,7 @@ class Dropped:
 
     def put_in(self) -> None:
         """Put back what belongs to blocks that are in their places again."""
-        away = gone(self._module)
+        away = removed_blocks(self._module)
         for number in reversed(range(len(self._logs))):
             log = self._logs[number]
             stays = [entry for entry in log if is_under(entry.owner, away)]
@@ -137,7 +139,7 @@ class _Logs(list[Any]):
         return _Logs, ()
 
 
-def _is_there(entry: Entry) -> bool:
+def _is_there(entry: DroppedEntry) -> bool:
     held, place = entry.container, entry.place
     if isinstance(held, MutableMapping):
         return held.get(entry.key) is entry.value

@@ -113,7 +113,7 @@ class Named(View):
             delattr(self.kind, key)
 
 
-class Code(View):
+class FunctionReads(View):
     """What a function of the user's reads that is held somewhere, and is not the `forward` of a class.
 
     Args:
@@ -163,10 +163,14 @@ class Code(View):
             del self.cells[key].cell_contents
 
 
-def code_of(value: Any) -> Code | None:
+def code_of(value: Any) -> FunctionReads | None:
     """Return what a function or a bound method of the user's reads; `None` for all else, and for one that reads nothing."""
     function = _users(value)
-    return None if function is None else Code(function, getattr(value, "__self__", None)) or None
+    return (
+        None
+        if function is None
+        else FunctionReads(function, getattr(value, "__self__", None)) or None
+    )
 
 
 def _users(value: Any) -> FunctionType | None:

@@ -25,9 +25,9 @@ from lightning_accel.surgery.bypass import (
     Handing,
     bypass,
     checked,
-    gone,
     is_under,
     put_back,
+    removed_blocks,
     whole_modules,
     whole_tensors,
 )
@@ -81,7 +81,7 @@ class Structure:
                 for name, module in model.named_modules()
                 if not isinstance(module, Bypass) and (sizes := dict(sizes_of(module)))
             },
-            {name: one.handing for name, one in gone(model).items()},
+            {name: one.handing for name, one in removed_blocks(model).items()},
         )
 
     def now(self, model: nn.Module) -> Structure:

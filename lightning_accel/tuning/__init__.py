@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from lightning_accel.lazy import lazily
 
 if TYPE_CHECKING:
+    from lightning_accel.tuning.api import tune
     from lightning_accel.tuning.callbacks.auto_tune import AutoTune
-    from lightning_accel.tuning.outside import tune
     from lightning_accel.tuning.report import TuneReport
     from lightning_accel.tuning.settings import Settings
 
@@ -14,7 +14,7 @@ _HOMES = {
     "AutoTune": "callbacks.auto_tune",
     "Settings": "settings",
     "TuneReport": "report",
-    "tune": "outside",
+    "tune": "api",
 }
 
 __all__ = ["AutoTune", "Settings", "TuneReport", "tune"]

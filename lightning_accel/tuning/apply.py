@@ -10,13 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_accel.bridge.technique import Technique, place_of
 from lightning_accel.errors import AccelError
-from lightning_accel.loading.callbacks.fast_loading import Applied as Loading
+from lightning_accel.loading.callbacks.fast_loading import AppliedPlan as Loading
 from lightning_accel.precision.callbacks.use_precision import UsePrecision
 from lightning_accel.tuning.data import apply_loading
-from lightning_accel.tuning.settings import PLAIN, Settings
+from lightning_accel.tuning.settings import BASELINE, Settings
 
 
-class Applied:
+class AppliedSettings:
     """What was brought into a Trainer, until `undo`.
 
     Args:
@@ -36,7 +36,7 @@ class Applied:
             for technique in settings.techniques():
                 self._add(technique, after)
                 technique.join(trainer, pl_module)
-            if settings["loading"] != PLAIN:  # the loaders of this fit are there already
+            if settings["loading"] != BASELINE:  # the loaders of this fit are there already
                 self._load(settings["loading"])
         except BaseException as error:
             for callback in self.callbacks:  # they leave before Lightning could tell them

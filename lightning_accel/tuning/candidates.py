@@ -15,7 +15,7 @@ from lightning_accel.errors import explain
 from lightning_accel.tuning.settings import TECHNIQUES, TRIED
 
 
-class Skipped(NamedTuple):
+class SkippedCandidate(NamedTuple):
     """A value that is not tried, and why."""
 
     technique: str
@@ -23,7 +23,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class Contest(NamedTuple):
+class SearchSpace(NamedTuple):
     """Values of one technique to measure side by side."""
 
     technique: str
@@ -54,7 +54,7 @@ def check_techniques(techniques: object) -> tuple[str, ...]:
 
 def find(
     situation: Situation, techniques: tuple[str, ...] = TECHNIQUES
-) -> tuple[list[Contest], list[Skipped]]:
+) -> tuple[list[SearchSpace], list[SkippedCandidate]]:
     """Return the values to measure for each technique but data loading, and those left out.
 
     Args:
@@ -62,18 +62,20 @@ def find(
         techniques: Those to try.
     """
     present = {type(callback).__name__ for callback in situation.trainer.callbacks}  # type: ignore[attr-defined]
-    contests: list[Contest] = []
-    skipped: list[Skipped] = []
+    contests: list[SearchSpace] = []
+    skipped: list[SkippedCandidate] = []
     for technique in TRIED:
         name = technique.name
         if name not in techniques:
             continue
         if technique.__name__ in present:
-            skipped.append(Skipped(name, "any", f"the Trainer already has {technique.__name__}"))
+            skipped.append(
+                SkippedCandidate(name, "any", f"the Trainer already has {technique.__name__}")
+            )
             continue
         found = list(technique.candidates(situation))
-        skipped += [Skipped(name, *one) for one in found if not isinstance(one, str)]
+        skipped += [SkippedCandidate(name, *one) for one in found if not isinstance(one, str)]
         values = tuple(one for one in found if isinstance(one, str))
         if values:
-            contests.append(Contest(name, values))
+            contests.append(SearchSpace(name, values))
     return contests, skipped

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_accel.errors import AccelError
-from lightning_accel.loading import Choice, LoadingPlan, apply_choice, choose
-from lightning_accel.loading.callbacks.fast_loading import Applied
+from lightning_accel.loading import LoadingChoice, LoadingPlan, apply_choice, choose
+from lightning_accel.loading.callbacks.fast_loading import AppliedPlan
 from lightning_accel.loading.resident import SHARE, free_bytes, look_up
 from lightning_accel.tuning.report import Trial
-from lightning_accel.tuning.settings import PLAIN
+from lightning_accel.tuning.settings import BASELINE
 
 _LONGEST_S = 5.0
 
@@ -29,7 +29,7 @@ def choose_loading(
     """
     loader = _only_loader(trainer)
     if isinstance(loader, str):
-        return PLAIN, 1.0, [Trial("loading", "any", "skipped", loader)]
+        return BASELINE, 1.0, [Trial("loading", "any", "skipped", loader)]
     device = trainer.strategy.root_device
     choice = choose(loader, step_ms=step_ms, device=device, budget_s=min(budget_s, _LONGEST_S))
     trials = []
@@ -40,10 +40,10 @@ def choose_loading(
         trials.append(Trial("loading", way.name, verdict, way.skipped or way.reason, *gain))
     if not trials:
         trials = [Trial("loading", "any", "skipped", choice.reason)]
-    return PLAIN if choice.taken == "as is" else choice.plan, choice.ratio, trials
+    return BASELINE if choice.taken == "as is" else choice.plan, choice.ratio, trials
 
 
-def apply_loading(trainer: Trainer, plan: LoadingPlan) -> Applied:
+def apply_loading(trainer: Trainer, plan: LoadingPlan) -> AppliedPlan:
     """Load the training data of a running fit in a way that was chosen, perhaps in an earlier run.
 
     Raises:
@@ -55,7 +55,7 @@ def apply_loading(trainer: Trainer, plan: LoadingPlan) -> Applied:
     held = None
     if plan.in_memory:
         held = look_up(loader, int(SHARE * free_bytes(torch.device("cpu"))))
-    choice = Choice(plan.label, 1.0, "chosen before", plan=plan, store=held)
+    choice = LoadingChoice(plan.label, 1.0, "chosen before", plan=plan, store=held)
     return apply_choice(trainer, choice)
 
 

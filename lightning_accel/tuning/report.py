@@ -1,6 +1,6 @@
 """What a tuner found: as a table, as JSON, as a picture, and as a preset that Hydra takes.
 
->>> report = TuneReport(Settings(precision="bf16"), bars=[Bar("plain", 8.0), Bar("+ bf16", 4.0, 2.0)])
+>>> report = TuneReport(Settings(precision="bf16"), bars=[WaterfallStep("plain", 8.0), WaterfallStep("+ bf16", 4.0, 2.0)])
 >>> report.ratio
 2.0
 >>> report.trainer_arguments()["callbacks"][0].plugin
@@ -49,7 +49,7 @@ class Trial(NamedTuple):
     pays_after_steps: int | None = None
 
 
-class Bar(NamedTuple):
+class WaterfallStep(NamedTuple):
     """One step of the waterfall: milliseconds per step, gain over plain with its interval, gain over the last."""
 
     label: str
@@ -60,7 +60,7 @@ class Bar(NamedTuple):
     step_ratio: float = 1.0
 
 
-class Rate(NamedTuple):
+class BatchRate(NamedTuple):
     """One batch size: samples per second under the chosen settings, or why there are none."""
 
     batch_size: int
@@ -87,9 +87,9 @@ class TuneReport:
     """
 
     settings: Settings = field(default_factory=Settings)
-    bars: Sequence[Bar] = ()
+    bars: Sequence[WaterfallStep] = ()
     trials: Sequence[Trial] = ()
-    rates: Sequence[Rate] = ()
+    rates: Sequence[BatchRate] = ()
     resolution: tuple[float, float, float] = (1.0, 1.0, 1.0)
     steps: int = 0
     numerics: str = "amp"
@@ -192,9 +192,9 @@ class TuneReport:
             ratio, low, high = (float(value) for value in plain["resolution"])
             return cls(
                 Settings.from_dict(plain["settings"]),
-                [_read(Bar, bar) for bar in plain["bars"]],
+                [_read(WaterfallStep, bar) for bar in plain["bars"]],
                 [_read(Trial, trial) for trial in plain["trials"]],
-                [_read(Rate, rate) for rate in plain["rates"]],
+                [_read(BatchRate, rate) for rate in plain["rates"]],
                 (ratio, low, high),
                 int(plain["steps"]),
                 check(plain["numerics"]),
@@ -276,7 +276,7 @@ _STARTS = {
 }
 """How each form of a report begins."""
 
-RowT = TypeVar("RowT", Bar, Trial, Rate)
+RowT = TypeVar("RowT", WaterfallStep, Trial, BatchRate)
 
 
 def _read(kind: type[RowT], row: Any) -> RowT:

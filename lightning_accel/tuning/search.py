@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 
 from lightning_accel.errors import AccelError
-from lightning_accel.measure.race import Lane, Ratio, no_gain
-from lightning_accel.tuning.arena import Arena, Build, forget, said
-from lightning_accel.tuning.candidates import Contest, Skipped
+from lightning_accel.measure.race import BenchmarkCase, Ratio, no_speedup
+from lightning_accel.tuning.benchmark_pool import BenchmarkPool, Build, error_text, forget
+from lightning_accel.tuning.candidates import SearchSpace, SkippedCandidate
 from lightning_accel.tuning.numerics import (
     Gradients,
     curve_gap,
@@ -30,8 +30,8 @@ from lightning_accel.tuning.numerics import (
     verdict,
 )
 from lightning_accel.tuning.replica import Replica
-from lightning_accel.tuning.report import Bar, Trial
-from lightning_accel.tuning.settings import PLAIN, TECHNIQUES, Settings
+from lightning_accel.tuning.report import Trial, WaterfallStep
+from lightning_accel.tuning.settings import BASELINE, TECHNIQUES, Settings
 from lightning_accel.tuning.waterfall import run_waterfall
 
 _LEAST_GAIN = 1.02
@@ -58,12 +58,12 @@ class Unpayable(Exception):
     """The run is too short for a search to pay."""
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What a search ended with."""
 
     settings: Settings
     trials: list[Trial]
-    bars: list[Bar]
+    bars: list[WaterfallStep]
     resolution: Ratio
     notes: list[str]
 
@@ -95,7 +95,7 @@ class Search:
         budget_share: float = float("inf"),
         longest_s: float = float("inf"),
     ) -> None:
-        self._arena = Arena(build, device)
+        self._pool = BenchmarkPool(build, device)
         self._tier, self._steps = numerics, steps
         self._start_s = time.perf_counter()
         self._end = self._start_s + budget_s
@@ -105,30 +105,30 @@ class Search:
         self._noise_of: dict[Settings, float] = {}
         self._products: dict[Settings, bool] = {}
 
-    def run(self, contests: list[Contest], skipped: list[Skipped]) -> Found:
+    def run(self, contests: list[SearchSpace], skipped: list[SkippedCandidate]) -> SearchResult:
         """Search, and leave the number of threads as it was."""
         self.trials = [Trial(s.technique, s.value, "skipped", s.reason) for s in skipped]
         try:
             return self._search(contests)
         finally:
-            self._arena.close()
+            self._pool.close()
 
-    def _search(self, contests: list[Contest]) -> Found:
+    def _search(self, contests: list[SearchSpace]) -> SearchResult:
         best = self._base = self._know_plain()
         fixed = dict(best.chosen())
-        contests = [contest for contest in contests if contest.technique not in fixed]
-        for index, contest in enumerate(contests):
+        contests = [space for space in contests if space.technique not in fixed]
+        for index, space in enumerate(contests):
             # The last share is for the waterfall, which confirms the whole.
             share_s = self._left_s() / (len(contests) - index + 1)
-            best = self._contest(best, contest, share_s)
+            best = self._contest(best, space, share_s)
         way = [self._base]
         for technique, value in self._in_order(best):
             way.append(way[-1].having(technique, value))
         share_s = self._left_s() if len(way) > 1 else min(self._left_s(), 1.0)
-        fall = run_waterfall(self._arena, way, share_s)
+        fall = run_waterfall(self._pool, way, share_s)
         trials = sorted(self.trials, key=lambda trial: TECHNIQUES.index(trial.technique))
         trials = [fall.judged(trial) for trial in trials]
-        return Found(fall.settings, trials, fall.bars, fall.still, self._arena.notes)
+        return SearchResult(fall.settings, trials, fall.bars, fall.still, self._pool.notes)
 
     def _know_plain(self) -> Settings:
         """Find out what plain computes and how far apart two plain steps are; return what runs at all."""
@@ -136,13 +136,13 @@ class Search:
         same, reseeded = (furthest(self._plain, other) for other in self._others)
         self._noise = max(same, reseeded, key=lambda d: (d.loss, -d.cosine, -d.worst))
         if self._noise.loss > 0:
-            self._arena.notes.append(
+            self._pool.notes.append(
                 "the step is random by itself, so numbers are compared within its own noise "
                 f"({self._noise})"
             )
-        lane = self._arena.lane(base, replica)
-        lane.measure()
-        self._arena.step_s = self._best_s = lane.wall_s[0]
+        case = self._pool.case(base, replica)
+        case.measure()
+        self._pool.step_s = self._best_s = case.wall_s[0]
         self._afford()
         return base
 
@@ -157,20 +157,20 @@ class Search:
             if settings != Settings() and time.perf_counter() > self._end:
                 break
             try:
-                replica = self._arena.make(settings)
+                replica = self._pool.make(settings)
                 # Before the first step, which changes the weights.
                 found = [_course(replica, seed) for seed in (_SEED, _SEED, _SEED + 1)]
                 self._plain, self._others = found[0], found[1:]
                 replica.first_step()
                 if settings != Settings():
-                    self._arena.notes.append(
+                    self._pool.notes.append(
                         f"plain runs out of memory; compared with `{settings.label}`"
                     )
                 return settings, replica
             except Exception as error:
                 if not isinstance(error, torch.OutOfMemoryError) and settings == Settings():
                     raise
-                verdict = Trial("compilation", settings.label, "failed", said(error))
+                verdict = Trial("compilation", settings.label, "failed", error_text(error))
                 self.trials.append(verdict)
                 forget(error)
         raise AccelError(
@@ -181,9 +181,9 @@ class Search:
 
     def _afford(self) -> None:
         """Cut the budget to what this run can pay for."""
-        run_s = min(self._steps * self._arena.step_s, self._longest_s)
+        run_s = min(self._steps * self._pool.step_s, self._longest_s)
         allowed_s = min(self._budget_s, self._budget_share * run_s)
-        if allowed_s < min(self._budget_s, _FEWEST_STEPS * self._arena.step_s):
+        if allowed_s < min(self._budget_s, _FEWEST_STEPS * self._pool.step_s):
             share = f"{self._budget_share:.0%}".replace("%", " %")
             raise Unpayable(
                 f"not tuned: the {self._steps:,} steps of this run take {run_s:.1f} s, of which a search "
@@ -191,42 +191,42 @@ class Search:
             )
         self._budget_s, self._end = allowed_s, self._start_s + allowed_s
 
-    def _contest(self, best: Settings, contest: Contest, share_s: float) -> Settings:
+    def _contest(self, best: Settings, space: SearchSpace, share_s: float) -> Settings:
         """Return the incumbent or a value of this technique that earned its place."""
         values = []
-        for value in contest.values:
-            reason = self._not_worth_trying(best, contest.technique, value, share_s)
+        for value in space.values:
+            reason = self._not_worth_trying(best, space.technique, value, share_s)
             if reason:
-                self.trials.append(Trial(contest.technique, value, "skipped", reason))
+                self.trials.append(Trial(space.technique, value, "skipped", reason))
             else:
                 values.append(value)
         if not values:
             return best
-        lanes = self._lanes(best, contest.technique, values)
-        if len(lanes) < 2:
+        cases = self._lanes(best, space.technique, values)
+        if len(cases) < 2:
             return best
         again = self._second(best)
-        failed = self._arena.race(lanes if again is None else {**lanes, _AGAIN: again}, share_s)
+        failed = self._pool.race(cases if again is None else {**cases, _AGAIN: again}, share_s)
         if again is not None and _AGAIN not in failed:
-            self._still = self._arena.gain(lanes[PLAIN], again)
-        for name in lanes.keys() & failed.keys():
-            del lanes[name]
-            self.trials.append(Trial(contest.technique, name, "failed", failed[name]))
-        self._best_s = min(self._arena.seconds(lane) for lane in lanes.values())
-        ranked = sorted(lanes, key=lambda name: self._arena.seconds(lanes[name]))
+            self._still = self._pool.speedup(cases[BASELINE], again)
+        for name in cases.keys() & failed.keys():
+            del cases[name]
+            self.trials.append(Trial(space.technique, name, "failed", failed[name]))
+        self._best_s = min(self._pool.seconds(case) for case in cases.values())
+        ranked = sorted(cases, key=lambda name: self._pool.seconds(cases[name]))
         winner = best
         for name in ranked:
-            if name == PLAIN:
+            if name == BASELINE:
                 continue
-            candidate = best.having(contest.technique, name)
-            trial = self._judge(contest.technique, name, lanes, best, candidate)
+            candidate = best.having(space.technique, name)
+            trial = self._judge(space.technique, name, cases, best, candidate)
             if trial.verdict == "taken" and winner is not best:
                 trial = trial._replace(verdict="not taken", reason="another value is faster still")
             if trial.verdict == "taken":
                 winner = candidate
             self.trials.append(trial)
             if candidate != winner:
-                self._arena.drop(candidate)
+                self._pool.drop(candidate)
         return winner
 
     def _not_worth_trying(self, best: Settings, technique: str, value: str, share_s: float) -> str:
@@ -234,7 +234,7 @@ class Search:
             return f"the budget of {self._budget_s:.0f} s was spent"
         if technique == "matmul_precision" and best not in self._products:
             try:
-                self._products[best] = self._arena.replica(best).has_float32_products()
+                self._products[best] = self._pool.replica(best).has_float32_products()
             except torch.OutOfMemoryError as error:  # then the contest finds out
                 forget(error)
                 self._products[best] = True
@@ -243,7 +243,7 @@ class Search:
         if technique != "compilation":
             return ""
         cost_s = _COMPILE_S * (_AUTOTUNING if "autotuning" in value else 1)
-        rest_s = self._steps * self._arena.step_s
+        rest_s = self._steps * self._pool.step_s
         if rest_s * (1 - 1 / _BEST_COMPILE) < cost_s:
             return (
                 f"compiling takes {cost_s:.0f} s or more, and the {self._steps:,} steps of this run "
@@ -253,30 +253,30 @@ class Search:
             return f"compiling takes {cost_s:.0f} s or more, and {share_s:.0f} s of the budget are left"
         return ""
 
-    def _lanes(self, best: Settings, technique: str, values: list[str]) -> dict[str, Lane]:
+    def _lanes(self, best: Settings, technique: str, values: list[str]) -> dict[str, BenchmarkCase]:
         """Make the lanes of the incumbent and of each value; drop what fails or computes something else."""
-        lanes, used = {PLAIN: self._arena.lane(best)}, [best]
+        cases, used = {BASELINE: self._pool.case(best)}, [best]
         for value in values:
             settings = best.having(technique, value)
             try:
-                replica = self._arena.make(settings, keep=used)
+                replica = self._pool.make(settings, keep=used)
                 wrong = self._wrong(replica)
                 if wrong:
                     self.trials.append(Trial(technique, value, "rejected", wrong))
                 else:
-                    lanes[value] = self._arena.lane(settings, replica)
+                    cases[value] = self._pool.case(settings, replica)
                     used.append(settings)
             except Exception as error:
-                self.trials.append(Trial(technique, value, "failed", said(error)))
+                self.trials.append(Trial(technique, value, "failed", error_text(error)))
                 forget(error)
-        return lanes
+        return cases
 
-    def _second(self, best: Settings) -> Lane | None:
+    def _second(self, best: Settings) -> BenchmarkCase | None:
         """Return the incumbent once more, unless that needs memory or a compilation that nobody has."""
-        if best["compilation"] != PLAIN:
+        if best["compilation"] != BASELINE:
             return None
         try:
-            return self._arena.second(best)
+            return self._pool.second(best)
         except torch.OutOfMemoryError as error:
             forget(error)
             return None
@@ -291,25 +291,25 @@ class Search:
         self,
         technique: str,
         name: str,
-        lanes: dict[str, Lane],
+        cases: dict[str, BenchmarkCase],
         best: Settings,
         candidate: Settings,
     ) -> Trial:
-        ratio = self._arena.gain(lanes[PLAIN], lanes[name])
-        compile_s = self._arena.compile_s.get(candidate)
-        saved_s = self._arena.seconds(lanes[PLAIN]) - self._arena.seconds(lanes[name])
+        ratio = self._pool.speedup(cases[BASELINE], cases[name])
+        compile_s = self._pool.compile_s.get(candidate)
+        saved_s = self._pool.seconds(cases[BASELINE]) - self._pool.seconds(cases[name])
         pays_after = None
         if compile_s is not None and saved_s > 0:
             pays_after = round(compile_s / saved_s)
         trial = Trial(technique, name, "taken", "", *ratio, compile_s, pays_after)
-        curves = [self._arena.replica(settings).losses for settings in (best, candidate)]
+        curves = [self._pool.replica(settings).losses for settings in (best, candidate)]
         gap = curve_gap(*curves)
         off = curve_verdict(gap, 0.0)
         if off:  # only then it is worth finding out how far rounding alone leads
             off = curve_verdict(gap, self._curve_noise(best))
         if off:
             return trial._replace(verdict="rejected", reason=off)
-        none = no_gain(ratio, self._still, least=_LEAST_GAIN)
+        none = no_speedup(ratio, self._still, least=_LEAST_GAIN)
         if none:
             return trial._replace(verdict="not taken", reason=none)
         if technique != "precision" and saved_s < _CALLBACK_S:
@@ -335,8 +335,8 @@ class Search:
         return self._noise_of[settings]
 
     def _moved_gap(self, settings: Settings) -> float:
-        curve = self._arena.replica(settings).losses
-        moved = self._arena.build(settings.having("compilation", PLAIN))
+        curve = self._pool.replica(settings).losses
+        moved = self._pool.build(settings.having("compilation", BASELINE))
         moved.perturb()
         # As many steps as are compared, and no more seconds than a tenth of the budget.
         end = time.perf_counter() + self._budget_s / 10

@@ -24,7 +24,7 @@ from lightning_accel.precision.callbacks.matmul_precision import MatmulPrecision
 from lightning_accel.precision.callbacks.memory_format import MemoryFormat
 from lightning_accel.precision.callbacks.use_precision import UsePrecision
 
-PLAIN = "plain"
+BASELINE = "plain"
 """The value of everything that stays as the user has it."""
 
 TRIED: tuple[type[Technique], ...] = (
@@ -74,7 +74,7 @@ class Settings:
                 raise ValueError(
                     explain("unknown technique", repr(name), f"use {sorted(_APPLIED)}")
                 )
-            if value == PLAIN:
+            if value == BASELINE:
                 continue
             if _APPLIED[name] is None:
                 do = "pass LoadingPlan(in_memory=True)"
@@ -82,11 +82,11 @@ class Settings:
             else:
                 instance(name, value, str, "a name", "pass a string")
                 node(name, value)
-        chosen = [(n, values[n]) for n in _APPLIED if values.get(n, PLAIN) != PLAIN]
+        chosen = [(n, values[n]) for n in _APPLIED if values.get(n, BASELINE) != BASELINE]
         object.__setattr__(self, "values", tuple(chosen))
 
     def __getitem__(self, technique: str) -> Any:
-        return dict(self.values).get(technique, PLAIN)
+        return dict(self.values).get(technique, BASELINE)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Settings:
@@ -123,7 +123,7 @@ class Settings:
     @property
     def label(self) -> str:
         """The settings in words."""
-        return " + ".join(words(name, value) for name, value in self.chosen()) or PLAIN
+        return " + ".join(label_of(name, value) for name, value in self.chosen()) or BASELINE
 
     @property
     def format(self) -> str | None:
@@ -139,10 +139,10 @@ class Settings:
         return [make(node(n, v)) for n, v in self.chosen() if _APPLIED[n] is not None]
 
 
-def words(technique: str, value: Any) -> str:
+def label_of(technique: str, value: Any) -> str:
     """Say a value so that it can stand alone.
 
-    >>> words("compilation", "blocks"), words("matmul_precision", "medium")
+    >>> label_of("compilation", "blocks"), label_of("matmul_precision", "medium")
     ('compiled blocks', 'matmul medium')
     """
     kind = _APPLIED[technique]

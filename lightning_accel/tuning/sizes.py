@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_accel.measure.race import Lane, run, tenth
+from lightning_accel.measure.race import BenchmarkCase, p10, run
 from lightning_accel.measure.subject import num_samples
-from lightning_accel.tuning.arena import said
+from lightning_accel.tuning.benchmark_pool import error_text
 from lightning_accel.tuning.replica import Replica
-from lightning_accel.tuning.report import Rate
+from lightning_accel.tuning.report import BatchRate
 from lightning_accel.tuning.settings import Settings
 
 _LONGEST_S = 30.0
@@ -26,7 +26,7 @@ def measure_sizes(
     sizes: Sequence[int],
     settings: Settings,
     budget_s: float,
-) -> list[Rate]:
+) -> list[BatchRate]:
     """Measure training steps of other batch sizes, made by repeating or cutting the batches at hand.
 
     Args:
@@ -38,19 +38,19 @@ def measure_sizes(
     """
     budget_s = min(budget_s, _LONGEST_S)  # also where the search itself may last for ever
     rates = []
-    lanes: dict[str, Lane] = {}
+    cases: dict[str, BenchmarkCase] = {}
     for size in sizes:
         try:
             resized = [resize(batch, size) for batch in batches]
             replica = build(settings, resized)
             start = time.perf_counter()
             replica.first_step()
-            lane = Lane(replica.step, replica.device, around=replica.around, warmup=1)
-            run({"": lane}, budget_s=max(0.0, budget_s / len(sizes) - time.perf_counter() + start))
-            lanes[str(size)] = lane
-            rates.append(Rate(size, size / tenth(lane)))
+            case = BenchmarkCase(replica.step, replica.device, around=replica.around, warmup=1)
+            run({"": case}, budget_s=max(0.0, budget_s / len(sizes) - time.perf_counter() + start))
+            cases[str(size)] = case
+            rates.append(BatchRate(size, size / p10(case)))
         except Exception as error:
-            rates.append(Rate(size, None, said(error)))
+            rates.append(BatchRate(size, None, error_text(error)))
             error.__traceback__ = None
     return rates
 

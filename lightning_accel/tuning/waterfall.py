@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_accel.measure.race import Lane, Ratio
-from lightning_accel.tuning.arena import Arena, forget
-from lightning_accel.tuning.report import Bar, Trial
-from lightning_accel.tuning.settings import PLAIN, Settings, words
+from lightning_accel.measure.race import BenchmarkCase, Ratio
+from lightning_accel.tuning.benchmark_pool import BenchmarkPool, forget
+from lightning_accel.tuning.report import Trial, WaterfallStep
+from lightning_accel.tuning.settings import BASELINE, Settings, label_of
 
 _RESTLESS = 0.1
 """A difference between plain and plain that is worth a word."""
@@ -31,7 +31,7 @@ class Waterfall(NamedTuple):
     steps: list[Ratio]
     still: Ratio
     end: int
-    bars: list[Bar]
+    bars: list[WaterfallStep]
 
     @property
     def settings(self) -> Settings:
@@ -60,47 +60,47 @@ class Waterfall(NamedTuple):
         return None
 
 
-def run_waterfall(arena: Arena, way: list[Settings], share_s: float) -> Waterfall:
+def run_waterfall(pool: BenchmarkPool, way: list[Settings], share_s: float) -> Waterfall:
     """Measure plain, plain again and every step of the way side by side; keep what is confirmed.
 
     Args:
-        arena: Has most of the copies.
+        pool: Has most of the copies.
         way: Settings, plain first.
         share_s: About how long to measure.
     """
     try:
-        again, lanes = _sides(arena, way)
+        again, cases = _sides(pool, way)
     except torch.OutOfMemoryError as error:
-        arena.clear()
+        pool.clear()
         forget(error)
-        arena.notes.append("too little memory to measure every step of the way side by side")
+        pool.notes.append("too little memory to measure every step of the way side by side")
         way = list(dict.fromkeys((way[0], way[-1])))
-        again, lanes = _sides(arena, way)
-    named = {str(index): lane for index, lane in enumerate(lanes)}
-    arena.race({PLAIN: named.pop("0"), "again": again, **named}, share_s)
-    still = arena.gain(lanes[0], again)
+        again, cases = _sides(pool, way)
+    named = {str(index): case for index, case in enumerate(cases)}
+    pool.race({BASELINE: named.pop("0"), "again": again, **named}, share_s)
+    still = pool.speedup(cases[0], again)
     if abs(still.ratio - 1) > _RESTLESS:
-        arena.notes.append("the machine is restless: only gains beyond that of plain count")
+        pool.notes.append("the machine is restless: only gains beyond that of plain count")
     equal = Ratio(1.0, 1.0, 1.0)
-    gains = [equal, *(arena.gain(lanes[0], lane) for lane in lanes[1:])]
-    steps = [equal, *(arena.gain(*pair) for pair in pairwise(lanes))]
+    gains = [equal, *(pool.speedup(cases[0], case) for case in cases[1:])]
+    steps = [equal, *(pool.speedup(*pair) for pair in pairwise(cases))]
     end = _confirmed(gains, steps, still)
     if end < len(way) - 1:
-        arena.notes.append(
+        pool.notes.append(
             f"`{way[-1].label}` was not confirmed ({gains[-1]} of plain, plain against plain is {still}): "
             f"`{way[end].label}` is the answer"
         )
     bars = []
     for index in range(end + 1):
-        label = " + ".join(words(*item) for item in _added(way, index)) or PLAIN
-        ms = 1000 * arena.seconds(lanes[index])
+        label = " + ".join(label_of(*item) for item in _added(way, index)) or BASELINE
+        ms = 1000 * pool.seconds(cases[index])
         label = f"+ {label}" if index else label
-        bars.append(Bar(label, ms, *gains[index], steps[index].ratio))
+        bars.append(WaterfallStep(label, ms, *gains[index], steps[index].ratio))
     return Waterfall(way, gains, steps, still, end, bars)
 
 
-def _sides(arena: Arena, way: list[Settings]) -> tuple[Lane, list[Lane]]:
-    return arena.second(way[0]), [arena.lane(settings) for settings in way]
+def _sides(pool: BenchmarkPool, way: list[Settings]) -> tuple[BenchmarkCase, list[BenchmarkCase]]:
+    return pool.second(way[0]), [pool.case(settings) for settings in way]
 
 
 def _confirmed(gains: list[Ratio], steps: list[Ratio], still: Ratio) -> int:

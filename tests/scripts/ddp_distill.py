@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lightning_accel import Distillation, StructuredPruning
-from lightning_accel.distillation import Ramp, Teacher
+from lightning_accel.distillation import Schedule, Teacher
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -38,7 +38,7 @@ CASES: dict[str, Any] = {
     **{name: {name: {"layers": "hidden", "weight": 1.0}} for name in MAPS},
     "own": {"own": {"loss": vector, "weight": 1.0}},
     "late": {
-        "fitnet": {"layers": "hidden", "weight": Ramp(0.0, 1.0, over=1, unit="step", delay=2)}
+        "fitnet": {"layers": "hidden", "weight": Schedule(0.0, 1.0, over=1, unit="step", delay=2)}
     },
 }
 for extra in ("accumulate", "manual", "clip", "masked", "cache", "ema", "prune", "self"):

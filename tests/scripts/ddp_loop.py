@@ -86,7 +86,7 @@ if __name__ == "__main__":
         enable_progress_bar=False, enable_model_summary=False,
         log_every_n_steps=10, strategy=DDPStrategy(process_group_backend="gloo"),
         callbacks=[
-            *([LeanLoop(sigterm_every=every)] if every else []), witness,
+            *([LeanLoop(sigterm_every_n_steps=every)] if every else []), witness,
             OnExceptionCheckpoint(folder, "last"),
         ],
     )  # fmt: skip

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import AutoTune
 from lightning_accel.measure.race import Ratio
-from lightning_accel.tuning import Settings, within
-from lightning_accel.tuning.report import Bar
-from lightning_accel.tuning.search import Found
+from lightning_accel.tuning import Settings, in_trainer
+from lightning_accel.tuning.report import WaterfallStep
+from lightning_accel.tuning.search import SearchResult
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -58,14 +58,14 @@ class Picks:
     def __init__(self, build: Any, **_: Any) -> None:
         self.build = build
 
-    def run(self, contests: Any, skipped: Any) -> Found:
+    def run(self, contests: Any, skipped: Any) -> SearchResult:
         Picks.searches += 1
         for settings in (Settings(), MANY):
             replica = self.build(settings)
             replica.gradients(0)
             replica.first_step()
-        bars = [Bar("plain", 2.0), Bar("+ all", 1.0, 2.0, 1.9, 2.1, 2.0)]
-        return Found(MANY, [], bars, Ratio(1.0, 1.0, 1.0), [])
+        bars = [WaterfallStep("plain", 2.0), WaterfallStep("+ all", 1.0, 2.0, 1.9, 2.1, 2.0)]
+        return SearchResult(MANY, [], bars, Ratio(1.0, 1.0, 1.0), [])
 
 
 class Looks(Callback):
@@ -107,8 +107,8 @@ def run(folder: Path, case: str, epochs: int, path: Path | None = None) -> dict[
 if __name__ == "__main__":
     folder, case = Path(sys.argv[1]), sys.argv[2]
     if case != "real":
-        within.Search = Picks  # type: ignore[attr-defined,misc,assignment]
-        within.choose_loading = lambda *_: ("plain", 1.0, [])  # would ask a real clock
+        in_trainer.Search = Picks  # type: ignore[attr-defined,misc,assignment]
+        in_trainer.choose_loading = lambda *_: ("plain", 1.0, [])  # would ask a real clock
     found = {"whole": run(folder, case, 2)}
     if case == "takes":
         run(folder, case, 1)

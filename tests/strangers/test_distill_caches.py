@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import BOTH, Fit, Module, apart, fits, master, rows, teacher
+from distilling import BOTH, Fit, Module, apart, fits, master, rows, teacher
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor, nn
@@ -196,7 +196,7 @@ def test_a_teacher_with_another_temperature_inside_is_another_teacher(
     ):
         for cache in (
             None,
-            TeacherCache(tmp_path / "one place", dtype="float32", check_every=None),
+            TeacherCache(tmp_path / "one place", dtype="float32", check_every_n_calls=None),
         ):
             students.append(Module())
             guide = teacher(Sharpened(options))

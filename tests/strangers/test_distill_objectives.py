@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import Fit, User, apart, fits
+from distilling import Fit, User, apart, fits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -38,7 +38,7 @@ def taught(
     own = Distillation(
         Teacher(guide, precision="fp32", classes=given.pop("classes", None)),
         {loss: 1.0} if isinstance(loss, str) else loss,
-        task_weight=0.0, evidence_every=0, **given,
+        task_weight=0.0, diagnostics_every_n_steps=0, **given,
     )  # fmt: skip
     fit(model, own, batches=DataLoader([batch], batch_size=None))
     return model.net

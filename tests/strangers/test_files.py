@@ -133,7 +133,7 @@ PRESETS = {
     "a class by interpolation": "callbacks: {x: {_target_: '${model.kind}'}}",
     "a function of ours": "callbacks: {x: {_target_: lightning_accel.tune}}",
     "a part of ours": "callbacks: {x: {_target_: lightning_accel.measure.report.Report}}",
-    "a store of ours": "callbacks: {x: {_target_: lightning_accel.distillation.store.Store}}",
+    "a store of ours": "callbacks: {x: {_target_: lightning_accel.distillation.row_store.RowStore}}",
     "a method of ours": "callbacks: {x: {_target_: lightning_accel.Teacher.load_weights}}",
     "an argument by place": "callbacks: {x: {_target_: lightning_accel.AccelReport, _args_: [x.json]}}",
     "a half call": "callbacks: {x: {_target_: lightning_accel.AccelReport, _partial_: true}}",
@@ -392,7 +392,7 @@ def built(given: Any, *allow: str, **more: Any) -> Any:
 
 ACCEL, LOGGERS = "lightning_accel.", "lightning.pytorch.loggers."
 NODES = {
-    "a store": {"_target_": ACCEL + "distillation.store.Store", "folder": "x"},
+    "a store": {"_target_": ACCEL + "distillation.row_store.RowStore", "folder": "x"},
     "a report": {"_target_": ACCEL + "measure.report.Report"},
     "a base class": {"_target_": ACCEL + "bridge.ModelEdit"},
     "a private function": {"_target_": ACCEL + "measure.report._replace", "target": "x", "text": "y"},

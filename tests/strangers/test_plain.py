@@ -27,7 +27,7 @@ from lightning_accel import (
     tune,
 )
 from lightning_accel.bridge.data import ReadOnce
-from lightning_accel.tuning import arena
+from lightning_accel.tuning import benchmark_pool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -175,7 +175,7 @@ def test_what_was_measured_before_does_not_change_the_training(
         Trainer(**trainer_kwargs, limit_train_batches=5).fit(module, data)
         return module.calls, float(torch.rand(())), random.random(), float(np.random.rand())
 
-    monkeypatch.setattr(arena, "_BLOCK_S", 1e-9)
+    monkeypatch.setattr(benchmark_pool, "_BLOCK_S", 1e-9)
     plain = fit(0)
     assert plain[0]
     try:

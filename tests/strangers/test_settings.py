@@ -182,7 +182,7 @@ def test_a_class_attribute_behind_a_held_function_is_read_anew(
     """pytorch#176851: compiled code keeps the value of a class attribute from its first call."""
     monkeypatch.setattr(World, "factor", 1.0)
     found = []
-    for callbacks in ([], [edit(backend="eager", check_every=None)]):
+    for callbacks in ([], [edit(backend="eager", check_every_n_calls=None)]):
         model = Held()
         for block in model.net:
             block.act = scaled

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_accel import AccelReport, AutoTune, StructuredPruning
 from lightning_accel.measure import contention, race
 from lightning_accel.pruning import SparsityTraining
-from lightning_accel.tuning import Settings, arena, search
+from lightning_accel.tuning import Settings, benchmark_pool, search
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -33,7 +33,7 @@ pytestmark = [
 def clocked(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
     ticks = SimpleNamespace(perf_counter=lambda: made.now, process_time=lambda: made.worked)
-    for module in (race, contention, search, arena):
+    for module in (race, contention, search, benchmark_pool):
         monkeypatch.setattr(module, "time", ticks)
     monkeypatch.setattr(contention, "_busy_seconds", lambda: 0.0)
     return made

@@ -16,7 +16,7 @@ from lightning_accel.bridge.evaluation import EvaluationBatches
 from lightning_accel.bridge.technique import Context, Situation, Skipped, Technique
 from lightning_accel.compilation.blocks import compile_blocks, find_blocks
 from lightning_accel.compilation.explain import Capture, captures, table
-from lightning_accel.compilation.guard import batch_sizes
+from lightning_accel.compilation.recompile_policy import batch_sizes
 from lightning_accel.compilation.region import (
     Backend,
     ask,
@@ -73,12 +73,12 @@ class BlockCompile(Technique, EvaluationBatches):
         warmup_steps: Batches of the warm-up; by default the first epoch with its validation.
         ragged: "auto" marks the batch dimension where sizes differ; "ignore" leaves it to dynamo, which
             captures twice there. Unused where `dynamic` says what to do.
-        check_every: At how many calls a block is compared with itself uncompiled, besides the first, second, fourth
+        check_every_n_calls: At how many calls a block is compared with itself uncompiled, besides the first, second, fourth
             ..., the first of each epoch and dataloader, and those after changes of what it reads. One that differs
             runs as it is from then on, with a warning and a row in `report`. None for never.
 
     Raises:
-        ValueError: A name is unknown, or `check_every` is below 1; backends and modes are checked at setup.
+        ValueError: A name is unknown, or `check_every_n_calls` is below 1; backends and modes are checked at setup.
 
     >>> BlockCompile(select="net", on_graph_break="raise").on_graph_break
     'raise'
@@ -107,7 +107,7 @@ class BlockCompile(Technique, EvaluationBatches):
         on_recompile: str = "eager",
         warmup_steps: int | None = None,
         ragged: str = "auto",
-        check_every: int | None = 64,
+        check_every_n_calls: int | None = 64,
     ) -> None:
         one_of("on_graph_break", on_graph_break, _ANSWERS)
         one_of("on_recompile", on_recompile, _REPEATS)
@@ -128,7 +128,7 @@ class BlockCompile(Technique, EvaluationBatches):
         self.on_recompile = on_recompile
         self.warmup_steps = warmup_steps
         self.ragged = ragged
-        self.check_every = check_seldom(check_every)
+        self.check_every_n_calls = check_seldom(check_every_n_calls)
         self._loader = 0
         self.captures: list[Capture] = []
         self._unproved = False
@@ -202,7 +202,7 @@ class BlockCompile(Technique, EvaluationBatches):
             dynamic=self.dynamic,
             fullgraph=self.fullgraph,
             # On a copy a tuner compares results itself, and times nothing else than the step.
-            check_every=None if context.is_copy else self.check_every,
+            check_every_n_calls=None if context.is_copy else self.check_every_n_calls,
         )
         if not context.is_copy:
             self._collect(module)

@@ -37,7 +37,7 @@ class FrozenPredict(Technique, EvaluationBatches):
         channels_last: Whether copies of convolutional networks are channels last.
         tolerance: How far outputs may be off: norm of the difference by norm. By default 1e-4, with
             bfloat16 weights 3e-2.
-        check_every: At how many calls both run and are compared, besides the first, second, fourth, eighth ...,
+        check_every_n_calls: At how many calls both run and are compared, besides the first, second, fourth, eighth ...,
             and the first of each dataloader. None for never but at the first of a new copy, which is part of making it.
         backend: As in `torch.compile`; only inductor freezes.
 
@@ -58,17 +58,17 @@ class FrozenPredict(Technique, EvaluationBatches):
         weights: str | None = None,
         channels_last: bool = False,
         tolerance: float | None = None,
-        check_every: int | None = 128,
+        check_every_n_calls: int | None = 128,
         backend: Backend = "inductor",
     ) -> None:
-        check_arguments(weights, channels_last, tolerance, check_every)
+        check_arguments(weights, channels_last, tolerance, check_every_n_calls)
         if not callable(backend):
             instance("backend", backend, str, "a name", "pass 'inductor'")
         self.select = Select.of(select)
         self.weights = weights
         self.channels_last = channels_last
         self.tolerance = tolerance
-        self.check_every = check_every
+        self.check_every_n_calls = check_every_n_calls
         self.backend = backend
         self.networks: list[Frozen] = []
         self._told: set[str] = set()
@@ -96,7 +96,7 @@ class FrozenPredict(Technique, EvaluationBatches):
             weights=self.weights,
             channels_last=self.channels_last,
             tolerance=self.tolerance,
-            check_every=self.check_every,
+            check_every_n_calls=self.check_every_n_calls,
             itself=False,
             backend=self.backend,
         ) as self.networks:

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_accel.arguments import finite, flag, one_of
 from lightning_accel.compilation.blocks import find_blocks
 from lightning_accel.compilation.difference import difference
-from lightning_accel.compilation.guard import Code
+from lightning_accel.compilation.recompile_policy import CompiledCode
 from lightning_accel.compilation.region import Backend, check
 from lightning_accel.measure.race import synchronise
 from lightning_accel.seldom import check_seldom, is_due
@@ -99,7 +99,7 @@ class Frozen:
         weights: str | None,
         channels_last: bool,
         tolerance: float,
-        check_every: int | None,
+        check_every_n_calls: int | None,
         backend: Backend,
     ) -> None:
         self.module = module
@@ -107,7 +107,7 @@ class Frozen:
         self.weights = weights
         self.channels_last = channels_last
         self.tolerance = tolerance
-        self.check_every = check_every
+        self.check_every_n_calls = check_every_n_calls
         self.backend = backend
         self.before: Callable[..., Any] | None = module._compiled_call_impl
         self.eager: Callable[..., Any] = self.before or module._call_impl
@@ -120,7 +120,7 @@ class Frozen:
         self._on_host = all(p.device.type == "cpu" for p in module.parameters())
         self._dtypes: list[Any] = []
         self._copies = 0
-        self._copy, self._code = module, Code(name, self._missed, backend=backend)
+        self._copy, self._code = module, CompiledCode(name, self._missed, backend=backend)
         self._start()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -173,11 +173,11 @@ class Frozen:
         if self.channels_last:
             self._copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         label = f"{self.name} frozen #{next(_SERIAL)}"
-        self._code = Code(label, self._missed, backend=self.backend)
+        self._code = CompiledCode(label, self._missed, backend=self.backend)
 
     def _is_due(self) -> bool:
         """Tell whether this call is one to compare: the second, fourth, eighth, and then now and then."""
-        return is_due(self.num_calls, self.check_every)
+        return is_due(self.num_calls, self.check_every_n_calls)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         converts = self.weights is not None or self.channels_last
@@ -262,7 +262,7 @@ def frozen(
     weights: str | None = None,
     channels_last: bool = False,
     tolerance: float | None = None,
-    check_every: int | None = 128,
+    check_every_n_calls: int | None = 128,
     itself: bool = True,
     backend: Backend = "inductor",
 ) -> Iterator[list[Frozen]]:
@@ -277,7 +277,7 @@ def frozen(
         weights: "bf16" for copies in bfloat16; outputs keep their dtypes.
         channels_last: Whether copies and their inputs of four dimensions are channels last.
         tolerance: Of `Frozen.error`; by default 1e-4, with bfloat16 weights 3e-2.
-        check_every: At how many calls both run and are compared, besides the first, second, fourth, eighth ...
+        check_every_n_calls: At how many calls both run and are compared, besides the first, second, fourth, eighth ...
             None for never but at the first of a new copy, which is part of making it.
         itself: Whether `model` may be frozen as a whole, or only parts of it.
         backend: A name known to `torch.compile`, or a backend function; only inductor freezes.
@@ -291,7 +291,7 @@ def frozen(
     >>> networks[0].error
     0.0
     """
-    check_arguments(weights, channels_last, tolerance, check_every)
+    check_arguments(weights, channels_last, tolerance, check_every_n_calls)
     check(backend, None)
     limit = TOLERANCES[weights] if tolerance is None else tolerance
     targets = find_blocks(model, select=select, blocks=False, itself=itself)
@@ -302,7 +302,7 @@ def frozen(
             weights=weights,
             channels_last=channels_last,
             tolerance=limit,
-            check_every=check_every,
+            check_every_n_calls=check_every_n_calls,
             backend=backend,
         )
         for name, module in targets.items()
@@ -320,11 +320,13 @@ def frozen(
                 one.module._compiled_call_impl = before
 
 
-def check_arguments(weights: Any, channels_last: Any, tolerance: Any, check_every: Any) -> None:
+def check_arguments(
+    weights: Any, channels_last: Any, tolerance: Any, check_every_n_calls: Any
+) -> None:
     """Raise unless these can be arguments of `frozen`."""
     one_of("weights", weights, ("bf16",), none=True)
     flag("channels_last", channels_last)
-    check_seldom(check_every)
+    check_seldom(check_every_n_calls)
     finite("tolerance", tolerance, above=0.0, none=True, do="pass 1e-4")
 
 

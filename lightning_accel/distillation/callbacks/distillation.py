@@ -15,18 +15,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
 from lightning_accel.arguments import instance, one_of, open_share, path, whole
-from lightning_accel.bridge import guards
+from lightning_accel.bridge import checks
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.bridge.step import Around
 from lightning_accel.bridge.technique import Technique
-from lightning_accel.distillation import heads, rehearsal
+from lightning_accel.distillation import dry_run, heads
 from lightning_accel.distillation.arguments import index_of
 from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.course import Course
-from lightning_accel.distillation.engine import Engine
-from lightning_accel.distillation.journal import Journal
+from lightning_accel.distillation.distillation_loss import DistillationLoss
+from lightning_accel.distillation.distributed import average_gradients
+from lightning_accel.distillation.fit_state import FitState
 from lightning_accel.distillation.locate import Where, check_where
-from lightning_accel.distillation.manual import ByHand
+from lightning_accel.distillation.loss_term import loss_terms
+from lightning_accel.distillation.manual_steps import ManualSteps
+from lightning_accel.distillation.metrics import DistillationMetrics
 from lightning_accel.distillation.optimizers import part
 from lightning_accel.distillation.schedule import read, require_some
 from lightning_accel.distillation.teacher import (
@@ -37,9 +39,7 @@ from lightning_accel.distillation.teacher import (
     read_teachers,
     shares_parameters,
 )
-from lightning_accel.distillation.term import terms
 from lightning_accel.distillation.views import views_in
-from lightning_accel.distillation.world import average_gradients
 from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.surgery import Receipt, Structure, twin
 
@@ -63,7 +63,7 @@ class Distillation(Technique):
             checkpoint of the student's class, a `Teacher`, or a list of them; "self" is the un-pruned
             network in the same fit as a prune, "ema" the moving average of the student.
         losses: A name such as "kd", a list, or a mapping of names to weights or keywords of `Term`.
-        task_weight: Factor of the user's own loss. A number, a `Ramp`, or a function of the `Moment`.
+        task_weight: Factor of the user's own loss. A number, a `Schedule`, or a function of the `Moment`.
         student: The name of the student's network; by default the one that `training_step` calls.
         logits: Layers whose outputs are the logits, "head: fc"; by default what the networks return.
         class_dim: Their dimension that holds the classes, 1 for maps (B, C, H, W); by default the one that your
@@ -73,7 +73,7 @@ class Distillation(Technique):
         calls: Of several calls of the student in a step: "error", "last", or the mean of "all".
         cache: A folder, or a `TeacherCache`, for what the teacher said to inputs that come again.
         ema_decay: Of teacher="ema".
-        evidence_every: Steps between two measurements of each loss's share of the gradient; 0 is never.
+        diagnostics_every_n_steps: Steps between two measurements of each loss's share of the gradient; 0 is never.
 
     Raises:
         ValueError: An argument is out of range.
@@ -97,19 +97,21 @@ class Distillation(Technique):
         calls: Calls = "error",
         cache: str | Path | TeacherCache | None = None,
         ema_decay: float = 0.999,
-        evidence_every: int = 200,
+        diagnostics_every_n_steps: int = 200,
     ) -> None:
         self.teachers = read_teachers(teacher)
         self.calls = one_of("calls", calls, CALLS)
         self.ema_decay = open_share("ema_decay", ema_decay)
-        self.evidence_every = whole("evidence_every", evidence_every, least=0)
+        self.diagnostics_every_n_steps = whole(
+            "diagnostics_every_n_steps", diagnostics_every_n_steps, least=0
+        )
         self.student = instance(
             "student", student, str, "a name", "pass text, or leave it out", none=True
         )
         if cache is not None and not isinstance(cache, TeacherCache):
             cache = TeacherCache(path("cache", cache))
-        self.engine = Engine(
-            terms(losses),
+        self.engine = DistillationLoss(
+            loss_terms(losses),
             task_weight=read(task_weight, "task_weight"),
             logits=logits,
             class_dim=index_of("class_dim", class_dim),
@@ -118,11 +120,11 @@ class Distillation(Technique):
             cache=cache,
         )
         require_some(self.engine.task_weight, *(t.weight for t in self.engine.terms.values()))
-        self.journal = Journal()
+        self.metrics = DistillationMetrics()
         self.average: AveragedModel | None = None  # an attribute, so that prunes reach it
         self._loaded: dict[str, Any] = {}
         self._averaged_step = 0
-        self._course: Course | None = None
+        self._course: FitState | None = None
         self._by_hand: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class Distillation(Technique):
     @property
     def shares(self) -> dict[str, float]:
         """The last measured share (0 to 1) of each loss in the gradient; the user's own is "task"."""
-        return dict(self.journal.shares)
+        return dict(self.metrics.shares)
 
     @property
     def teaches(self) -> bool:
@@ -145,7 +147,7 @@ class Distillation(Technique):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        rehearsal.refuse_impossible(
+        dry_run.refuse_impossible(
             trainer, pl_module, self.engine, {teacher.kind for teacher in self.teachers}
         )
         again = self._course is not None and self._course.is_of(trainer, pl_module)
@@ -155,28 +157,28 @@ class Distillation(Technique):
             if teacher.kind == SELF and not again:
                 teacher.forget()
             if teacher.kind in ("module", "path"):
-                teacher.network = rehearsal.load_teacher(teacher, pl_module)
+                teacher.network = dry_run.load_teacher(teacher, pl_module)
                 if shares_parameters(teacher.network, pl_module):
                     raise AccelError(
                         "student and teacher share parameters",
                         "one and the same network, or parts of it",
                         "pass copy.deepcopy(network) as teacher, or teacher='ema'",
                     )
-        if rehearsal.searches(trainer):  # with no callback but its own, and before ours has begun
+        if dry_run.searches(trainer):  # with no callback but its own, and before ours has begun
             if any(teacher.kind == EMA for teacher in self.teachers):
                 self._set_average(trainer, pl_module, None)
             self._stand_around(pl_module)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a course, with nothing of one before."""
-        self._course = Course(
+        self._course = FitState(
             trainer,
             pl_module,
             engine=self.engine,
             teachers=self.teachers,
-            journal=self.journal,
+            metrics=self.metrics,
             calls=self.calls,
-            evidence_every=self.evidence_every,
+            diagnostics_every_n_steps=self.diagnostics_every_n_steps,
         )
         self.held(trainer).callback(self._course.leave)
         self._course.student = self.student
@@ -185,10 +187,10 @@ class Distillation(Technique):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back what a checkpoint holds, before the optimizers' state comes back."""
-        guards.refuse_lazy(pl_module, type(self).__name__)
-        course = self._of_this_fit()
+        checks.refuse_lazy(pl_module, type(self).__name__)
+        fit_state = self._of_this_fit()
         state, self._loaded = self._loaded, {}
-        course.student = state.get("student") if self.student is None else self.student
+        fit_state.student = state.get("student") if self.student is None else self.student
         if any(teacher.kind == EMA for teacher in self.teachers):
             self._set_average(trainer, pl_module, state.get("ema"))
         if SELF in state:
@@ -198,7 +200,7 @@ class Distillation(Technique):
             self._keep(network)
         if "heads" in state:
             heads.load(self.engine, state["heads"], trainer.strategy.root_device)
-            course.join()
+            fit_state.join()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,8 +210,8 @@ class Distillation(Technique):
 
     def _stand_around(self, pl_module: LightningModule) -> None:
         """Take part in the module's steps from now on."""
-        course = self._of_this_fit()
-        course.stand_back()
+        fit_state = self._of_this_fit()
+        fit_state.stand_back()
         # The module's own hook comes after those of all callbacks, and so after a prune.
         work: list[tuple[str, Any]] = [
             ("on_train_batch_start", self._before_step),
@@ -218,9 +220,9 @@ class Distillation(Technique):
         if pl_module.automatic_optimization:
             work += [("training_step", self._step)]
         else:
-            self._by_hand = ByHand(course)
+            self._by_hand = ManualSteps(fit_state)
             work += [("training_step", self._manual_step), ("manual_backward", self._backward)]
-        course.around = [Around(pl_module, name, method) for name, method in work]
+        fit_state.around = [Around(pl_module, name, method) for name, method in work]
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -233,32 +235,32 @@ class Distillation(Technique):
 
     def _before_step(self, method: Any, batch: Any, batch_idx: int) -> Any:
         """Stand around the module's `on_train_batch_start`: get everything ready for the step."""
-        result, course = method(batch, batch_idx), self._of_this_fit()
+        result, fit_state = method(batch, batch_idx), self._of_this_fit()
         if result != -1 and not self._waits():  # -1: the rest of the epoch is left out
-            course.get_ready(batch, batch_idx)
+            fit_state.get_ready(batch, batch_idx)
         return result
 
     # --- within the step ----------------------------------------------------------------------------
 
     def _step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand around `training_step` of automatic optimization."""
-        course = self._of_this_fit()
+        fit_state = self._of_this_fit()
         if self._waits():
             return method(*args, **kwargs)
-        batch = rehearsal.view(_batch(args, kwargs))
-        with course.recording():
+        batch = dry_run.view(_batch(args, kwargs))
+        with fit_state.recording():
             output = method(*args, **kwargs)
         task = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(task, Tensor):
             return output  # the user skips this batch
-        records = course.records()
+        records = fit_state.records()
         if not records:
             raise NoEffect(
                 "the student was not called in this training step",
-                f"`{course.name}`: no output that carries a gradient",
+                f"`{fit_state.name}`: no output that carries a gradient",
                 "call it as a module (not `.forward`) outside of `no_grad`, or name another `student=`",
             )
-        total = course.teach(task, records, batch)
+        total = fit_state.compute_loss(task, records, batch)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def _manual_step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -283,34 +285,34 @@ class Distillation(Technique):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        course = self._of_this_fit()
-        if course.tape is not None:
-            course.tape.clear()
-        course.heard, course.passed = [], []
+        fit_state = self._of_this_fit()
+        if fit_state.recorder is not None:
+            fit_state.recorder.clear()
+        fit_state.heard, fit_state.passed = [], []
         if self.average is not None and trainer.global_step != self._averaged_step:
             self._averaged_step = trainer.global_step
             self.average.update_parameters(pl_module)
-        if course.log_is_due() and trainer.loggers:
-            values = self.journal.latest(self.engine.cache)
+        if fit_state.log_is_due() and trainer.loggers:
+            values = self.metrics.latest(self.engine.cache)
             for logger in trainer.loggers if values else ():
                 logger.log_metrics(values, step=max(trainer.global_step - 1, 0))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        course = self._of_this_fit()
-        if course.could_teach and not course.num_lessons:
+        fit_state = self._of_this_fit()
+        if fit_state.could_teach and not fit_state.num_taught:
             raise NoEffect(
                 "in a whole epoch no loss hung on the student's output",
-                f"student `{course.name}`",
+                f"student `{fit_state.name}`",
                 "give `self.manual_backward` a loss of the student, or name another `student=`",
             )
-        course.num_lessons, course.could_teach = 0, False
-        if not course.ready:
+        fit_state.num_taught, fit_state.could_teach = 0, False
+        if not fit_state.ready:
             return
-        course.settle_order()
+        fit_state.settle_order()
         for teacher in self.teachers:
             teacher.check_buffers()
-        means = {} if trainer.barebones else self.journal.close_epoch(self.engine.cache)
+        means = {} if trainer.barebones else self.metrics.close_epoch(self.engine.cache)
         for name, value in means.items():
             pl_module.log(name, value, sync_dist=trainer.world_size > 1)
         reason = None if self.engine.cache is None else self.engine.cache.end_epoch()
@@ -333,12 +335,12 @@ class Distillation(Technique):
         self, trainer: Trainer, pl_module: LightningModule, receipt: Receipt
     ) -> None:
         """Make all ready anew, for the new shape, within the next step."""
-        course = self._of_this_fit()
+        fit_state = self._of_this_fit()
         dense = pristine(pl_module)
         if dense.now(pl_module) == dense:  # the first prune was taken back: nobody smaller is there
             for teacher in (t for t in self.teachers if t.kind == SELF):
                 teacher.forget()
-        course.edit, course.ready = course.edit + receipt, False
+        fit_state.edit, fit_state.ready = fit_state.edit + receipt, False
 
     def _waits(self) -> bool:
         """Tell whether there is no teacher yet: before the first prune, with teacher='self'."""
@@ -371,8 +373,8 @@ class Distillation(Technique):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put all back after a search for a learning rate or a batch size, which may begin in mid-training too."""
-        course = self._course
-        if course is None or not course.around or trainer.state.fn != "fit":
+        fit_state = self._course
+        if fit_state is None or not fit_state.around or trainer.state.fn != "fit":
             return
         state = checkpoint["callbacks"].get(self.state_key, {})
         if self.average is not None and "ema" in state:
@@ -382,7 +384,7 @@ class Distillation(Technique):
             return
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         part(trainer.optimizers, schedulers, self.engine.heads.parameters())
-        course.leave()
+        fit_state.leave()
         self._begin(trainer, pl_module)
         self._stand_around(pl_module)
 
@@ -394,7 +396,7 @@ class Distillation(Technique):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.leave(trainer)
 
-    def _of_this_fit(self) -> Course:
+    def _of_this_fit(self) -> FitState:
         assert self._course is not None, "`setup` comes first"
         return self._course
 

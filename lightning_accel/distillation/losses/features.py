@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_accel.arguments import one_of
-from lightning_accel.distillation.losses.island import (
+from lightning_accel.distillation.losses.full_precision import (
     average,
     blank,
-    island,
+    full_precision,
     require_same_shape,
     unit,
     valid_positions,
@@ -33,7 +33,7 @@ _POOL: dict[int, Callable[..., Tensor]] = {
 }
 
 
-@island()
+@full_precision()
 def fitnet(student: Tensor, teacher: Tensor, /, *, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared difference of all elements.
 
@@ -57,7 +57,7 @@ def fitnet(student: Tensor, teacher: Tensor, /, *, mask: Tensor | None = None) -
     return average((blank(student, valid) - blank(teacher, valid)).square().mean(-1), valid)
 
 
-@island()
+@full_precision()
 def attention_transfer(
     student_BCHW: Tensor, teacher_BCHW: Tensor, /, *, form: Form = "code"
 ) -> Tensor:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_accel.arguments import finite, share
-from lightning_accel.distillation.losses.island import (
+from lightning_accel.distillation.losses.full_precision import (
     average,
     blank,
-    island,
+    full_precision,
     require_same_shape,
     unit,
     valid_positions,
@@ -28,7 +28,7 @@ _SAME_CLASSES = "give both the same classes in the same order"
 _LOWEST = -1e30  # as good as minus infinity, and with a difference
 
 
-@island()
+@full_precision()
 def kd(
     student: Tensor, teacher: Tensor, /, *, temperature: float = 4.0, mask: Tensor | None = None
 ) -> Tensor:
@@ -52,7 +52,7 @@ def kd(
     return _softened_kl(blank(student, valid), blank(teacher, valid), temperature, valid)
 
 
-@island()
+@full_precision()
 def logit_standardized_kd(
     student: Tensor, teacher: Tensor, /, *, temperature: float = 2.0, mask: Tensor | None = None
 ) -> Tensor:
@@ -80,7 +80,7 @@ def logit_standardized_kd(
     return _softened_kl(*standard, temperature, valid)
 
 
-@island()
+@full_precision()
 def dkd(
     student: Tensor,
     teacher: Tensor,
@@ -122,7 +122,7 @@ def dkd(
     return temperature**2 * average(alpha * target_kl + beta * rest_kl, valid)
 
 
-@island()
+@full_precision()
 def dist(
     student: Tensor,
     teacher: Tensor,
@@ -176,7 +176,7 @@ def dist(
     return temperature**2 * (beta * inter + gamma * intra * (valid.sum() > 1))
 
 
-@island()
+@full_precision()
 def jsd(
     student: Tensor,
     teacher: Tensor,

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_accel.arguments import finite
-from lightning_accel.distillation.losses.island import (
+from lightning_accel.distillation.losses.full_precision import (
     average,
     blank,
-    island,
+    full_precision,
     require_same_shape,
     valid_positions,
 )
 
 
-@island()
+@full_precision()
 def bce(
     student: Tensor, teacher: Tensor, /, *, temperature: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
@@ -47,7 +47,7 @@ def bce(
     return temperature**2 * average((cross - own).mean(-1), valid)
 
 
-@island()
+@full_precision()
 def mse(student: Tensor, teacher: Tensor, /, *, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared gap of the outputs: of numbers, as in a regression, or of logits as they are.
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_accel.arguments import finite, number
-from lightning_accel.distillation.losses.island import (
+from lightning_accel.distillation.losses.full_precision import (
     average,
+    full_precision,
     inner_products,
-    island,
     require_same_shape,
     unit,
 )
@@ -24,7 +24,7 @@ from lightning_accel.errors import explain
 _MOST_ELEMENTS = 2**22  # of one tensor of angles: 32 MiB
 
 
-@island()
+@full_precision()
 def rkd(
     student_BD: Tensor, teacher_BD: Tensor, /, *, alpha: float = 25.0, beta: float = 50.0
 ) -> Tensor:
@@ -57,7 +57,7 @@ def rkd(
     return (alpha * by_distance + beta * _angles(taught, told) / batch**3).to(student_BD.dtype)
 
 
-@island()
+@full_precision()
 def similarity_preserving(student: Tensor, teacher: Tensor, /) -> Tensor:
     """Return the squared gap of both sides' similarities between samples, divided by B^2.
 
@@ -79,7 +79,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor, /) -> Tensor:
     return average((_similarity(student_BD) - _similarity(teacher_BD)).square(), None)
 
 
-@island(teacher_learns=True)
+@full_precision(teacher_learns=True)
 def crd(
     student_BD: Tensor,
     teacher_BD: Tensor,

@@ -25,8 +25,8 @@ from lightning_accel.arguments import flags, whole
 from lightning_accel.bridge.step import Around
 from lightning_accel.bridge.technique import Technique
 from lightning_accel.errors import Unsupported, explain
-from lightning_accel.loading.choose import Choice, choose
-from lightning_accel.loading.order import SameBatches
+from lightning_accel.loading.choose import LoadingChoice, choose
+from lightning_accel.loading.order import EquivalentLoader
 from lightning_accel.loading.resident import (
     SHARE,
     ResidentLoader,
@@ -35,7 +35,7 @@ from lightning_accel.loading.resident import (
     resident,
 )
 from lightning_accel.loading.rows import Rows, why_not_now
-from lightning_accel.loading.store import Store, require_plain
+from lightning_accel.loading.tensor_store import TensorStore, require_plain
 from lightning_accel.loading.workers import with_workers
 from lightning_accel.measure.race import synchronise
 from lightning_accel.surgery import Receipt
@@ -107,12 +107,12 @@ class FastLoading(Technique):
         self.resident, self.num_workers, self.pin_memory = resident, num_workers, pin_memory
         self.limit_bytes, self.budget_s = limit_bytes, budget_s
         self.keep_random, self.unchanging = keep_random, unchanging
-        self.choices: list[tuple[str, Choice]] = []
+        self.choices: list[tuple[str, LoadingChoice]] = []
         self.receipt = Receipt()
         self._wrapped: set[int] = set()
-        self._stores: list[tuple[Any, Any, Store]] = []
+        self._stores: list[tuple[Any, Any, TensorStore]] = []
         self._known: list[tuple[Any, Any]] = []
-        self._chosen: dict[int, Choice] = {}
+        self._chosen: dict[int, LoadingChoice] = {}
         self._steps_ms: list[float] = []
         self._seen, self._since = 0, 0.0
 
@@ -167,7 +167,7 @@ class FastLoading(Technique):
         if not self._steps_ms or combined is None or id(trainer) not in self._wrapped:
             return
         for index, loader in enumerate(combined.flattened):
-            if isinstance(loader, SameBatches) or (
+            if isinstance(loader, EquivalentLoader) or (
                 self.num_workers != "auto" and self.pin_memory != "auto"
             ):
                 continue
@@ -182,7 +182,7 @@ class FastLoading(Technique):
             self.receipt = self.receipt + (applied.receipt if first else Receipt())
 
     def _process(self, trainer: Trainer, given: Any) -> Any:
-        loader = given.loader if isinstance(given, SameBatches) else given
+        loader = given.loader if isinstance(given, EquivalentLoader) else given
         name = "train" if trainer.training else "val"
         for known, fast in self._known:
             if known is loader:  # given again, with workers that may persist
@@ -215,7 +215,7 @@ class FastLoading(Technique):
                     return ResidentLoader(loader, store)
             found = self._held(trainer, loader, name)
             if isinstance(found, ResidentLoader):
-                if isinstance(found.store, Store):
+                if isinstance(found.store, TensorStore):
                     self._stores.append((loader.dataset, loader.collate_fn, found.store))
                 return found
         if isinstance(self.pin_memory, bool) and self.pin_memory != loader.pin_memory:
@@ -247,7 +247,7 @@ class FastLoading(Technique):
             self._skip(name, "; ".join([choice.reason, *(w.skipped for w in choice.ways)]))
         return choice.apply(loader)
 
-    def _choose(self, trainer: Trainer, loader: Any) -> Choice:
+    def _choose(self, trainer: Trainer, loader: Any) -> LoadingChoice:
         return choose(
             loader,
             step_ms=median(self._steps_ms),
@@ -269,12 +269,12 @@ class FastLoading(Technique):
         for kind in ("train", "val"):
             combined = _combined(trainer, kind)
             for index, loader in enumerate(combined.flattened if combined is not None else ()):
-                if combined is not None and isinstance(loader, SameBatches):
+                if combined is not None and isinstance(loader, EquivalentLoader):
                     loader.close()
                     _put(combined, index, loader.loader)
 
 
-class Applied(NamedTuple):
+class AppliedPlan(NamedTuple):
     """A change of a running Trainer's loader; `undo()` puts the user's own back."""
 
     receipt: Receipt
@@ -282,8 +282,8 @@ class Applied(NamedTuple):
 
 
 def apply_choice(
-    trainer: Trainer, choice: Choice, *, index: int = 0, kind: str = "train"
-) -> Applied:
+    trainer: Trainer, choice: LoadingChoice, *, index: int = 0, kind: str = "train"
+) -> AppliedPlan:
     """Let a running Trainer make its batches as was chosen, from the batch that comes next.
 
     For `on_train_start` or later in a fit. The epoch that has begun goes on where it is: nothing is
@@ -298,20 +298,20 @@ def apply_choice(
     Raises:
         Unsupported: The Trainer has no such loader, or it does not allow this form.
 
-    >>> from lightning_accel.loading import Choice
-    >>> bool(apply_choice(Trainer(accelerator="cpu", logger=False), Choice("as is", 1.0, "")).receipt)
+    >>> from lightning_accel.loading import LoadingChoice
+    >>> bool(apply_choice(Trainer(accelerator="cpu", logger=False), LoadingChoice("as is", 1.0, "")).receipt)
     False
     """
     if kind not in ("train", "val"):
         raise ValueError(explain("unknown `kind`", repr(kind), "pass 'train' or 'val'"))
     if choice.taken == "as is":
         left = Change(f"{kind}[{index}]", "loading", "as is", choice.reason)
-        return Applied(Receipt(skipped=(left,)), lambda: None)
+        return AppliedPlan(Receipt(skipped=(left,)), lambda: None)
     combined = _combined(trainer, kind)
     if combined is None or not 0 <= index < len(combined.flattened):
         raise Unsupported("there is no such loader", f"{kind}[{index}]", "call it within a fit")
     old = combined.flattened[index]
-    new = choice.apply(old.loader if isinstance(old, SameBatches) else old)
+    new = choice.apply(old.loader if isinstance(old, EquivalentLoader) else old)
     new.follow(old)
     running = _running(trainer, combined, index) if kind == "train" else None
     taken = None if running is None else new.adopt(running)
@@ -326,7 +326,7 @@ def apply_choice(
 
     before = f"{new.loader.num_workers} workers"
     change = Change(f"{kind}[{index}]", "loading", before, _shown(new))
-    return Applied(Receipt((change,)), undo)
+    return AppliedPlan(Receipt((change,)), undo)
 
 
 def _combined(trainer: Trainer, kind: str) -> CombinedLoader | None:

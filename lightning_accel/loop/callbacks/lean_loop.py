@@ -35,15 +35,15 @@ class LeanLoop(Technique):
         log: `self.log` checks its arguments once, not on every call. Every logged value is the same.
         hooks: Hooks that a callback does not have are not called, and the name of the running hook and the
             signature of `training_step` are had more cheaply.
-        sigterm_every: With several processes, batches between two checks whether one of them was told to
+        sigterm_every_n_steps: With several processes, batches between two checks whether one of them was told to
             stop; fewer where a batch takes above a tenth of a second. 1 leaves Lightning's check as it is.
         progress_bar: Values for the progress bar leave the device when the bar asks, not on every batch.
 
     Raises:
-        TypeError: A switch is not a bool, or `sigterm_every` no integer.
-        ValueError: `sigterm_every` is below 1, or nothing at all is asked for.
+        TypeError: A switch is not a bool, or `sigterm_every_n_steps` no integer.
+        ValueError: `sigterm_every_n_steps` is below 1, or nothing at all is asked for.
 
-    >>> LeanLoop(sigterm_every=20).sigterm_every
+    >>> LeanLoop(sigterm_every_n_steps=20).sigterm_every_n_steps
     20
     """
 
@@ -54,16 +54,20 @@ class LeanLoop(Technique):
         *,
         log: bool = True,
         hooks: bool = True,
-        sigterm_every: int = 50,
+        sigterm_every_n_steps: int = 50,
         progress_bar: bool = True,
     ) -> None:
         flags(log=log, hooks=hooks, progress_bar=progress_bar)
-        whole("sigterm_every", sigterm_every, do="pass a number of batches, such as 50")
-        if not (log or hooks or progress_bar) and sigterm_every == 1:
+        whole(
+            "sigterm_every_n_steps",
+            sigterm_every_n_steps,
+            do="pass a number of batches, such as 50",
+        )
+        if not (log or hooks or progress_bar) and sigterm_every_n_steps == 1:
             raise ValueError(explain("nothing is asked for", "all switches off", "turn one on"))
         self.lean_log = log  # a Trainer gives callbacks a method `log`
         self.hooks = hooks
-        self.sigterm_every = sigterm_every
+        self.sigterm_every_n_steps = sigterm_every_n_steps
         self.progress_bar = progress_bar
         self._undo = ExitStack()
         self._throttle: Throttle | None = None
@@ -95,7 +99,7 @@ class LeanLoop(Technique):
             self._real_hooks(trainer, pl_module)
         if self.progress_bar:
             self._late_bar(trainer, results)
-        if stage == "fit" and self.sigterm_every > 1:
+        if stage == "fit" and self.sigterm_every_n_steps > 1:
             self._rare_checks(trainer)
         if stage == "fit":
             names = ", ".join(change.name for change in self.receipt.changes)
@@ -161,7 +165,7 @@ class LeanLoop(Technique):
             raise SIGTERMException
 
         throttle = self._throttle = Throttle(
-            self.sigterm_every,
+            self.sigterm_every_n_steps,
             trainer.strategy.root_device,
             leave=leave,
             kill=launcher.kill if launcher is not None else lambda _: None,
@@ -169,7 +173,7 @@ class LeanLoop(Technique):
         self._undo.callback(_pass_on, throttle, signals)
         self._put(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", throttle.batch)
         self._put(signals, "_sigterm_notifier_fn", throttle.receive)
-        self._did("SIGTERM checks", f"every {self.sigterm_every} batches at most")
+        self._did("SIGTERM checks", f"every {self.sigterm_every_n_steps} batches at most")
 
     def _put(self, holder: Any, name: str, value: Any) -> None:
         """Set an attribute of an instance until the end of the run."""

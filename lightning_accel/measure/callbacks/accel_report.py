@@ -31,7 +31,7 @@ from lightning_accel.bridge.restore import pristine, register
 from lightning_accel.bridge.strategies import holding
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.measure.dashboard import to_wandb
-from lightning_accel.measure.flops import undisturbed
+from lightning_accel.measure.flops import preserve_buffers
 from lightning_accel.measure.report import Report
 from lightning_accel.measure.subject import (
     Runnable,
@@ -204,7 +204,7 @@ class AccelReport(Paced):
         self._describe(report, trainer)
         failed = "measuring the dense model against the final one failed"
         # The innermost catches: `isolate_rng` does not restore when an error passes through it.
-        with undisturbed(pl_module), preserve_rng(), self._told_not_raised(failed):
+        with preserve_buffers(pl_module), preserve_rng(), self._told_not_raised(failed):
             self._measure(report, trainer, pl_module)
         # Only the first process has measured; a sweep asks all of them.
         bring(trainer, trainer.strategy.broadcast(report.flat()))

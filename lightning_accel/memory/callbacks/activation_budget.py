@@ -15,14 +15,14 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_accel.arguments import share, whole
+from lightning_accel.bridge.checks import refuse_compiled, refuse_lazy
 from lightning_accel.bridge.example import AtHand
-from lightning_accel.bridge.guards import refuse_compiled, refuse_lazy
 from lightning_accel.bridge.hand import Hand
 from lightning_accel.bridge.step import Around
 from lightning_accel.bridge.technique import Context, Technique
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.memory.budget import activation_budget, check_budget
-from lightning_accel.memory.callbacks.trial import Trial, of_all, room
+from lightning_accel.memory.callbacks.trial import BudgetTrial, of_all, room
 from lightning_accel.memory.saved import SavedTensors, standing
 from lightning_accel.memory.trial import compiled_names, largest_budget
 from lightning_accel.surgery import Receipt
@@ -150,7 +150,7 @@ class ActivationBudget(Technique):
         names: list[str],
         at_hand: AtHand | None,
     ) -> None:
-        trial = Trial(trainer, pl_module, names, at_hand)
+        trial = BudgetTrial(trainer, pl_module, names, at_hand)
         plain = trial(1.0)
         # Other techniques' terms of the loss are in the step that will be counted, and not in the trial.
         alone = "training_step" not in vars(pl_module)

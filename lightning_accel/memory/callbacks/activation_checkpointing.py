@@ -35,12 +35,12 @@ class ActivationCheckpointing(Technique):
         select: Which blocks: a `Select`, a name pattern or several; by default those that repeat.
         policy: "full" keeps inputs of blocks alone; "selective" results of matrix products,
             convolutions and attention as well, so that recomputing is cheap.
-        check_every: At how many calls of a block its recomputation is compared with its forward, besides
+        check_every_n_calls: At how many calls of a block its recomputation is compared with its forward, besides
             the first, second, fourth, eighth ... One that begins to differ keeps its activations, with a warning.
             None for never.
 
     Raises:
-        ValueError: Unknown policy, or `check_every` is below 1.
+        ValueError: Unknown policy, or `check_every_n_calls` is below 1.
         NoEffect: Nothing matches, or what was chosen is not called in the first training step.
         Unsupported: In the first step, a block recomputes another result.
 
@@ -57,19 +57,22 @@ class ActivationCheckpointing(Technique):
         select: Select | str | Iterable[str] | dict[str, Any] | None = None,
         *,
         policy: str = "full",
-        check_every: int | None = 64,
+        check_every_n_calls: int | None = 64,
     ) -> None:
-        check_arguments(policy, check_every)
+        check_arguments(policy, check_every_n_calls)
         self.select = None if select is None else Select.of(select)
         self.policy = policy
-        self.check_every = check_every
+        self.check_every_n_calls = check_every_n_calls
         self._unproved = False
 
     @override
     @contextmanager
     def effect(self, context: Context) -> Iterator[Receipt]:
         receipt = checkpoint_activations(
-            context.module, select=self.select, policy=self.policy, check_every=self.check_every
+            context.module,
+            select=self.select,
+            policy=self.policy,
+            check_every_n_calls=self.check_every_n_calls,
         )
         self._unproved = self._unproved or bool(receipt)
         try:

@@ -18,7 +18,7 @@ from lightning_accel.memory.trial import compile_for_trial
 from lightning_accel.surgery.preserve import preserve_rng
 
 
-class Trial:
+class BudgetTrial:
     """Runs the user's step on copies under a budget; all processes take part, and the fullest one counts."""
 
     def __init__(

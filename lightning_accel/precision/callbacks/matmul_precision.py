@@ -43,7 +43,7 @@ class MatmulPrecision(Technique):
     def __init__(self, precision: str = "auto", *, allow_short: bool = False) -> None:
         self.precision = matmul.check(precision)
         self.allow_short = flag("allow_short", allow_short)
-        self.choice: matmul.Choice | None = None
+        self.choice: matmul.MatmulChoice | None = None
 
     @override
     @classmethod
@@ -75,7 +75,7 @@ class MatmulPrecision(Technique):
             self.choice = choice
             yield
 
-    def _choose(self, context: Context) -> matmul.Choice:
+    def _choose(self, context: Context) -> matmul.MatmulChoice:
         trainer, device = context.trainer, context.device
         alone = context.is_copy or trainer.world_size == 1
         if alone or trainer.global_rank == 0:
@@ -84,7 +84,7 @@ class MatmulPrecision(Technique):
             choice if alone else self._agreed(trainer, choice if trainer.global_rank == 0 else None)
         )
 
-    def _agreed(self, trainer: Trainer, choice: matmul.Choice | None) -> matmul.Choice:
+    def _agreed(self, trainer: Trainer, choice: matmul.MatmulChoice | None) -> matmul.MatmulChoice:
         """Return what rank 0 chose, if it is as exact on all ranks."""
         choice = trainer.strategy.broadcast(choice)
         assert choice is not None
@@ -93,4 +93,6 @@ class MatmulPrecision(Technique):
         exact = matmul.probe_matmul(choice.precision, trainer.strategy.root_device).exact
         if trainer.strategy.reduce_boolean_decision(exact):
             return choice
-        return matmul.Choice("highest", f"{choice.precision!r} is a shorter format on another rank")
+        return matmul.MatmulChoice(
+            "highest", f"{choice.precision!r} is a shorter format on another rank"
+        )

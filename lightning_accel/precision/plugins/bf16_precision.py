@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_accel.bridge.guards import refuse_lazy
+from lightning_accel.bridge.checks import refuse_lazy
 from lightning_accel.bridge.optimizers import kept_beside
 from lightning_accel.bridge.strategies import is_of
 from lightning_accel.errors import StructureMismatch, Unsupported

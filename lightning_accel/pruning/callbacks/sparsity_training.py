@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.arguments import finite, one_of, open_share, whole
-from lightning_accel.bridge import guards
+from lightning_accel.bridge import checks
 from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import Hand
 from lightning_accel.bridge.technique import Technique
@@ -113,13 +113,13 @@ class SparsityTraining(Technique):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        guards.refuse_sharded(trainer.strategy, type(self).__name__)
+        checks.refuse_sharded(trainer.strategy, type(self).__name__)
         self.groups, self.picked, self._began, self._before = [], {}, -1, {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        guards.require_optimizer(trainer, type(self).__name__)
-        guards.refuse_lazy(pl_module, type(self).__name__)
+        checks.require_optimizer(trainer, type(self).__name__)
+        checks.refuse_lazy(pl_module, type(self).__name__)
         if self.picked:  # resumed
             difference = changed(self._before, self._settings())
             if difference:

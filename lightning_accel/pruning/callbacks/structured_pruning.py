@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_accel.bridge import bests, guards
+from lightning_accel.bridge import bests, checks
 from lightning_accel.bridge.copies import TrainingData, is_free, unfrozen
 from lightning_accel.bridge.data import ReadOnce
 from lightning_accel.bridge.example import AtHand, find_example
@@ -24,11 +24,11 @@ from lightning_accel.bridge.rewind import remember_fit
 from lightning_accel.bridge.tried import steps_of
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import NoEffect
-from lightning_accel.pruning import course, judge
-from lightning_accel.pruning import guard as guarding
 from lightning_accel.pruning import history as past
+from lightning_accel.pruning import judge, sparse_training
+from lightning_accel.pruning import rollback as guarding
 from lightning_accel.pruning import schedule as scheduling
-from lightning_accel.pruning.due import Decision, Fit, decide, rehearse
+from lightning_accel.pruning.due import Decision, Fit, decide, dry_run
 from lightning_accel.pruning.foreign import Pruner
 from lightning_accel.pruning.importance import Importance
 from lightning_accel.pruning.recalibrate import check_batches
@@ -149,14 +149,14 @@ class StructuredPruning(ModelEdit):
             pruner=pruner,
             is_search=searches,
         )
-        self._sparse = course.SparseTraining(pruner, example)
+        self._sparse = sparse_training.SparseTraining(pruner, example)
         check_batches(recalibrate)
         # Lightning asks for the key on every hook of every step.
         self._key = self._generate_state_key(select=str(self.select))
         self._is_set_up = False
         self.recalibrate = recalibrate
         guarded = {"max_drop": max_drop, "monitor": monitor, "mode": mode, "patience": patience}
-        self.guard = guarding.guard(**guarded, when=self._when, follows_best=searches)
+        self.guard = guarding.rollback(**guarded, when=self._when, follows_best=searches)
         self._settings = written({"when": self._when, **self.request.settings(), **guarded})
         self._before: dict[str, str] = {}  # settings of the fit that a checkpoint comes from
         self.example = example
@@ -212,19 +212,19 @@ class StructuredPruning(ModelEdit):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        guards.refuse_twin(trainer, self, f"ratio={self.request.ratio}, when={self._when}")
+        checks.refuse_twin(trainer, self, f"ratio={self.request.ratio}, when={self._when}")
         self._is_set_up = True
         if stage != "fit":
             return
         self.held(trainer).callback(self._sparse.end)
         what = type(self).__name__
         judge.require_one_guard(trainer, self)
-        guards.refuse_sharded(trainer.strategy, what)
-        guards.refuse_spawn(trainer.strategy, what)
+        checks.refuse_sharded(trainer.strategy, what)
+        checks.refuse_spawn(trainer.strategy, what)
         self._epochs = scheduling.epochs(self._when, trainer.max_epochs)
         if self.request.is_search and self.guard is not None:
             self._epochs = past.moments(self._epochs, trainer.max_epochs, self.guard.patience)
-        if not guards.is_trial(trainer):
+        if not checks.is_trial(trainer):
             scheduling.require_reached(self._epochs, trainer.max_epochs)
         self.request.refuse_manual(pl_module.automatic_optimization)
         if any(True for _ in pl_module.parameters()):
@@ -239,21 +239,21 @@ class StructuredPruning(ModelEdit):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        guards.require_optimizer(trainer, type(self).__name__)
+        checks.require_optimizer(trainer, type(self).__name__)
         self.select.require(pl_module)
         self._tell_changed()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rehearse, so that what cannot work is told now and not in the middle of the fit."""
-        if not guards.is_built(pl_module):
+        if not checks.is_built(pl_module):
             return  # lazy layers: nothing can be tried before the first batch of the fit
         super().on_train_start(trainer, pl_module)
         if self._start is None:
             self._start = pristine(pl_module).now(pl_module)
         if not self.history:
             self._sparse.begin(trainer, pl_module)
-            if self.guard is not None and not guards.is_trial(trainer):
+            if self.guard is not None and not checks.is_trial(trainer):
                 judge.require_validation(trainer, self.guard.monitor, int(self.when[0]))
         if self._done() < len(self.when) and not (self.request.is_search and self.history):
             with preserve_rng(), nothing_heard(pl_module):
@@ -262,7 +262,7 @@ class StructuredPruning(ModelEdit):
                 except ReadOnce:  # nothing can be tried before the first batch of the fit
                     return
                 fit = self._fit(trainer, pl_module)
-                rehearse(self.request, unfrozen(pl_module), calls, fit)
+                dry_run(self.request, unfrozen(pl_module), calls, fit)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -278,7 +278,7 @@ class StructuredPruning(ModelEdit):
         self._sparse.batch_begins(batch)
         # Lightning leaves out the epoch's start after a resume from the last step of an epoch.
         if batch_idx == 0:
-            if guards.is_built(pl_module):
+            if checks.is_built(pl_module):
                 note_parts(trainer, pl_module)  # those that other callbacks made since
             self._at_hand = AtHand(batch)
             try:
@@ -307,17 +307,17 @@ class StructuredPruning(ModelEdit):
             self._sparse.begin(trainer, pl_module)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trial = guards.is_trial(trainer)  # of everything in one epoch
+        trial = checks.is_trial(trainer)  # of everything in one epoch
         due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
         if due <= self._done() or (self._at_hand is None and reads_once(trainer)):
             return  # of a stream, the fit's own first batch will do
-        guards.refuse_lazy(pl_module, type(self).__name__)
+        checks.refuse_lazy(pl_module, type(self).__name__)
         kept = bests.keepers_of_files(trainer)
         if self._prune_as_guarded(trainer, pl_module, due) and not trial:
             bests.keep_cut(trainer, kept)
 
     def _prune_as_guarded(self, trainer: Trainer, pl_module: LightningModule, due: int) -> bool:
-        if self.guard is None or guards.is_trial(trainer):
+        if self.guard is None or checks.is_trial(trainer):
             return self._prune(trainer, pl_module, due)
         if not self._may_go_on(trainer, pl_module):
             return False
@@ -353,14 +353,14 @@ class StructuredPruning(ModelEdit):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._may_go_on(trainer, pl_module, final=True)
         bests.save_at_end(trainer, pl_module)
-        if self.guard is not None and not guards.is_trial(trainer):
+        if self.guard is not None and not checks.is_trial(trainer):
             judge.tell_end(self.guard, self.history, self.request.is_search)
         if self.request.is_search or (self.guard is not None and self.guard.stopped):
             return
         # `current_epoch` counts on before this hook; with a guard, steps that are past may be put off.
         late = trainer.current_epoch if self.guard is None else 0
         missed = [epoch for epoch in self.when[self._done() :] if epoch >= late]
-        if missed and not guards.is_trial(trainer):
+        if missed and not checks.is_trial(trainer):
             rank_zero_warn(scheduling.unfinished(self.when, missed))
 
     def _tell_changed(self) -> None:
@@ -407,10 +407,10 @@ class StructuredPruning(ModelEdit):
             rank_zero_info(f"Nothing to prune before epoch {trainer.current_epoch}. {found.text}")
             return False
         earlier = bests.bests(trainer)
-        if not trainer.global_step and not guards.is_trial(trainer) and looks_untrained(pl_module):
+        if not trainer.global_step and not checks.is_trial(trainer) and looks_untrained(pl_module):
             rank_zero_warn(UNTRAINED)
         self._sparse.end()
-        renew = partial(course.renew, trainer, pl_module, self.recalibrate, self._at_hand)
+        renew = partial(sparse_training.renew, trainer, pl_module, self.recalibrate, self._at_hand)
         receipt = commit(trainer, pl_module, found.cut, renew)
         after = sum(p.numel() for p in pl_module.parameters())
         self.receipt = self.receipt + receipt
@@ -426,7 +426,7 @@ class StructuredPruning(ModelEdit):
             }
         )
         told = (found.text, past.left(self.history)) if found.text else None
-        course.report(trainer, pl_module, receipt, before, told)
+        sparse_training.report(trainer, pl_module, receipt, before, told)
         return True
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> Decision:

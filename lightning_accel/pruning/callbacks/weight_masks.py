@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_accel.arguments import one_of, whole
-from lightning_accel.bridge import guards
+from lightning_accel.bridge import checks
 from lightning_accel.bridge.optimizers import (
     hidden_beside,
     optimizers_of,
@@ -111,8 +111,8 @@ class WeightMasks(Technique):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        guards.refuse_sharded(trainer.strategy, type(self).__name__)
-        if not guards.is_trial(trainer):
+        checks.refuse_sharded(trainer.strategy, type(self).__name__)
+        if not checks.is_trial(trainer):
             require_reached((self.when,), trainer.max_epochs)
         self.masks, self._before = {}, {}
         self._resting = {}
@@ -187,12 +187,12 @@ class WeightMasks(Technique):
         self._apply(trainer, pl_module, keep)
 
     def _decide_when_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = trainer.current_epoch >= self.when or guards.is_trial(trainer)
+        due = trainer.current_epoch >= self.when or checks.is_trial(trainer)
         if due and not self.masks and not self._resting:
             self._decide(trainer, pl_module)
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        guards.refuse_lazy(pl_module, type(self).__name__)
+        checks.refuse_lazy(pl_module, type(self).__name__)
         if self.pattern is not None:
             found = masking.pattern_masks(pl_module, pattern=self.pattern, select=self.select)
         else:

@@ -2,19 +2,19 @@
 
 from lightning_accel.pruning.trace import (
     elementwise,
+    indexing,
     norms,
-    parts,
     products,
     reduce,
     reshape,
     spatial,
 )
-from lightning_accel.pruning.trace.atoms import Ids
-from lightning_accel.pruning.trace.flow import Flow
-from lightning_accel.pruning.trace.forms import Forms
+from lightning_accel.pruning.trace.channel_tracer import ChannelTracer
 from lightning_accel.pruning.trace.passes import traced
+from lightning_accel.pruning.trace.union_find import Ids
+from lightning_accel.pruning.trace.width_constraints import WidthConstraints
 
-RULE_BOOKS = (elementwise, norms, parts, products, reduce, reshape, spatial)
+RULE_BOOKS = (elementwise, norms, indexing, products, reduce, reshape, spatial)
 """The modules whose rules are in the table because they are imported here."""
 
-__all__ = ["RULE_BOOKS", "Flow", "Forms", "Ids", "traced"]
+__all__ = ["RULE_BOOKS", "ChannelTracer", "Ids", "WidthConstraints", "traced"]

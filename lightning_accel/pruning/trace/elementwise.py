@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_accel.pruning.trace.flow import Axis, Flow
+from lightning_accel.pruning.trace.channel_tracer import Axis, ChannelTracer
 from lightning_accel.pruning.trace.rule import pointwise, put, rule
 
 # Some of these torch tags as pointwise, in some releases and overloads; those with several results or a state,
@@ -49,7 +49,7 @@ rule(
 
 @rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty")
 @rule("new_full", "empty_strided", "new_empty_strided")
-def _constant(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
+def _constant(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
     # Free, not fixed: the state that a recurrent net begins with is as wide as an attribute says, which
     # `numbers` has noted. What it then meets decides.
-    put(flow, result, [Axis(flow.atoms.fresh(n)) for n in result.shape])
+    put(tracer, result, [Axis(tracer.atoms.fresh(n)) for n in result.shape])

@@ -11,17 +11,17 @@ from torch import nn
 
 from lightning_accel.errors import AccelError
 from lightning_accel.measure.flops import unfused
-from lightning_accel.pruning.trace.flow import Flow, Info, Site
-from lightning_accel.pruning.trace.numbers import Numbers, sizes_not_cached
+from lightning_accel.pruning.trace.channel_tracer import ChannelTracer, Info, Site
 from lightning_accel.pruning.trace.rule import follow
 from lightning_accel.pruning.trace.sizes import Origin
+from lightning_accel.pruning.trace.symbolic_sizes import SymbolicSizes, sizes_not_cached
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call, run, same_random_state, tensors
 
 _TRIES = 4
 
 
-def traced(model: nn.Module, calls: Sequence[Call], *, attention: str = "heads") -> Flow:
+def traced(model: nn.Module, calls: Sequence[Call], *, attention: str = "heads") -> ChannelTracer:
     """Run copies of `model` on the calls until no new heads are found; return what the last one showed.
 
     Args:
@@ -37,53 +37,53 @@ def traced(model: nn.Module, calls: Sequence[Call], *, attention: str = "heads")
     # Whether a split is one into heads shows later, in the product whose batch they are: so each pass acts on
     # what the last has seen. Heads within heads take one more.
     for _ in range(_TRIES):
-        flow = Flow(twin(model).eval(), live, follow)
+        tracer = ChannelTracer(twin(model).eval(), live, follow)
         with same_random_state(model):
-            _passes(flow, calls)
-            new = _heads(flow, attention)
+            _passes(tracer, calls)
+            new = _heads(tracer, attention)
             if new.items() <= live.items():
                 # Training may compute more (batch statistics, auxiliary heads), and what it joins has to hold
                 # as well. Call by call, for one sample is too few for some norms.
-                flow.model.train()
+                tracer.model.train()
                 for call in calls:
                     with suppress(AccelError):  # it may not train on so few samples
-                        _passes(flow, [call], counted=False)
-                new = _heads(flow, attention)
+                        _passes(tracer, [call], counted=False)
+                new = _heads(tracer, attention)
         if new.items() <= live.items():
             break
         live = {**live, **new}
-    return flow
+    return tracer
 
 
-def _heads(flow: Flow, attention: str) -> dict[Site, int]:
+def _heads(tracer: ChannelTracer, attention: str) -> dict[Site, int]:
     """Return which factor of each split into heads can go."""
-    found = {s: f for s, f in flow.batched.items() if s in flow.splits}
+    found = {s: f for s, f in tracer.batched.items() if s in tracer.splits}
     if attention == "width":
         # The other factor is the width of a head; where there is none, heads it is.
-        return {s: max(set(flow.splits[s]) - {f}, default=f) for s, f in found.items()}
+        return {s: max(set(tracer.splits[s]) - {f}, default=f) for s, f in found.items()}
     return found
 
 
-def _passes(flow: Flow, calls: Sequence[Call], *, counted: bool = True) -> None:
+def _passes(tracer: ChannelTracer, calls: Sequence[Call], *, counted: bool = True) -> None:
     """Run the calls; fix what hangs on their arguments and outputs."""
-    products, queries = list(flow.products), list(flow.queries)
+    products, queries = list(tracer.products), list(tracer.queries)
     for tensor in (t for call in calls for t in tensors((call.args, call.kwargs))):
         # Callers go on giving inputs of this size, and reading outputs of that one.
-        axes = tuple(flow.still(n, "it hangs on the network's input") for n in tensor.shape)
-        flow.infos[tensor] = Info(axes)
+        axes = tuple(tracer.still(n, "it hangs on the network's input") for n in tensor.shape)
+        tracer.infos[tensor] = Info(axes)
     try:
         with (
             torch.no_grad(),
-            unfused(flow.model),
-            _located(flow),
+            unfused(tracer.model),
+            _located(tracer),
             sizes_not_cached(),
-            Numbers(flow),
-            flow,
+            SymbolicSizes(tracer),
+            tracer,
         ):
-            outputs = run(flow.model, calls)
+            outputs = run(tracer.model, calls)
     except Exception as error:
-        found = f"{type(error).__name__} in {flow.here}: {error}"
-        if _runs_untraced(flow.model, calls):
+        found = f"{type(error).__name__} in {tracer.here}: {error}"
+        if _runs_untraced(tracer.model, calls):
             raise AccelError(
                 "the network cannot be traced: its forward runs, but not while it is watched",
                 found,
@@ -96,10 +96,10 @@ def _passes(flow: Flow, calls: Sequence[Call], *, counted: bool = True) -> None:
         ) from error
     # Arithmetic and queries are those of one forward in evaluation; more passes would count them again.
     if not counted:
-        flow.products, flow.queries = products, queries
+        tracer.products, tracer.queries = products, queries
     for tensor in tensors(outputs):
-        for axis in flow.info(tensor).axes:
-            flow.atoms.fix(axis.atoms, "it makes the network's output")
+        for axis in tracer.info(tensor).axes:
+            tracer.atoms.fix(axis.atoms, "it makes the network's output")
 
 
 def _runs_untraced(model: nn.Module, calls: Sequence[Call]) -> bool:
@@ -125,20 +125,22 @@ def _plain(value: object) -> object:
     return value
 
 
-def _enter(flow: Flow, name: str, *_: object) -> None:
-    flow.stack.append(name)
-    flow.ran.add(name)
+def _enter(tracer: ChannelTracer, name: str, *_: object) -> None:
+    tracer.stack.append(name)
+    tracer.ran.add(name)
 
 
 @contextmanager
-def _located(flow: Flow) -> Iterator[None]:
+def _located(tracer: ChannelTracer) -> Iterator[None]:
     def leave(*_: object) -> None:
-        flow.stack.pop()
+        tracer.stack.pop()
 
-    flow.stack.clear()
+    tracer.stack.clear()
     handles = []
-    for name, module in flow.model.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(_enter, flow, name), prepend=True))
+    for name, module in tracer.model.named_modules():
+        handles.append(
+            module.register_forward_pre_hook(partial(_enter, tracer, name), prepend=True)
+        )
         handles.append(module.register_forward_hook(leave))
     try:
         yield

@@ -9,21 +9,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_accel.pruning.trace.flow import Axis, Flow
+from lightning_accel.pruning.trace.channel_tracer import Axis, ChannelTracer
 from lightning_accel.pruning.trace.rule import put, rule, same, unknown
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias")
-def _reshape(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    info = flow.info(a["self"])
+def _reshape(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
+    info = tracer.info(a["self"])
     # Sizes tell which dimensions became which, and a size of 0 tells nothing; `view(dtype)` has no size at all.
     if 0 in result.shape or not isinstance(a.get("size", ()), (list, tuple)):
         return (
-            same(flow, a, result) if a["self"].shape == result.shape else unknown(flow, a, result)
+            same(tracer, a, result)
+            if a["self"].shape == result.shape
+            else unknown(tracer, a, result)
         )
-    flags = flow.adjustable
+    flags = tracer.adjustable
     flags = flags if flags is not None and len(flags) == result.dim() else [True] * result.dim()
-    others = flow.others if len(flow.others) == result.dim() else [False] * result.dim()
+    others = tracer.others if len(tracer.others) == result.dim() else [False] * result.dim()
     axes: list[Axis | None] = [None] * result.dim()
     # Memory is in row-major order, so from the left the fewest old dimensions and the fewest new ones with one
     # product are the same numbers. Dimensions of size 1 can be anywhere, and hold nothing.
@@ -42,38 +44,38 @@ def _reshape(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
         if len(old) == len(new) and [len(x.atoms) for x in old] == [size for _, size in new]:
             factors = old
         else:
-            merged = _merge(flow, old)
+            merged = _merge(tracer, old)
             places = [n for n, _ in new]
             given = [flags[n] for n in places], [others[n] for n in places]
-            factors = _split(flow, merged, [s for _, s in new], *given, (flow.step, part))
+            factors = _split(tracer, merged, [s for _, s in new], *given, (tracer.step, part))
         for (n, _), axis in zip(new, factors, strict=True):
             axes[n] = axis
         part += 1
     ones = iter([x for x in info.axes if len(x.atoms) == 1])
-    full = [axis or next(ones, None) or flow.still(1, "it has size 1") for axis in axes]
-    put(flow, result, full, info.source)
+    full = [axis or next(ones, None) or tracer.still(1, "it has size 1") for axis in axes]
+    put(tracer, result, full, info.source)
 
 
-def _merge(flow: Flow, axes: Sequence[Axis]) -> Axis:
+def _merge(tracer: ChannelTracer, axes: Sequence[Axis]) -> Axis:
     if len(axes) == 1:
         return axes[0]
     sizes = [len(x.atoms) for x in axes]
-    free = [n for n, x in enumerate(axes) if flow.atoms.is_free(x.atoms)]
+    free = [n for n, x in enumerate(axes) if tracer.atoms.is_free(x.atoms)]
     factors = frozenset().union(*(x.factors for x in axes))
     if not free:
         return Axis(np.full(math.prod(sizes), axes[0].atoms[0]), factors)
     # A place of the merged dimension has one atom, so only one of those merged can go on: the one of most
     # parts. A unit of it is all the places that it had beside the others.
-    chosen = max(free, key=lambda n: len(np.unique(flow.atoms.find(axes[n].atoms))))
+    chosen = max(free, key=lambda n: len(np.unique(tracer.atoms.find(axes[n].atoms))))
     for n in free:
         if n != chosen:
-            flow.fix(axes[n], "it is merged with another dimension")
+            tracer.fix(axes[n], "it is merged with another dimension")
     shape = [size if n == chosen else 1 for n, size in enumerate(sizes)]
     return Axis(np.broadcast_to(axes[chosen].atoms.reshape(shape), sizes).reshape(-1), factors)
 
 
 def _split(
-    flow: Flow,
+    tracer: ChannelTracer,
     axis: Axis,
     sizes: Sequence[int],
     flags: Sequence[bool],
@@ -82,16 +84,16 @@ def _split(
 ) -> list[Axis]:
     if len(sizes) == 1:
         return [axis]
-    grid = flow.atoms.find(axis.atoms).reshape(sizes)
+    grid = tracer.atoms.find(axis.atoms).reshape(sizes)
     # Along a factor where all atoms are the same nothing is split: the places repeat what was merged before.
     varying = [n for n in range(len(sizes)) if not (grid == grid.take([0], axis=n)).all()]
-    flow.splits[site] = tuple(varying)
-    free = flow.atoms.is_free(axis.atoms)
-    reason = "" if free else flow.atoms.reason(axis.atoms)
-    reason = reason or f"a split in the forward of {flow.here} keeps this part whole"
+    tracer.splits[site] = tuple(varying)
+    free = tracer.atoms.is_free(axis.atoms)
+    reason = "" if free else tracer.atoms.reason(axis.atoms)
+    reason = reason or f"a split in the forward of {tracer.here} keeps this part whole"
     factors = [
         # A factor that is not chosen stays whole, but remembers the split: it may be the batch of a product.
-        Axis(np.full(size, flow.atoms.fresh(1, reason)[0]), axis.factors | {(site, n)})
+        Axis(np.full(size, tracer.atoms.fresh(1, reason)[0]), axis.factors | {(site, n)})
         for n, size in enumerate(sizes)
     ]
     if not free:
@@ -99,67 +101,67 @@ def _split(
     if any(
         others[n] for n in varying
     ):  # pixels that are read as channels, which fits at one size only
-        flow.atoms.fix(axis.atoms, f"it is taken for another dimension in {flow.here}")
+        tracer.atoms.fix(axis.atoms, f"it is taken for another dimension in {tracer.here}")
         return factors
     # What the code writes as a number cannot shrink.
     able = [n for n in varying if flags[n]]
     if not able:
-        flow.atoms.fix(axis.atoms, f"sizes are written in the code of {flow.here}")
+        tracer.atoms.fix(axis.atoms, f"sizes are written in the code of {tracer.here}")
         return factors
-    chosen = flow.live.get(site, -1)
+    chosen = tracer.live.get(site, -1)
     if chosen not in able:
         # Nothing is known of heads yet: the factor of most places leaves most choice.
         chosen = max(able, key=lambda n: sizes[n])
     lines = np.moveaxis(grid, chosen, 0).reshape(sizes[chosen], -1)
     # A head is all of its width, and a place of the width that place in all heads: a line goes as one.
-    flow.atoms.join(lines[:, :1], lines)
-    if flow.live.get(site) == chosen:
-        flow.headed.append(lines[:, 0])
+    tracer.atoms.join(lines[:, :1], lines)
+    if tracer.live.get(site) == chosen:
+        tracer.headed.append(lines[:, 0])
     factors[chosen] = Axis(lines[:, 0], axis.factors | {(site, chosen)})
     return factors
 
 
 @rule("permute")
-def _permute(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    info = flow.info(a["self"])
-    put(flow, result, [info.axes[d] for d in a["dims"]], info.source)
+def _permute(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
+    info = tracer.info(a["self"])
+    put(tracer, result, [info.axes[d] for d in a["dims"]], info.source)
 
 
 @rule("transpose", "swapaxes")
-def _transpose(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    info = flow.info(a["self"])
+def _transpose(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
+    info = tracer.info(a["self"])
     axes = list(info.axes)
     axes[a["dim0"]], axes[a["dim1"]] = axes[a["dim1"]], axes[a["dim0"]]
-    put(flow, result, axes, info.source)
+    put(tracer, result, axes, info.source)
 
 
 @rule("t", "numpy_T", "mT")
-def _t(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    info = flow.info(a["self"])
-    put(flow, result, info.axes[::-1], info.source)
+def _t(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
+    info = tracer.info(a["self"])
+    put(tracer, result, info.axes[::-1], info.source)
 
 
 @rule("unsqueeze")
-def _unsqueeze(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    info = flow.info(a["self"])
+def _unsqueeze(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
+    info = tracer.info(a["self"])
     axes = list(info.axes)
-    axes.insert(a["dim"] % result.dim(), flow.still(1, "it has size 1"))
-    put(flow, result, axes, info.source)
+    axes.insert(a["dim"] % result.dim(), tracer.still(1, "it has size 1"))
+    put(tracer, result, axes, info.source)
 
 
 @rule("squeeze")
-def _squeeze(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    info = flow.info(a["self"])
+def _squeeze(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
+    info = tracer.info(a["self"])
     dims = a.get("dim", list(range(len(info.axes))))
     dims = {d % max(len(info.axes), 1) for d in ([dims] if isinstance(dims, int) else dims)}
     axes = [x for n, x in enumerate(info.axes) if n not in dims or len(x.atoms) != 1]
-    put(flow, result, axes, info.source)
+    put(tracer, result, axes, info.source)
 
 
 @rule("expand")
-def _expand(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    info = flow.info(a["self"])
-    flags = flow.adjustable
+def _expand(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
+    info = tracer.info(a["self"])
+    flags = tracer.adjustable
     flags = flags if flags is not None and len(flags) == result.dim() else [True] * result.dim()
     ahead = result.dim() - len(info.axes)
     axes = []
@@ -169,22 +171,22 @@ def _expand(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
             axes.append(old)
         # All places are the same number, so any may go: what they meet, and the size that was asked, decide.
         elif flags[n]:
-            axes.append(Axis(flow.atoms.fresh(size), old.factors if old else frozenset()))
+            axes.append(Axis(tracer.atoms.fresh(size), old.factors if old else frozenset()))
         else:
-            axes.append(flow.still(size, "its size is written in the code"))
-    put(flow, result, axes)
+            axes.append(tracer.still(size, "its size is written in the code"))
+    put(tracer, result, axes)
 
 
 @rule("repeat")
-def _repeat(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    info = flow.info(a["self"])
+def _repeat(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
+    info = tracer.info(a["self"])
     ahead = result.dim() - len(info.axes)
     axes = []
     for n, size in enumerate(result.shape):
         old = info.axes[n - ahead] if n >= ahead else None
         if old is None or (len(old.atoms) == 1 and size > 1):
-            axes.append(flow.still(size, f"it is repeated in {flow.here}"))
+            axes.append(tracer.still(size, f"it is repeated in {tracer.here}"))
         else:
             # Each channel comes several times, and goes from every copy.
             axes.append(Axis(np.tile(old.atoms, size // max(len(old.atoms), 1)), old.factors))
-    put(flow, result, axes)
+    put(tracer, result, axes)

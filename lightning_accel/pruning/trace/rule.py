@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.pruning.trace.flow import Axis, Flow, Info
+from lightning_accel.pruning.trace.channel_tracer import Axis, ChannelTracer, Info
 
-Rule = Callable[[Flow, dict[str, Any], Any], None]
+Rule = Callable[[ChannelTracer, dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
 
 _MISFIT = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
-def follow(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+def follow(tracer: ChannelTracer, func: Any, args: Any, kwargs: Any, result: Any) -> None:
     """Apply the rule of `func`; fix all dimensions where there is none, or where it does not fit."""
     schema = func._schema
     name = schema.name.removeprefix("aten::")
-    flow.operation = name
+    tracer.operation = name
     # The dispatcher leaves out arguments at their default, so rules name torch's defaults themselves.
     bound = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
     # `copy_` has the rule of `copy`: its result is its own argument, and gets its axes anew.
@@ -34,12 +34,12 @@ def follow(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         known = pointwise
     if known is not None:
         try:
-            return known(flow, bound, result)
+            return known(tracer, bound, result)
         except _MISFIT:
             pass  # an overload that the rule does not know: safe, because all of it is fixed
     if tensors_in(bound):
-        flow.unknown.add(schema.name)
-    return unknown(flow, bound, result)
+        tracer.unknown.add(schema.name)
+    return unknown(tracer, bound, result)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -62,33 +62,33 @@ def tensors_in(values: Any) -> list[Tensor]:
     )
 
 
-def put(flow: Flow, result: Tensor, axes: Sequence[Axis], source: str = "") -> None:
+def put(tracer: ChannelTracer, result: Tensor, axes: Sequence[Axis], source: str = "") -> None:
     # A rule that does not fit the result must fail here, so that `follow` fixes everything.
     assert tuple(len(a.atoms) for a in axes) == tuple(result.shape), (axes, result.shape)
-    flow.infos[result] = Info(tuple(axes), source)
+    tracer.infos[result] = Info(tuple(axes), source)
 
 
-def still(flow: Flow, result: Any, axes: Sequence[Axis | None] = ()) -> None:
+def fixed_axes(tracer: ChannelTracer, result: Any, axes: Sequence[Axis | None] = ()) -> None:
     """Give `result` these axes; the missing ones are fixed."""
     for tensor in tensors_in(result):
         known = [*axes, *[None] * tensor.dim()][: tensor.dim()]
-        reason = f"it is made anew in the forward of {flow.here}"
+        reason = f"it is made anew in the forward of {tracer.here}"
         put(
-            flow,
+            tracer,
             tensor,
             [
-                axis if axis is not None and len(axis.atoms) == n else flow.still(n, reason)
+                axis if axis is not None and len(axis.atoms) == n else tracer.still(n, reason)
                 for axis, n in zip(known, tensor.shape, strict=True)
             ],
         )
 
 
-def pointwise(flow: Flow, a: dict[str, Any], result: Any) -> None:
-    inputs = [flow.info(t) for t in tensors_in(a)]
+def pointwise(tracer: ChannelTracer, a: dict[str, Any], result: Any) -> None:
+    inputs = [tracer.info(t) for t in tensors_in(a)]
     for tensor in tensors_in(result):
-        axes = broadcast(flow, inputs, tensor.shape)
+        axes = broadcast(tracer, inputs, tensor.shape)
         if len(axes) == tensor.dim():
-            put(flow, tensor, axes, _source(inputs, tensor.shape))
+            put(tracer, tensor, axes, _source(inputs, tensor.shape))
 
 
 def _source(inputs: Sequence[Info], shape: Sequence[int]) -> str:
@@ -100,7 +100,7 @@ def _source(inputs: Sequence[Info], shape: Sequence[int]) -> str:
     return whole[0].source if whole and all(i.source for i in whole) else ""
 
 
-def broadcast(flow: Flow, inputs: Sequence[Info], shape: Sequence[int]) -> list[Axis]:
+def broadcast(tracer: ChannelTracer, inputs: Sequence[Info], shape: Sequence[int]) -> list[Axis]:
     axes = []
     # Broadcasting aligns shapes from their ends, as in NumPy.
     for back in range(len(shape), 0, -1):
@@ -108,39 +108,39 @@ def broadcast(flow: Flow, inputs: Sequence[Info], shape: Sequence[int]) -> list[
         # A dimension of size 1 is stretched: it goes with no place of the others.
         met = [x for x in met if len(x.atoms) == shape[-back]]
         if not met:
-            met = [flow.still(shape[-back], "it is broadcast")]
+            met = [tracer.still(shape[-back], "it is broadcast")]
         if shape[-back] > 1:
             for other in met[1:]:
-                flow.atoms.join(met[0].atoms, other.atoms)
+                tracer.atoms.join(met[0].atoms, other.atoms)
         # Heads are still heads after a mask, a scale or a rotation: the splits behind them are kept.
         axes.append(Axis(met[0].atoms, frozenset().union(*(x.factors for x in met))))
     return axes
 
 
-def unknown(flow: Flow, a: dict[str, Any], result: Any) -> None:
+def unknown(tracer: ChannelTracer, a: dict[str, Any], result: Any) -> None:
     for tensor in tensors_in(a):
-        for axis in flow.info(tensor).axes:
-            flow.fix(axis, f"an operation without a rule, `{flow.operation}`, reads it")
+        for axis in tracer.info(tensor).axes:
+            tracer.fix(axis, f"an operation without a rule, `{tracer.operation}`, reads it")
     # A result that is an argument (written in place) has its axes, now fixed.
     known = {id(t) for t in tensors_in(a)}
-    still(flow, [t for t in tensors_in(result) if id(t) not in known])
+    fixed_axes(tracer, [t for t in tensors_in(result) if id(t) not in known])
 
 
-def fixing(flow: Flow, tensor: Tensor, dims: Any, what: str, result: Any) -> None:
-    info = flow.info(tensor)
+def fixing(tracer: ChannelTracer, tensor: Tensor, dims: Any, what: str, result: Any) -> None:
+    info = tracer.info(tensor)
     for dim in dims:
         if info.axes:
-            flow.fix(info.axes[dim], what)
-    still(flow, result, info.axes)
+            tracer.fix(info.axes[dim], what)
+    fixed_axes(tracer, result, info.axes)
 
 
 @rule("clone", "_to_copy", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous")
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 @rule("_conj", "resolve_conj", "as_strided")
-def same(flow: Flow, a: dict[str, Any], result: Tensor) -> None:
-    (info, *_) = (flow.info(t) for t in tensors_in(a))
+def same(tracer: ChannelTracer, a: dict[str, Any], result: Tensor) -> None:
+    (info, *_) = (tracer.info(t) for t in tensors_in(a))
     # `as_strided` may lay a tensor out in any way; only where its shape stays it is taken for a plain view.
     if tuple(result.shape) == tuple(len(x.atoms) for x in info.axes):
-        put(flow, result, info.axes, info.source)
+        put(tracer, result, info.axes, info.source)
     else:
-        unknown(flow, a, result)
+        unknown(tracer, a, result)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_accel.pruning.trace.atoms import Ids
+from lightning_accel.pruning.trace.union_find import Ids
 from lightning_accel.surgery.attributes import axes_of, axis_key, set_axes
 
 

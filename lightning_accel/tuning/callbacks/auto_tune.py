@@ -17,14 +17,14 @@ from lightning_accel.changed import changed, written
 from lightning_accel.errors import explain
 from lightning_accel.places import free
 from lightning_accel.tuning import store
-from lightning_accel.tuning.apply import Applied
-from lightning_accel.tuning.arena import said
+from lightning_accel.tuning.apply import AppliedSettings
 from lightning_accel.tuning.arguments import folder_of, path_of, sizes_of
+from lightning_accel.tuning.benchmark_pool import error_text
 from lightning_accel.tuning.candidates import check_techniques
+from lightning_accel.tuning.in_trainer import TuneConfig, refuse, tune_within
 from lightning_accel.tuning.numerics import check
 from lightning_accel.tuning.report import TuneReport
 from lightning_accel.tuning.settings import Settings
-from lightning_accel.tuning.within import Asked, refuse, tune_within
 
 
 class AutoTune(Technique):
@@ -79,7 +79,7 @@ class AutoTune(Technique):
         self.only_report = False
         self.report: TuneReport | None = None
         self._resumed: dict[str, Any] = {}
-        self._applied: Applied | None = None
+        self._applied: AppliedSettings | None = None
 
     @property
     def settings(self) -> Settings:
@@ -160,8 +160,8 @@ class AutoTune(Technique):
                 rank_zero_info(f"Wrote {answer.save(free(path, TuneReport.is_free))}")
         return answer
 
-    def _asked(self) -> Asked:
-        return Asked(
+    def _asked(self) -> TuneConfig:
+        return TuneConfig(
             self.numerics,
             self.techniques,
             self.budget_s,
@@ -174,16 +174,18 @@ class AutoTune(Technique):
         """Let the fit go on as it is, and say why."""
         rank_zero_warn(
             explain(
-                "AutoTune leaves this fit as it is", said(error), "leave AutoTune out, or mend that"
+                "AutoTune leaves this fit as it is",
+                error_text(error),
+                "leave AutoTune out, or mend that",
             )
         )
-        return TuneReport(numerics=self.numerics, notes=[f"not tuned: {said(error)}"])
+        return TuneReport(numerics=self.numerics, notes=[f"not tuned: {error_text(error)}"])
 
     def _use(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.report is not None
         known = " (known from before)" if self.report.cached else ""
         rank_zero_info(f"{self.report.to_text()}\nAutoTune{known}: {self.settings.label}.")
-        self._applied = Applied(trainer, pl_module, self.settings, after=self)
+        self._applied = AppliedSettings(trainer, pl_module, self.settings, after=self)
         self.held(trainer).callback(self._release)
         plugin, state = self._applied.precision, self._resumed.pop("precision", None)
         if plugin is not None and state:

@@ -61,7 +61,7 @@ _FAILURES = (sqlite3.Error, UnicodeDecodeError)
 """The latter where SQLite quotes a damaged schema."""
 
 
-class Store:
+class RowStore:
     """Values of `value_bytes` bytes under keys of 16 bytes, in `folder`.
 
     Args:
@@ -76,7 +76,7 @@ class Store:
         OSError: The folder cannot be made or used.
 
     >>> import tempfile
-    >>> store = Store(tempfile.mkdtemp(), value_bytes=3, max_bytes=2**20)
+    >>> store = RowStore(tempfile.mkdtemp(), value_bytes=3, max_bytes=2**20)
     >>> keys = np.array([[1, 2], [3, 4]], np.uint64)
     >>> store.put(keys[:1], np.array([[7, 8, 9]], np.uint8))
     >>> found, values = store.get(keys)

@@ -36,13 +36,13 @@ _COLLECTIVES = (
 
 
 @contextmanager
-def alone(world_size: int) -> Iterator[None]:
+def forbid_collectives(world_size: int) -> Iterator[None]:
     """Let collectives raise instead of waiting for processes that are not in them.
 
     Raises:
         Unsupported: Within, where a step calls one.
 
-    >>> with alone(1):
+    >>> with forbid_collectives(1):
     ...     pass
     """
     names = [n for n in _COLLECTIVES if world_size > 1 and hasattr(torch.distributed, n)]

@@ -14,11 +14,11 @@ from lightning_accel.distillation.cache import TeacherCache
 PREFIX = "distillation"
 
 
-class Journal:
+class DistillationMetrics:
     """The values of the present step and of the present epoch.
 
     >>> import torch
-    >>> journal = Journal()
+    >>> journal = DistillationMetrics()
     >>> journal.note({"kd": torch.tensor(2.0)})
     >>> journal.note({"kd": torch.tensor(4.0)})
     >>> journal.latest(None), journal.close_epoch(None)

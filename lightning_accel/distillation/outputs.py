@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_accel.distillation import topk
-from lightning_accel.distillation.asked import left_out
+from lightning_accel.distillation.criterion_gradient import left_out
+from lightning_accel.distillation.forward_recorder import ForwardRecord
 from lightning_accel.distillation.labels import Reading, mask_of, target_of
 from lightning_accel.distillation.layers import Pair
 from lightning_accel.distillation.locate import (
@@ -18,9 +19,8 @@ from lightning_accel.distillation.locate import (
     classes_last,
     logits_of,
 )
+from lightning_accel.distillation.loss_term import LossTerm
 from lightning_accel.distillation.projector import align
-from lightning_accel.distillation.tape import Record
-from lightning_accel.distillation.term import Term
 from lightning_accel.surgery.call import tensors
 
 LOGITS, IDS = "logits", "logits_ids"
@@ -39,7 +39,7 @@ class Places(NamedTuple):
     reading: Reading
 
 
-class Seen:
+class Outputs:
     """A call of the student, the teachers' answer, and the batch that led to it.
 
     Args:
@@ -52,7 +52,7 @@ class Seen:
 
     def __init__(
         self,
-        record: Record,
+        record: ForwardRecord,
         answer: Answer,
         batch: Any,
         places: Places,
@@ -157,7 +157,7 @@ class Seen:
         """Return what a pair of layers gave."""
         return full(self.record.taps[pair.student]), full(self.answer[f"{teacher}:{pair.teacher}"])
 
-    def aligned(self, term: Term, pair: Pair, teacher: int) -> tuple[Tensor, Tensor]:
+    def aligned(self, term: LossTerm, pair: Pair, teacher: int) -> tuple[Tensor, Tensor]:
         """Return what a pair of layers gave in one layout and size; widths differ."""
         own, theirs = term.layouts
         return align(*self.features(pair, teacher), student_layout=own, teacher_layout=theirs)

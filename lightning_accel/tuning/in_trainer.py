@@ -35,13 +35,13 @@ from lightning_accel.bridge.technique import Situation
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.tuning import store
-from lightning_accel.tuning.alone import alone
 from lightning_accel.tuning.candidates import find
 from lightning_accel.tuning.data import choose_loading
+from lightning_accel.tuning.forbid_collectives import forbid_collectives
 from lightning_accel.tuning.replica import Replica, copied
 from lightning_accel.tuning.report import TuneReport
 from lightning_accel.tuning.search import Search, Unpayable
-from lightning_accel.tuning.settings import PLAIN, Settings, words
+from lightning_accel.tuning.settings import BASELINE, Settings, label_of
 from lightning_accel.tuning.sizes import measure_sizes
 
 _BATCHES = 4
@@ -49,7 +49,7 @@ _UNKNOWN_STEPS = 100_000
 """What a run without an end is taken for."""
 
 
-class Asked(NamedTuple):
+class TuneConfig(NamedTuple):
     """What a user asks of a search.
 
     Args:
@@ -70,7 +70,7 @@ class Asked(NamedTuple):
 
 
 def tune_within(
-    trainer: Trainer, pl_module: LightningModule, asked: Asked, *, folder: Path | None = None
+    trainer: Trainer, pl_module: LightningModule, asked: TuneConfig, *, folder: Path | None = None
 ) -> TuneReport:
     """Search for the fastest settings of this fit, at its beginning, or find an earlier answer.
 
@@ -88,14 +88,14 @@ def tune_within(
     if asked.steps is None:
         asked = asked._replace(steps=steps_left(trainer))
     start = time.perf_counter()
-    with untouched(trainer):
+    with preserve_trainer(trainer):
         data = _draw(trainer, pl_module)
         key = _key(trainer, pl_module, data, asked)
         known = store.load(folder, key) if folder is not None else None
         if known is not None:
             return known
         try:
-            with alone(trainer.world_size):
+            with forbid_collectives(trainer.world_size):
                 report = _search(trainer, pl_module, data, asked)
         except Unpayable as error:  # said, and not kept: a longer run may find an answer
             return TuneReport(numerics=asked.numerics, notes=[str(error)])
@@ -108,7 +108,7 @@ def tune_within(
 
 
 def _search(
-    trainer: Trainer, pl_module: LightningModule, data: list[Any], asked: Asked
+    trainer: Trainer, pl_module: LightningModule, data: list[Any], asked: TuneConfig
 ) -> TuneReport:
     assert asked.steps is not None
     modes = _modes(trainer, pl_module, data)
@@ -135,8 +135,8 @@ def _search(
     if "loading" in asked.techniques:
         value, gain, tried = choose_loading(trainer, found.bars[-1].step_ms, share_s)
         settings, trials = settings.having("loading", value), [*trials, *tried]
-        if value != PLAIN:
-            notes = [*notes, f"{words('loading', value)}: {gain:.2f}x, batch and step together"]
+        if value != BASELINE:
+            notes = [*notes, f"{label_of('loading', value)}: {gain:.2f}x, batch and step together"]
     return TuneReport(
         settings,
         found.bars,
@@ -150,7 +150,7 @@ def _search(
     )
 
 
-def _key(trainer: Trainer, pl_module: LightningModule, data: list[Any], asked: Asked) -> str:
+def _key(trainer: Trainer, pl_module: LightningModule, data: list[Any], asked: TuneConfig) -> str:
     assert asked.steps is not None
     kept = asked._asdict() | {"steps": None, "budget_share": None}  # neither changes the answer
     return store.fingerprint(trainer, pl_module, data, steps=asked.steps, asked=kept)
@@ -224,7 +224,7 @@ def steps_left(trainer: Trainer) -> int:
 
 
 @contextmanager
-def untouched(trainer: Trainer) -> Iterator[None]:
+def preserve_trainer(trainer: Trainer) -> Iterator[None]:
     """Put back what a search changes in the process: random states, loggers, threads, captured code."""
     loggers = trainer.loggers
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from lightning_accel.pruning.trace.atoms import Ids
 from lightning_accel.pruning.trace.sizes import Attribute, Equation, Length, Sum
+from lightning_accel.pruning.trace.union_find import Ids
 
 Form = dict[str, int]  # group -> positions per unit; "" -> constant
 
 
-class Forms:
+class WidthConstraints:
     """The forms of all equations.
 
     Args:

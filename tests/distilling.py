@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import Distillation
 from lightning_accel.distillation import Teacher, losses
+from lightning_accel.distillation.loss_term import KNOWN
 from lightning_accel.distillation.projector import Embedding, Projector
-from lightning_accel.distillation.term import KNOWN
 
 HINT = {"fitnet": {"layers": "conv", "weight": 1.0}}
 BOTH = {"kd": 1.0, **HINT}

@@ -30,7 +30,7 @@ _EXACT = {
 _MARKS = ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")
 
 
-class Code:
+class CompiledCode:
     """One function that dynamo compiles: its graphs, and whether more of them may come.
 
     Args:

@@ -37,7 +37,7 @@ class Failed(Exception):
         self.name, self.reason = name, reason
 
 
-class Watch:
+class RemovalRecorder:
     """Sees what each group takes of a twin.
 
     `_places` holds by tensor and dimension which of the first places is now at each place.

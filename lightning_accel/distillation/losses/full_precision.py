@@ -25,7 +25,9 @@ _NUMBERS = ("alpha", "beta", "gamma", "temperature")
 _TENSORS = ("mask", "target", "negatives", "negatives_target")
 
 
-def island(*, teacher_learns: bool = False) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+def full_precision(
+    *, teacher_learns: bool = False
+) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """Decorate a loss: out of autocast, float16 and bfloat16 to float32, no gradient to the teacher.
 
     The first two arguments are student and teacher; float32 and float64 stay what they are.
@@ -37,7 +39,7 @@ def island(*, teacher_learns: bool = False) -> Callable[[Callable[P, Tensor]], C
         TypeError: Student or teacher is no tensor of real numbers.
         ValueError: They lie on different devices.
 
-    >>> @island()
+    >>> @full_precision()
     ... def gap(student, teacher, /):
     ...     return (student - teacher).mean()
     >>> gap(torch.ones(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.float16))

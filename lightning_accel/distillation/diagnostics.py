@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.errors import AccelError
+from lightning_accel.errors import AccelError, explain
 
 NO_EFFECT = 1e-3
 """Below this share of the gradient, the teachers have no effect."""
@@ -81,6 +81,19 @@ def silent(found: Mapping[str, float]) -> list[str]:
     return [name for name, share in found.items() if share == 0.0]
 
 
+def without_effect(shares: Mapping[str, float], active: Sequence[str]) -> str | None:
+    """Return the warning that some losses with a weight do nothing, or nothing where all of them do."""
+    found = silent({name: shares.get(name, 0.0) for name in active})
+    if not found:
+        return None
+    some = "distillation" if found == list(active) else f"{', '.join(found)} of the distillation"
+    return explain(
+        f"{some} has no effect",
+        f"shares of the gradient: {', '.join(f'{name} {share:.1g}' for name, share in shares.items())}",
+        "raise the weights, tap layers that train, or pass a teacher that differs from the student",
+    )
+
+
 def check_names(own: Sequence[str] | None, teachers: Sequence[str] | None) -> None:
     """Raise when both name their classes, and not in the same order.
 
@@ -128,14 +141,14 @@ class Verdict(NamedTuple):
     classes: int
 
 
-class Order:
+class ClassOrder:
     """What a teacher chose for the labels of the first steps: are classes in another order, does it know any?
 
     A teacher that is right about most classes may have some of them swapped, and one that is right about hardly any
     may have all of them in another order. What it chooses anyway, step by step, is kept on the device and
     counted once or twice.
 
-    >>> order = Order()
+    >>> order = ClassOrder()
     >>> order.note(torch.tensor([0, 2, 1]).repeat(6), torch.tensor([0, 1, 2]).repeat(6))
     >>> order.swapped()
     {1: 2, 2: 1}

@@ -33,7 +33,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 """A layer's output in the dense network and its input in the pruned one, for the calls of one batch."""
 
 
-class Seen:
+class LayerInputs:
     """What layers see on the batches: in one forward of all as long as they come to the layers in step."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Seen:
             Lockstep(cut, batches, once, after=False),
         ]
 
-    def __enter__(self) -> Seen:
+    def __enter__(self) -> LayerInputs:
         return self
 
     def __exit__(self, *_: object) -> None:

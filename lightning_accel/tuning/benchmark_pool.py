@@ -15,9 +15,9 @@ import torch
 from lightning_accel.bridge.example import StepFailed
 from lightning_accel.errors import AccelError
 from lightning_accel.measure.contention import Load
-from lightning_accel.measure.race import Lane, Ratio, gain, run, tenth
+from lightning_accel.measure.race import BenchmarkCase, Ratio, p10, run, speedup
 from lightning_accel.tuning.replica import Replica
-from lightning_accel.tuning.settings import PLAIN, Settings
+from lightning_accel.tuning.settings import BASELINE, Settings
 
 _BLOCK_S = 0.02
 _MOST_ROUNDS = 20
@@ -29,7 +29,7 @@ _SLOW_S = 0.2
 Build = Callable[[Settings], Replica]
 
 
-class Arena:
+class BenchmarkPool:
     """Keeps one lane per settings, and measures lanes side by side.
 
     Args:
@@ -43,8 +43,8 @@ class Arena:
         self.compile_s: dict[Settings, float] = {}
         self.step_s = 0.0
         self._clock = "wall"
-        self._made: dict[Settings, tuple[Lane, Replica]] = {}
-        self._second: tuple[Settings, Lane] | None = None
+        self._made: dict[Settings, tuple[BenchmarkCase, Replica]] = {}
+        self._second: tuple[Settings, BenchmarkCase] | None = None
         self._threads = torch.get_num_threads()
 
     def close(self) -> None:
@@ -85,79 +85,81 @@ class Arena:
             forget(error)
             return self.build(settings)
 
-    def lane(self, settings: Settings, replica: Replica | None = None) -> Lane:
+    def case(self, settings: Settings, replica: Replica | None = None) -> BenchmarkCase:
         """Return the lane of these settings: the same one for as long as it is kept."""
         if settings in self._made:
-            lane = self._made[settings][0]
-            lane.wall_s, lane.cpu_s = [], []
-            return lane
+            case = self._made[settings][0]
+            case.wall_s, case.cpu_s = [], []
+            return case
         replica = replica or self.make(settings)
         first_s = replica.first_step_s + replica.first_step()
-        lane = self._lane_of(replica)
-        if settings["compilation"] != PLAIN and settings not in self.compile_s:
+        case = self._lane_of(replica)
+        if settings["compilation"] != BASELINE and settings not in self.compile_s:
             start = time.perf_counter()
             with replica.around():
                 replica.step()
             self.compile_s[settings] = max(0.0, first_s - 2 * (time.perf_counter() - start))
-        self._made[settings] = lane, replica
-        return lane
+        self._made[settings] = case, replica
+        return case
 
-    def second(self, settings: Settings) -> Lane:
+    def second(self, settings: Settings) -> BenchmarkCase:
         """Return a second lane of these settings, over another copy: the same for as long as it is kept."""
         if self._second is None or self._second[0] != settings:
             self._second = None
             replica = self.build(settings)
             replica.first_step()
             self._second = settings, self._lane_of(replica)
-        lane = self._second[1]
-        lane.wall_s, lane.cpu_s = [], []
-        return lane
+        case = self._second[1]
+        case.wall_s, case.cpu_s = [], []
+        return case
 
-    def _lane_of(self, replica: Replica) -> Lane:
-        return Lane(replica.step, self.device, around=replica.around, warmup=0, block_s=_BLOCK_S)
+    def _lane_of(self, replica: Replica) -> BenchmarkCase:
+        return BenchmarkCase(
+            replica.step, self.device, around=replica.around, warmup=0, block_s=_BLOCK_S
+        )
 
-    def race(self, lanes: dict[str, Lane], share_s: float) -> dict[str, str]:
-        """Measure lanes, `PLAIN` among them, and return why those failed that did.
+    def race(self, cases: dict[str, BenchmarkCase], share_s: float) -> dict[str, str]:
+        """Measure lanes, `BASELINE` among them, and return why those failed that did.
 
         If the first rounds see a busy machine twice, the rest is in one thread and processor time.
         """
         self._failed: dict[str, str] = {}
         for attempt in ("first", "again"):
-            left = {name: lane for name, lane in lanes.items() if name not in self._failed}
+            left = {name: case for name, case in cases.items() if name not in self._failed}
             load = self._rounds(left, share_s / 8, fewest=_LOOK)
             if self.device.type != "cpu" or self._clock == "cpu" or not load.contended:
                 break
-            for lane in lanes.values():
-                lane.wall_s, lane.cpu_s = [], []
+            for case in cases.values():
+                case.wall_s, case.cpu_s = [], []
             if attempt == "again":
                 torch.set_num_threads(1)
                 self._clock = "cpu"
                 self.notes.append(
                     f"other work took the processor ({load}): measured in one thread, in processor time"
                 )
-        done = max(len(lane.wall_s) for lane in lanes.values())
+        done = max(len(case.wall_s) for case in cases.values())
         fewest = 3 if self.step_s > _SLOW_S else 5
-        left = {name: lane for name, lane in lanes.items() if name not in self._failed}
+        left = {name: case for name, case in cases.items() if name not in self._failed}
         self._rounds(left, 3 * share_s / 4, fewest=max(0, fewest - done))
         return self._failed
 
     def _fail(self, name: str, error: Exception) -> None:
-        self._failed[name] = said(error)
+        self._failed[name] = error_text(error)
         forget(error)
 
-    def gain(self, baseline: Lane, candidate: Lane) -> Ratio:
+    def speedup(self, baseline: BenchmarkCase, candidate: BenchmarkCase) -> Ratio:
         """Return the gain of one lane over another, by the clock that is right here."""
-        return gain(baseline, candidate, clock=self._clock)
+        return speedup(baseline, candidate, clock=self._clock)
 
-    def seconds(self, lane: Lane) -> float:
+    def seconds(self, case: BenchmarkCase) -> float:
         """Return the seconds of a step, by the clock that is right here."""
-        return tenth(lane, clock=self._clock)
+        return p10(case, clock=self._clock)
 
-    def _rounds(self, lanes: dict[str, Lane], share_s: float, fewest: int) -> Load:
+    def _rounds(self, cases: dict[str, BenchmarkCase], share_s: float, fewest: int) -> Load:
         return run(
-            lanes,
+            cases,
             budget_s=share_s,
-            baseline=PLAIN,
+            baseline=BASELINE,
             fewest_rounds=fewest,
             most_rounds=_MOST_ROUNDS,
             clock=self._clock,
@@ -165,7 +167,7 @@ class Arena:
         )
 
 
-def said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Say an error in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.distillation.asked import class_dim_in, takes, unheard
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.checks import EXACT, SHORT
 from lightning_accel.distillation.criterion import CLASSES, Hearing, Usage, usage
+from lightning_accel.distillation.criterion_gradient import class_dim_in, takes, unheard
+from lightning_accel.distillation.distributed import any_of_all
+from lightning_accel.distillation.forward_recorder import ForwardRecord
 from lightning_accel.distillation.labels import Reading, read
 from lightning_accel.distillation.layers import Pair, pairs
 from lightning_accel.distillation.locate import Where, class_dim_of, classes_last, logits_of
+from lightning_accel.distillation.loss_output import LossOutput, WeightedLoss
+from lightning_accel.distillation.loss_term import LossTerm
+from lightning_accel.distillation.outputs import LOGITS, Answer, Outputs, Places, full
 from lightning_accel.distillation.projector import Embedding, make_projector
-from lightning_accel.distillation.schedule import Moment, Number, now
-from lightning_accel.distillation.seen import LOGITS, Answer, Places, Seen, full
+from lightning_accel.distillation.schedule import FitProgress, Number, now
 from lightning_accel.distillation.suitable import (
     account,
     check_logits,
@@ -32,29 +36,11 @@ from lightning_accel.distillation.suitable import (
     suited,
     warn_of_others,
 )
-from lightning_accel.distillation.tape import Record
 from lightning_accel.distillation.teacher import Teacher
-from lightning_accel.distillation.term import Term
-from lightning_accel.distillation.world import any_of_all
 from lightning_accel.errors import AccelError
 
 
-class Part(NamedTuple):
-    """One summand: its weight and its value, unweighted."""
-
-    weight: float
-    value: Tensor
-
-
-class Lesson(NamedTuple):
-    """What one training step taught: the total loss, its parts, and the last call of the student."""
-
-    total: Tensor
-    parts: dict[str, Part]
-    seen: Seen | None
-
-
-class Engine:
+class DistillationLoss:
     """Everything between a student's call and the loss; knows no Trainer.
 
     Args:
@@ -69,7 +55,7 @@ class Engine:
 
     def __init__(
         self,
-        terms: Mapping[str, Term],
+        terms: Mapping[str, LossTerm],
         *,
         task_weight: Number = 1.0,
         logits: Any = None,
@@ -125,7 +111,7 @@ class Engine:
         taps = [self.teacher_taps(index) for index in range(len(self.teachers))]
         return repr((taps, self._pairs.get(LOGITS), self.classes_at))
 
-    def ask(self, record: Record) -> Answer:
+    def ask(self, record: ForwardRecord) -> Answer:
         """Return what the teachers say to the arguments of a student's call, from the cache where known."""
         if self.cache is not None:  # one that is off runs the teacher, and answers in the same form
             if self.cache.enabled and any(teacher.has_changed() for teacher in self.teachers):
@@ -135,7 +121,7 @@ class Engine:
             )
         return self._run((record.args, record.kwargs))
 
-    def open_cache(self, record: Record, *, views: int) -> None:
+    def open_cache(self, record: ForwardRecord, *, views: int) -> None:
         """Use the cache, if the teachers are such that what they say depends on weights and arguments alone.
 
         Args:
@@ -163,32 +149,36 @@ class Engine:
             tolerance=SHORT if any(teacher.is_short for teacher in self.teachers) else EXACT,
         )
 
-    def run(self, record: Record) -> Answer:
+    def run(self, record: ForwardRecord) -> Answer:
         """Return what the teachers say, without the cache, which is asked again: so without a trace beside one."""
         with ExitStack() as stack:
             for teacher in self.teachers if self.cache is not None else ():
                 stack.enter_context(teacher.aside())
             return self._run((record.args, record.kwargs))
 
-    def see(self, record: Record, answer: Answer, batch: Any, task: Tensor | None = None) -> Seen:
+    def see(
+        self, record: ForwardRecord, answer: Answer, batch: Any, task: Tensor | None = None
+    ) -> Outputs:
         """Put a call of the student beside the teachers' answer, and the user's loss where that says what counts."""
         logits = next(iter(self._pairs.get(LOGITS, ())), None)
         places = Places(logits, self.target, self.mask, self.classes_at, self.reading)
-        return Seen(record, answer, batch, places, task if self.reads_loss else None)
+        return Outputs(record, answer, batch, places, task if self.reads_loss else None)
 
-    def look_for_left_out(self, task: Tensor | None, record: Record, batch: Any) -> int:
+    def look_for_left_out(self, task: Tensor | None, record: ForwardRecord, batch: Any) -> int:
         """Begin to read from each step's loss which positions count, where that leaves out more; return how many."""
         masked = any(t.reads == LOGITS and "mask" in t.takes for t in self.terms.values())
         if self.reads_loss or self.mask is not None or self.classes_at is None or not masked:
             return 0
-        seen = Seen(record, {}, batch, self.see(record, {}, batch).places, task)
-        if seen.given_logits is None or seen.given_logits.dim() < 3:
+        outputs = Outputs(record, {}, batch, self.see(record, {}, batch).places, task)
+        if outputs.given_logits is None or outputs.given_logits.dim() < 3:
             return 0
-        num = seen.num_left_out
+        num = outputs.num_left_out
         self.reads_loss = any_of_all(num > 0, record.output)
         return num
 
-    def look_at(self, record: Record, batch: Any, hearings: Sequence[Hearing] = ()) -> str | None:
+    def look_at(
+        self, record: ForwardRecord, batch: Any, hearings: Sequence[Hearing] = ()
+    ) -> str | None:
         """Note from a first call what stays the same for all, and return what is only supposed.
 
         Args:
@@ -208,15 +198,15 @@ class Engine:
         self.usage = self.usage._replace(rest=takes(rest, self.classes_at))
         moved = self.see(record, {}, batch).logits
         self.reading, counted = read(self.target, batch, record, moved, self.usage)
-        seen = self.see(record, {}, batch)
-        self.terms = suited(self.asked, seen, self.usage)
-        check_outputs(self.terms, seen, self.usage)
+        outputs = self.see(record, {}, batch)
+        self.terms = suited(self.asked, outputs, self.usage)
+        check_outputs(self.terms, outputs, self.usage)
         task = hearings[0].task if hearings else None
         self.look_for_left_out(task, record, batch)
-        seen = self.see(record, {}, batch, task)
+        outputs = self.see(record, {}, batch, task)
         if counted is not None and any(term.reads == LOGITS for term in self.terms.values()):
-            warn_of_others(seen, counted)
-        return account(self.terms, seen, self.usage)
+            warn_of_others(outputs, counted)
+        return account(self.terms, outputs, self.usage)
 
     def _usage(self, hearing: Hearing) -> Usage:
         logits = self.see(hearing.record, {}, None).given_logits
@@ -229,7 +219,7 @@ class Engine:
         return unheard(hearings[0].task, logits, hearings[0].calls) if hearings else None
 
     def _class_dim(
-        self, logits: Tensor, record: Record, batch: Any, rest: Tensor | None
+        self, logits: Tensor, record: ForwardRecord, batch: Any, rest: Tensor | None
     ) -> int | None:
         if self.class_dim is None:
             known = self.usage.class_dim if rest is None else class_dim_in(rest)
@@ -245,16 +235,16 @@ class Engine:
             )
         return self.class_dim
 
-    def prepare(self, record: Record, answer: Answer, batch: Any, task: Tensor) -> None:
+    def prepare(self, record: ForwardRecord, answer: Answer, batch: Any, task: Tensor) -> None:
         """Check everything that could fail later, and make the projectors that are missing.
 
         Raises:
             AccelError: Logits do not match, labels are missing, or a loss cannot be computed.
         """
-        seen = self.see(record, answer, batch, task)
-        check_logits(self.terms, seen)
+        outputs = self.see(record, answer, batch, task)
+        check_logits(self.terms, outputs)
         for name, term in self.terms.items():
-            if term.needs_target and seen.target is None:
+            if term.needs_target and outputs.target is None:
                 raise AccelError(
                     f"`{name}` needs labels",
                     "no integers of the logits' shape, or several, in the batch",
@@ -262,8 +252,8 @@ class Engine:
                 )
             try:
                 with torch.no_grad(), _in_full(answer):
-                    self._make_heads(name, term, seen)
-                    self._value(name, term, seen, term.values(Moment())[1])
+                    self._make_heads(name, term, outputs)
+                    self._value(name, term, outputs, term.values(FitProgress())[1])
             except (ValueError, TypeError, RuntimeError) as error:
                 raise AccelError(
                     f"the loss `{name}` cannot be computed between this student and this teacher",
@@ -271,15 +261,15 @@ class Engine:
                     "choose other layers or another loss",
                 ) from error
 
-    def teach(
+    def compute_loss(
         self,
         task: Tensor,
-        records: Sequence[Record],
+        records: Sequence[ForwardRecord],
         batch: Any,
-        moment: Moment,
+        moment: FitProgress,
         scale: Tensor | float = 1.0,
         known: Answer | None = None,
-    ) -> Lesson:
+    ) -> LossOutput:
         """Return the total loss of a step; several calls of the student are averaged.
 
         Args:
@@ -289,37 +279,37 @@ class Engine:
             known: What the teachers have just said to the first call.
         """
         weight = now(self.task_weight, moment)
-        total, parts, seen = weight * task, {"task": Part(weight, task.detach())}, None
+        total, parts, outputs = weight * task, {"task": WeightedLoss(weight, task.detach())}, None
         settings = {name: term.values(moment) for name, term in self.terms.items()}
         active = {name: setting for name, setting in settings.items() if setting[0] != 0}
         for record in records if active else ():
             answer, known = self.ask(record) if known is None else known, None
-            seen = self.see(record, answer, batch, task)
-            with _in_full(seen.answer):
+            outputs = self.see(record, answer, batch, task)
+            with _in_full(outputs.answer):
                 for name, (weight, keywords) in active.items():
-                    value = self._value(name, self.terms[name], seen, keywords) / len(records)
+                    value = self._value(name, self.terms[name], outputs, keywords) / len(records)
                     total = total + scale * weight * value
                     before = parts[name].value if name in parts else 0.0
-                    parts[name] = Part(weight, before + value.detach())
-        return Lesson(total, parts, seen)
+                    parts[name] = WeightedLoss(weight, before + value.detach())
+        return LossOutput(total, parts, outputs)
 
     def weighted(
         self,
         task: Tensor | None,
-        record: Record,
+        record: ForwardRecord,
         answer: Answer,
         batch: Any,
-        moment: Moment,
+        moment: FitProgress,
         scale: Tensor | float = 1.0,
     ) -> dict[str, Tensor]:
-        """Return each weighted loss of one call by name, on one graph; see `teach`."""
+        """Return each weighted loss of one call by name, on one graph; see `compute_loss`."""
         found = {} if task is None else {"task": now(self.task_weight, moment) * task}
-        seen = self.see(record, answer, batch, task)
-        with _in_full(seen.answer):
+        outputs = self.see(record, answer, batch, task)
+        with _in_full(outputs.answer):
             for name, term in self.terms.items():
                 weight, keywords = term.values(moment)
                 if weight:
-                    found[name] = scale * weight * self._value(name, term, seen, keywords)
+                    found[name] = scale * weight * self._value(name, term, outputs, keywords)
         return found
 
     def temperature(self) -> float | None:
@@ -350,7 +340,7 @@ class Engine:
                 answer[LOGITS] = answer[LOGITS] + logits if LOGITS in answer else logits
         return answer
 
-    def _teacher_logits(self, record: Record, index: int, answer: Answer) -> Tensor | None:
+    def _teacher_logits(self, record: ForwardRecord, index: int, answer: Answer) -> Tensor | None:
         if LOGITS not in self._pairs:
             return logits_of(record.output)
         name = self._pairs[LOGITS][0].teacher
@@ -363,73 +353,77 @@ class Engine:
         key = f"{index}:{name}"
         return answer[key] if name in features else answer.pop(key)
 
-    def _value(self, name: str, term: Term, seen: Seen, keywords: dict[str, Any]) -> Tensor:
+    def _value(
+        self, name: str, term: LossTerm, outputs: Outputs, keywords: dict[str, Any]
+    ) -> Tensor:
         given = dict(keywords)
         target = None
         if term.reads == LOGITS:
             temperature = float(keywords.get("temperature", self.temperature() or 1.0))
-            student, teacher, target = seen.both_logits(temperature)
+            student, teacher, target = outputs.both_logits(temperature)
             if term.compares is None:
-                student, teacher = seen.as_given(student), seen.as_given(teacher)
+                student, teacher = outputs.as_given(student), outputs.as_given(teacher)
             both = [(student, teacher)]
-            valid = seen.valid
-            if valid is None and term.needs_target and seen.target is not None:
-                valid = seen.labelled  # others learn from samples without a label as well
+            valid = outputs.valid
+            if valid is None and term.needs_target and outputs.target is not None:
+                valid = outputs.labelled  # others learn from samples without a label as well
             if "mask" in term.takes and valid is not None:
                 given["mask"] = valid
         else:
-            both = [self._pair(name, term, i, seen) for i in range(len(self._pairs[name]))]
+            both = [self._pair(name, term, i, outputs) for i in range(len(self._pairs[name]))]
         if "target" in term.takes:
-            given["target"] = seen.target if target is None else target
+            given["target"] = outputs.target if target is None else target
         value = torch.zeros((), device=both[0][0].device)
         for student, teacher in both:
             value = value + term.over_all(student, teacher, given)
         return value
 
-    def _pair(self, name: str, term: Term, index: int, seen: Seen) -> tuple[Tensor, Tensor]:
+    def _pair(
+        self, name: str, term: LossTerm, index: int, outputs: Outputs
+    ) -> tuple[Tensor, Tensor]:
         """Return what a pair of layers gave, in the form that the loss reads."""
         pair, key, which = self._pairs[name][index], _key(name, index), self._which(term)
         if term.reads not in ("matched", "maps"):
-            student, teacher = seen.features(pair, which)
+            student, teacher = outputs.features(pair, which)
         else:
-            student, teacher = seen.aligned(term, pair, which)
+            student, teacher = outputs.aligned(term, pair, which)
         if term.reads == "embedded":
             return self.heads[f"{key}_student"](student), self.heads[f"{key}_teacher"](teacher)
         if term.reads == "maps" and student.dim() == 3:
             return student.transpose(1, 2), teacher.transpose(1, 2)  # tokens: (B, D, T)
         return self.heads[key](student) if key in self.heads else student, teacher
 
-    def _make_heads(self, name: str, term: Term, seen: Seen) -> None:
+    def _make_heads(self, name: str, term: LossTerm, outputs: Outputs) -> None:
         for index, pair in enumerate(self._pairs.get(name, ())):
             key, which = _key(name, index), self._which(term)
             made: dict[str, nn.Module | None] = {}
             if term.reads == "embedded":
-                features, seed = seen.features(pair, which), len(self.heads)
+                features, seed = outputs.features(pair, which), len(self.heads)
                 for i, side in enumerate(("student", "teacher")):
                     layout = term.layouts[i]
                     made[f"{key}_{side}"] = Embedding.of(features[i], layout=layout, seed=seed + i)
             elif term.reads == "matched":
-                aligned = seen.aligned(term, pair, which)
+                aligned = outputs.aligned(term, pair, which)
                 made[key] = make_projector(*aligned, seed=len(self.heads))
             for place, head in made.items():
                 if head is not None and place not in self.heads:
                     self.heads[place] = head
 
-    def widths(self, record: Record, answer: Answer) -> Iterator[tuple[str, str, int]]:
+    def widths(self, record: ForwardRecord, answer: Answer) -> Iterator[tuple[str, str, int]]:
         """Yield each head of the student's side, the layer that it reads, and how wide that is now."""
-        seen = self.see(record, answer, None)
+        outputs = self.see(record, answer, None)
         for name, term in self.terms.items():
             for index, pair in enumerate(self._pairs.get(name, ())):
                 key, which = _key(name, index), self._which(term)
                 if term.reads == "embedded":
-                    feature = seen.features(pair, which)[0]
+                    feature = outputs.features(pair, which)[0]
                     width = Embedding.of(feature, 1, layout=term.layouts[0]).weight.shape[1]
                     yield f"{key}_student", pair.student, width
                 elif term.reads == "matched":
-                    aligned = seen.aligned(term, pair, which)[0]
+                    aligned = outputs.aligned(term, pair, which)[0]
                     yield key, pair.student, aligned.shape[-1 if aligned.dim() < 4 else 1]
 
-    def _which(self, term: Term) -> int:
+    def _which(self, term: LossTerm) -> int:
         if term.teacher is None and len(self.teachers) > 1:
             raise AccelError(
                 f"`{term.name}` reads features of one teacher, and there are several",

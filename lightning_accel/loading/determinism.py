@@ -17,7 +17,7 @@ from lightning_accel.surgery.preserve import generator_state, generators
 from lightning_accel.surgery.rng import random_state
 
 _DEPTH = 5
-_MOST = 2000
+_MAX_ITEMS = 2000
 
 
 class Draws:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_accel.pruning.trace.atoms import Atoms, Ids
 from lightning_accel.pruning.trace.sizes import Equation
+from lightning_accel.pruning.trace.union_find import Ids, UnionFind
 from lightning_accel.surgery.structure import named_tensors
 
 Site = tuple[int, int]
@@ -49,7 +49,7 @@ class Product(NamedTuple):
     times: int
 
 
-class Flow(TorchDispatchMode):
+class ChannelTracer(TorchDispatchMode):
     """The atoms of a model and what joins them.
 
     Args:
@@ -84,7 +84,7 @@ class Flow(TorchDispatchMode):
         self._follow = follow
         self.model = model
         self.live = live
-        self.atoms = Atoms()
+        self.atoms = UnionFind()
         # By identity, for tensors compare place by place; and weak, so that activations can go.
         self.infos: Any = WeakTensorKeyDictionary()
         self.own: dict[str, Info] = {}

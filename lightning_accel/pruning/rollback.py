@@ -29,7 +29,7 @@ _LOWER_IS_BETTER = re.compile(
 _ROUNDING = 1e-6  # metrics are float32: 0.95 - 0.94 is a little more than 0.01
 
 
-class Guard:
+class Rollback:
     """When to go on, to wait and to go back, given the validated metric.
 
     Args:
@@ -39,7 +39,7 @@ class Guard:
         patience: Epochs of fine-tuning that a prune may have before it is judged.
         follows_best: Compare with the best value so far, of whichever network.
 
-    >>> guard = Guard(max_drop=0.01, monitor="val_acc", mode="max", patience=1)
+    >>> guard = Rollback(max_drop=0.01, monitor="val_acc", mode="max", patience=1)
     >>> guard.note({"val_acc": 0.95})
     True
     >>> guard.begin(epoch=2, snapshot=None)
@@ -149,7 +149,7 @@ class Guard:
         self.snapshot, self.pruned_at, self.metrics = None, None, {}
         self.stopped = self.stopped or stopped
 
-    def says(self) -> str:
+    def describe(self) -> str:
         """Write what the verdict rests on."""
         now = "not validated since" if self.latest is None else f"{self.latest:.4g}"
         when = "at best so far" if self.follows_best else "before the first prune"
@@ -176,7 +176,7 @@ class Guard:
         self.snapshot = Snapshot.from_dict(plain["snapshot"]) if plain["snapshot"] else None
 
 
-def guard(
+def rollback(
     *,
     max_drop: Any,
     monitor: Any,
@@ -184,7 +184,7 @@ def guard(
     patience: Any,
     when: Sequence[float],
     follows_best: bool = False,
-) -> Guard | None:
+) -> Rollback | None:
     """Check the arguments and return a guard, or `None` without a budget."""
     if max_drop is None and monitor is None:
         return None
@@ -217,4 +217,4 @@ def guard(
             )
         )
     how: dict[str, Any] = {"mode": mode, "patience": patience, "follows_best": follows_best}
-    return Guard(max_drop=float(max_drop), monitor=monitor, **how)
+    return Rollback(max_drop=float(max_drop), monitor=monitor, **how)

@@ -12,15 +12,15 @@ from torch import Tensor
 from lightning_accel.arguments import one_of, whole
 from lightning_accel.distillation import losses
 from lightning_accel.distillation.criterion import CLASSES, LABELS, NUMBERS
+from lightning_accel.distillation.distributed import all_rows, num_processes, share_of_all
 from lightning_accel.distillation.projector import LAYOUTS
-from lightning_accel.distillation.schedule import Moment, Number, is_constant, now, read
-from lightning_accel.distillation.world import all_rows, num_processes, share_of_all
+from lightning_accel.distillation.schedule import FitProgress, Number, is_constant, now, read
 from lightning_accel.errors import explain
 
 Loss = Callable[..., Tensor]
 
 
-class Kind(NamedTuple):
+class LossKind(NamedTuple):
     """What a known loss reads, and the weight that its paper gives it beside cross entropy."""
 
     loss: Loss
@@ -31,30 +31,32 @@ class Kind(NamedTuple):
 
 
 KNOWN = {
-    "kd": Kind(losses.kd, "logits", 0.9),
-    "logit_standardized_kd": Kind(losses.logit_standardized_kd, "logits", 9.0),
-    "dkd": Kind(losses.dkd, "logits", 1.0),
-    "dist": Kind(losses.dist, "logits", 1.0, across_rows=True),
-    "jsd": Kind(losses.jsd, "logits", 1.0),
-    "bce": Kind(losses.bce, "logits", 1.0, compares=LABELS),
-    "mse": Kind(losses.mse, "logits", 1.0, compares=NUMBERS),
-    "fitnet": Kind(losses.fitnet, "matched", 100.0),
-    "attention_transfer": Kind(losses.attention_transfer, "maps", 1000.0),
-    "rkd": Kind(losses.rkd, "rows", 1.0, across_rows=True),
-    "similarity_preserving": Kind(losses.similarity_preserving, "rows", 3000.0, across_rows=True),
-    "crd": Kind(losses.crd, "embedded", 0.8, across_rows=True),
+    "kd": LossKind(losses.kd, "logits", 0.9),
+    "logit_standardized_kd": LossKind(losses.logit_standardized_kd, "logits", 9.0),
+    "dkd": LossKind(losses.dkd, "logits", 1.0),
+    "dist": LossKind(losses.dist, "logits", 1.0, across_rows=True),
+    "jsd": LossKind(losses.jsd, "logits", 1.0),
+    "bce": LossKind(losses.bce, "logits", 1.0, compares=LABELS),
+    "mse": LossKind(losses.mse, "logits", 1.0, compares=NUMBERS),
+    "fitnet": LossKind(losses.fitnet, "matched", 100.0),
+    "attention_transfer": LossKind(losses.attention_transfer, "maps", 1000.0),
+    "rkd": LossKind(losses.rkd, "rows", 1.0, across_rows=True),
+    "similarity_preserving": LossKind(
+        losses.similarity_preserving, "rows", 3000.0, across_rows=True
+    ),
+    "crd": LossKind(losses.crd, "embedded", 0.8, across_rows=True),
 }
 """The losses that are known by name."""
 
 _ALSO = {"bce_kd": "bce"}
 
 
-class Term:
+class LossTerm:
     """One summand of the loss.
 
     Args:
         loss: A name of `KNOWN`, or a function of student, teacher and keywords.
-        weight: Its factor; by default the paper's. A number, a `Ramp`, or a function of the `Moment`.
+        weight: Its factor; by default the paper's. A number, a `Schedule`, or a function of the `FitProgress`.
         temperature: Of the softmax, where the loss has one; as `weight`.
         layers: Pairs of layers for a loss on features: `{"layer2": "layer4"}`, `"layer2: layer4"`, a list
             of names, or a `Select`. A function of your own reads logits without it, in the form that the
@@ -67,7 +69,7 @@ class Term:
     Raises:
         ValueError: The name is unknown, layers are missing or superfluous, or a keyword is unknown.
 
-    >>> Term("kd", weight=0.5, temperature=2.0).values(Moment())
+    >>> LossTerm("kd", weight=0.5, temperature=2.0).values(FitProgress())
     (0.5, {'temperature': 2.0})
     """
 
@@ -103,9 +105,9 @@ class Term:
         self.keywords = keywords
         self._check()
 
-    def in_form(self, name: str) -> Term:
+    def in_form(self, name: str) -> LossTerm:
         """Return this summand with a known loss in the place of its own: same weight, and temperature where it has one."""
-        made = Term(name, weight=self.weight, teacher=self.teacher)
+        made = LossTerm(name, weight=self.weight, teacher=self.teacher)
         if "temperature" in made.takes:
             made.temperature = self.temperature
         return made
@@ -121,7 +123,7 @@ class Term:
         found = inspect.signature(self.loss).parameters.get("target")
         return found is not None and found.default is inspect.Parameter.empty
 
-    def values(self, moment: Moment) -> tuple[float, dict[str, Any]]:
+    def values(self, moment: FitProgress) -> tuple[float, dict[str, Any]]:
         """Return weight and keywords at a moment of the fit."""
         keywords = dict(self.keywords)
         if self.temperature is not None:
@@ -135,7 +137,7 @@ class Term:
         if self.temperature is None:
             default = inspect.signature(self.loss).parameters["temperature"].default
             return float(default)
-        return now(self.temperature, Moment()) if is_constant(self.temperature) else None
+        return now(self.temperature, FitProgress()) if is_constant(self.temperature) else None
 
     def over_all(self, student: Tensor, teacher: Tensor, given: dict[str, Any]) -> Tensor:
         """Compute the loss over the rows of all processes.
@@ -193,25 +195,25 @@ class Term:
             )
 
 
-def terms(losses: Any) -> dict[str, Term]:
+def loss_terms(losses: Any) -> dict[str, LossTerm]:
     """Read what a user writes as losses, by name and in order.
 
     Args:
-        losses: A name, a function or a `Term`; a list of those; or a mapping of names to weights, to
-            keywords of `Term`, to functions or to `Term`s. A name that is not a loss needs `loss`
+        losses: A name, a function or a `LossTerm`; a list of those; or a mapping of names to weights, to
+            keywords of `LossTerm`, to functions or to `LossTerm`s. A name that is not a loss needs `loss`
             among the keywords; `None` leaves one out.
 
     Raises:
         ValueError: There is none, or one is not understood.
 
-    >>> list(terms({"kd": 0.9, "hint": {"loss": "fitnet", "layers": "body"}}))
+    >>> list(loss_terms({"kd": 0.9, "hint": {"loss": "fitnet", "layers": "body"}}))
     ['kd', 'hint']
     """
     if isinstance(losses, Mapping):
         given = {str(k): _term(str(k), v) for k, v in losses.items() if v is not None}
     else:
         listed: Sequence[Any] = losses if isinstance(losses, (list, tuple)) else [losses]
-        each = [item if isinstance(item, Term) else Term(item) for item in listed]
+        each = [item if isinstance(item, LossTerm) else LossTerm(item) for item in listed]
         given = {term.name: term for term in each}
         if len(given) != len(each):
             raise ValueError(
@@ -230,15 +232,15 @@ def terms(losses: Any) -> dict[str, Term]:
     return given
 
 
-def _term(name: str, value: Any) -> Term:
-    if isinstance(value, Term):
+def _term(name: str, value: Any) -> LossTerm:
+    if isinstance(value, LossTerm):
         return value
     if isinstance(value, Mapping):
-        return Term(**{"loss": name, **value})
-    return Term(value) if callable(value) else Term(name, weight=value)
+        return LossTerm(**{"loss": name, **value})
+    return LossTerm(value) if callable(value) else LossTerm(name, weight=value)
 
 
-def _kind(loss: Any, on_layers: bool) -> Kind:
+def _kind(loss: Any, on_layers: bool) -> LossKind:
     if isinstance(loss, str):
         loss = _ALSO.get(loss, loss)
         if loss not in KNOWN:
@@ -256,4 +258,4 @@ def _kind(loss: Any, on_layers: bool) -> Kind:
     known = next((kind for kind in KNOWN.values() if kind.loss is plain), None)
     if known is not None:
         return known._replace(loss=loss)
-    return Kind(loss, "matched" if on_layers else "logits", 1.0, compares=None)
+    return LossKind(loss, "matched" if on_layers else "logits", 1.0, compares=None)

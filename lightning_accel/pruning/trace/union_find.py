@@ -23,10 +23,10 @@ _FOLLOWS = (
 )
 
 
-class Atoms:
+class UnionFind:
     """A growing partition; every part is free, or fixed with a reason.
 
-    >>> atoms = Atoms()
+    >>> atoms = UnionFind()
     >>> a, b = atoms.fresh(3), atoms.fresh(3)
     >>> atoms.join(a, b)
     >>> atoms.fix(b[:1], "it is the input")

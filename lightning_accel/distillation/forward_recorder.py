@@ -31,7 +31,7 @@ _NAMED = (
 )
 
 
-class Record(NamedTuple):
+class ForwardRecord(NamedTuple):
     """One call of a network: its arguments, what it returned, and what the tapped layers gave."""
 
     args: tuple[Any, ...]
@@ -44,13 +44,13 @@ class Record(NamedTuple):
     def named(self) -> dict[str, Any]:
         """Return the arguments by name, as far as the forward names them.
 
-        >>> Record((1, 2), {"labels": 3}, None, {}, ("ids", "mask", "labels")).named()
+        >>> ForwardRecord((1, 2), {"labels": 3}, None, {}, ("ids", "mask", "labels")).named()
         {'ids': 1, 'mask': 2, 'labels': 3}
         """
         return {**dict(zip(self.names, self.args, strict=False)), **self.kwargs}
 
 
-class Tape:
+class ForwardRecorder:
     """Record the calls of one network.
 
     Args:
@@ -62,7 +62,7 @@ class Tape:
         NoEffect: There is no layer of that name.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    >>> tape = Tape(net, ["0"])
+    >>> tape = ForwardRecorder(net, ["0"])
     >>> with tape.recording():
     ...     out = net(torch.ones(4, 2))
     >>> tape.records()[0].taps["0"].shape
@@ -94,7 +94,7 @@ class Tape:
         """Tell whether a call of the network has come to its end."""
         return bool(self._state.outputs)
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[ForwardRecord]:
         """Return the recorded calls, after a check that nothing tapped was changed in place.
 
         Raises:
@@ -106,7 +106,7 @@ class Tape:
             self._state.inputs, self._state.outputs, strict=False
         ):
             seen = self._state.tapped[start:end]
-            records.append(Record(args, kwargs, output, self._by_name(seen), self._names))
+            records.append(ForwardRecord(args, kwargs, output, self._by_name(seen), self._names))
             start = end
         for what, value, version in self._state.versions:
             if value._version != version:

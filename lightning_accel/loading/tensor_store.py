@@ -31,15 +31,15 @@ from torch.utils.data import (
 )
 
 from lightning_accel.errors import Unsupported
+from lightning_accel.loading.determinism import Draws, same
 from lightning_accel.loading.rows import Rows, number, why_not_now
-from lightning_accel.loading.still import Draws, same
 from lightning_accel.surgery.preserve import preserve_rng
 
 _SAMPLE = 8
 _PROOFS = 3
 
 
-class Store(NamedTuple):
+class TensorStore(NamedTuple):
     """Rows of every leaf of a batch, copied from the dataset as it was once."""
 
     leaves: tuple[Tensor, ...]
@@ -120,7 +120,7 @@ def require_plain(loader: Any) -> None:
         raise Unsupported("these batches cannot be made in another way", found, do)
 
 
-def require_still(loader: DataLoader[Any]) -> float:
+def require_deterministic(loader: DataLoader[Any]) -> float:
     """Read a few items twice, and return the seconds that one takes.
 
     Raises:
@@ -151,7 +151,7 @@ def build(
     device: torch.device,
     limit_bytes: int,
     limit_s: float,
-) -> Store:
+) -> TensorStore:
     """Read the whole dataset into tensors, and prove the batches made of them.
 
     Raises:
@@ -159,7 +159,7 @@ def build(
     """
     require_plain(loader)
     known = not why_not_now(loader)
-    seconds = 0.0 if known else require_still(loader) * _length(loader.dataset)
+    seconds = 0.0 if known else require_deterministic(loader) * _length(loader.dataset)
     if seconds > limit_s:
         raise _refusal(f"reading all items takes about {seconds:.0f} s (limit {limit_s:g} s)")
     read = Rows(loader.dataset).take if known else reader(loader)
@@ -169,7 +169,7 @@ def build(
 
 
 def prove(
-    store: Store, loader: DataLoader[Any], *, count: int, seed: int = 0, size: int = 0
+    store: TensorStore, loader: DataLoader[Any], *, count: int, seed: int = 0, size: int = 0
 ) -> None:
     """Compare batches with those of the user's dataset: the first, the last and `count` at random.
 
@@ -216,7 +216,7 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
 
 def _filled(
     loader: DataLoader[Any], read: Callable[[Any], Any], device: torch.device, limit_bytes: int
-) -> Store:
+) -> TensorStore:
     total, size = _length(loader.dataset), batch_size_of(loader)
     trusted = loader.collate_fn is default_collate and _reads_singly(loader.dataset)
     with preserve_rng(loader.dataset, loader.collate_fn):
@@ -237,7 +237,7 @@ def _filled(
             _fill(held, dims, spec, chunk, read, trusted=trusted)
         if draws.happened():
             raise _refusal("reading the items draws random numbers (an augmentation?)")
-    return Store(held, dims, spec, total)
+    return TensorStore(held, dims, spec, total)
 
 
 def _fill(

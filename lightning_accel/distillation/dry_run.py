@@ -23,12 +23,17 @@ from torch.utils._pytree import tree_map
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import load_from_checkpoint
 from lightning_accel.bridge.strategies import holding
-from lightning_accel.distillation import evidence
+from lightning_accel.distillation import diagnostics
 from lightning_accel.distillation.criterion import Hearing, Listener
-from lightning_accel.distillation.engine import Engine
-from lightning_accel.distillation.schedule import Moment
-from lightning_accel.distillation.seen import Seen
-from lightning_accel.distillation.tape import INPUT, Record, Tape, layer
+from lightning_accel.distillation.distillation_loss import DistillationLoss
+from lightning_accel.distillation.forward_recorder import (
+    INPUT,
+    ForwardRecord,
+    ForwardRecorder,
+    layer,
+)
+from lightning_accel.distillation.outputs import Outputs
+from lightning_accel.distillation.schedule import FitProgress
 from lightning_accel.distillation.teacher import EMA, SELF, Teacher
 from lightning_accel.errors import AccelError, UnsafeFile, Unsupported
 from lightning_accel.surgery import Stage, twin
@@ -60,7 +65,7 @@ def static_student(pl_module: LightningModule) -> str:
 
 
 def refuse_impossible(
-    trainer: Trainer, pl_module: LightningModule, engine: Engine, kinds: set[str]
+    trainer: Trainer, pl_module: LightningModule, engine: DistillationLoss, kinds: set[str]
 ) -> None:
     """Raise before a fit begins in which nothing could be taught.
 
@@ -122,31 +127,39 @@ def searches(trainer: Trainer) -> bool:
     return any(isinstance(callback, finders) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-class Again(NamedTuple):
+class Rerun(NamedTuple):
     """A copy of the student, its answer to the arguments of a call, and the criteria that it called itself."""
 
     student: nn.Module
-    record: Record
+    record: ForwardRecord
     hearing: Hearing
 
 
 @contextmanager
-def again(
-    trainer: Trainer, pl_module: LightningModule, engine: Engine, name: str, record: Record
-) -> Iterator[Again]:
+def rerun(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    engine: DistillationLoss,
+    name: str,
+    record: ForwardRecord,
+) -> Iterator[Rerun]:
     """Run a call of the student once more, on a copy and without compiled code; random states come back."""
     eager = torch.compiler.set_stance("force_eager")
     with preserve_rng(), eager, _copy_of(trainer, pl_module, name) as student:
         args, kwargs = tree_map(_apart, (record.args, record.kwargs))
-        tape = Tape(student, engine.student_taps())
+        recorder = ForwardRecorder(student, engine.student_taps())
         try:
-            with tape.recording(), torch.enable_grad(), Listener(tape.has_answered) as listener:
+            with (
+                recorder.recording(),
+                torch.enable_grad(),
+                Listener(recorder.has_answered) as listener,
+            ):
                 student(*args, **kwargs)
             # Labels are told from inputs by identity.
-            heard = tape.records()[-1]._replace(args=record.args, kwargs=record.kwargs)
-            yield Again(student, heard, Hearing(heard, listener.calls))
+            heard = recorder.records()[-1]._replace(args=record.args, kwargs=record.kwargs)
+            yield Rerun(student, heard, Hearing(heard, listener.calls))
         finally:
-            tape.remove()
+            recorder.remove()
 
 
 @contextmanager
@@ -165,7 +178,7 @@ def _apart(value: Any) -> Any:
     return value.detach().clone().requires_grad_(value.requires_grad)
 
 
-def refuse_without_gradient(student: nn.Module, record: Record) -> None:
+def refuse_without_gradient(student: nn.Module, record: ForwardRecord) -> None:
     """Raise when a layer that learns gave a tensor from which no gradient comes back to it."""
     for name, tapped in record.taps.items():
         if name.endswith(INPUT) or tapped.requires_grad:
@@ -181,11 +194,11 @@ def refuse_without_gradient(student: nn.Module, record: Record) -> None:
 def gradient_shares(
     trainer: Trainer,
     pl_module: LightningModule,
-    engine: Engine,
+    engine: DistillationLoss,
     name: str,
     task: Tensor,
-    seen: Seen,
-    moment: Moment,
+    outputs: Outputs,
+    moment: FitProgress,
     scale: Tensor | float = 1.0,
 ) -> dict[str, float]:
     """Return each term's share of the gradient on the student, the user's own loss as "task".
@@ -193,25 +206,25 @@ def gradient_shares(
     Measured on the graph of the step itself. Where that cannot be, what the user's loss asks of the student's
     output is read from the part of the graph above it, and all below is computed on a copy.
     """
-    record, student = seen.record, layer(pl_module, name)
+    record, student = outputs.record, layer(pl_module, name)
     if not (is_compiled(student) or _watches_backward(student)):
         with suppress(
             RuntimeError
         ):  # a reentrant checkpoint has no gradients but those of `backward`
-            return evidence.shares(
-                engine.weighted(task, record, seen.answer, seen.batch, moment, scale), student
+            return diagnostics.shares(
+                engine.weighted(task, record, outputs.answer, outputs.batch, moment, scale), student
             )
-    outputs = [tensor for tensor in tensors(record.output) if tensor.requires_grad]
-    asked = torch.autograd.grad(task, outputs, retain_graph=True, allow_unused=True)
-    with again(trainer, pl_module, engine, name, record) as (copy, heard, _), torch.enable_grad():
+    results = [tensor for tensor in tensors(record.output) if tensor.requires_grad]
+    asked = torch.autograd.grad(task, results, retain_graph=True, allow_unused=True)
+    with rerun(trainer, pl_module, engine, name, record) as (copy, heard, _), torch.enable_grad():
         given = [tensor for tensor in tensors(heard.output) if tensor.requires_grad]
         alike = zip(asked, given, strict=True)
         parts = [
             (gradient.detach() * output).sum() for gradient, output in alike if gradient is not None
         ]
         surrogate = torch.stack(parts).sum() if parts else None
-        return evidence.shares(
-            engine.weighted(surrogate, heard, seen.answer, seen.batch, moment, scale), copy
+        return diagnostics.shares(
+            engine.weighted(surrogate, heard, outputs.answer, outputs.batch, moment, scale), copy
         )
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_accel.pruning.trace.atoms import Ids
 from lightning_accel.pruning.trace.sizes import (
     Attribute,
     Equation,
@@ -24,9 +23,10 @@ from lightning_accel.pruning.trace.sizes import (
     leaves,
     remember_attributes,
 )
+from lightning_accel.pruning.trace.union_find import Ids
 
 if TYPE_CHECKING:
-    from lightning_accel.pruning.trace.flow import Flow
+    from lightning_accel.pruning.trace.channel_tracer import ChannelTracer
 
 
 _CHECKS = {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
@@ -70,7 +70,7 @@ def sizes_not_cached() -> Iterator[None]:
         vars(einops)["_reconstruct_from_shape"] = cached
 
 
-class Numbers(TorchFunctionMode):
+class SymbolicSizes(TorchFunctionMode):
     """Reads the sizes that a forward passes to torch functions, and gives out sizes with an origin."""
 
     _SHAPED = {"view": 1, "reshape": 1, "expand": 1, "broadcast_to": 1, "zeros": 0, "ones": 0}
@@ -79,10 +79,10 @@ class Numbers(TorchFunctionMode):
     _GROUPED = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "group_norm": 1}
     _GROUPED |= {"conv_transpose1d": 6, "conv_transpose2d": 6, "conv_transpose3d": 6}
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, tracer: ChannelTracer) -> None:
         super().__init__()
-        self.flow = flow
-        remember_attributes(flow.model, self._compared)
+        self.tracer = tracer
+        remember_attributes(tracer.model, self._compared)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -115,7 +115,7 @@ class Numbers(TorchFunctionMode):
             return inner(*args, **kwargs)
 
     def _lengths(self, tensor: Tensor) -> list[int]:
-        known = self.flow.infos.get(tensor)
+        known = self.tracer.infos.get(tensor)
         if known is None or len(known.axes) != tensor.dim():
             return list(tensor.shape)
         return [Origin(len(axis.atoms), Length(axis.atoms), self._compared) for axis in known.axes]
@@ -125,17 +125,17 @@ class Numbers(TorchFunctionMode):
             # Two lengths may be equal by chance, in this example; what a module was told to expect is no chance.
             attribute = any(isinstance(leaf, Attribute) for leaf in leaves(one))
             if attribute and isinstance(other, Length):
-                self.flow.equations.append(Equation(one, other.atoms, self.flow.place))
+                self.tracer.equations.append(Equation(one, other.atoms, self.tracer.place))
 
     def _counts(self, number: Any, atoms: Ids) -> None:
         """Note that `number` counts `atoms`; one that is written in the code fixes them."""
         if isinstance(number, Origin):
             if int(number) == len(atoms):
-                self.flow.equations.append(Equation(number.of, atoms, self.flow.place))
+                self.tracer.equations.append(Equation(number.of, atoms, self.tracer.place))
         # -1 is for torch to find, 1 is a dimension without content, and `True` is no size.
         elif type(number) is int and number > 1 and len(atoms):
-            text = f"the size {number} is written in the code of {self.flow.here}"
-            self.flow.atoms.fix(atoms, f"{text}, or in a configuration that it reads")
+            text = f"the size {number} is written in the code of {self.tracer.here}"
+            self.tracer.atoms.fix(atoms, f"{text}, or in a configuration that it reads")
 
     def _shaped(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         given = args[self._SHAPED[name] :]
@@ -158,13 +158,13 @@ class Numbers(TorchFunctionMode):
 
     def _with_sizes(self, func: Any, args: Any, kwargs: Any, sizes: list[int]) -> Any:
         # The rule of the view runs within the call, and has to know which of its sizes can follow a cut.
-        self.flow.adjustable = [isinstance(s, Origin) or s in (-1, 1) for s in sizes]
-        self.flow.others = [self._stays(size) for size in sizes]
+        self.tracer.adjustable = [isinstance(s, Origin) or s in (-1, 1) for s in sizes]
+        self.tracer.others = [self._stays(size) for size in sizes]
         try:
             result = func(*args, **kwargs)
         finally:
-            self.flow.adjustable, self.flow.others = None, ()
-        axes = self.flow.info(result).axes
+            self.tracer.adjustable, self.tracer.others = None, ()
+        axes = self.tracer.info(result).axes
         if len(axes) == len(sizes):
             for size, axis in zip(sizes, axes, strict=True):
                 self._counts(size, axis.atoms)
@@ -173,20 +173,20 @@ class Numbers(TorchFunctionMode):
     def _stays(self, size: Any) -> bool:
         """Whether a number is the length of a dimension no part of which can go."""
         of = getattr(size, "of", None)
-        return isinstance(of, Length) and not self.flow.atoms.is_free(of.atoms)
+        return isinstance(of, Length) and not self.tracer.atoms.is_free(of.atoms)
 
     def _grouped(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         place = self._GROUPED[name]
         key = "num_groups" if name == "group_norm" else "groups"
         groups = args[place] if len(args) > place else kwargs.get(key, 1)
         # Whole groups can go only where the forward reads their number from an attribute that can be lowered.
-        self.flow.groups_adjustable = isinstance(groups, Origin)
-        self.flow.taken_groups()
+        self.tracer.groups_adjustable = isinstance(groups, Origin)
+        self.tracer.taken_groups()
         result = func(*args, **kwargs)
-        counted = self.flow.taken_groups()
+        counted = self.tracer.taken_groups()
         if counted is not None:
             self._counts(groups, counted)
-        self.flow.groups_adjustable = True
+        self.tracer.groups_adjustable = True
         return result
 
     def _after_split(
@@ -194,12 +194,12 @@ class Numbers(TorchFunctionMode):
     ) -> None:
         for key in ("split_size_or_sections", "split_size", "split_sizes"):
             size = named.get(key, size)
-        pieces = [self.flow.info(piece).axes[dim].atoms for piece in result]
+        pieces = [self.tracer.info(piece).axes[dim].atoms for piece in result]
         # `split(n)` gives pieces of one size: they shrink together, or the last would become another one.
         if isinstance(size, int):
             for piece in pieces[1:]:
                 if len(piece) == len(pieces[0]):
-                    self.flow.atoms.join(pieces[0], piece)
+                    self.tracer.atoms.join(pieces[0], piece)
             # The last piece is what remains, and need not be `size` long.
             size = [size] * (len(pieces) - 1)
         for number, piece in zip(size, pieces, strict=False):
@@ -210,13 +210,13 @@ class Numbers(TorchFunctionMode):
     def _after_chunk(
         self, result: Any, _: Any = None, chunks: Any = None, dim: int = 0, **named: Any
     ) -> None:
-        pieces = [self.flow.info(piece).axes[dim].atoms for piece in result]
+        pieces = [self.tracer.info(piece).axes[dim].atoms for piece in result]
         for piece in pieces[1:]:
             if len(piece) == len(pieces[0]):
-                self.flow.atoms.join(pieces[0], piece)
+                self.tracer.atoms.join(pieces[0], piece)
             else:
                 # `chunk` takes ceil(n / chunks) places: of unequal parts a cut would move the borders.
-                self.flow.atoms.fix(np.concatenate(pieces), "it is chunked into unequal parts")
+                self.tracer.atoms.fix(np.concatenate(pieces), "it is chunked into unequal parts")
 
     def _after_tensor_split(
         self, result: Any, _: Any = None, places: Any = None, dim: int = 0, **named: Any
@@ -225,16 +225,16 @@ class Numbers(TorchFunctionMode):
             self._after_chunk(result, dim=dim)
         else:
             for piece in result:
-                self.flow.fix(self.flow.info(piece).axes[dim], "it is split at fixed places")
+                self.tracer.fix(self.tracer.info(piece).axes[dim], "it is split at fixed places")
 
     def _after_narrow(self, result: Any, input: Tensor, dim: int, start: Any, length: int) -> None:
-        atoms = self.flow.info(input).axes[dim].atoms
+        atoms = self.tracer.info(input).axes[dim].atoms
         if isinstance(start, int):
             self._bound(start, atoms)
-            self._counts(length, self.flow.info(result).axes[dim].atoms)
+            self._counts(length, self.tracer.info(result).axes[dim].atoms)
 
     def _after_getitem(self, result: Any, tensor: Tensor, index: Any) -> None:
-        axes = self.flow.info(tensor).axes
+        axes = self.tracer.info(tensor).axes
         index = index if isinstance(index, tuple) else (index,)
         taken = sum(
             i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
@@ -262,11 +262,11 @@ class Numbers(TorchFunctionMode):
             if isinstance(bound, Origin):
                 self._counts(bound if bound >= 0 else -bound, part)
             else:
-                self.flow.atoms.fix(part, f"{bound} is written in the code of {self.flow.here}")
+                self.tracer.atoms.fix(part, f"{bound} is written in the code of {self.tracer.here}")
 
     def _after_layer_norm(self, result: Tensor, *args: Any, **kwargs: Any) -> None:
         shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
-        for size, axis in zip(shape, self.flow.info(result).axes[-len(shape) :], strict=True):
+        for size, axis in zip(shape, self.tracer.info(result).axes[-len(shape) :], strict=True):
             self._counts(size, axis.atoms)
 
     _after_rms_norm = _after_layer_norm
@@ -282,10 +282,10 @@ class Numbers(TorchFunctionMode):
         self._product(query, scaled=named.get("scale") is None)
 
     def _product(self, left: Tensor, *, scaled: bool) -> None:
-        axes = self.flow.info(left).axes
-        last = axes[-1].atoms if axes else self.flow.atoms.fresh(0)
+        axes = self.tracer.info(left).axes
+        last = axes[-1].atoms if axes else self.tracer.atoms.fresh(0)
         # In the order of the calls, by which `scaling` finds the same products in a pass with gradients.
-        self.flow.queries.append((last, scaled))
+        self.tracer.queries.append((last, scaled))
 
 
 def _unfused(name: str) -> AbstractContextManager[None]:
