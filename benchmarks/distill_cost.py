@@ -134,7 +134,7 @@ def distillation(kind: str, case: Case, teacher: LightningModule, folder: str) -
     if kind in ("warm", "weighed"):
         cache = TeacherCache(f"{folder}/cache-{kind}", top_k=case.top_k)
     return Distillation(
-        Teacher(teacher, precision="bf16" if kind == "bf16" else "fp32"),
+        Teacher(teacher, precision="bf16-true" if kind == "bf16" else "32-true"),
         case.losses,
         task_weight=0.1,
         cache=cache,

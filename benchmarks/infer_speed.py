@@ -77,8 +77,8 @@ def candidate(case: Case, way: Way, stack: ExitStack) -> tuple[Callable[[], Any]
     net, x = copy.deepcopy(case.net), case.x
     images = x.dim() == 4
     if way.freeze:
-        weights = "bf16" if way.dtype is not None else None
-        (one,) = stack.enter_context(frozen(net, weights=weights, channels_last=images))
+        weights = "bf16-true" if way.dtype is not None else None
+        (one,) = stack.enter_context(frozen(net, precision=weights, channels_last=images))
         net(x)  # the first call compiles and compares, and returns what the network itself gives
         result = net(x)
         if one.reason or one.num_missed:

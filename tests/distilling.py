@@ -62,7 +62,7 @@ def master() -> nn.Module:
 
 
 def teacher(net: nn.Module | str | None = None, **kwargs: Any) -> Teacher:
-    return Teacher(master() if net is None else net, **{"precision": "fp32", **kwargs})
+    return Teacher(master() if net is None else net, **{"precision": "32-true", **kwargs})
 
 
 class Module(LightningModule):

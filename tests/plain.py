@@ -126,9 +126,11 @@ TECHNIQUES: dict[str, Technique] = {
     "matmul": alone(lambda: MatmulPrecision("highest")),
     "format": alone(lambda: MemoryFormat(select="spare")),
     "warm": alone(lambda: WarmStart("compiled.zip")),
-    "fp32": Technique(lambda: {"plugins": [AutocastPrecision("fp32")]}),
-    "bf16": Technique(lambda: {"plugins": [AutocastPrecision("bf16")]}, BF16),
-    "use bf16": Technique(lambda: {"callbacks": [UsePrecision(AutocastPrecision("bf16"))]}, BF16),
+    "fp32": Technique(lambda: {"plugins": [AutocastPrecision("32-true")]}),
+    "bf16": Technique(lambda: {"plugins": [AutocastPrecision("bf16-mixed")]}, BF16),
+    "use bf16": Technique(
+        lambda: {"callbacks": [UsePrecision(AutocastPrecision("bf16-mixed"))]}, BF16
+    ),
     "distill itself": alone(lambda: Distillation("self", {"kd": 1.0}, student="net"), apart=TRIAL),
 }
 

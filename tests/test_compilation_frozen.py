@@ -107,14 +107,14 @@ def trainer(trainer_kwargs: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("kind", list(tiny.INPUTS))
-@pytest.mark.parametrize("weights", [None, "bf16"])
+@pytest.mark.parametrize("weights", [None, "bf16-true"])
 def test_a_frozen_network_gives_what_it_gave(kind: Any, weights: str | None) -> None:
     torch.manual_seed(0)
     net, x, spy = kind().eval(), tiny.INPUTS[kind](), Spy()
     before = state(net)
     with torch.no_grad():
         wanted = net(x)
-        with frozen(net, weights=weights, backend=spy) as (one,):
+        with frozen(net, precision=weights, backend=spy) as (one,):
             first, second = net(x), net(x)
     assert torch.equal(first, wanted)
     assert spy.runs == 2
@@ -312,7 +312,7 @@ def test_a_fit_is_refused_and_a_later_fit_without_it_learns(trainer: Any) -> Non
 
 
 def test_bfloat16_that_is_too_far_off_is_told_with_figures(trainer: Any) -> None:
-    edit = FrozenPredict(weights="bf16", tolerance=1e-6, backend="eager")
+    edit = FrozenPredict(precision="bf16-true", tolerance=1e-6, backend="eager")
     user = module()
     with pytest.warns(
         UserWarning, match=r"`net` runs as it is.*off by 0\.00\d+ .*1e-06.*Do: "
@@ -370,8 +370,8 @@ def test_a_mixed_precision_prediction_is_that_of_the_plain_one(trainer: Any) -> 
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"weights": "fp16"},
-        {"weights": True},
+        {"precision": "16-true"},
+        {"precision": True},
         {"channels_last": None},
         {"channels_last": 1},
         {"tolerance": 0},

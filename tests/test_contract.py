@@ -90,7 +90,7 @@ def knowing() -> torch.nn.Module:
 
 
 def distill(source: str | None = None, losses: Any = None) -> Distillation:
-    teacher = Teacher(source or copy.deepcopy(knowing()), precision="fp32")
+    teacher = Teacher(source or copy.deepcopy(knowing()), precision="32-true")
     return Distillation(teacher, losses or {"kd": 0.05})
 
 
@@ -106,7 +106,7 @@ ROWS: dict[str, Technique] = {
     "prune": lambda: {"callbacks": [prune()]},
     "compile": lambda: {"callbacks": [compiled()]},
     "memory_format": lambda: {"callbacks": [MemoryFormat()]},
-    "amp": lambda: {"plugins": [AutocastPrecision("bf16")]},
+    "amp": lambda: {"plugins": [AutocastPrecision("bf16-mixed")]},
     "measure": lambda: {"callbacks": [StepMeter(), report()]},
     "masks": lambda: {"callbacks": [WeightMasks(pattern="2:4", when=1)]},
     "sparsity": lambda: {"callbacks": [SparsityTraining("slimming")]},
@@ -115,7 +115,7 @@ ROWS: dict[str, Technique] = {
         "callbacks": [prune(importance="reconstruction", compensate=True)]
     },
     "prune+compile": lambda: {"callbacks": [prune(), compiled()]},
-    "amp+prune": lambda: {"callbacks": [prune()], "plugins": [AutocastPrecision("bf16")]},
+    "amp+prune": lambda: {"callbacks": [prune()], "plugins": [AutocastPrecision("bf16-mixed")]},
     "distill": lambda: {"callbacks": [distill()]},
     "distill features": lambda: {"callbacks": [distill(losses=FEATURES)]},
     "prune+distill self": lambda: {"callbacks": [prune(), distill("self")]},
@@ -131,7 +131,7 @@ ROWS: dict[str, Technique] = {
     },
     "tuned": lambda: TuneReport(
         Settings(
-            precision="bf16",
+            precision="bf16-mixed",
             matmul_precision="medium",
             memory_format="channels_last",
             fused_optimizer="fused",
@@ -139,7 +139,7 @@ ROWS: dict[str, Technique] = {
     ).trainer_arguments(),
     "all": lambda: {
         "callbacks": [prune(), MemoryFormat(), compiled(), distill(), StepMeter(), report()],
-        "plugins": [AutocastPrecision("bf16")],
+        "plugins": [AutocastPrecision("bf16-mixed")],
     },
 }
 EDITS: dict[str, Callable[[], ModelEdit]] = {

@@ -227,7 +227,7 @@ SETTINGS: dict[str, Callable[[], list[Callback]]] = {
     "average": lambda: [Distillation(teacher("ema"), BOTH, ema_decay=0.8)],
     "average of lightning": lambda: [EMAWeightAveraging(decay=0.8), Distillation(teacher("ema"), BOTH)],
     "self": lambda: [prune(), Distillation(teacher("self"), BOTH)],
-    "self in bfloat16": lambda: [prune(), Distillation(teacher("self", precision="bf16"), BOTH)],
+    "self in bfloat16": lambda: [prune(), Distillation(teacher("self", precision="bf16-true"), BOTH)],
     "average of the pruned": lambda: [prune(), Distillation(teacher("ema"), BOTH, ema_decay=0.8)],
     "prune": lambda: [Distillation(teacher(), BOTH), prune()],
     "cache": lambda: [Distillation(teacher(), BOTH, cache="cache")],
@@ -324,7 +324,7 @@ def test_a_compiled_teacher_teaches_the_same_in_every_fit(
 ) -> None:
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: real(net, backend="eager"))
-    guide, eager = Teacher(master(), precision="fp32", compile=True), Module()
+    guide, eager = Teacher(master(), precision="32-true", compile=True), Module()
     fit(eager, Distillation(teacher(), BOTH))
     for _ in range(2):
         model = Module()
@@ -344,18 +344,22 @@ EVERY = {
 @pytest.mark.parametrize(
     ("kind", "guide"),
     [
-        ("autocast", "fp32"),
+        ("autocast", "32-true"),
         ("autocast", "same"),
-        ("bf16-mixed", "bf16"),
-        ("bf16-true", "fp32"),
+        ("bf16-mixed", "bf16-true"),
+        ("bf16-true", "32-true"),
         ("bf16-true", "same"),
-        ("64-true", "bf16"),
+        ("64-true", "bf16-true"),
     ],
 )
 def test_all_losses_work_in_every_precision(fit: Fit, kind: str, guide: str) -> None:
     model = Module()
     distillation = Distillation(teacher(precision=guide), EVERY, diagnostics_every_n_steps=1)
-    given = {"plugins": [AutocastPrecision("bf16")]} if kind == "autocast" else {"precision": kind}
+    given = (
+        {"plugins": [AutocastPrecision("bf16-mixed")]}
+        if kind == "autocast"
+        else {"precision": kind}
+    )
     trainer = fit(model, distillation, max_epochs=1, **given)
     assert all(p.isfinite().all() for p in model.parameters())
     assert all(distillation.shares[name] > 1e-5 for name in EVERY)
@@ -404,7 +408,7 @@ def test_it_works_beside_prune_amp_and_compile(
     distillation = Distillation(teacher(None if source == "module" else "self"), BOTH)
     pruning = [StructuredPruning(ratio=0.5, when=1)] if pruned else []
     callbacks = [*pruning] + [BlockCompile(backend="eager")] * compiled
-    given = {"plugins": [AutocastPrecision("bf16")]} if amp else {}
+    given = {"plugins": [AutocastPrecision("bf16-mixed")]} if amp else {}
     model = Adam()
     trainer = fit(model, *callbacks, distillation, **given)
     head: Any = dict(distillation.engine.heads.items()).get("fitnet_0")

@@ -38,7 +38,7 @@ class Counted(Teacher):
 
 
 def counting(network: nn.Module) -> Counted:
-    return Counted(network, precision="fp32")
+    return Counted(network, precision="32-true")
 
 
 def exact(folder: Path, **kwargs: Any) -> TeacherCache:

@@ -119,7 +119,7 @@ def test_classes_are_where_the_criterion_or_the_labels_say(fit: Fit, kind: str, 
     make, of, labels, dim, step = KINDS[kind]
     net, guide, data = make(), make(), batches(of, labels)
     model = User(net, step)
-    fit(model, Distillation(Teacher(guide, precision="fp32"), {loss: 1.0}, task_weight=0.0), batches=data)  # fmt: skip
+    fit(model, Distillation(Teacher(guide, precision="32-true"), {loss: 1.0}, task_weight=0.0), batches=data)  # fmt: skip
     hand = by_hand(net, guide, data, dim, LOSSES[loss])
     assert apart(model.net, hand) < 1e-6 < 1e-3 < apart(hand, net)
 
@@ -139,7 +139,7 @@ def test_a_cache_holds_the_classes_of_each_position(
     for _ in range(2):  # from the teacher, and from the disk
         cache = TeacherCache(tmp_path, top_k=top_k, dtype="float32")
         model = User(net, step)
-        fit(model, Distillation(Teacher(guide, precision="fp32"), {"kd": 1.0}, task_weight=0.0, cache=cache), batches=data)  # fmt: skip
+        fit(model, Distillation(Teacher(guide, precision="32-true"), {"kd": 1.0}, task_weight=0.0, cache=cache), batches=data)  # fmt: skip
         assert apart(model.net, by_hand(net, guide, data, dim, learn)) < 1e-6
 
 
@@ -153,7 +153,9 @@ def test_where_nothing_tells_it_is_asked_for_and_said(fit: Fit) -> None:
     with pytest.raises(AccelError, match=r"which dimension.*\(4, 5, 6\).*class_dim=1"):
         fit(User(net, silent), Distillation(Teacher(guide), **given), batches=data)
     model = User(net, silent)
-    fit(model, Distillation(Teacher(guide, precision="fp32"), class_dim=1, **given), batches=data)
+    fit(
+        model, Distillation(Teacher(guide, precision="32-true"), class_dim=1, **given), batches=data
+    )
     assert apart(model.net, by_hand(net, guide, data, 1, LOSSES["kd"])) < 1e-6
     with pytest.raises(AccelError, match="class_dim=3"):
         fit(User(net, silent), Distillation(Teacher(guide), class_dim=3, **given), batches=data)

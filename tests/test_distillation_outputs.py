@@ -44,7 +44,7 @@ def fitted(fit: Fit, net: nn.Module, guide: nn.Module, step: Any, batch: Any, **
     model = User(net, step)
     own = {"losses": {"kd": 1.0}, "task_weight": 0.0, "diagnostics_every_n_steps": 0, **given}
     loader = DataLoader([batch], batch_size=None)
-    fit(model, Distillation(Teacher(guide, precision="fp32"), **own), batches=loader)
+    fit(model, Distillation(Teacher(guide, precision="32-true"), **own), batches=loader)
     return model
 
 

@@ -82,7 +82,7 @@ def off(
     model = module(copy.deepcopy(student), loss)
     losses = losses or {"kd": {"weight": WEIGHT, "temperature": 2.0}}
     own = Distillation(
-        Teacher(guide, precision="fp32"), losses, task_weight=TASK, diagnostics_every_n_steps=0
+        Teacher(guide, precision="32-true"), losses, task_weight=TASK, diagnostics_every_n_steps=0
     )
     fit(model, own, batches=DataLoader(batches(), batch_size=None), **kwargs)
     sgd = torch.optim.SGD(student.parameters(), 0.1)
@@ -204,7 +204,7 @@ def test_the_shares_of_the_gradient_are_those_of_what_is_learned(fit: Fit) -> No
     for divided in (1.0, 4.0):
         model = ByHand(make_again(net), lambda o, b, i, by=divided: ce(o, b[1]) / by)
         own = Distillation(
-            Teacher(net(), precision="fp32"), {"kd": 0.5}, diagnostics_every_n_steps=1
+            Teacher(net(), precision="32-true"), {"kd": 0.5}, diagnostics_every_n_steps=1
         )
         fit(model, own, batches=DataLoader(batches()[:1], batch_size=None))
         shares.append(own.shares["kd"])
@@ -220,7 +220,7 @@ def test_a_criterion_that_comes_after_another_loss_is_said(fit: Fit) -> None:
             self.manual_backward(loss)
 
     student = make_again(net)
-    own = Distillation(Teacher(net(), precision="fp32"), "kd")
+    own = Distillation(Teacher(net(), precision="32-true"), "kd")
     with pytest.warns(UserWarning, match=r"another loss first, and then the criterion"):
         fit(Twice(student, ce), own, batches=DataLoader(batches(), batch_size=None))
 

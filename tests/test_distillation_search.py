@@ -124,7 +124,7 @@ def test_a_search_for_a_batch_size_runs_the_teacher(trainer_kwargs: dict[str, An
             return super().__call__(call)
 
     kwargs = {k: v for k, v in trainer_kwargs.items() if k != "limit_train_batches"}
-    guide = Counts(teacher().network, precision="fp32")
+    guide = Counts(teacher().network, precision="32-true")
     models = []
     for lessons in ([], [Distillation(guide, BOTH)]):
         models.append(Rated())

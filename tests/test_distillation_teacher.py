@@ -101,7 +101,7 @@ def test_a_teacher_that_changes_a_buffer_in_eval_mode_is_an_error(fit: Fit) -> N
 def test_a_teacher_in_bfloat16_leaves_the_users_network_as_it_is(fit: Fit) -> None:
     guide = master()
     before = copy.deepcopy(guide.state_dict())
-    fit(Module(), Distillation(teacher(guide, precision="bf16"), BOTH))
+    fit(Module(), Distillation(teacher(guide, precision="bf16-true"), BOTH))
     after = guide.state_dict()
     assert all(
         torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in after
@@ -562,7 +562,7 @@ def test_a_teacher_that_gives_no_numbers_is_told_before_the_student_learns_it(fi
     with pytest.raises(
         AccelError,
         match=r"teacher Gap gives what is no number.*Found: 4 of 32 numbers of its `logits` \(8, 4\), in batch 2 of "
-        r"epoch 0.*'fp32'.*Do: .*precision",
+        r"epoch 0.*'32-true'.*Do: .*precision",
     ):
         fit(model, Distillation(teacher(Gap()), "kd"))
     assert all(p.isfinite().all() for p in model.parameters())

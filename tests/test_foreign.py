@@ -84,7 +84,7 @@ def callbacks_of(cfg: DictConfig) -> list[Callback]:
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 @pytest.mark.parametrize("plugins", [None, [TorchCheckpointIO()]], ids=["none", "its own"])
 def test_a_preset_acts_in_an_app_that_builds_its_own_trainer(folder: Path, plugins: Any) -> None:
-    more = ["callbacks.precision.plugin.format=bf16", "~callbacks.report"]
+    more = ["callbacks.precision.plugin.precision=bf16-mixed", "~callbacks.report"]
     cfg = compose("train", ["+accel=amp_prune", *more])
     given: dict[str, Any] = {} if plugins is None else {"plugins": plugins}
     trainer = hydra.utils.instantiate(
@@ -101,8 +101,8 @@ def test_a_preset_computes_what_the_plugin_of_a_trainer_does(
 ) -> None:
     weights = []
     for given in (
-        {"callbacks": [UsePrecision(AutocastPrecision("bf16"))]},
-        {"plugins": [AutocastPrecision("bf16")]},
+        {"callbacks": [UsePrecision(AutocastPrecision("bf16-mixed"))]},
+        {"plugins": [AutocastPrecision("bf16-mixed")]},
     ):
         torch.manual_seed(0)
         model = Tiny()
@@ -112,7 +112,7 @@ def test_a_preset_computes_what_the_plugin_of_a_trainer_does(
 
 
 def test_two_precisions_are_refused(trainer_kwargs: dict[str, Any]) -> None:
-    use = UsePrecision(AutocastPrecision("bf16"))
+    use = UsePrecision(AutocastPrecision("bf16-mixed"))
     mine = MixedPrecision("bf16-mixed", "cpu")
     with pytest.raises(AccelError, match="one precision"):
         Trainer(**trainer_kwargs | {"callbacks": [use], "plugins": [mine]}).fit(Tiny())

@@ -84,7 +84,7 @@ class CompiledManual(Manual):
 
 
 def sparsity() -> SparsityTraining:
-    return SparsityTraining("growing", strength=0.1, every=2)
+    return SparsityTraining("growing", strength=0.1, every_n_steps=2)
 
 
 TECHNIQUES: dict[str, Callable[[], Callback]] = {

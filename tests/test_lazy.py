@@ -136,7 +136,7 @@ def test_mixed_precision_computes_as_lightnings(
     trainer_kwargs: dict[str, Any], first: str | None
 ) -> None:
     ours, theirs = Lazy(first), Lazy(first)
-    fit(trainer_kwargs, ours, [], plugins=[AutocastPrecision("bf16")])
+    fit(trainer_kwargs, ours, [], plugins=[AutocastPrecision("bf16-mixed")])
     fit(trainer_kwargs, theirs, [], precision="bf16-mixed")
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -107,7 +107,7 @@ def test_arguments_that_are_classes_have_short_names_too(fitted: Callable[..., T
 
 def test_a_plugin_of_ours_is_known_to_the_trainer(fitted: Callable[..., Tiny]) -> None:
     model = fitted(
-        "    []\n", "--trainer.plugins+=AutocastPrecision", "--trainer.plugins.format=bf16"
+        "    []\n", "--trainer.plugins+=AutocastPrecision", "--trainer.plugins.precision=bf16-mixed"
     )
     assert model.dtypes == {torch.bfloat16}
 

@@ -345,7 +345,7 @@ AROUND: dict[str, Callable[[], dict[str, Any]]] = {
     "bf16-mixed clip value": lambda: {
         "precision": "bf16-mixed", "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value",
     },
-    "ours clip": lambda: {"plugins": [AutocastPrecision("bf16")], "gradient_clip_val": 0.1},
+    "ours clip": lambda: {"plugins": [AutocastPrecision("bf16-mixed")], "gradient_clip_val": 0.1},
     "bf16-true": lambda: {"precision": "bf16-true"},
     "scaler": scaled,
     "scaler clip": lambda: {**scaled(), "gradient_clip_val": 0.1},

@@ -131,6 +131,7 @@ def test_only_selected_layers_are_masked_and_tied_ones_once() -> None:
         (lambda net: WeightMasks(), ValueError, "either `amount` or `pattern`"),
         (lambda net: WeightMasks(0.5, pattern="2:4"), ValueError, "either `amount` or `pattern`"),
         (lambda net: WeightMasks(0.5, when=-1), ValueError, "`when`"),
+        (lambda net: WeightMasks(0.5, when=[1, 2]), ValueError, "masks are decided once"),
         (lambda net: WeightMasks(0.5, scope="some"), ValueError, "'local', 'global'"),
         (lambda net: WeightMasks(1.5), ValueError, "`amount`"),
     ],
@@ -317,6 +318,13 @@ def test_masked_weights_are_zero_after_every_step(fit: Fit, name: str) -> None:
     assert all(
         not o._optimizer_step_post_hooks for o in trainer.optimizers
     )  # nothing is left behind
+
+
+def test_a_share_of_the_fit_is_the_epoch_that_it_is_of_a_prune(fit: Fit) -> None:
+    watch, share = Watch(), Watch()
+    fit(module(Module), WeightMasks(0.5, when=1), watch, max_epochs=4)
+    fit(module(Module), WeightMasks(0.5, when=0.25), share, max_epochs=4)
+    assert watch.shares == share.shares and not watch.shares[2] and watch.shares[3]
 
 
 class OfManyCalls(Module):

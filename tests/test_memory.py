@@ -543,7 +543,7 @@ def test_a_budget_goes_with_amp_clipping_accumulation_and_manual_optimization(
         budget,
         BlockCompile(backend="aot_eager"),
         EMAWeightAveraging(decay=0.9),
-        plugins=[AutocastPrecision("bf16")],
+        plugins=[AutocastPrecision("bf16-mixed")],
         **others,
     )
     assert budget.savings is not None and budget.savings.kept_bytes > 0
@@ -810,7 +810,7 @@ def test_a_fit_with_all_beside_is_that_without_checkpointing(fit: Fit) -> None:
             *extra,
             BlockCompile(backend="aot_eager"),
             EMAWeightAveraging(decay=0.9),
-            plugins=[AutocastPrecision("bf16")],
+            plugins=[AutocastPrecision("bf16-mixed")],
             gradient_clip_val=0.5,
             accumulate_grad_batches=2,
         )

@@ -179,7 +179,7 @@ def test_whole_precision_asked_for_by_name_is_that_of_the_plain_fit(
 ) -> None:
     if kind not in _PLAIN:
         _PLAIN[kind] = fit(kind, trainer_kwargs, [])
-    same(fit(kind, trainer_kwargs, [], AutocastPrecision("fp32")), _PLAIN[kind], atol=0.0)
+    same(fit(kind, trainer_kwargs, [], AutocastPrecision("32-true")), _PLAIN[kind], atol=0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -137,32 +137,32 @@ def test_auto_agrees_with_the_clock_of_the_machine(
 
 def test_what_was_asked_for_is_done_and_slowness_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "describe", fake())
-    assert resolve("bf16").dtype == BF16
-    assert "not fast on Fake" in resolve("bf16").reason
-    assert resolve("fp32").dtype is None
+    assert resolve("bf16-mixed").dtype == BF16
+    assert "not fast on Fake" in resolve("bf16-mixed").reason
+    assert resolve("32-true").dtype is None
 
 
-@pytest.mark.parametrize("bad", ["bf17", "", "16-mixed", "float16", "AUTO"])
+@pytest.mark.parametrize("bad", ["bf17", "", "bf16", "float16", "AUTO"])
 def test_an_unknown_format_is_refused_with_the_known_ones(bad: str) -> None:
-    with pytest.raises(ValueError, match="'auto', 'bf16', 'fp16', 'fp32'"):
+    with pytest.raises(ValueError, match="'auto', 'bf16-mixed', '16-mixed', '32-true'"):
         AutocastPrecision(bad)
 
 
 @pytest.mark.parametrize("bad", [None, 16, float("nan"), torch.bfloat16, True])
 def test_a_format_that_is_no_name_is_refused(bad: Any) -> None:
-    with pytest.raises(TypeError, match="'bf16'"):
+    with pytest.raises(TypeError, match="'bf16-mixed'"):
         AutocastPrecision(bad)
 
 
 def test_fp16_on_a_cpu_is_refused_with_the_way_out(trainer: Any) -> None:
-    with pytest.raises(Unsupported, match="pass 'bf16'"):
-        trainer(plugins=[AutocastPrecision("fp16")]).fit(module(), data())
+    with pytest.raises(Unsupported, match="pass 'bf16-mixed'"):
+        trainer(plugins=[AutocastPrecision("16-mixed")]).fit(module(), data())
 
 
 def test_a_device_without_autocast_is_noticed() -> None:
     assert not takes_effect(torch.device("meta"), BF16)
     with pytest.raises(Unsupported, match="stayed in fp32"):
-        resolve("bf16", "meta")
+        resolve("bf16-mixed", "meta")
 
 
 def test_a_dtype_that_autocast_silently_ignores_is_noticed() -> None:
@@ -171,7 +171,7 @@ def test_a_dtype_that_autocast_silently_ignores_is_noticed() -> None:
 
 def test_making_the_plugin_touches_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "resolve", None)
-    assert AutocastPrecision("fp16").policy is None
+    assert AutocastPrecision("16-mixed").policy is None
     with (
         pytest.raises(AccelError, match="when a Trainer starts"),
         AutocastPrecision().forward_context(),
@@ -204,7 +204,7 @@ def test_every_value_is_that_of_lightnings_own(
     trainer: Any, kind: type[Module], stage: str, net: Any
 ) -> None:
     users = []
-    for precision in (AutocastPrecision("bf16"), MixedPrecision("bf16-mixed", "cpu")):
+    for precision in (AutocastPrecision("bf16-mixed"), MixedPrecision("bf16-mixed", "cpu")):
         torch.manual_seed(0)
         user = module(net and net(), kind=kind)
         losses: list[Tensor] = []
@@ -226,7 +226,7 @@ def test_the_gradient_of_a_weight_used_often_is_summed_in_fp32(trainer: Any) -> 
             self.grad = self.net[0].weight.grad.clone()
 
     user, x = module(shared(1), kind=Often), next(iter(data()))[0]
-    trainer(plugins=[AutocastPrecision("bf16")], limit_train_batches=1, max_epochs=1).fit(
+    trainer(plugins=[AutocastPrecision("bf16-mixed")], limit_train_batches=1, max_epochs=1).fit(
         user, data()
     )
     truth = (400 * x.sum(0)).expand_as(user.grad)
@@ -252,7 +252,7 @@ def test_weights_first_used_without_grad_still_get_their_gradient(
     trainer: Any, context: Any
 ) -> None:
     grads = []
-    for precision in (AutocastPrecision("bf16"), MixedPrecision("bf16-mixed", "cpu")):
+    for precision in (AutocastPrecision("bf16-mixed"), MixedPrecision("bf16-mixed", "cpu")):
         user = module(kind=NoGradFirst)
         user.context = context
         trainer(plugins=[precision], max_epochs=1, limit_train_batches=1).fit(user, data())
@@ -284,7 +284,7 @@ class Alternating(Module):
 @pytest.mark.parametrize("raw", [False, True])
 def test_weights_that_change_within_a_step_are_cast_anew(trainer: Any, raw: bool) -> None:
     losses = []
-    for precision in (AutocastPrecision("bf16"), MixedPrecision("bf16-mixed", "cpu")):
+    for precision in (AutocastPrecision("bf16-mixed"), MixedPrecision("bf16-mixed", "cpu")):
         user = module(kind=Alternating)
         user.raw = raw
         trainer(plugins=[precision], max_epochs=1).fit(user, data())
@@ -296,7 +296,7 @@ def test_weights_that_change_within_a_step_are_cast_anew(trainer: Any, raw: bool
 
 
 def test_every_stage_computes_in_the_chosen_format(trainer: Any) -> None:
-    user, run = module(), trainer(plugins=[AutocastPrecision("bf16")], num_sanity_val_steps=1)
+    user, run = module(), trainer(plugins=[AutocastPrecision("bf16-mixed")], num_sanity_val_steps=1)
     run.fit(user, data(), data())
     run.validate(user, data(), verbose=False)
     run.test(user, data(), verbose=False)
@@ -312,18 +312,18 @@ def test_fp32_is_bit_equal_to_no_plugin_and_says_why(
     said: list[str] = []
     monkeypatch.setattr(plugin, "rank_zero_info", said.append)
     ours, plain = module(), module()
-    trainer(plugins=[AutocastPrecision("fp32")]).fit(ours, data())
+    trainer(plugins=[AutocastPrecision("32-true")]).fit(ours, data())
     trainer().fit(plain, data())
     assert ours.seen == {"train": torch.float32}
     assert all(
         torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True)
     )
-    assert said == ["Computing in float32 on cpu: fp32 was asked for."]
+    assert said == ["Computing in float32 on cpu: 32-true was asked for."]
 
 
 def test_bf16_is_bit_equal_to_lightnings_own(trainer: Any) -> None:
     ours, lightnings = module(), module()
-    trainer(plugins=[AutocastPrecision("bf16")]).fit(ours, data())
+    trainer(plugins=[AutocastPrecision("bf16-mixed")]).fit(ours, data())
     trainer(plugins=[MixedPrecision("bf16-mixed", "cpu")]).fit(lightnings, data())
     pairs = zip(ours.parameters(), lightnings.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -339,13 +339,13 @@ def test_a_users_own_autocast_inside_is_respected(trainer: Any) -> None:
             return super().training_step(batch, batch_idx)
 
     user = module(kind=Careful)
-    trainer(plugins=[AutocastPrecision("bf16")]).fit(user, data())
+    trainer(plugins=[AutocastPrecision("bf16-mixed")]).fit(user, data())
     assert user.seen == {"off": torch.float32, "other": FP16, "train": BF16}
 
 
 def test_the_device_is_that_of_the_parameters(trainer: Any) -> None:
     user = module()
-    run = trainer(plugins=[AutocastPrecision("fp32")])
+    run = trainer(plugins=[AutocastPrecision("32-true")])
     precision = run.precision_plugin
     precision.device = "cuda"
     precision.connect(user, [], [])
@@ -354,7 +354,7 @@ def test_the_device_is_that_of_the_parameters(trainer: Any) -> None:
 
 @pytest.mark.parametrize("name", ["DeepSpeedStrategy", "SingleDeviceXLAStrategy", "MyFSDPStrategy"])
 def test_strategies_with_a_precision_of_their_own_are_refused(trainer: Any, name: str) -> None:
-    run = trainer(plugins=[AutocastPrecision("bf16")])
+    run = trainer(plugins=[AutocastPrecision("bf16-mixed")])
     run.strategy.__class__ = type(name, (type(run.strategy),), {})
     with pytest.raises(Unsupported, match="Trainer\\(precision="):
         run.fit(module(), data())
@@ -385,7 +385,7 @@ def test_bf16_clips_gradients_with_a_fused_optimizer(
                 largest.append(float(flat.norm() if algorithm == "norm" else flat.abs().max()))
 
     trainer(
-        plugins=[AutocastPrecision("bf16")],
+        plugins=[AutocastPrecision("bf16-mixed")],
         gradient_clip_val=0.01,
         gradient_clip_algorithm=algorithm,
         callbacks=[Watch()],
@@ -574,9 +574,9 @@ def test_a_scaler_state_of_lightnings_plugin_is_understood() -> None:
 def test_a_checkpoint_of_another_format_is_taken(trainer: Any, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, "a")
     run = {"max_epochs": 1, "enable_checkpointing": True, "callbacks": [saver]}
-    trainer(plugins=[AutocastPrecision("bf16")], **run).fit(module(), data())
+    trainer(plugins=[AutocastPrecision("bf16-mixed")], **run).fit(module(), data())
     user = module()
-    trainer(plugins=[AutocastPrecision("fp32")]).fit(user, data(), ckpt_path=tmp_path / "a.ckpt")
+    trainer(plugins=[AutocastPrecision("32-true")]).fit(user, data(), ckpt_path=tmp_path / "a.ckpt")
     assert user.seen == {"train": torch.float32}
 
 
@@ -785,7 +785,7 @@ def _no_leak_of_autocast() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "plugin", [AutocastPrecision("bf16"), Bf16Precision(), XlaPrecision()], ids=repr
+    "plugin", [AutocastPrecision("bf16-mixed"), Bf16Precision(), XlaPrecision()], ids=repr
 )
 def test_a_plugin_among_the_callbacks_is_told_where_to_go(plugin: Any) -> None:
     with pytest.raises(AccelError, match=r"is no callback(?s:.*)`Trainer\(plugins=\["):
@@ -812,7 +812,7 @@ class Short(LightningModule):
 
 
 @pytest.mark.parametrize("when", ["in init", "on_fit_start", "on_train_batch_start"])
-@pytest.mark.parametrize(("format", "kind"), [("fp32", "bfloat16"), ("fp16", "half")])
+@pytest.mark.parametrize(("format", "kind"), [("32-true", "bfloat16"), ("16-mixed", "half")])
 def test_a_module_with_its_own_short_weights_is_told_of_them(
     trainer_kwargs: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -820,20 +820,20 @@ def test_a_module_with_its_own_short_weights_is_told_of_them(
     format: str,
     kind: str,
 ) -> None:
-    if format == "fp16":  # as on a GPU; torch's scaler works on a CPU as well
+    if format == "16-mixed":  # as on a GPU; torch's scaler works on a CPU as well
         policy = Policy(torch.float16, True, "asked for")
         monkeypatch.setattr(
             "lightning_accel.precision.plugins.autocast_precision.resolve", lambda *_: policy
         )
     data = DataLoader(TensorDataset(torch.randn(8, 8)), 4)
-    plain = {**trainer_kwargs, "precision": {"fp32": "32-true", "fp16": "16-mixed"}[format]}
+    plain = {**trainer_kwargs, "precision": {"32-true": "32-true", "16-mixed": "16-mixed"}[format]}
     words = "same dtype|FP16 gradients"
-    if format == "fp32":
+    if format == "32-true":
         with pytest.raises((RuntimeError, ValueError), match=words):
             Trainer(**plain).fit(Short(kind, when), data)
     ours = Trainer(**trainer_kwargs, plugins=[AutocastPrecision(format)])
     with pytest.raises(Unsupported, match=rf"net.body.0.weight.*({words}).*Bf16Precision"):
         ours.fit(Short(kind, when), data)
-    fine = Trainer(**trainer_kwargs, plugins=[AutocastPrecision("bf16")])
+    fine = Trainer(**trainer_kwargs, plugins=[AutocastPrecision("bf16-mixed")])
     monkeypatch.undo()
     fine.fit(Short("bfloat16", when), data)  # as with Lightning's "bf16-mixed"

@@ -384,7 +384,7 @@ class Manual(tiny.ByHand, Module):
 
 
 @needs_torchao
-@pytest.mark.parametrize("plugin", [lambda: AutocastPrecision("bf16"), Bf16Precision, None])
+@pytest.mark.parametrize("plugin", [lambda: AutocastPrecision("bf16-mixed"), Bf16Precision, None])
 def test_it_goes_with_the_formats_and_other_callbacks(
     fit: Any, clean_dynamo: None, plugin: Any
 ) -> None:
@@ -423,8 +423,8 @@ def test_what_makes_it_slow_is_told_at_the_start(fit: Any, monkeypatch: pytest.M
     with pytest.warns(UserWarning, match=r"precision '32-true' and no compiled network"):
         fit(module(), callback)
     with pytest.warns(UserWarning, match="Found: no compiled network"):
-        fit(module(), callback, plugins=[AutocastPrecision("bf16")])
-    parts = {"plugins": [AutocastPrecision("bf16")]}
+        fit(module(), callback, plugins=[AutocastPrecision("bf16-mixed")])
+    parts = {"plugins": [AutocastPrecision("bf16-mixed")]}
     fit(module(), callback, BlockCompile(backend="eager"), **parts)  # a warning would be an error
 
 

@@ -667,7 +667,7 @@ def test_no_way_to_a_pruned_checkpoint_takes_that_of_another_width(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "ours",
-    [UsePrecision(AutocastPrecision("fp32")), FrozenPredict(backend="eager"), AccelReport()],
+    [UsePrecision(AutocastPrecision("32-true")), FrozenPredict(backend="eager"), AccelReport()],
     ids=type,
 )
 def test_a_pruned_checkpoint_loads_beside_any_callback_of_ours(

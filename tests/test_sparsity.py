@@ -254,7 +254,7 @@ def penalty_by_hand(net: tiny.ConvNet, penalty: str, step: int, picked: list[Ten
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_fit_is_a_loop_with_the_penalty_in_the_loss(fit: Fit, penalty: str) -> None:
     model, expected = module(), module()
-    fit(model, SparsityTraining(penalty, strength=0.05, ratio=0.5, every=5, ceiling=0.12))
+    fit(model, SparsityTraining(penalty, strength=0.05, ratio=0.5, every_n_steps=5, ceiling=0.12))
     optimizer = expected.configure_optimizers()
     picked = [n < n.sort().values[len(n) // 2] for n in norms_of(expected.net)]
     for step, batch in enumerate([batch for _ in range(4) for batch in data()]):
@@ -282,7 +282,7 @@ def test_clipping_comes_after_the_penalty(fit: Fit) -> None:
 
 def test_growing_drives_out_the_picked_units_and_no_others(fit: Fit) -> None:
     model = module()
-    penalty = SparsityTraining("growing", strength=0.2, every=1, ceiling=10.0)
+    penalty = SparsityTraining("growing", strength=0.2, every_n_steps=1, ceiling=10.0)
     before = [n.detach() for n in norms_of(model.net)]
     fit(model, penalty, max_epochs=12)
     for norms, old, picked in zip(
@@ -319,7 +319,7 @@ class Registered(Module):
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_resume_is_bit_equal_before_and_after_a_cut(fit: Fit, tmp_path: Path, penalty: str) -> None:
     def callbacks() -> list[Callback]:
-        return [SparsityTraining(penalty, strength=0.05, every=2), CutOnce()]
+        return [SparsityTraining(penalty, strength=0.05, every_n_steps=2), CutOnce()]
 
     torch.manual_seed(0)
     whole = Registered()
@@ -386,7 +386,7 @@ def test_each_optimizer_gets_its_own_part_once(fit: Fit) -> None:
         ({"strength": 0.0}, "`strength`"),
         ({"ceiling": float("nan")}, "`ceiling`"),
         ({"ratio": 1.0}, "`ratio`"),
-        ({"every": 0}, "`every`"),
+        ({"every_n_steps": 0}, "`every_n_steps`"),
     ],
 )
 def test_arguments_out_of_range_are_refused(given: dict[str, Any], match: str) -> None:

@@ -157,7 +157,7 @@ pytestmark = [
 
 CHEAP = {  # what a part of a preset is given here, so that a test takes a second
     "compile": ["+callbacks.compilation.backend=eager"],
-    "amp": ["callbacks.precision.plugin.format=bf16"],
+    "amp": ["callbacks.precision.plugin.precision=bf16-mixed"],
     "distill": [],
     "auto": [
         "+callbacks.tuning.budget_s=0.5",

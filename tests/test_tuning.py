@@ -48,7 +48,7 @@ pytestmark = [
 ]
 
 MANY = Settings(
-    precision="bf16", matmul_precision="medium", fused_optimizer="fused", attention="math"
+    precision="bf16-mixed", matmul_precision="medium", fused_optimizer="fused", attention="math"
 )
 QUICK = ("precision", "matmul_precision", "fused_optimizer", "memory_format", "attention")
 
@@ -556,7 +556,7 @@ def test_a_run_that_is_resumed_under_other_terms_is_tuned_anew(
     picks: type[Picks], trainer_kwargs: dict[str, Any], tmp_path: Path, asked: Any, searches: int
 ) -> None:
     """Nothing of bf16 may go on when the numbers are to be exact from now on."""
-    picks.wanted = Settings(precision="bf16")
+    picks.wanted = Settings(precision="bf16-mixed")
     for epochs, given in ((1, {}), (2, asked)):
         tuning = tuner(**given)
         saver = ModelCheckpoint(tmp_path, filename="a", enable_version_counter=False)
@@ -565,7 +565,7 @@ def test_a_run_that_is_resumed_under_other_terms_is_tuned_anew(
         trainer.fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt" if epochs == 2 else None)
         picks.wanted = Settings()
     assert picks.searches == searches
-    assert tuning.settings == (Settings() if searches == 2 else Settings(precision="bf16"))
+    assert tuning.settings == (Settings() if searches == 2 else Settings(precision="bf16-mixed"))
 
 
 @pytest.mark.slow
@@ -697,7 +697,7 @@ def test_reports_are_written_in_every_form(
     train(Net(), data(), [tuner(report=files, batch_sizes=[2, 64])], **trainer_kwargs)
     for file in files:
         text = file.read_text()
-        assert "bf16" in text and "nan" not in text.lower()
+        assert "bf16-mixed" in text and "nan" not in text.lower()
     assert "64" in files[5].read_text()
 
 
@@ -706,7 +706,7 @@ def test_a_report_beside_the_logs_needs_no_path(
 ) -> None:
     picks.wanted = MANY
     train(Net(), data(), [tuner(report=True)], **trainer_kwargs | {"default_root_dir": "logs"})
-    assert "bf16" in (tmp_path / "logs" / "tuned.yaml").read_text()
+    assert "bf16-mixed" in (tmp_path / "logs" / "tuned.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -723,7 +723,7 @@ def test_products_in_float32_are_found(
 
     class Looking(Picks):
         def run(self, contests: Any, skipped: Any) -> SearchResult:
-            for precision in ("plain", "bf16"):
+            for precision in ("plain", "bf16-mixed"):
                 replica = self.build(Settings(precision=precision))
                 found.append(replica.has_float32_products())
             return super().run(contests, skipped)
@@ -947,7 +947,7 @@ def test_what_a_cpu_cannot_do_is_skipped_with_a_reason(
     reasons = {(t.technique, t.value): t.reason for t in tuning.report.trials}
     assert "CUDA" in reasons["compilation", "with CUDA graphs"]
     assert "numerics='low'" in reasons["float8", "tensorwise"]
-    assert "slower" in reasons["precision", "fp16"]
+    assert "slower" in reasons["precision", "16-mixed"]
     assert "scaled_dot_product_attention" in reasons["attention", "any"]
     assert "convolution" in reasons["memory_format", "channels_last"]
     assert {t.technique for t in tuning.report.trials} >= set(TECHNIQUES)
@@ -959,7 +959,7 @@ def test_a_precision_that_is_set_stays(picks: type[Picks], trainer_kwargs: dict[
     train(Net(), data(), [tuning], **{**trainer_kwargs, "precision": "64-true"})
     assert tuning.report is not None
     reasons = {t.value: t.reason for t in tuning.report.trials if t.technique == "precision"}
-    assert reasons["bf16"] == "the Trainer already has DoublePrecision"
+    assert reasons["bf16-mixed"] == "the Trainer already has DoublePrecision"
 
 
 @pytest.mark.slow
@@ -970,7 +970,7 @@ def test_a_wrong_gradient_is_rejected_with_its_figure(
 
     def turned(self: Replica, seed: int, steps: int = 3) -> Any:
         course = right(self, seed, steps)
-        if self.settings["precision"] == "bf16":
+        if self.settings["precision"] == "bf16-mixed":
             for _, found in course:
                 found["net.0.weight"] = -found["net.0.weight"]
         return course
@@ -979,7 +979,7 @@ def test_a_wrong_gradient_is_rejected_with_its_figure(
     tuning = tuner(budget_s=1e6, techniques="precision")  # of which a slow step is no part
     train(Net(), data(), [tuning], **trainer_kwargs)
     assert tuning.report is not None and tuning.settings == Settings()
-    trial = next(t for t in tuning.report.trials if t.value == "bf16")
+    trial = next(t for t in tuning.report.trials if t.value == "bf16-mixed")
     assert trial.verdict == "rejected" and "of net.0.weight" in trial.reason
 
 
@@ -1063,13 +1063,13 @@ def test_products_in_float32_are_seen_until_autocast_takes_them(
 
     class Looks(Picks):
         def run(self, contests: list[SearchSpace], skipped: list[SkippedCandidate]) -> SearchResult:
-            for settings in (Settings(), Settings(precision="bf16")):
+            for settings in (Settings(), Settings(precision="bf16-mixed")):
                 seen[settings.label] = self.build(settings).has_float32_products()
             return super().run(contests, skipped)
 
     monkeypatch.setattr(in_trainer, "Search", Looks)
     train(Net(), data(), [tuner()], **trainer_kwargs)
-    assert seen == {"plain": True, "bf16": False}
+    assert seen == {"plain": True, "bf16-mixed": False}
 
 
 @pytest.mark.slow

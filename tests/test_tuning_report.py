@@ -44,7 +44,7 @@ EVERY = [
 ]
 MANY = Settings(
     memory="0.5",
-    precision="bf16",
+    precision="bf16-mixed",
     matmul_precision="medium",
     fused_optimizer="fused",
     loading=LoadingPlan(in_memory=True),
@@ -58,9 +58,9 @@ def full() -> TuneReport:
         MANY,
         [WaterfallStep("plain", 8.0), WaterfallStep("+ bf16 & <more>", 4.0, 2.0, 1.9, 2.1, 2.0)],
         [
-            Trial("precision", "bf16", "taken", "", 2.0, 1.9, 2.1),
+            Trial("precision", "bf16-mixed", "taken", "", 2.0, 1.9, 2.1),
             Trial("compilation", "whole", "not taken", "pays late", 1.1, 1.0, 1.2, 30.5, 9000),
-            Trial("precision", "fp16", "skipped", "slow"),
+            Trial("precision", "16-mixed", "skipped", "slow"),
         ],
         [BatchRate(8, 100.5), BatchRate(4096, None, "out of memory")],
         (1.01, 0.99, 1.02),
@@ -193,7 +193,7 @@ def test_settings_are_read_back_and_built(chosen: Settings) -> None:
         {"precision": None},
         {"precision": "bf17"},
         {"precision": ""},
-        {"precision": ["bf16"]},
+        {"precision": ["bf16-mixed"]},
         {"fused_optimizer": True},
         {"matmul_precision": 3},
         {"loading": 3},
@@ -277,7 +277,7 @@ def test_ways_of_loading_are_told_with_their_gains_and_reasons(
 
 
 @pytest.mark.parametrize(
-    "chosen", [Settings(precision="bf16", matmul_precision="medium", fused_optimizer="fused")]
+    "chosen", [Settings(precision="bf16-mixed", matmul_precision="medium", fused_optimizer="fused")]
 )
 def test_the_preset_builds_the_same_trainer(tmp_path: Path, chosen: Settings) -> None:
     import yaml
@@ -296,15 +296,15 @@ def test_the_preset_builds_the_same_trainer(tmp_path: Path, chosen: Settings) ->
     assert names >= {type(c).__name__ for c in by_hand["callbacks"]} and len(names) >= 2
     (use,) = [c for c in run.trainer.callbacks if isinstance(c, UsePrecision)]  # type: ignore[attr-defined]
     (mine,) = [c for c in by_hand["callbacks"] if isinstance(c, UsePrecision)]
-    assert type(use.plugin) is type(mine.plugin) and use.plugin.format == mine.plugin.format
+    assert type(use.plugin) is type(mine.plugin) and use.plugin.requested == mine.plugin.requested
     assert yaml.safe_load(TuneReport().to_yaml()) == {}
 
 
 @pytest.mark.parametrize(
     ("file", "technique", "value"),
     [
-        ("precision/bf16", "precision", "bf16"),
-        ("precision/fp16", "precision", "fp16"),
+        ("precision/bf16", "precision", "bf16-mixed"),
+        ("precision/fp16", "precision", "16-mixed"),
         ("precision/channels_last", "memory_format", "channels_last"),
         ("precision/float8", "float8", "tensorwise"),
         ("loop/fused", "fused_optimizer", "fused"),

@@ -22,7 +22,7 @@ from lightning_accel.tuning.search import Search, SearchResult, Unpayable
 from lightning_accel.tuning.settings import label_of
 
 STEP_S = 0.01
-PRECISION = SearchSpace("precision", ("bf16",))
+PRECISION = SearchSpace("precision", ("bf16-mixed",))
 MATMUL = SearchSpace("matmul_precision", ("high", "medium"))
 OPTIMIZER = SearchSpace("fused_optimizer", ("fused", "foreach"))
 ATTENTION = SearchSpace("attention", ("math",))
@@ -177,16 +177,16 @@ def reason(found: SearchResult, value: str) -> str:
 @pytest.mark.slow
 def test_what_is_faster_is_taken_and_the_rest_is_plain(world: World) -> None:
     world.factors = {
-        "precision bf16": 0.5,
+        "precision bf16-mixed": 0.5,
         "matmul_precision high": 1.0,
         "matmul_precision medium": 0.8,
         "fused_optimizer fused": 1.1,
         "fused_optimizer foreach": 1.0,
     }
     found = find(world, PRECISION, MATMUL, OPTIMIZER)
-    assert found.settings == Settings(precision="bf16", matmul_precision="medium")
+    assert found.settings == Settings(precision="bf16-mixed", matmul_precision="medium")
     assert verdicts(found) == {
-        "precision bf16": "taken",
+        "precision bf16-mixed": "taken",
         "matmul_precision high": "not taken",
         "matmul_precision medium": "taken",
         "fused_optimizer fused": "not taken",
@@ -200,13 +200,13 @@ def test_what_is_faster_is_taken_and_the_rest_is_plain(world: World) -> None:
 def test_the_waterfall_multiplies_up_in_the_order_of_the_search(world: World) -> None:
     world.factors = {
         "fused_optimizer fused": 0.8,
-        "precision bf16": 0.5,
+        "precision bf16-mixed": 0.5,
         "matmul_precision medium": 0.9,
     }
     found = find(world, PRECISION, MATMUL, OPTIMIZER)
     assert [bar.label for bar in found.bars] == [
         "plain",
-        "+ bf16",
+        "+ bf16-mixed",
         "+ matmul medium",
         "+ fused optimizer",
     ]
@@ -222,7 +222,7 @@ def test_the_waterfall_multiplies_up_in_the_order_of_the_search(world: World) ->
 
 def test_a_technique_is_measured_on_top_of_those_before(world: World) -> None:
     """A fused optimizer that helps plain steps, and harms those in bf16."""
-    world.factors = {"precision bf16": 0.5}
+    world.factors = {"precision bf16-mixed": 0.5}
     plain = World.factor
 
     def factor(self: World, settings: Settings, of: Mapping[str, float]) -> float:
@@ -232,7 +232,7 @@ def test_a_technique_is_measured_on_top_of_those_before(world: World) -> None:
 
     world.factor = factor.__get__(world)  # type: ignore[method-assign]
     found = find(world, PRECISION, OPTIMIZER)
-    assert found.settings == Settings(precision="bf16")
+    assert found.settings == Settings(precision="bf16-mixed")
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.995, 0.985])
@@ -272,12 +272,12 @@ def test_a_gain_within_what_plain_differs_from_plain_is_not_taken(
     world: World, factor: float
 ) -> None:
     """The machine gives the second copy of plain 0.77 or 1.43 of its speed, so 1.18x may be luck."""
-    world.factors = {"precision bf16": 0.85}
-    assert find(world, PRECISION).settings == Settings(precision="bf16")
+    world.factors = {"precision bf16-mixed": 0.85}
+    assert find(world, PRECISION).settings == Settings(precision="bf16-mixed")
     twins(world, factor)
     found = find(world, PRECISION)
-    assert verdicts(found) == {"precision bf16": "not taken"} and found.settings == Settings()
-    said = reason(found, "bf16")
+    assert verdicts(found) == {"precision bf16-mixed": "not taken"} and found.settings == Settings()
+    said = reason(found, "bf16-mixed")
     assert "no measurable difference: plain against plain is" in said
     assert f"{1 / factor:.2f}"[:3] in said
 
@@ -313,7 +313,7 @@ def test_a_gain_is_called_what_it_is(world: World, gain: float) -> None:
 def test_both_tables_give_one_number_to_what_was_taken(world: World) -> None:
     world.noise = 0.3
     world.factors = {
-        "precision bf16": 0.5,
+        "precision bf16-mixed": 0.5,
         "fused_optimizer fused": 0.6,
         "matmul_precision medium": 0.5,
     }
@@ -327,18 +327,18 @@ def test_both_tables_give_one_number_to_what_was_taken(world: World) -> None:
 
 def test_a_gain_within_what_plain_differs_from_plain_is_not_confirmed(world: World) -> None:
     """Between the contest and the waterfall the machine turned restless."""
-    world.factors = {"precision bf16": 0.85}
+    world.factors = {"precision bf16-mixed": 0.85}
     contested: list[Settings] = []
     factor = World.factor
 
     def later(self: World, settings: Settings, of: Mapping[str, float]) -> float:
-        late = len(contested) and settings["precision"] == "bf16"
+        late = len(contested) and settings["precision"] == "bf16-mixed"
         return factor(self, settings, of) * (1.17 if late else 1.0)
 
     world.factor = later.__get__(world)  # type: ignore[method-assign]
     world.on_build = lambda s: contested.append(s) if s["matmul_precision"] != "plain" else None
     found = find(world, PRECISION, MATMUL)
-    trial = next(t for t in found.trials if t.value == "bf16")
+    trial = next(t for t in found.trials if t.value == "bf16-mixed")
     assert found.settings == Settings() and any("not confirmed" in note for note in found.notes)
     assert trial.verdict == "not taken" and trial.ratio == pytest.approx(1.0, abs=0.02)
     assert "not confirmed: 1.1" in trial.reason and "plain against plain is" in trial.reason
@@ -355,7 +355,7 @@ def test_a_step_that_gains_nothing_beside_the_others_says_what_it_gained_alone(
         return plain(self, settings, of) * (0.8 if fused else 1.0)
 
     world.factor = factor.__get__(world)  # type: ignore[method-assign]
-    world.factors = {"precision bf16": 0.5, "fused_optimizer fused": 0.5}
+    world.factors = {"precision bf16-mixed": 0.5, "fused_optimizer fused": 0.5}
     found = find(
         world,
         PRECISION,
@@ -369,7 +369,7 @@ def test_a_step_that_gains_nothing_beside_the_others_says_what_it_gained_alone(
 
 
 def test_without_memory_for_a_second_copy_the_waterfall_decides(world: World) -> None:
-    world.factors = {"precision bf16": 0.5}
+    world.factors = {"precision bf16-mixed": 0.5}
     refused: list[Settings] = []
 
     def third(settings: Settings) -> None:
@@ -380,7 +380,7 @@ def test_without_memory_for_a_second_copy_the_waterfall_decides(world: World) ->
     world.on_build = third
     found = find(world, PRECISION)
     assert refused == [Settings()], "the second copy of the incumbent, after all that compete"
-    assert found.settings == Settings(precision="bf16") and not found.notes
+    assert found.settings == Settings(precision="bf16-mixed") and not found.notes
     assert found.resolution.ratio == pytest.approx(1.0, abs=0.02)
 
 
@@ -400,15 +400,15 @@ def test_without_memory_for_a_second_copy_the_waterfall_decides(world: World) ->
 def test_another_gradient_is_rejected_with_its_figure(
     world: World, numerics: str, angle: float, verdict: str
 ) -> None:
-    world.factors, world.turned = {"precision bf16": 0.1}, {"precision": angle}
+    world.factors, world.turned = {"precision bf16-mixed": 0.1}, {"precision": angle}
     if numerics == "exact":  # whose loss may differ by 1e-5 only
         own = Fake.gradients
         world.build = lambda s: _with_loss(Fake(world, s), own)  # type: ignore[method-assign]
     found = find(world, PRECISION, numerics=numerics)
-    assert verdicts(found) == {"precision bf16": verdict}
+    assert verdicts(found) == {"precision bf16-mixed": verdict}
     if verdict == "rejected":
         cosine = f"{torch.tensor(angle).cos():.4f}" if angle == angle else "-1.0000"
-        assert cosine in reason(found, "bf16") and "allowed" in reason(found, "bf16")
+        assert cosine in reason(found, "bf16-mixed") and "allowed" in reason(found, "bf16-mixed")
         assert found.settings == Settings()
 
 
@@ -418,19 +418,23 @@ def _with_loss(fake: Fake, own: Callable[[Fake, int], Any]) -> Fake:
 
 
 def test_a_step_that_learns_otherwise_is_rejected_with_its_figure(world: World) -> None:
-    world.factors, world.drift = {"precision bf16": 0.5}, {"precision": 0.05}
+    world.factors, world.drift = {"precision bf16-mixed": 0.5}, {"precision": 0.05}
     found = find(world, PRECISION)
-    assert verdicts(found) == {"precision bf16": "rejected"}
-    assert "learning curve" in reason(found, "bf16") and "%" in reason(found, "bf16")
+    assert verdicts(found) == {"precision bf16-mixed": "rejected"}
+    assert "learning curve" in reason(found, "bf16-mixed") and "%" in reason(found, "bf16-mixed")
 
 
 def test_a_random_step_is_compared_within_its_own_noise(world: World) -> None:
-    world.factors, world.turned, world.jitter = {"precision bf16": 0.5}, {"precision": 0.3}, 0.3
+    world.factors, world.turned, world.jitter = (
+        {"precision bf16-mixed": 0.5},
+        {"precision": 0.3},
+        0.3,
+    )
     found = find(world, PRECISION)
-    assert verdicts(found) == {"precision bf16": "taken"}
+    assert verdicts(found) == {"precision bf16-mixed": "taken"}
     assert any("random by itself" in note for note in found.notes)
     world.turned = {"precision": 1.5}
-    assert verdicts(find(world, PRECISION)) == {"precision bf16": "rejected"}
+    assert verdicts(find(world, PRECISION)) == {"precision bf16-mixed": "rejected"}
 
 
 @pytest.mark.parametrize(("steps", "verdict"), [(20_000, "not taken"), (100_000, "taken")])
@@ -457,12 +461,15 @@ def test_a_run_that_could_never_win_a_compile_back_does_not_try(world: World) ->
 
 
 def test_products_that_are_not_in_float32_need_no_precision(world: World) -> None:
-    world.factors, world.products = {"precision bf16": 0.5}, lambda s: s["precision"] == "plain"
+    world.factors, world.products = (
+        {"precision bf16-mixed": 0.5},
+        lambda s: s["precision"] == "plain",
+    )
     found = find(world, PRECISION, MATMUL)
     assert verdicts(found)["matmul_precision medium"] == "skipped" and "float32" in reason(
         found, "medium"
     )
-    world.factors = {"precision bf16": 2.0}
+    world.factors = {"precision bf16-mixed": 2.0}
     assert verdicts(find(world, PRECISION, MATMUL))["matmul_precision medium"] == "not taken"
 
 
@@ -493,7 +500,7 @@ def test_the_faster_of_two_values_wins(world: World) -> None:
 def test_what_is_left_out_is_said_in_the_order_of_the_techniques(world: World) -> None:
     skipped = (
         SkippedCandidate("float8", "tensorwise", "no CUDA"),
-        SkippedCandidate("precision", "fp16", "slow"),
+        SkippedCandidate("precision", "16-mixed", "slow"),
     )
     found = find(world, OPTIMIZER, MATMUL, skipped=skipped)
     order = [TECHNIQUES.index(t.technique) for t in found.trials]
@@ -537,7 +544,7 @@ def test_out_of_memory_beside_other_copies_lets_those_go_and_tries_again(
     world.factors = {
         "fused_optimizer fused": 0.5,
         "fused_optimizer foreach": 0.9,
-        "precision bf16": 0.5,
+        "precision bf16-mixed": 0.5,
     }
     failed: list[Settings] = []
 
@@ -548,14 +555,14 @@ def test_out_of_memory_beside_other_copies_lets_those_go_and_tries_again(
 
     world.on_build = short_once
     found = find(world, PRECISION, OPTIMIZER, MATMUL)
-    assert failed and found.settings == Settings(precision="bf16", fused_optimizer="fused")
+    assert failed and found.settings == Settings(precision="bf16-mixed", fused_optimizer="fused")
     assert found.bars[-1].ratio == pytest.approx(4.0, rel=0.02)
 
 
 def test_out_of_memory_in_the_waterfall_leaves_its_ends(world: World) -> None:
     """There is memory for three copies at a time, and the way has four steps and a second plain."""
     world.factors = {
-        "precision bf16": 0.5,
+        "precision bf16-mixed": 0.5,
         "matmul_precision medium": 0.5,
         "fused_optimizer fused": 0.5,
     }
@@ -579,11 +586,11 @@ def test_out_of_memory_in_the_waterfall_leaves_its_ends(world: World) -> None:
         SearchSpace("fused_optimizer", ("fused",)),
     )
     assert found.settings == Settings(
-        precision="bf16", matmul_precision="medium", fused_optimizer="fused"
+        precision="bf16-mixed", matmul_precision="medium", fused_optimizer="fused"
     )
     assert [bar.label for bar in found.bars] == [
         "plain",
-        "+ bf16 + matmul medium + fused optimizer",
+        "+ bf16-mixed + matmul medium + fused optimizer",
     ]
     assert found.bars[-1].ratio == pytest.approx(8.0, rel=0.02)
     assert any("too little memory" in note for note in found.notes)
@@ -594,9 +601,9 @@ def test_plain_that_does_not_fit_gets_an_activation_budget(world: World) -> None
         if settings["memory"] == "plain" or float(settings["memory"]) > 0.4:
             raise torch.OutOfMemoryError
 
-    world.on_step, world.factors = short, {"precision bf16": 0.5}
+    world.on_step, world.factors = short, {"precision bf16-mixed": 0.5}
     found = find(world, PRECISION, COMPILATION)
-    assert found.settings == Settings(precision="bf16", compilation="blocks", memory="0.3")
+    assert found.settings == Settings(precision="bf16-mixed", compilation="blocks", memory="0.3")
     assert any("out of memory" in note for note in found.notes)
 
 
@@ -623,25 +630,28 @@ def test_an_error_of_plain_is_the_users_own(world: World) -> None:
     ("step_s", "budget_s"), [(1e-4, 2), (1e-3, 5), (0.03, 10), (0.3, 20), (1.0, 60)]
 )
 def test_the_budget_is_respected(world: World, step_s: float, budget_s: float) -> None:
-    world.step_s, world.factors = step_s, {"precision bf16": 0.5, "matmul_precision medium": 0.9}
+    world.step_s, world.factors = (
+        step_s,
+        {"precision bf16-mixed": 0.5, "matmul_precision medium": 0.9},
+    )
     find(world, PRECISION, MATMUL, OPTIMIZER, budget_s=budget_s)
     assert world.now < 1.5 * budget_s
 
 
 def test_a_spent_budget_leaves_the_rest_out_and_says_so(world: World) -> None:
-    world.step_s, world.factors = 1.0, {"precision bf16": 0.3, "fused_optimizer fused": 0.5}
+    world.step_s, world.factors = 1.0, {"precision bf16-mixed": 0.3, "fused_optimizer fused": 0.5}
     found = find(world, PRECISION, MATMUL, OPTIMIZER, budget_s=12.0)
     assert found.bars and "budget" in reason(found, "fused")
 
 
 def test_an_endless_budget_ends(world: World) -> None:
-    world.factors = {"precision bf16": 0.5}
+    world.factors = {"precision bf16-mixed": 0.5}
     found = find(world, *ALL, budget_s=float("inf"))
-    assert found.settings == Settings(precision="bf16") and world.now < 3600
+    assert found.settings == Settings(precision="bf16-mixed") and world.now < 3600
 
 
 def test_a_search_costs_no_more_than_its_share_of_the_run(world: World) -> None:
-    world.factors = {"precision bf16": 0.5}
+    world.factors = {"precision bf16-mixed": 0.5}
     find(world, PRECISION, MATMUL, OPTIMIZER, steps=5000, budget_share=0.1)  # 5 of 50 s
     assert world.now < 1.5 * 5
     world.now = 0.0
@@ -651,7 +661,7 @@ def test_a_search_costs_no_more_than_its_share_of_the_run(world: World) -> None:
 
 
 def test_a_run_that_ends_by_the_clock_is_as_long_as_that(world: World) -> None:
-    world.factors = {"precision bf16": 0.5}
+    world.factors = {"precision bf16-mixed": 0.5}
     find(world, PRECISION, MATMUL, OPTIMIZER, budget_share=0.1, longest_s=50.0)
     assert world.now < 1.5 * 5
     with pytest.raises(Unpayable, match="take 2.0 s"):
@@ -660,13 +670,13 @@ def test_a_run_that_ends_by_the_clock_is_as_long_as_that(world: World) -> None:
 
 def test_other_work_is_answered_with_processor_time_and_said(world: World) -> None:
     """bf16 halves the work, and loses its core to another process whenever it runs."""
-    world.factors = {"precision bf16": 0.5}
+    world.factors = {"precision bf16-mixed": 0.5}
     spend, threads = world.spend, torch.get_num_threads()
     seen: list[int] = []
 
     def on_step(settings: Settings, count: int) -> None:
         seen.append(torch.get_num_threads())
-        world.now += 4 * STEP_S if settings["precision"] == "bf16" else 0.0
+        world.now += 4 * STEP_S if settings["precision"] == "bf16-mixed" else 0.0
 
     world.share, world.on_step = 0.5, on_step
     torch.set_num_threads(2)
@@ -676,7 +686,7 @@ def test_other_work_is_answered_with_processor_time_and_said(world: World) -> No
     finally:
         torch.set_num_threads(threads)
     assert spend and seen[0] == 2 and seen[-1] == 1
-    assert found.settings == Settings(precision="bf16")
+    assert found.settings == Settings(precision="bf16-mixed")
     assert found.bars[-1].ratio == pytest.approx(2.0, rel=0.03)
     notes = [note for note in found.notes if "other work took the processor" in note]
     assert len(notes) == 1 and "one thread" in notes[0] and "processor time" in notes[0]
@@ -686,9 +696,9 @@ def test_a_passing_disturbance_is_waited_out(world: World) -> None:
     def on_step(settings: Settings, count: int) -> None:
         world.share = 0.5 if world.now < 0.5 else 1.0
 
-    world.on_step, world.factors = on_step, {"precision bf16": 0.5}
+    world.on_step, world.factors = on_step, {"precision bf16-mixed": 0.5}
     found = find(world, PRECISION)
-    assert found.settings == Settings(precision="bf16") and not found.notes
+    assert found.settings == Settings(precision="bf16-mixed") and not found.notes
     assert found.bars[-1].ratio == pytest.approx(2.0, rel=0.02)
 
 

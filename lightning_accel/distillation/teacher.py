@@ -31,7 +31,7 @@ from lightning_accel.surgery.moment import Moments
 from lightning_accel.surgery.preserve import preserve_rng
 
 SELF, EMA = "self", "ema"
-TeacherPrecision = Literal["auto", "bf16", "fp32", "same"]
+TeacherPrecision = Literal["auto", "bf16-true", "32-true", "same"]
 PRECISIONS = get_args(TeacherPrecision)
 _OF_A_BINDING = ("_run", "_tape", "_footprint", "_as_it_stands")
 _CAST_ONCE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,7 +47,7 @@ class Teacher:
             average of the student).
         checkpoint: With a module, weights to load into it: a Lightning checkpoint or a state dict.
         weight: Its share among several teachers, relative to theirs.
-        precision: "auto" is bfloat16 where that is fast and else float32; "bf16"; "fp32"; "same" is that
+        precision: "auto" is bfloat16 where that is fast and else float32; "bf16-true"; "32-true"; "same" is that
             of the student.
         compile: Whether to run it through `torch.compile`.
         classes: For each class of the student, the teacher's index of it, where the orders differ.
@@ -56,7 +56,7 @@ class Teacher:
         TypeError: `source` is nothing of these.
         ValueError: An argument is out of range.
 
-    >>> teacher = Teacher(nn.Linear(2, 3), classes=[2, 1, 0], precision="fp32")
+    >>> teacher = Teacher(nn.Linear(2, 3), classes=[2, 1, 0], precision="32-true")
     >>> teacher.bind(teacher.network)(((torch.ones(1, 2),), {})).output.shape
     torch.Size([1, 3])
     """
@@ -224,12 +224,12 @@ class Teacher:
     def resolved(self, device: torch.device | str) -> str:
         """Return the precision that "auto" is on a device.
 
-        >>> Teacher(nn.Linear(1, 1), precision="fp32").resolved("cpu")
-        'fp32'
+        >>> Teacher(nn.Linear(1, 1), precision="32-true").resolved("cpu")
+        '32-true'
         """
         if self.precision != "auto":
             return self.precision
-        return "bf16" if hardware.describe(device).is_fast(torch.bfloat16) else "fp32"
+        return "bf16-true" if hardware.describe(device).is_fast(torch.bfloat16) else "32-true"
 
     def fingerprint(self) -> str:
         """Return a digest of everything that its outputs depend on, down to single bits; see `surgery.digest`.
@@ -287,8 +287,8 @@ class Teacher:
         return torch.get_float32_matmul_precision(), torch.get_default_dtype(), *autocast
 
     def _is_bf16(self) -> bool:
-        return self.precision == "bf16" or (
-            self.precision == "auto" and self.resolved(self.device) == "bf16"
+        return self.precision == "bf16-true" or (
+            self.precision == "auto" and self.resolved(self.device) == "bf16-true"
         )
 
     def _context(self) -> AbstractContextManager[Any]:

@@ -71,7 +71,7 @@ def not_a_number(
     return AccelError(
         f"the teacher {', '.join(names)} gives what is no number (NaN), and the student would learn it",
         f"{'; '.join(held) or f'a batch before {where}'}; its precision is {precision!r}",
-        "run it with Teacher(..., precision='fp32') where 16 bits are too short, and look at its weights and at this "
+        "run it with Teacher(..., precision='32-true') where 16 bits are too short, and look at its weights and at this "
         "batch, which may hold NaN itself",
     )
 

@@ -60,7 +60,7 @@ def reached_around(optimizer: Any) -> Unsupported:
         "this optimizer writes into weights that it holds outside of its `param_groups`, where no float32 "
         "master can be put in their place",
         type(optimizer).__name__,
-        "let it read and write the members of `param_groups`, or use `AutocastPrecision('bf16')`",
+        "let it read and write the members of `param_groups`, or use `AutocastPrecision('bf16-mixed')`",
     )
 
 

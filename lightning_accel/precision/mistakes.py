@@ -30,7 +30,7 @@ def refuse_complex(module: nn.Module) -> None:
             raise Unsupported(
                 "there is no complex bfloat16, and the imaginary part would be lost",
                 f"`{name}` of {str(tensor.dtype).removeprefix('torch.')}",
-                "use `AutocastPrecision('bf16')`, which leaves weights as they are",
+                "use `AutocastPrecision('bf16-mixed')`, which leaves weights as they are",
             )
 
 

@@ -9,7 +9,7 @@ between 4 and 100 times slower than fp32.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -18,9 +18,11 @@ from lightning_accel.arguments import one_of
 from lightning_accel.errors import Unsupported
 from lightning_accel.precision.autocast import takes_effect
 
-FORMATS = ("auto", "bf16", "fp16", "fp32")
+Precisions = Literal["auto", "bf16-mixed", "16-mixed", "32-true"]
+PRECISIONS = get_args(Precisions)
+"""Those of the Trainer that keep weights in float32, and `auto` for the best of them on a device."""
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Policy(NamedTuple):
@@ -35,50 +37,50 @@ class Policy(NamedTuple):
     reason: str
 
 
-def check(format: Any) -> str:
-    """Return the name of a format, or raise and list the known ones.
+def check(precision: Any) -> str:
+    """Return the precision, or raise and list the known ones.
 
-    >>> check("bf16")
-    'bf16'
+    >>> check("bf16-mixed")
+    'bf16-mixed'
     """
-    return one_of("format", format, FORMATS)
+    return one_of("precision", precision, PRECISIONS)
 
 
-def resolve(format: str = "auto", device: torch.device | str = "cpu") -> Policy:
+def resolve(precision: str = "auto", device: torch.device | str = "cpu") -> Policy:
     """Choose the format for a device.
 
     Args:
-        format: "auto" is the best one; "bf16", "fp16" and "fp32" are taken as asked.
+        precision: "auto" is the best one; "bf16-mixed", "16-mixed" and "32-true" are taken as asked.
         device: Where the model computes; the device is used for a moment.
 
     Raises:
-        ValueError: The format is unknown.
+        ValueError: The precision is unknown.
         Unsupported: The device cannot do what was asked explicitly.
 
-    >>> resolve("fp32", "cpu")
-    Policy(dtype=None, scaler=False, reason='fp32 was asked for')
+    >>> resolve("32-true", "cpu")
+    Policy(dtype=None, scaler=False, reason='32-true was asked for')
     """
-    check(format)
+    check(precision)
     device = torch.device(device)
-    if format == "fp32":
-        return Policy(None, False, "fp32 was asked for")
-    if format == "auto":
+    if precision == "32-true":
+        return Policy(None, False, "32-true was asked for")
+    if precision == "auto":
         return _best(device)
-    dtype = _DTYPES[format]
+    dtype = _DTYPES[precision]
     if dtype == torch.float16 and device.type == "cpu":
         raise Unsupported(
             "fp16 on a CPU is far slower than fp32",
-            "format='fp16' with a CPU",
-            "pass 'bf16', or 'auto' to let the hardware decide",
+            "precision='16-mixed' with a CPU",
+            "pass 'bf16-mixed', or 'auto' to let the hardware decide",
         )
     if not takes_effect(device, dtype):
         raise Unsupported(
-            f"{format} autocast has no effect on this device",
+            f"{precision} autocast has no effect on this device",
             f"a matrix product under torch.autocast('{device.type}') that stayed in fp32",
-            "pass 'auto' or 'fp32'",
+            "pass 'auto' or '32-true'",
         )
     slow = "" if dtype in _fast(device) else f", though it is not fast on {_name(device)}"
-    return Policy(dtype, dtype == torch.float16, f"{format} was asked for{slow}")
+    return Policy(dtype, dtype == torch.float16, f"{precision} was asked for{slow}")
 
 
 def _best(device: torch.device) -> Policy:
@@ -98,7 +100,3 @@ def _fast(device: torch.device) -> Collection[torch.dtype]:
 
 def _name(device: torch.device) -> str:
     return hardware.describe(device).name or device.type
-
-
-def _listed() -> str:
-    return ", ".join(repr(name) for name in FORMATS)

@@ -69,7 +69,7 @@ class Written:
                 f"{_TIMES} times within few steps, such as "
                 + ", ".join(f"`{name}`" for name in found[:3]),
                 "let an optimizer step them (Lightning's `self.optimizers().step()` where the optimizer holds "
-                "another), or use `AutocastPrecision('bf16')`",
+                "another), or use `AutocastPrecision('bf16-mixed')`",
             )
 
 

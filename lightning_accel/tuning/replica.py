@@ -80,7 +80,9 @@ class Replica:
         self.optimizers = [_with_own_attributes(o, memo) for o in trainer.optimizers]
         self._let_it_look(trainer, memo)
         self.device = trainer.strategy.root_device
-        self._scaler = torch.amp.GradScaler(self.device.type) if settings.format == "fp16" else None
+        self._scaler = (
+            torch.amp.GradScaler(self.device.type) if settings.format == "16-mixed" else None
+        )
         self._every = max(1, int(trainer.accumulate_grad_batches))
         self._step = int(trainer.global_step)
         self._global: list[Callable[[], AbstractContextManager[Any]]] = []
@@ -237,7 +239,7 @@ class Replica:
     def _context(self) -> AbstractContextManager[Any]:
         if self.settings.format is None:
             return self._trainer.precision_plugin.train_step_context()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.format]
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[self.settings.format]
         return autocast(self.device.type, dtype)
 
     def _run(self) -> Tensor:

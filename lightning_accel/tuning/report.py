@@ -1,10 +1,10 @@
 """What a tuner found: as a table, as JSON, as a picture, and as a preset that Hydra takes.
 
->>> report = TuneReport(Settings(precision="bf16"), bars=[WaterfallStep("plain", 8.0), WaterfallStep("+ bf16", 4.0, 2.0)])
+>>> report = TuneReport(Settings(precision="bf16-mixed"), bars=[WaterfallStep("plain", 8.0), WaterfallStep("+ bf16", 4.0, 2.0)])
 >>> report.ratio
 2.0
 >>> report.trainer_arguments()["callbacks"][0].plugin
-AutocastPrecision('bf16')
+AutocastPrecision('bf16-mixed')
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ Node = dict[str, Any]
 class Settings:
     """One value per technique; what is not named, or `plain`, is what the Trainer does by itself.
 
-    >>> Settings(precision="bf16", fused_optimizer="fused").label
-    'bf16 + fused optimizer'
+    >>> Settings(precision="bf16-mixed", fused_optimizer="fused").label
+    'bf16-mixed + fused optimizer'
     """
 
     values: tuple[tuple[str, Any], ...]
@@ -92,8 +92,8 @@ class Settings:
     def from_dict(cls, plain: Mapping[str, Any]) -> Settings:
         """Read `to_dict`'s form.
 
-        >>> Settings.from_dict({"precision": "bf16"}).to_dict()
-        {'precision': 'bf16'}
+        >>> Settings.from_dict({"precision": "bf16-mixed"}).to_dict()
+        {'precision': 'bf16-mixed'}
         """
         plain = dict(plain)
         if isinstance(plain.get("loading"), Mapping):

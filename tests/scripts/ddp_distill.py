@@ -115,7 +115,7 @@ def callbacks(folder: Path, case: str) -> list[Any]:
         source.head.weight.data *= 10  # speaks clearly
     settings = {"cache": folder / "cache"} if case == "cache" else {}
     settings |= {"ema_decay": 0.5} if case == "ema" else {}
-    teacher = Teacher(source, precision="fp32")
+    teacher = Teacher(source, precision="32-true")
     distillation = Distillation(teacher, CASES[case], task_weight=0.5, **settings)
     # Solved on the batches of one rank, weights would differ from those solved on all.
     pruning = StructuredPruning(ratio=0.5, when=1, compensate=False)

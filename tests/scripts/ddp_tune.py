@@ -28,7 +28,7 @@ from lightning_accel.tuning.search import SearchResult
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 
-MANY = Settings(precision="bf16", matmul_precision="medium", fused_optimizer="fused")
+MANY = Settings(precision="bf16-mixed", matmul_precision="medium", fused_optimizer="fused")
 
 
 class Net(LightningModule):

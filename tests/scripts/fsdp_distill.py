@@ -67,7 +67,7 @@ def fit(folder: Path, losses: Any, width: int, alone: bool, ckpt: str | None = N
         use_distributed_sampler=False,
         strategy="auto" if alone else ModelParallelStrategy(2, 1, process_group_backend="gloo"),
         callbacks=[
-            Distillation(Teacher(net(width, 5), precision="fp32"), losses, task_weight=0.5),
+            Distillation(Teacher(net(width, 5), precision="32-true"), losses, task_weight=0.5),
             ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}"),
         ],
     )  # fmt: skip

@@ -105,7 +105,7 @@ def test_every_value_is_lightnings(
         Trainer(**{**trainer_kwargs, "max_epochs": 2, **kwargs}).fit(module, DataLoader(data, 8))
         return module
 
-    stock, ours = run(precision="bf16-mixed"), run(plugins=[AutocastPrecision("bf16")])
+    stock, ours = run(precision="bf16-mixed"), run(plugins=[AutocastPrecision("bf16-mixed")])
     assert [float(x) for x in stock.seen] == [float(x) for x in ours.seen]
     assert all(map(torch.equal, stock.parameters(), ours.parameters()))
     assert len({round(float(x), 4) for x in ours.seen}) > 2

@@ -36,7 +36,7 @@ def taught(
     """Return the student after one step of distillation alone."""
     model = User(net, step)
     own = Distillation(
-        Teacher(guide, precision="fp32", classes=given.pop("classes", None)),
+        Teacher(guide, precision="32-true", classes=given.pop("classes", None)),
         {loss: 1.0} if isinstance(loss, str) else loss,
         task_weight=0.0, diagnostics_every_n_steps=0, **given,
     )  # fmt: skip

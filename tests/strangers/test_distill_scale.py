@@ -72,7 +72,7 @@ class ByHand(LightningModule):
 
 
 def lesson(guide: nn.Module, loss: Any = "kd") -> Distillation:
-    return Distillation(Teacher(guide, precision="fp32"), {loss: WEIGHT}, task_weight=TASK)
+    return Distillation(Teacher(guide, precision="32-true"), {loss: WEIGHT}, task_weight=TASK)
 
 
 TOKENS = {

@@ -328,7 +328,7 @@ COPIED: dict[str, Callable[[], Callback]] = {
     "masks": lambda: WeightMasks(0.5),
     "sparsity": lambda: SparsityTraining("slimming"),
     "prune": lambda: StructuredPruning(ratio=0.5, when=1),
-    "precision": lambda: UsePrecision(AutocastPrecision("bf16")),
+    "precision": lambda: UsePrecision(AutocastPrecision("bf16-mixed")),
 }
 
 

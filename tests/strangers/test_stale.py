@@ -244,7 +244,7 @@ class Turning(Net):
         (_hook, Net, {}, "remove them for this time, or leave it out"),
         (_per_batch, Net, {}, "leave it as it is, or leave it out"),
         (lambda *_: None, Turning, {}, "leave it out.*iterator"),
-        (lambda *_: None, Net, {"tolerance": 1e-9, "weights": "bf16"}, "keep weights in float32.*raise `tolerance`"),
+        (lambda *_: None, Net, {"tolerance": 1e-9, "precision": "bf16-true"}, "keep weights in float32.*raise `tolerance`"),
     ],
     ids=["hooks", "changes", "an iterator", "rounding"],
 )  # fmt: skip

@@ -33,7 +33,7 @@ class FrozenPredict(Technique, EvaluationBatches):
 
     Args:
         select: Networks to freeze: a `Select`, a name pattern or several; by default all of the module.
-        weights: "bf16" for copies in bfloat16: fast where the hardware is, and off by about 1 %.
+        precision: "bf16-true" for copies in bfloat16: fast where the hardware is, and off by about 1 %.
         channels_last: Whether copies of convolutional networks are channels last.
         tolerance: How far outputs may be off: norm of the difference by norm. By default 1e-4, with
             bfloat16 weights 3e-2.
@@ -45,8 +45,8 @@ class FrozenPredict(Technique, EvaluationBatches):
         Unsupported: In a fit.
         NoEffect: After the first batch, when it called none of the networks.
 
-    >>> FrozenPredict(weights="bf16", channels_last=True).weights
-    'bf16'
+    >>> FrozenPredict(precision="bf16-true", channels_last=True).precision
+    'bf16-true'
     """
 
     of_a_fit: ClassVar = {"networks": list}
@@ -55,17 +55,17 @@ class FrozenPredict(Technique, EvaluationBatches):
         self,
         select: Select | str | Iterable[str] | dict[str, Any] | None = None,
         *,
-        weights: str | None = None,
+        precision: str | None = None,
         channels_last: bool = False,
         tolerance: float | None = None,
         check_every_n_calls: int | None = 128,
         backend: Backend = "inductor",
     ) -> None:
-        check_arguments(weights, channels_last, tolerance, check_every_n_calls)
+        check_arguments(precision, channels_last, tolerance, check_every_n_calls)
         if not callable(backend):
             instance("backend", backend, str, "a name", "pass 'inductor'")
         self.select = Select.of(select)
-        self.weights = weights
+        self.precision = precision
         self.channels_last = channels_last
         self.tolerance = tolerance
         self.check_every_n_calls = check_every_n_calls
@@ -93,7 +93,7 @@ class FrozenPredict(Technique, EvaluationBatches):
         with frozen(
             context.module,
             select=self.select,
-            weights=self.weights,
+            precision=self.precision,
             channels_last=self.channels_last,
             tolerance=self.tolerance,
             check_every_n_calls=self.check_every_n_calls,

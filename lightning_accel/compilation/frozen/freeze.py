@@ -35,7 +35,7 @@ from lightning_accel.surgery import Select
 from lightning_accel.surgery.footprint import Footprint, observe
 from lightning_accel.surgery.preserve import preserve_rng
 
-TOLERANCES = {None: 1e-4, "bf16": 3e-2}
+TOLERANCES = {None: 1e-4, "bf16-true": 3e-2}
 """How far the copy may be off by default, per kind of weights: norm of the difference by norm."""
 _WINDOW = 64
 _OUT = "leave it out by `select=Select(exclude=...)`"
@@ -96,7 +96,7 @@ class Frozen:
         module: nn.Module,
         name: str,
         *,
-        weights: str | None,
+        precision: str | None,
         channels_last: bool,
         tolerance: float,
         check_every_n_calls: int | None,
@@ -104,7 +104,7 @@ class Frozen:
     ) -> None:
         self.module = module
         self.name = name
-        self.weights = weights
+        self.precision = precision
         self.channels_last = channels_last
         self.tolerance = tolerance
         self.check_every_n_calls = check_every_n_calls
@@ -168,7 +168,7 @@ class Frozen:
         except Exception as error:  # whatever modules hold that cannot be copied
             self._give_up(f"it cannot be copied: {' '.join(str(error).split())[:200]}", _OUT)
             return
-        if self.weights == "bf16":
+        if self.precision == "bf16-true":
             self._copy.to(torch.bfloat16)
         if self.channels_last:
             self._copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -180,7 +180,7 @@ class Frozen:
         return is_due(self.num_calls, self.check_every_n_calls)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
-        converts = self.weights is not None or self.channels_last
+        converts = self.precision is not None or self.channels_last
         if converts:
             args, kwargs = tree_map(self._convert, (args, kwargs))
         freezing = torch._inductor.config.patch(freezing=True)
@@ -238,7 +238,7 @@ class Frozen:
     def _advice(self, off: float) -> str:
         if not off <= _NOT_ROUNDING:
             return f"{_OUT}: its result hangs on something that no copy sees, such as an iterator or a file"
-        shorter = "keep weights in float32 (`weights=None`), or " if self.weights else ""
+        shorter = "keep weights in float32 (`precision=None`), or " if self.precision else ""
         return f"{shorter}raise `tolerance` if that is near enough"
 
     def _missed(self, *_: Any) -> None:
@@ -248,7 +248,7 @@ class Frozen:
     def _convert(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        dtype = torch.bfloat16 if self.weights == "bf16" else value.dtype
+        dtype = torch.bfloat16 if self.precision == "bf16-true" else value.dtype
         if self.channels_last and value.dim() == 4:
             return value.to(dtype, memory_format=torch.channels_last)
         return value.to(dtype)
@@ -259,7 +259,7 @@ def frozen(
     model: nn.Module,
     *,
     select: Select | str | Iterable[str] | None = None,
-    weights: str | None = None,
+    precision: str | None = None,
     channels_last: bool = False,
     tolerance: float | None = None,
     check_every_n_calls: int | None = 128,
@@ -274,7 +274,7 @@ def frozen(
     Args:
         model: The network, or a module that holds networks.
         select: Which networks: the outermost chosen modules. All by default.
-        weights: "bf16" for copies in bfloat16; outputs keep their dtypes.
+        precision: "bf16-true" for copies in bfloat16; outputs keep their dtypes.
         channels_last: Whether copies and their inputs of four dimensions are channels last.
         tolerance: Of `Frozen.error`; by default 1e-4, with bfloat16 weights 3e-2.
         check_every_n_calls: At how many calls both run and are compared, besides the first, second, fourth, eighth ...
@@ -291,15 +291,15 @@ def frozen(
     >>> networks[0].error
     0.0
     """
-    check_arguments(weights, channels_last, tolerance, check_every_n_calls)
+    check_arguments(precision, channels_last, tolerance, check_every_n_calls)
     check(backend, None)
-    limit = TOLERANCES[weights] if tolerance is None else tolerance
+    limit = TOLERANCES[precision] if tolerance is None else tolerance
     targets = find_blocks(model, select=select, blocks=False, itself=itself)
     networks = [
         Frozen(
             module,
             name,
-            weights=weights,
+            precision=precision,
             channels_last=channels_last,
             tolerance=limit,
             check_every_n_calls=check_every_n_calls,
@@ -321,10 +321,10 @@ def frozen(
 
 
 def check_arguments(
-    weights: Any, channels_last: Any, tolerance: Any, check_every_n_calls: Any
+    precision: Any, channels_last: Any, tolerance: Any, check_every_n_calls: Any
 ) -> None:
     """Raise unless these can be arguments of `frozen`."""
-    one_of("weights", weights, ("bf16",), none=True)
+    one_of("precision", precision, ("bf16-true",), none=True)
     flag("channels_last", channels_last)
     check_seldom(check_every_n_calls)
     finite("tolerance", tolerance, above=0.0, none=True, do="pass 1e-4")

@@ -106,6 +106,6 @@ class Float8Linear(Technique):
         if missing and not self.emulate:
             rank_zero_warn(
                 "float8 is slower than what it replaces unless casts are fused by the compiler and the rest "
-                f"computes in bf16. Found: {' and '.join(missing)}. Do: add `AutocastPrecision('bf16')` and "
+                f"computes in bf16. Found: {' and '.join(missing)}. Do: add `AutocastPrecision('bf16-mixed')` and "
                 "`BlockCompile()`, or leave out `Float8Linear`."
             )

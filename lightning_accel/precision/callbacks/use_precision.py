@@ -19,7 +19,7 @@ from lightning_accel.precision.autocast import takes_effect
 
 
 def _autocast(value: str) -> dict[str, str]:
-    return {"_target_": "lightning_accel.precision.AutocastPrecision", "format": value}
+    return {"_target_": "lightning_accel.precision.AutocastPrecision", "precision": value}
 
 
 class UsePrecision(Technique):
@@ -35,12 +35,14 @@ class UsePrecision(Technique):
         TypeError: It is no precision plugin.
 
     >>> from lightning_accel.precision import AutocastPrecision
-    >>> UsePrecision(AutocastPrecision("bf16")).plugin
-    AutocastPrecision('bf16')
+    >>> UsePrecision(AutocastPrecision("bf16-mixed")).plugin
+    AutocastPrecision('bf16-mixed')
     """
 
     name = "precision"
-    tunable: ClassVar = {value: {"plugin": _autocast(value)} for value in ("bf16", "fp16")}
+    tunable: ClassVar = {
+        value: {"plugin": _autocast(value)} for value in ("bf16-mixed", "16-mixed")
+    }
 
     def __init__(self, plugin: Precision) -> None:
         self.plugin = instance(
@@ -50,7 +52,7 @@ class UsePrecision(Technique):
     @override
     @classmethod
     def candidates(cls, situation: Situation) -> Iterator[str | Skipped]:
-        for value, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for value, dtype in (("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)):
             reason = _why_not(situation, value, dtype)
             yield Skipped(value, reason) if reason else value
 
@@ -92,15 +94,15 @@ def _why_not(situation: Situation, value: str, dtype: torch.dtype) -> str:
     plugin, device = situation.trainer.precision_plugin, situation.device
     plain = type(plugin) is Precision
     lightnings = type(plugin) is MixedPrecision and getattr(plugin, "scaler", None) is None
-    if not plain and not (lightnings and value == "bf16"):
+    if not plain and not (lightnings and value == "bf16-mixed"):
         return f"the Trainer already has {type(plugin).__name__}"
     if situation.numerics == "exact" and plain:
         return "shorter than fp32, which numerics='exact' does not allow"
-    if value == "fp16" and device.type == "cpu":
+    if value == "16-mixed" and device.type == "cpu":
         return "4 to 100 times slower than fp32 on CPUs"
-    if value == "fp16" and takes_effect(device, torch.bfloat16):
+    if value == "16-mixed" and takes_effect(device, torch.bfloat16):
         return "bf16 has the range of fp32 and needs no scaler"
-    if value == "fp16" and not situation.module.automatic_optimization:
+    if value == "16-mixed" and not situation.module.automatic_optimization:
         return "manual optimization would have to scale its losses by itself"
     return (
         "" if takes_effect(device, dtype) else f"autocast to {value} has no effect on {device.type}"

@@ -22,7 +22,7 @@ from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.precision.autocast import autocast
 from lightning_accel.precision.gate import Gate
 from lightning_accel.precision.mistakes import misplaced, told_of_short_weights
-from lightning_accel.precision.policy import Policy, check, resolve
+from lightning_accel.precision.policy import Policy, Precisions, check, resolve
 
 _LIGHTNING_NAMES = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
 _REFUSED = {
@@ -42,26 +42,26 @@ class AutocastPrecision(MixedPrecision):
     with fused optimizers.
 
     Args:
-        format: "auto", "bf16", "fp16" or "fp32".
+        precision: "auto", or as for `Trainer`: "bf16-mixed", "16-mixed" or "32-true".
 
     Raises:
-        ValueError: The format is unknown.
+        ValueError: The precision is unknown.
 
     >>> from lightning.pytorch import Trainer
-    >>> trainer = Trainer(plugins=[AutocastPrecision("bf16")], accelerator="cpu", logger=False)
+    >>> trainer = Trainer(plugins=[AutocastPrecision("bf16-mixed")], accelerator="cpu", logger=False)
     >>> trainer.precision_plugin
-    AutocastPrecision('bf16')
+    AutocastPrecision('bf16-mixed')
     """
 
     accel_baseline: ClassVar[str] = "32-true"
     """What `AccelReport` compares with."""
 
-    def __init__(self, format: str = "auto") -> None:
+    def __init__(self, precision: Precisions = "auto") -> None:
         # MixedPrecision.__init__ wants a device, which nobody knows yet.
-        self.format = check(format)
+        self.requested = check(precision)
         self.policy: Policy | None = None
         self.device: str = ""
-        self.precision = "32-true"
+        self.precision = "32-true"  # for Lightning: what is in use, and not what was asked for
         self.scaler: torch.amp.GradScaler | None = None
         self._gate: Gate | None = None
         self._module: Callable[[], nn.Module | None] = type(None)
@@ -164,17 +164,17 @@ class AutocastPrecision(MixedPrecision):
         raise misplaced(self)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.format!r})"
+        return f"{type(self).__name__}({self.requested!r})"
 
     def _choose(self, device: torch.device, strategy: Strategy | None = None) -> None:
-        policy = resolve(self.format, device)
+        policy = resolve(self.requested, device)
         if strategy is not None:
             policy = strategy.broadcast(policy)  # ranks time their devices, and must not differ
             if policy.scaler and isinstance(strategy, ModelParallelStrategy):
                 raise Unsupported(
                     "a gradient scaler cannot see all shards of a gradient",
                     f"fp16 with {type(strategy).__name__}",
-                    "pass 'fp32', or 'bf16' where the device has it",
+                    "pass '32-true', or 'bf16-mixed' where the device has it",
                 )
         if (policy, device.type) == (self.policy, self.device):
             return

@@ -94,7 +94,7 @@ class Bf16Precision(HalfPrecision):
                 raise Unsupported(
                     "Bf16Precision exchanges what an optimizer holds, and this one shards it",
                     type(optimizer).__name__,
-                    "use the plain optimizer, or `AutocastPrecision('bf16')`",
+                    "use the plain optimizer, or `AutocastPrecision('bf16-mixed')`",
                 )
         if isinstance(model, DistributedDataParallel):
             self._share_masters(model)
@@ -204,7 +204,7 @@ def _refuse_unseen(optimizer: Any, before: Mapping[nn.Parameter, Tensor]) -> Non
         raise Unsupported(
             "Bf16Precision cannot see this optimizer step, so weights would learn in bfloat16 only",
             f"{type(optimizer).__name__}, which calls no `step` of a `torch.optim.Optimizer`",
-            "let it inherit from `torch.optim.Optimizer`, or use `AutocastPrecision('bf16')`",
+            "let it inherit from `torch.optim.Optimizer`, or use `AutocastPrecision('bf16-mixed')`",
         )
 
 
@@ -222,5 +222,5 @@ def _refuse(strategy: Strategy, what: str, kinds: tuple[str, ...]) -> None:
         raise Unsupported(
             f"{what} exchanges whole parameters around a step, which this strategy shards or traces",
             type(strategy).__name__,
-            "use `AutocastPrecision('bf16')`, Trainer(precision='bf16-mixed'), or `XlaPrecision` on XLA",
+            "use `AutocastPrecision('bf16-mixed')`, Trainer(precision='bf16-mixed'), or `XlaPrecision` on XLA",
         )

@@ -55,7 +55,7 @@ class XlaPrecision(XLAPrecision):
             raise Unsupported(
                 "XlaPrecision is for XLA devices",
                 f"a Trainer on {found}",
-                "use `AutocastPrecision('bf16')` or `Bf16Precision()` there",
+                "use `AutocastPrecision('bf16-mixed')` or `Bf16Precision()` there",
             )
         if self._half is None:
             return module

@@ -40,9 +40,9 @@ class SparsityTraining(Technique):
     Args:
         penalty: "slimming" (scales of batch norms), "group_lasso" (norms of whole units) or "growing"
             (squared norms of the units picked to go, rising until they are gone).
-        strength: Factor of the penalty; with "growing", what is added to it every `every` steps.
+        strength: Factor of the penalty; with "growing", what is added to it every `every_n_steps` steps.
         ratio: With "growing", the share of each group's units to drive out.
-        every: With "growing", optimizer steps between two rises.
+        every_n_steps: With "growing", optimizer steps between two rises.
         ceiling: With "growing", the largest factor.
         select: Layers whose units are penalised: a `Select`, a name pattern or several.
         example: Arguments of the LightningModule's `forward`; by default as `StructuredPruning`.
@@ -63,7 +63,7 @@ class SparsityTraining(Technique):
         *,
         strength: float = 1e-4,
         ratio: float = 0.5,
-        every: int = 10,
+        every_n_steps: int = 10,
         ceiling: float = 1.0,
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
         example: Any = None,
@@ -72,11 +72,11 @@ class SparsityTraining(Technique):
         finite("strength", strength, above=0.0, do="pass 1e-4, say")
         finite("ceiling", ceiling, above=0.0)
         open_share("ratio", ratio)
-        whole("every", every, do="pass a number of steps, such as 10")
+        whole("every_n_steps", every_n_steps, do="pass a number of steps, such as 10")
         self.penalty = penalty
         self.strength = strength
         self.ratio = ratio
-        self.every = every
+        self.every_n_steps = every_n_steps
         self.ceiling = ceiling
         self.select = Select.of(select)
         self.example = example
@@ -224,7 +224,7 @@ class SparsityTraining(Technique):
             return sparsity.slimming(pl_module, self.groups, strength=self.strength)
         if self.penalty == "group_lasso":
             return sparsity.group_lasso(pl_module, self.groups, strength=self.strength)
-        rises = (trainer.global_step - self._began) // self.every + 1
+        rises = (trainer.global_step - self._began) // self.every_n_steps + 1
         factor = min(self.ceiling, self.strength * rises)
         strengths = {name: factor * units.double() for name, units in self.picked.items()}
         return sparsity.growing(pl_module, self.groups, strengths=strengths)

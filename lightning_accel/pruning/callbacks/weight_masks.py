@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_accel.arguments import one_of, whole
+from lightning_accel.arguments import one_of
 from lightning_accel.bridge import checks
 from lightning_accel.bridge.optimizers import (
     hidden_beside,
@@ -25,7 +25,7 @@ from lightning_accel.bridge.technique import Technique
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import explain
 from lightning_accel.pruning import masks as masking
-from lightning_accel.pruning.schedule import require_reached
+from lightning_accel.pruning.schedule import When, epochs, moments, require_reached
 from lightning_accel.surgery import Receipt, Select
 from lightning_accel.surgery.mirrors import mirrored
 from lightning_accel.surgery.optimizers import Steps
@@ -42,7 +42,7 @@ class WeightMasks(Technique):
         amount: Share of the weights to mask, above 0 and below 1; the smallest ones.
         pattern: Instead of `amount`, "2:4": the smaller two of every four neighbouring inputs.
         scope: With `amount`, "local" (this share of each layer) or "global" (of all together).
-        when: Epoch before which to mask, counted from 0.
+        when: Epoch before which to mask, counted from 0; or the share of the fit (0.4 of 20 epochs is epoch 8).
         select: Layers to mask: a `Select`, a name pattern or several. All linear layers and
             convolutions by default.
 
@@ -63,7 +63,7 @@ class WeightMasks(Technique):
         *,
         pattern: masking.Pattern | None = None,
         scope: masking.Scope = "local",
-        when: int = 0,
+        when: float = 0,
         select: Select | str | Sequence[str] | dict[str, Any] | None = None,
     ) -> None:
         if (amount is None) == (pattern is None):
@@ -74,22 +74,26 @@ class WeightMasks(Technique):
                     "pass one of the two",
                 )
             )
-        whole("when", when, least=0, do="pass an epoch, counted from 0")
         self.amount = None if amount is None else masking.check_amount(amount)
         self.pattern = None if pattern is None else one_of("pattern", pattern, masking.PATTERNS)
         self.scope: masking.Scope = one_of("scope", scope, masking.SCOPES)
-        self.when = when
+        self._when: When = _one(moments(when))
         self.select = Select.of(select)
         # Lightning asks for the key on every hook of every step.
         self._key = self._generate_state_key(select=str(self.select))
         self._settings = written(
-            {"amount": amount, "pattern": pattern, "scope": scope, "when": when}
+            {"amount": amount, "pattern": pattern, "scope": scope, "when": self._when[0]}
         )
         self._before: dict[str, str] = {}  # settings of the fit that a checkpoint comes from
         self.masks: dict[str, Tensor] = {}
         self._resting: dict[str, Tensor] = {}  # of whole blocks that are gone
         self._handles: list[RemovableHandle] = []
         self._steps: Steps | None = None
+
+    @property
+    def when(self) -> float:
+        """The epoch before which weights are masked, or the share of the fit."""
+        return self._when[0]
 
     @property
     @override
@@ -113,7 +117,7 @@ class WeightMasks(Technique):
             return
         checks.refuse_sharded(trainer.strategy, type(self).__name__)
         if not checks.is_trial(trainer):
-            require_reached((self.when,), trainer.max_epochs)
+            require_reached(epochs(self._when, trainer.max_epochs), trainer.max_epochs)
         self.masks, self._before = {}, {}
         self._resting = {}
 
@@ -187,7 +191,9 @@ class WeightMasks(Technique):
         self._apply(trainer, pl_module, keep)
 
     def _decide_when_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = trainer.current_epoch >= self.when or checks.is_trial(trainer)
+        due = trainer.current_epoch >= epochs(self._when, trainer.max_epochs)[0] or checks.is_trial(
+            trainer
+        )
         if due and not self.masks and not self._resting:
             self._decide(trainer, pl_module)
 
@@ -265,3 +271,20 @@ class WeightMasks(Technique):
         rank_zero_info(text)
         for logger in trainer.loggers:
             logger.log_metrics({"pruning/weights_masked": share}, trainer.global_step)
+
+
+def _one(when: When) -> When:
+    """Return the only moment; masks are decided once.
+
+    Raises:
+        ValueError: There are several.
+    """
+    if len(when) > 1:
+        raise ValueError(
+            explain(
+                "masks are decided once",
+                f"when={list(when)}",
+                "pass one epoch or one share, or a `WeightMasks` each with a `select` of its own",
+            )
+        )
+    return when
