@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_accel.measure.callbacks.step_meter import StepMeter
     from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
     from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
+    from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
     from lightning_accel.precision.callbacks.float8_linear import Float8Linear
     from lightning_accel.precision.callbacks.matmul_precision import MatmulPrecision
     from lightning_accel.precision.callbacks.memory_format import MemoryFormat
@@ -64,6 +65,7 @@ _HOMES = {
     "BlockCompile": "compilation.callbacks.block_compile",
     "Distillation": "distillation.callbacks.distillation",
     "DistillationModule": "distillation.module",
+    "FSDP2Strategy": "parallel.strategies.fsdp2_strategy",
     "FastLoading": "loading.callbacks.fast_loading",
     "Float8Linear": "precision.callbacks.float8_linear",
     "FrozenPredict": "compilation.callbacks.frozen_predict",
@@ -107,6 +109,7 @@ __all__ = [
     "BlockCompile",
     "Distillation",
     "DistillationModule",
+    "FSDP2Strategy",
     "FastLoading",
     "Float8Linear",
     "FrozenPredict",

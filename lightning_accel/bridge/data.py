@@ -80,10 +80,21 @@ def validation_batches(trainer: Trainer, count: int) -> list[tuple[Any, int]]:
     loop = trainer.fit_loop.epoch_loop.val_loop
     if trainer.val_dataloaders is None or not loop._is_sequential:
         return []
-    loaders, limits = tree_leaves(trainer.val_dataloaders), trainer.num_val_batches
+    return evaluation_batches(trainer, loop, count)
+
+
+def evaluation_batches(trainer: Trainer, loop: Any, count: int) -> list[tuple[Any, int]]:
+    """Return up to `count` batches of each loader of a loop that evaluates or predicts, with the loader's number.
+
+    Raises:
+        ReadOnce: Reading would take the batches away from the run.
+    """
+    if loop._combined_loader is None or loop._combined_loader._mode != "sequential":
+        return []
+    limits = getattr(loop, "_max_batches", loop.max_batches)  # those of the sanity check are fewer
     found = []
-    for number, (loader, limit) in enumerate(zip(loaders, limits, strict=False)):
-        if limit > 0:
+    for number, loader in enumerate(loop._combined_loader.flattened):
+        if (limit := limits[number]) > 0:
             limit = int(min(limit, _LOOK_AHEAD))
             drawn = _draw(_users(loader), count, limit, trainer.current_epoch)
             found += [(batch, number) for batch in drawn]

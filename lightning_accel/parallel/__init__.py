@@ -1,0 +1,15 @@
+"""Many devices: any LightningModule sharded as it is, equal to one process."""
+
+from typing import TYPE_CHECKING
+
+from lightning_accel.lazy import lazily
+from lightning_accel.parallel.sharding import Sharded, shard
+from lightning_accel.parallel.units import Units, find_units
+from lightning_accel.parallel.uses import Uses, uses_of
+
+if TYPE_CHECKING:
+    from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
+
+__all__ = ["FSDP2Strategy", "Sharded", "Units", "Uses", "find_units", "shard", "uses_of"]
+
+__getattr__ = lazily(__name__, {"FSDP2Strategy": "strategies.fsdp2_strategy"})

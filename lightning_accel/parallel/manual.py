@@ -1,0 +1,80 @@
+"""Manual optimization of a sharded module: three places at which FSDP2 waits for an event that never comes.
+
+FSDP2 does its work around forward. A manual step runs backward and optimizers before `training_step`, the forward of
+the root, has returned. Without the repairs below gradients of the root's own weights are not averaged, later parts of
+the step compute with weights from before the optimizer's step, and toggled weights learn or rest at the wrong time;
+none of it raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_accel.errors import AccelError
+
+_TOGGLES = ("toggle_optimizer", "untoggle_optimizer")
+
+
+class Manual:
+    """Stands around backward, step and toggles of a sharded module.
+
+    Args:
+        root: The user's module, sharded.
+    """
+
+    def __init__(self, root: LightningModule) -> None:
+        assert isinstance(root, FSDPModule)
+        self._root: Any = root
+        self._seen = 0
+        """Backward passes since the last optimizer step."""
+
+    def begin(self) -> None:
+        """Let toggles reach the gathered weights too, which take `requires_grad` over only when gathered."""
+        for name in _TOGGLES:
+            object.__setattr__(self._root, name, self._around(getattr(self._root, name)))
+
+    def _around(self, method: Any) -> Any:
+        def toggle(*args: Any, **kwargs: Any) -> Any:
+            self._root.reshard()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._root.unshard()
+
+        return toggle
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """Hook the loss, since no output of the root has been hooked yet."""
+        self._seen += 1
+        return self._root._get_fsdp_state()._register_pre_backward_hook(loss)
+
+    def after_backward(self) -> None:
+        """Gather the root's own weights again for the rest of the step."""
+        self._root.unshard()
+
+    def before_step(self) -> None:
+        """Refuse a step after a backward that went past the strategy.
+
+        Raises:
+            AccelError: There was none by `manual_backward` since the last step.
+        """
+        if not self._seen:
+            raise AccelError(
+                "gradients of a sharded module are averaged in `manual_backward`",
+                "an optimizer step after none",
+                "call `self.manual_backward(loss)` in place of `loss.backward()`",
+            )
+
+    def after_step(self) -> None:
+        """Gather what the optimizer has just changed."""
+        self._root.reshard()
+        self._root.unshard()
+
+    def end(self) -> None:
+        """Give the module its own methods back."""
+        for name in _TOGGLES:
+            vars(self._root).pop(name, None)

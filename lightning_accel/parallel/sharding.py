@@ -1,0 +1,198 @@
+"""FSDP2 of a whole module, with what `fully_shard` leaves to its caller; and whole tensors again.
+
+`fully_shard` (Zhao et al. 2023, arXiv:2304.11277; PyTorch's second design of it) takes no scalars and no integers as
+parameters. Those stay whole on every process, and `average_gradients` does for them what the shards do by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from lightning_accel.errors import Unsupported
+
+
+class Sharded(NamedTuple):
+    """How a module was sharded: its units, and the parameters that every process holds whole."""
+
+    units: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
+def shard(
+    model: nn.Module,
+    units: Sequence[str],
+    mesh: DeviceMesh,
+    *,
+    reshard_after_forward: bool | int = True,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+) -> Sharded:
+    """Shard a module in place over a mesh: each unit by itself, and all the rest as one more.
+
+    Args:
+        model: With whole weights, the same on all processes; afterwards its parameters are `DTensor`s.
+        units: Names of modules inside, none within another.
+        mesh: One dimension to shard over, or two: copies by shards (HSDP).
+        reshard_after_forward: Of the units, as in `fully_shard`; the rest stays gathered to the end of a step.
+        mp_policy: As in `fully_shard`.
+        offload_policy: As in `fully_shard`.
+
+    Raises:
+        Unsupported: A part is sharded already.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise Unsupported(
+                "only whole weights can be sharded",
+                f"`{name}` is a DTensor already",
+                "leave `fully_shard` and `parallelize_module` to the strategy, or shard everything yourself under "
+                "Lightning's `ModelParallelStrategy`",
+            )
+    named = dict(model.named_parameters())
+    whole = {n: p for n, p in named.items() if not p.dim() or not p.is_floating_point()}
+    given: dict[str, Any] = {
+        "mesh": mesh,
+        "ignored_params": set(whole.values()),
+        "mp_policy": mp_policy or MixedPrecisionPolicy(),
+        "offload_policy": offload_policy or OffloadPolicy(),
+    }
+    for name in units:
+        fully_shard(model.get_submodule(name), reshard_after_forward=reshard_after_forward, **given)
+    fully_shard(model, reshard_after_forward=False, **given)
+    return Sharded(tuple(units), tuple(whole))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard`, or `fully_shard` of the whole module, was here."""
+    return isinstance(model, FSDPModule)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], group: Any = None) -> None:
+    """Average the gradients of whole parameters over processes, as shards are averaged; one message for all.
+
+    A parameter that has a gradient on some processes only counts as zero on the others, as in DDP. Gradients that
+    are equal already stay as they are, so that it may follow every backward of an accumulation.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    if not parameters:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    has = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
+    flat = torch.cat([*(g.detach().reshape(-1).double() for g in grads), has.double()])
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
+    pieces = flat.split([*(p.numel() for p in parameters), len(parameters)])
+    for parameter, grad, piece, anywhere in zip(
+        parameters, grads, pieces, pieces[-1], strict=False
+    ):
+        if anywhere > 0:
+            parameter.grad = grad.copy_(piece.view_as(grad))
+
+
+def broadcast_buffers(buffers: Sequence[Tensor], group: Any) -> None:
+    """Give all processes the buffers of the first, in place, as DDP does before a forward."""
+    with torch.no_grad():
+        for buffer in buffers:
+            dist.broadcast(buffer, group=group, group_src=0)
+
+
+def whole(tree: Any, *, keep: bool = True) -> Any:
+    """Return a structure with whole tensors on the host in place of sharded ones; all processes take part.
+
+    Args:
+        tree: Any nesting of containers.
+        keep: Whether this process wants them; the others help, and get `None` for each.
+    """
+
+    def gathered(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if keep else None
+
+    with torch.no_grad():
+        return tree_map(gathered, tree)
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, given whole, into one of shards; no message is sent.
+
+    Raises:
+        ValueError: The state is that of other groups of parameters.
+    """
+    ids = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    by_number = dict(zip(ids, parameters, strict=False))
+
+    def placed(number: Any, value: Any) -> Any:
+        parameter = by_number.get(number)
+        if not isinstance(value, Tensor) or not isinstance(parameter, DTensor):
+            return value
+        if value.shape != parameter.shape:
+            return value
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+
+    entries = {
+        number: tree_map(lambda value, number=number: placed(number, value), entry)
+        for number, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": entries})
+
+
+def norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the 2-norm of all gradients together, shards and whole ones, the same on all processes.
+
+    One message per kind of sharding, in place of one per parameter as `clip_grad_norm_` sends them.
+
+    Raises:
+        Unsupported: A gradient is still to be summed over processes.
+    """
+    sums: dict[tuple[DeviceMesh, tuple[Any, ...]] | None, Tensor] = {}
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        kind = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        square = torch.linalg.vector_norm(local, dtype=_wide(local.dtype)) ** 2
+        sums[kind] = sums[kind] + square if kind in sums else square
+    for kind, total in sums.items():
+        if kind is None:
+            continue
+        for dim, placement in enumerate(kind[1]):
+            if placement.is_partial():
+                raise Unsupported(
+                    "the norm of gradients needs their sums",
+                    f"gradients are {placement}",
+                    "clip after backward",
+                )
+            if placement.is_shard():
+                dist.all_reduce(total, group=kind[0].get_group(dim))
+    return torch.stack(list(sums.values())).sum().sqrt() if sums else torch.tensor(0.0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their norm is at most `max_norm`, as `clip_grad_norm_`; return the norm before."""
+    parameters = list(parameters)
+    total = norm(parameters)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local = parameter.grad
+            (local.to_local() if isinstance(local, DTensor) else local).mul_(scale)
+    return total

@@ -1,0 +1,376 @@
+"""FSDP2 for a LightningModule that knows nothing of it, in automatic and in manual optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    register_fsdp_forward_method,
+)
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_accel.arguments import flag, one_of, whole
+from lightning_accel.bridge.restore import averages
+from lightning_accel.errors import Unsupported
+from lightning_accel.parallel import folders, sharding
+from lightning_accel.parallel.manual import Manual
+from lightning_accel.parallel.trial_steps import uses_of_fit
+from lightning_accel.parallel.uneven import Uneven
+from lightning_accel.parallel.units import Units, find_units
+from lightning_accel.parallel.uses import Uses
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+Checkpoints = Literal["whole", "sharded"]
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shard parameters, gradients and optimizer states of any LightningModule over all processes (FSDP2).
+
+    The module stays as it is, with layers made in `__init__` or in `configure_model`. It is sharded once all edits of
+    it are done and weights are loaded, before `configure_optimizers`. Units are found by structure and tried in a step
+    on a copy: a module whose weights are read outside of its forward is gathered with the rest. Losses, weights and
+    files are those of one process that sees the batches of all.
+
+    Args:
+        units: "auto", or names of the modules that are gathered by themselves; none of them is all at once.
+        reshard_after_forward: Let go of a unit after its forward, and gather it again for backward: less memory.
+        replicas: Number of copies; each is sharded over an equal share of the processes (HSDP).
+        checkpoints: "whole" is one file as of one process; "sharded" is a folder with a file per process.
+        sync_every_batch: With accumulation, average gradients of every batch: more traffic, less memory.
+        broadcast_buffers: Give all processes the first one's buffers before a step, as DDP does.
+        cpu_offload: Keep shards in host memory.
+        mp_policy: Number formats of gathered weights and of sums, for `fully_shard`.
+        process_group_backend: As in Lightning's strategies.
+        timeout: As in Lightning's strategies.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: An argument is of another type.
+
+    >>> from lightning.pytorch import Trainer
+    >>> Trainer(accelerator="cpu", devices=1, strategy=FSDP2Strategy(), logger=False).strategy.units
+    'auto'
+    """
+
+    def __init__(
+        self,
+        *,
+        units: Literal["auto"] | Sequence[str] = "auto",
+        reshard_after_forward: bool = True,
+        replicas: int = 1,
+        checkpoints: Checkpoints = "whole",
+        sync_every_batch: bool = False,
+        broadcast_buffers: bool = True,
+        cpu_offload: bool = False,
+        mp_policy: MixedPrecisionPolicy | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        one_of("checkpoints", checkpoints, ("whole", "sharded"))
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=checkpoints == "sharded",
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.units = units if isinstance(units, str) else tuple(units)
+        if isinstance(self.units, str):
+            one_of("units", self.units, ("auto",))
+        self.reshard_after_forward = flag("reshard_after_forward", reshard_after_forward)
+        self.replicas = whole(
+            "replicas", replicas, do="pass 1, or a number that divides the processes"
+        )
+        self.sync_every_batch = flag("sync_every_batch", sync_every_batch)
+        self.broadcast_buffers = flag("broadcast_buffers", broadcast_buffers)
+        self.cpu_offload = flag("cpu_offload", cpu_offload)
+        self.mp_policy = mp_policy
+        self.found = Units((), {})
+        """The units of this run, and why other candidates are none."""
+        self._sharded = sharding.Sharded((), ())
+        self._buffers: tuple[str, ...] = ()
+        self._unsteady: list[str] = []
+        self._manual: Manual | None = None
+        self._uneven: Uneven | None = None
+        self._clip: Any = None
+        self._folder: Path | None = None
+        """A folder of shards that this run goes on from."""
+        self._sends = True
+        """Whether the next backward sums gradients over processes."""
+
+    # ---- processes
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_processes * self.num_nodes
+        if self._data_parallel_size % self.replicas:
+            raise ValueError(
+                f"{self._data_parallel_size} processes make no {self.replicas} equal copies. Found: "
+                f"replicas={self.replicas}. Do: pass a number that divides the processes."
+            )
+        super().setup_environment()
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The processes, over which is sharded: one dimension, or copies by shards."""
+        if self.replicas == 1:
+            return self.device_mesh["data_parallel"]
+        size = (self.replicas, self.world_size // self.replicas)
+        return init_device_mesh(self.root_device.type, size, mesh_dim_names=("replicate", "shard"))
+
+    @property
+    def _group(self) -> Any:
+        return self.device_mesh["data_parallel"].get_group()
+
+    # ---- sharding
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.model is not None and self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        if self._layer_sync is not None:
+            self.model = self._layer_sync.apply(self.model)
+        self._shard(trainer)
+        self.barrier()
+        fits = trainer.state.fn == TrainerFn.FITTING
+        if fits:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fits:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _shard(self, trainer: Trainer) -> None:
+        root = self.lightning_module
+        assert isinstance(root, LightningModule)
+        if not sharding.is_sharded(root):
+            self._refuse_meta(root)
+            uses = uses_of_fit(trainer, root)
+            names = self.units
+            self.found = find_units(root, uses) if isinstance(names, str) else Units(names, {})
+            every = tuple(name for name, _ in root.named_buffers())
+            self._buffers = every if uses is None else tuple(n for n in every if n in uses.buffers)
+            self._unsteady = self._perhaps_unused(root, uses)
+            others = list(averages(trainer.callbacks, root))  # type: ignore[attr-defined]
+            for model in (root, *others):
+                self._sharded = self._shard_one(model)
+            self.model_to_device()
+            self._tell()
+        if self._folder is not None:
+            folders.load_model(root, self._folder)
+        for step in _STEPS:
+            if is_overridden(step, root) and step not in vars(root):
+                register_fsdp_forward_method(root, step)
+        if trainer.state.fn == TrainerFn.FITTING and not root.automatic_optimization:
+            self._manual = Manual(root)
+        if trainer.state.fn == TrainerFn.FITTING and self._unsteady:
+            self._uneven = Uneven(root, self._unsteady, self._group)
+        if self._sharded.whole:  # torch cannot clip shards and whole gradients together
+            self._clip = self.precision_plugin.clip_grad_by_norm
+            self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+
+    def _perhaps_unused(self, root: LightningModule, uses: Uses | None) -> list[str]:
+        """Return the weights of which some process may have no gradient in some step."""
+        idle = set(uses.unsteady()) if uses else set()
+        below = tuple(f"{name}." for name in self.found.by_data)
+        return [
+            name
+            for name, p in root.named_parameters()
+            if p.dim() and p.is_floating_point() and (name in idle or name.startswith(below))
+        ]
+
+    def _shard_one(self, model: torch.nn.Module) -> sharding.Sharded:
+        offload = CPUOffloadPolicy(pin_memory=self.root_device.type != "cpu")
+        return sharding.shard(
+            model,
+            self.found.names,
+            self.mesh,
+            reshard_after_forward=self.reshard_after_forward,
+            mp_policy=self.mp_policy,
+            offload_policy=offload if self.cpu_offload else OffloadPolicy(),
+        )
+
+    def _refuse_meta(self, root: LightningModule) -> None:
+        meta = next((n for n, p in root.named_parameters() if p.is_meta), None)
+        if meta is not None:
+            raise Unsupported(
+                "weights are needed before they are sharded",
+                f"`{meta}` is on the meta device",
+                "make the network with its weights, in `configure_model` for instance",
+            )
+
+    def _tell(self) -> None:
+        names = self.found.names
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        rank_zero_info(f"Sharded over {self.world_size} processes, gathered by {listed or 'all'}.")
+        for name, why in self.found.refused.items():
+            rank_zero_info(f"`{name}` is gathered with the rest: {why}.")
+
+    # ---- steps
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._manual is not None:
+            self._manual.begin()
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._broadcast_buffers()
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self._broadcast_buffers()
+
+    def _broadcast_buffers(self) -> None:
+        if self.broadcast_buffers and self._buffers:
+            assert self.lightning_module is not None
+            buffers = [self.lightning_module.get_buffer(name) for name in self._buffers]
+            sharding.broadcast_buffers(buffers, self._group)
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        root: Any = self.lightning_module
+        if self.sync_every_batch or not isinstance(root, FSDPModule):
+            yield
+            return
+        root.set_requires_gradient_sync(False)
+        root.set_is_last_backward(False)
+        self._sends = False
+        try:
+            yield
+        finally:
+            self._sends = True
+            root.set_requires_gradient_sync(True)
+            root.set_is_last_backward(True)
+
+    @override
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if self._uneven is not None:
+            closure_loss = self._uneven.before_backward(closure_loss)
+        if self._manual is not None:
+            closure_loss = self._manual.before_backward(closure_loss)
+        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        root = self.lightning_module
+        assert root is not None
+        named = dict(root.named_parameters()) if self._sharded.whole else {}
+        sharding.average_gradients(
+            [named[name] for name in self._sharded.whole],
+            self.device_mesh["data_parallel"].get_group(),
+        )
+        if self._uneven is not None and self._sends:
+            self._uneven.after_backward()
+        if self._manual is not None:
+            self._manual.after_backward()
+        return loss
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if self._manual is not None:
+            self._manual.before_step()
+        result = super().optimizer_step(optimizer, *args, **kwargs)
+        if self._manual is not None:
+            self._manual.after_step()
+        return result
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        if clip_val > 0:
+            sharding.clip_by_norm(self.precision_plugin.main_params(optimizer), clip_val)
+
+    # ---- files
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False  # as on one device: shapes and weights are there before anything is sharded
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        path = Path(self.broadcast(checkpoint_path))
+        self._folder = path if folders.is_folder(path) else None
+        if self._folder is not None:
+            return folders.values(path, weights_only=weights_only is not False)
+        return Strategy.load_checkpoint(self, path, weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        if self._folder is None:  # a folder of shards is read by shards, as soon as there are some
+            self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.lightning_module is not None
+        if self._folder is not None:
+            folders.load_optimizers(self.lightning_module, self.optimizers, self._folder)
+            return
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            sharding.load_optimizer(optimizer, state)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:
+            return super().lightning_module_state_dict()
+        assert self.lightning_module is not None
+        return dict(self.lightning_module.state_dict())
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        return (
+            optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        ).state_dict()
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        if not self._save_distributed_checkpoint:  # averages of callbacks are among it
+            checkpoint = sharding.whole(checkpoint, keep=self.is_global_zero)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def teardown(self) -> None:
+        root = self.lightning_module
+        if root is not None:
+            for step in _STEPS:
+                vars(root).pop(step, None)
+        if self._manual is not None:
+            self._manual.end()
+            self._manual = None
+        self._uneven = None
+        if self._clip is not None:
+            vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+            self._clip = None
+        super().teardown()

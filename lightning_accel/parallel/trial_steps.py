@@ -1,0 +1,90 @@
+"""Steps of a run on copies of its module, before it is sharded: what they do with the weights, in all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_accel.bridge.data import batches, evaluation_batches
+from lightning_accel.bridge.example import OfValidation, placed, run_step, step_arguments
+from lightning_accel.bridge.inert import inert_copy
+from lightning_accel.errors import AccelError
+from lightning_accel.parallel.uses import Uses, uses_of
+from lightning_accel.surgery.acting import nothing_heard
+from lightning_accel.surgery.preserve import preserve_rng
+
+_COUNT = 2
+"""Batches that are tried on each process; of a layer that is skipped by chance, some process sees it."""
+
+
+def uses_of_fit(trainer: Trainer, pl_module: LightningModule) -> Uses | None:
+    """Return what the steps of this run do with the weights, as all processes saw it; `None` where nothing can be tried.
+
+    The steps run on a copy, one after another. Neither the module nor its data, nor any random state, notices.
+    """
+    found, failed = Uses(), ""
+    try:
+        for step in _steps(trainer, pl_module):
+            with preserve_rng(), _copy(trainer, pl_module) as copy:
+                found.join(uses_of(copy, partial(step, copy)))
+    except AccelError as error:  # data that are read once, or a step that cannot run on a copy
+        failed = str(error)
+    everywhere: list[Any] = [(found, failed)]
+    if dist.is_initialized():
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, (found, failed))
+    if any(failed for _, failed in everywhere):
+        return None
+    together = Uses()
+    for one, _ in everywhere:
+        together.join(one)
+    return together if together.calls else None
+
+
+@contextmanager
+def _copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
+    """Give a copy with its forward hooks, of which nobody outside hears."""
+    with nothing_heard(pl_module), inert_copy(trainer, pl_module, hooked=True) as copy:
+        yield copy
+
+
+def _steps(trainer: Trainer, pl_module: LightningModule) -> list[Callable[[LightningModule], None]]:
+    """Return functions of a copy, one for each step that this run will do."""
+    if trainer.state.fn == TrainerFn.FITTING:
+        trainer.fit_loop.setup_data()  # which the fit itself does next, and then finds done
+        given: list[Any] = batches(trainer, _COUNT)
+        if trainer.enable_validation:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.setup_data()
+            given += [OfValidation(*one) for one in evaluation_batches(trainer, loop, 1)]
+        return [partial(_run, trainer, batch, index) for index, batch in enumerate(given)]
+    loop, name = _evaluation(trainer)
+    loop.setup_data()
+
+    given = evaluation_batches(trainer, loop, _COUNT)
+    return [partial(_evaluate, trainer, name, *one) for one in given]
+
+
+def _run(trainer: Trainer, batch: Any, index: int, copy: LightningModule) -> None:
+    run_step(trainer, copy, batch, index)
+
+
+def _evaluate(trainer: Trainer, name: str, batch: Any, loader: int, copy: LightningModule) -> None:
+    with torch.no_grad():
+        arguments = step_arguments(copy, placed(trainer, copy, batch), 0, name, loader)
+        getattr(copy.eval(), name)(*arguments)
+
+
+def _evaluation(trainer: Trainer) -> tuple[Any, str]:
+    return {
+        TrainerFn.VALIDATING: (trainer.validate_loop, "validation_step"),
+        TrainerFn.TESTING: (trainer.test_loop, "test_step"),
+        TrainerFn.PREDICTING: (trainer.predict_loop, "predict_step"),
+    }[trainer.state.fn]  # type: ignore[index]

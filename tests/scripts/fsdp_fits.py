@@ -1,0 +1,57 @@
+"""Fit every module of `sharded` in two processes under `FSDP2Strategy`, and alone: `fsdp_fits.py FOLDER`; a JSON per rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from sharded import CASES, apart, data, made, trainer, weights
+
+from lightning_accel.strategies import FSDP2Strategy
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+
+
+def result(name: str) -> dict[str, Any]:
+    case, rank = CASES[name], int(os.environ["LOCAL_RANK"])
+    alone = made(case.make)
+    if case.by_ddp:
+        kind = DDPStrategy(find_unused_parameters=True)
+        trainer(devices=2, strategy=kind, **case.trainer).fit(alone, data(rank, 2))
+    else:
+        trainer(devices=1, **case.trainer).fit(alone, data(0, 1))
+    module = made(case.make)
+    strategy = FSDP2Strategy(**case.strategy)
+    run = trainer(devices=2, strategy=strategy, **case.trainer)
+    run.fit(module, data(rank, 2))
+    local = sum(getattr(p, "_local_tensor", p).numel() for p in module.parameters())
+    return {
+        "apart": apart(weights(alone), weights(module)),
+        "moved": apart(weights(made(case.make)), weights(alone)) if name != "late" else 1.0,
+        "share": local / sum(p.numel() for p in module.parameters()),
+        "units": list(strategy.found.names),
+        "refused": strategy.found.refused,
+        "left": [n for n in vars(module) if n.endswith("_step") or "toggle" in n],
+    }
+
+
+if __name__ == "__main__":
+    found = {}
+    for name in sys.argv[2:] or CASES:
+        try:
+            found[name] = result(name)
+        except Exception as error:  # what kills the process leaves the results before it
+            found[name] = {
+                "error": f"{type(error).__name__}: {error}",
+                "trace": traceback.format_exc(),
+            }
+            print(found[name]["trace"])
+        Path(sys.argv[1], f"{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(found))

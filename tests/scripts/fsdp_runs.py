@@ -1,0 +1,203 @@
+"""Whole lives of sharded runs beside those of one process: `fsdp_runs.py FOLDER [NAME ...]`; a JSON per rank.
+
+Each function returns numbers that should be 0, or values of both sides under `alone` and `sharded`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from sharded import GPT, Adam, Manual, Scalar, apart, data, made, trainer, weights
+
+import lightning_accel as la
+from lightning_accel.strategies import FSDP2Strategy
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+RANK = int(os.environ["LOCAL_RANK"])
+FOLDER = Path(sys.argv[1])
+Found = dict[str, Any]
+
+
+def run(world: int, strategy: dict[str, Any] | None = None, **given: Any) -> Any:
+    if world == 1:
+        return trainer(devices=1, **given)
+    return trainer(devices=world, strategy=FSDP2Strategy(**(strategy or {})), **given)
+
+
+def fit(module: Any, world: int, ckpt: Any = None, strategy: Any = None, **given: Any) -> Any:
+    ours = run(world, strategy, **given)
+    ours.fit(module, data(RANK if world > 1 else 0, world), ckpt_path=ckpt)
+    return ours
+
+
+def compared(alone: Any, sharded: Any) -> float:
+    return apart(weights(alone), weights(sharded))
+
+
+def files(make: Callable[[], Any]) -> Found:
+    """From and to any number of processes, the run goes on as one that was never interrupted."""
+    whole = made(make)
+    fit(whole, 1, max_epochs=2)
+    paths = {}
+    for world in (1, 2):
+        module = made(make)
+        ours = fit(module, world, max_epochs=1)
+        paths[world] = FOLDER / f"{make.__name__}-{world}-{RANK if world == 1 else 'both'}.ckpt"
+        ours.save_checkpoint(paths[world])
+        ours.strategy.barrier()
+    found = {}
+    for came, path in paths.items():
+        for goes in (1, 2):
+            module = made(make)
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.add_(1.0)  # nothing but the file can be where the weights come from
+            fit(module, goes, path, max_epochs=2)
+            found[f"{came} to {goes}"] = compared(whole, module)
+    stored = {n: torch.load(p, weights_only=True) for n, p in paths.items()}
+    found["keys"] = float(list(stored[1]["state_dict"]) != list(stored[2]["state_dict"]))
+    layouts = [[list(o["state"]) for o in stored[n]["optimizer_states"]] for n in (1, 2)]
+    found["layout"] = float(layouts[0] != layouts[1])
+    return found
+
+
+def file_of_adam() -> Found:
+    return files(Adam)
+
+
+def file_of_two_optimizers() -> Found:
+    return files(Manual)
+
+
+def file_with_a_scalar() -> Found:
+    return files(Scalar)
+
+
+def folder() -> Found:
+    """A folder of shards, for the same strategy on two processes and on one."""
+    whole, module = made(Adam), made(Adam)
+    fit(whole, 1, max_epochs=2)
+    shards = {"checkpoints": "sharded"}
+    ours = fit(module, 2, max_epochs=1, strategy=shards)
+    ours.save_checkpoint(FOLDER / "shards")
+    again = made(Adam)
+    fit(again, 2, FOLDER / "shards", shards, max_epochs=2)
+    other = made(Adam)
+    fit(other, 2, FOLDER / "shards", max_epochs=2)  # which itself would write one file
+    return {"2 to 2": compared(whole, again), "read by whole": compared(whole, other)}
+
+
+def evaluation() -> Found:
+    """Validate, test and predict before, between and after fits."""
+    sides: Found = {}
+    for world in (1, 2):
+        module, loader = made(GPT), data(RANK if world == 2 else 0, world)
+        ours = run(world, max_epochs=1)
+        seen = [
+            ours.validate(module, loader, verbose=False),
+            ours.test(module, loader, verbose=False),
+        ]
+        ours.fit(module, loader, loader)
+        seen += [{"val": float(ours.callback_metrics["val"])}]
+        predicted = torch.cat(ours.predict(module, loader))
+        ours.fit_loop.max_epochs = 2
+        ours.fit(module, loader)
+        seen += [ours.validate(module, loader, verbose=False)]
+        sides["alone" if world == 1 else "sharded"] = [seen, weights(module), predicted]
+    rows = torch.arange(32).view(4, 8)[:, RANK * 4 : RANK * 4 + 4].flatten()
+    return {
+        "alone": json.dumps(sides["alone"][0]),
+        "sharded": json.dumps(sides["sharded"][0]),
+        "weights": apart(sides["alone"][1], sides["sharded"][1]),
+        "predicted": float((sides["alone"][2][rows] != sides["sharded"][2]).sum()),
+    }
+
+
+def averages() -> Found:
+    """Averages of weights that callbacks keep, and their files."""
+    found: Found = {}
+    kinds: dict[str, Callable[[], Callback]] = {
+        "moving": lambda: EMAWeightAveraging(decay=0.9),
+        "stochastic": lambda: StochasticWeightAveraging(0.1, swa_epoch_start=1, device=None),
+    }
+    for name, kind in kinds.items():
+        one, two = made(GPT), made(GPT)
+        fit(one, 1, callbacks=[kind()], max_epochs=3)
+        ours = fit(two, 2, callbacks=[kind()], max_epochs=3)
+        found[name] = compared(one, two)
+        path = FOLDER / f"{name}.ckpt"
+        ours.save_checkpoint(path)
+        state = torch.load(path, weights_only=True)["state_dict"]
+        found[f"{name}, file"] = apart({n: one.state_dict()[n] for n in state}, state)
+    return found
+
+
+TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
+    "checkpointing": lambda: {"callbacks": [la.ActivationCheckpointing()]},
+    "compiled": lambda: {"callbacks": [la.BlockCompile(backend="aot_eager")]},
+    "lean loop": lambda: {"callbacks": [la.LeanLoop()]},
+    "distillation": lambda: {
+        "callbacks": [la.Distillation(la.Teacher(made(Adam), precision="same"), "kd")]
+    },
+}
+
+
+def techniques() -> Found:
+    found: Found = {}
+    for name, given in TECHNIQUES.items():
+        try:
+            one, two = made(GPT), made(GPT)
+            fit(one, 1, **given())
+            fit(two, 2, **given())
+            found[name] = compared(one, two)
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def pruned() -> Found:
+    """A network that was pruned in one process goes on in two; and its file goes on alone."""
+    one, path = made(GPT), FOLDER / f"pruned-{RANK}.ckpt"
+    prune = [la.StructuredPruning(ratio=0.5, when=1)]
+    ours = fit(one, 1, callbacks=prune, max_epochs=2)
+    ours.save_checkpoint(path)
+    after = copy.deepcopy(one)
+    fit(after, 1, path, max_epochs=3, callbacks=[la.ActivationCheckpointing()])
+    two = made(GPT)
+    ours = fit(two, 2, path, max_epochs=3, callbacks=[la.ActivationCheckpointing()])
+    ours.save_checkpoint(FOLDER / "pruned-both.ckpt")
+    ours.strategy.barrier()
+    loaded = la.load_from_checkpoint(GPT, FOLDER / "pruned-both.ckpt")
+    return {"went on": compared(after, two), "file": apart(weights(two.float()), weights(loaded))}
+
+
+RUNS = {
+    f.__name__: f
+    for f in (
+        file_of_adam, file_of_two_optimizers, file_with_a_scalar, folder, evaluation, averages,
+        techniques, pruned,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    results = {}
+    for name in sys.argv[2:] or RUNS:
+        try:
+            results[name] = RUNS[name]()
+        except Exception as error:
+            traceback.print_exc()
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        (FOLDER / f"{RANK}.json").write_text(json.dumps(results))

@@ -1,0 +1,157 @@
+"""Sharded training of modules that know nothing of it, beside one process in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forks import run_ranks
+from sharded import CASES, GPT, Experts, Penalty, SharedBlock, SkipsByData, Tied, Towers
+from torch import Tensor, nn
+
+from lightning_accel.parallel import Uses, find_units, uses_of
+
+SCRIPTS = Path(__file__).parent / "scripts"
+RUNS = (
+    "file_of_adam", "file_of_two_optimizers", "file_with_a_scalar", "folder", "evaluation", "averages",
+    "techniques", "pruned",
+)  # fmt: skip
+Found = list[dict[str, Any]]
+
+
+def both(script: str, folder: Path) -> Found:
+    status, printed = run_ranks(
+        SCRIPTS / script, str(folder), cwd=folder, path=(Path(__file__).parent,),
+        environ={"GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert status == 0, printed[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return both("fsdp_fits.py", tmp_path_factory.mktemp("fits"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return both("fsdp_runs.py", tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", CASES)
+def test_a_sharded_fit_is_that_of_one_process(fits: Found, name: str) -> None:
+    for found in fits:
+        one = found[name]
+        assert "error" not in one, one["trace"]
+        assert one["moved"] > 1e-4, "the plain fit learns nothing, so nothing is compared"
+        assert one["apart"] < 1e-11
+        assert one["share"] == pytest.approx(1.0 if name == "copies of shards" else 0.5, abs=0.01)
+        assert not one["left"]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", RUNS)
+def test_a_sharded_run_lives_as_one_process_does(runs: Found, name: str) -> None:
+    for found in runs:
+        one = dict(found[name])
+        assert "error" not in one, one
+        if "alone" in one:
+            pairs = zip(
+                *(numbers(json.loads(one.pop(side))) for side in ("alone", "sharded")), strict=True
+            )
+            assert all(a == pytest.approx(b, abs=1e-12) for a, b in pairs)
+        assert one and all(isinstance(value, float) and value < 1e-11 for value in one.values()), (
+            one
+        )
+
+
+def numbers(tree: Any) -> list[float]:
+    if isinstance(tree, dict):
+        return [v for value in tree.values() for v in numbers(value)]
+    return [v for value in tree for v in numbers(value)] if isinstance(tree, list) else [tree]
+
+
+def tokens() -> Tensor:
+    return torch.arange(16).view(2, 8)
+
+
+def uses(model: Any) -> Uses:
+    return uses_of(model, lambda: model.training_step([tokens(), tokens()], 0))
+
+
+BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (GPT, BLOCKS),
+        (Tied, BLOCKS),
+        (Penalty, ()),
+        (SharedBlock, ()),
+        (Experts, ()),
+        (Towers, tuple(f"{tower}.layers.{i}" for tower in ("one", "two") for i in range(3))),
+    ],
+)
+def test_units_are_the_blocks_whose_weights_are_their_own(
+    make: Any, names: tuple[str, ...]
+) -> None:
+    model = make()
+    assert find_units(model, uses(model)).names == names
+
+
+def test_a_block_that_runs_in_some_steps_only_is_no_unit() -> None:
+    model, odd = SkipsByData(), tokens()
+    odd[0, 0] += 1
+    found = uses(model)
+    found.join(uses_of(model, lambda: model.training_step([odd, odd], 1)))
+    units = find_units(model, found)
+    assert units.names == ("blocks.0", "blocks.2")
+    assert "as often" in units.refused["blocks.1"]
+    assert {n for n in found.unsteady() if n.startswith("blocks.1.")} == {
+        n for n, _ in model.named_parameters() if n.startswith("blocks.1.")
+    }
+
+
+def test_experts_are_told_by_what_flows_and_not_by_the_tokens_of_one_batch() -> None:
+    """Each got a token in this step; that another batch may leave one out is seen by who reads whose output."""
+    model = Experts()
+    with torch.no_grad():
+        model.router.weight.zero_()
+        model.router.weight.copy_(torch.randn(4, 8))
+    found, step = uses(model), 0
+    while not all(any(found.calls[f"experts.{i}"]) for i in range(4)):
+        step += 1
+        batch = torch.randint(0, 24, (2, 8), generator=torch.Generator().manual_seed(step))
+        found.join(uses_of(model, lambda batch=batch: model.training_step([batch, batch], 0)))
+    assert set(find_units(model, found).by_data) == {f"experts.{i}" for i in range(4)}
+
+
+def test_large_layers_are_gathered_by_themselves() -> None:
+    net = nn.Sequential(nn.Embedding(2**14, 64), nn.Linear(64, 64), nn.Linear(64, 2**14))
+    assert find_units(net).names == ("0", "2")
+
+
+def test_what_writes_buffers_is_seen() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
+    found = uses_of(net, lambda: net(torch.randn(4, 2)))
+    assert found.buffers == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+def test_reading_what_a_weight_is_does_not_count_as_reading_it() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def step() -> Any:
+        assert net[1].weight.shape == (2, 2) and net[1].weight.device.type == "cpu"
+        return net(torch.ones(1, 2).to(net[0].weight.dtype))
+
+    assert not uses_of(net, step).outside
+    assert uses_of(net, lambda: (net(torch.ones(1, 2)), net[1].weight.data.clone())).outside == {
+        "1": "1.weight"
+    }
