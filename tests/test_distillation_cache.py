@@ -294,7 +294,7 @@ _GROWS = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_distillation_cache import some
-from lightning_accel.distillation.row_store import Store
+from lightning_accel.distillation.row_store import RowStore
 number = int(sys.argv[1])
 store = RowStore({folder!r} + "/" + str(number), value_bytes=20_000, max_bytes={limit}, counted_in={folder!r})
 sys.stdin.readline()
@@ -482,7 +482,7 @@ import resource, signal, sys
 import numpy as np
 sys.path.insert(0, {tests!r})
 from test_distillation_cache import some
-from lightning_accel.distillation.row_store import Store
+from lightning_accel.distillation.row_store import RowStore
 keys, values = some(64, 5000)
 store = RowStore({folder!r}, value_bytes=5000, max_bytes=2**22)
 store.put(keys[:32], values[:32])
@@ -544,7 +544,7 @@ _AT_ANY_MOMENT = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_distillation_cache import some
-from lightning_accel.distillation.row_store import Store
+from lightning_accel.distillation.row_store import RowStore
 store = RowStore({folder!r}, value_bytes=2000, max_bytes=2**20)
 print("ready", flush=True)
 for seed in range(10_000):

@@ -100,7 +100,7 @@ def test_arguments_that_are_classes_have_short_names_too(fitted: Callable[..., T
         select: {exclude: [nothing]}
     - class_path: UsePrecision
       init_args:
-        plugin: {class_path: AutocastPrecision, init_args: {format: bf16}}
+        plugin: {class_path: AutocastPrecision, init_args: {precision: bf16-mixed}}
 """)
     assert model.pruned_at == [1] and model.dtypes == {torch.bfloat16}
 

@@ -314,7 +314,7 @@ _DDP = """
     from lightning.pytorch import Trainer
     from lightning.pytorch.demos.boring_classes import BoringModel
     from lightning_accel.precision import MatmulPrecision, matmul
-    from lightning_accel.precision.matmul import Choice, Probe
+    from lightning_accel.precision.matmul import MatmulChoice, Probe
     warnings.filterwarnings("ignore")
     rank = int(os.environ.get("LOCAL_RANK", 0))
     short = sys.argv[2] == "short"  # rank 1 is another machine, on which "medium" computes in bfloat16
