@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 from warnings import filterwarnings
 
+from lightning_accel.after_import import after_import
 from lightning_accel.lazy import lazily
-from lightning_accel.shortnames import load_beside_cli
 
 if TYPE_CHECKING:
     from lightning_accel.attention.callbacks.attention_backend import AttentionBackend
@@ -151,4 +151,11 @@ def _load_all() -> None:
         __getattr__(name)
 
 
-load_beside_cli(_load_all)
+def _register_strategies() -> None:
+    from lightning_accel.parallel.strategy_names import register
+
+    register()
+
+
+after_import("lightning.pytorch.cli", _load_all)
+after_import("lightning.pytorch.strategies", _register_strategies)

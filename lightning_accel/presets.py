@@ -134,6 +134,7 @@ def settle(merged: Any, presets: Any, app: Any) -> list[str]:
         f"trainer.{key}={now[key]!r}" + (f" (not {had[key]!r})" if key in had else "")
         for key in asked
         if asked[key] == now.get(key) != had.get(key)
+        and not (key == "strategy" and had.get(key, "auto") == "auto")  # nobody had chosen one
     ]
     return [*told, *([f"A preset sets {', '.join(changed)}."] if changed else [])]
 

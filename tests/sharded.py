@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -462,6 +462,16 @@ def trainer(**given: Any) -> Trainer:
         "use_distributed_sampler": False,
     }  # fmt: skip
     return Trainer(**{**plain, **given})
+
+
+class Share(Callback):
+    """Notes which share of the parameters this process holds at the end of a fit."""
+
+    share = 0.0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        local = sum(getattr(p, "_local_tensor", p).numel() for p in pl_module.parameters())
+        self.share = local / sum(p.numel() for p in pl_module.parameters())
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from lightning_accel.parallel import Uses, find_units, uses_of
 SCRIPTS = Path(__file__).parent / "scripts"
 RUNS = (
     "file_of_adam", "file_of_two_optimizers", "file_with_a_scalar", "folder", "evaluation", "averages",
-    "techniques", "pruned",
+    "techniques", "pruned", "pruning",
 )  # fmt: skip
 Found = list[dict[str, Any]]
 
@@ -51,7 +51,7 @@ def test_a_sharded_fit_is_that_of_one_process(fits: Found, name: str) -> None:
         assert one["moved"] > 1e-4, "the plain fit learns nothing, so nothing is compared"
         assert one["apart"] < 1e-11
         assert one["share"] == pytest.approx(1.0 if name == "copies of shards" else 0.5, abs=0.01)
-        assert not one["left"]
+        assert not one["left"] and one["whole"]
 
 
 @pytest.mark.slow

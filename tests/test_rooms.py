@@ -28,7 +28,7 @@ def _public(base: type) -> set[str]:
     return {
         c.__name__
         for c in ours
-        if not c.__name__.startswith("_") and not c.__module__.endswith((*bases, "tuning.outside"))
+        if not c.__name__.startswith("_") and not c.__module__.endswith((*bases, "tuning.api"))
     }
 
 

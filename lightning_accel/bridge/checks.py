@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch.nn.parameter import is_lazy
 
-from lightning_accel.bridge.strategies import holding
+from lightning_accel.bridge.strategies import gathers, holding
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.surgery.compiled import runs_compiled
 
@@ -23,14 +23,23 @@ def refuse_mirror(trainer: object) -> None:
         )
 
 
-def refuse_sharded(strategy: Strategy, what: str) -> None:
-    """Raise unless parameters are whole on every rank and can be re-wrapped in mid-training."""
+def refuse_sharded(strategy: Strategy, what: str, *, unless_gathered: bool = False) -> None:
+    """Raise unless parameters are whole on every rank and can be re-wrapped in mid-training.
+
+    Args:
+        strategy: Of the fit.
+        what: Who asks.
+        unless_gathered: A strategy that makes the module whole for a while will do.
+    """
+    if unless_gathered and gathers(strategy):
+        return
     if holding(strategy) in ("sharded", "traced"):
+        does = "use strategy='accel_fsdp', train with one device, or with strategy='ddp'; where you shard in "
+        does += "`configure_model`, call `lightning_accel.prune_before_sharding(self, example=..., ratio=...)` there"
         raise Unsupported(
             f"{what} cannot change tensors that a strategy has already sharded or traced",
             type(strategy).__name__,
-            "call `lightning_accel.pruning.prune_before_sharding(self, example=..., ratio=...)` in "
-            "`configure_model`, or train with one device or strategy='ddp'",
+            does if unless_gathered else "train with one device, or with strategy='ddp'",
         )
 
 

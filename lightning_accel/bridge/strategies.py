@@ -6,8 +6,11 @@ cannot be imported to be compared with. So the names in their lineage count firs
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 Holding = Literal["whole", "replicated", "sharded", "traced"]
@@ -23,11 +26,12 @@ def is_of(strategy: Strategy, *names: str) -> bool:
 def holding(strategy: Strategy) -> Holding:
     """Return whether each process holds parameters that are whole, copies of whole ones, parts, or graphs of them.
 
-    Of what is not known it says "sharded": nothing that needs whole parameters is then done.
+        Of what is not known it says "sharded": nothing that needs whole parameters is then done.
 
-    >>> from lightning.pytorch.strategies import FSDPStrategy
-    >>> [holding(kind()) for kind in (SingleDeviceStrategy, DDPStrategy, FSDPStrategy)]
-    ['whole', 'replicated', 'sharded']
+        >>> from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import FSDPStrategy
+        >>> [holding(kind()) for kind in (SingleDeviceStrategy, DDPStrategy, FSDPStrategy)]
+        ['whole', 'replicated', 'sharded']
     """
     if is_of(strategy, *_SHARDED):
         return "sharded"
@@ -36,3 +40,16 @@ def holding(strategy: Strategy) -> Holding:
     if isinstance(strategy, SingleDeviceStrategy):
         return "whole"
     return "replicated" if isinstance(strategy, DDPStrategy) else "sharded"
+
+
+def gathers(strategy: Strategy) -> bool:
+    """Whether a strategy that shards can make the module whole for a while: ours can."""
+    return hasattr(strategy, "gathered")
+
+
+@contextmanager
+def whole(trainer: Trainer) -> Iterator[None]:
+    """Let every process hold whole weights and optimizer states within, where the strategy can see to it."""
+    strategy: Any = trainer.strategy
+    with strategy.gathered() if gathers(strategy) else nullcontext():
+        yield

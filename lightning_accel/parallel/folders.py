@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from lightning_accel.errors import weights_alone
+
 _META = "meta.pt"
 
 
@@ -29,9 +31,14 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and (path / _META).is_file()
 
 
-def values(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """Return what a folder holds beside the shards: epochs, schedulers, states of callbacks, structure."""
-    found = torch.load(path / _META, map_location="cpu", weights_only=weights_only)
+def values(path: Path) -> dict[str, Any]:
+    """Return what a folder holds beside the shards: epochs, schedulers, states of callbacks, structure.
+
+    Raises:
+        UnsafeFile: It holds more than tensors and plain values.
+    """
+    with weights_alone(path / _META):
+        found = torch.load(path / _META, map_location="cpu", weights_only=True)
     return {**found, "state_dict": {}, "optimizer_states": []}
 
 

@@ -30,10 +30,12 @@ class Manual:
         assert isinstance(root, FSDPModule)
         self._root: Any = root
         self._seen = 0
-        """Backward passes since the last optimizer step."""
+        """Backward passes that went through the strategy."""
+        self.stands = False
 
     def begin(self) -> None:
         """Let toggles reach the gathered weights too, which take `requires_grad` over only when gathered."""
+        self.stands = True
         for name in _TOGGLES:
             object.__setattr__(self._root, name, self._around(getattr(self._root, name)))
 
@@ -60,7 +62,7 @@ class Manual:
         """Refuse a step after a backward that went past the strategy.
 
         Raises:
-            AccelError: There was none by `manual_backward` since the last step.
+            AccelError: There was none by `manual_backward` yet.
         """
         if not self._seen:
             raise AccelError(

@@ -7,11 +7,14 @@ parameters. Those stay whole on every process, and `average_gradients` does for 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -77,6 +80,101 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def unshard(
+    model: nn.Module, *, host: bool = False
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Make a sharded module whole again, for good: as if nobody had sharded it; all processes take part.
+
+    torch has no way back: classes, hooks and state stay. What `fully_shard` of torch 2.10 to 2.13 leaves is taken off
+    here, by private names, and `shard` can follow again.
+
+    Args:
+        model: That `shard` was called for.
+        host: Put the whole weights into host memory, one after another.
+
+    Returns:
+        By name each sharded parameter, and the whole one in its place, with a whole gradient if it had one.
+    """
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.reshard()
+    named = dict(model.named_parameters(remove_duplicate=False))
+    moved: dict[int, nn.Parameter] = {}
+    for parameter in named.values():
+        if isinstance(parameter, DTensor) and id(parameter) not in moved:
+            full = nn.Parameter(whole(parameter.detach(), host=host), parameter.requires_grad)
+            if parameter.grad is not None:
+                full.grad = whole(parameter.grad, host=host)
+            moved[id(parameter)] = full
+    for unit in units:
+        _take_off(unit)
+    for module in model.modules():
+        for flag in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+            vars(module).pop(flag, None)
+        for name, own in module._parameters.items():
+            if own is not None and id(own) in moved:
+                module._parameters[name] = moved[id(own)]
+    return {n: (p, moved[id(p)]) for n, p in named.items() if id(p) in moved}
+
+
+def _take_off(unit: Any) -> None:
+    """Take the class, the hooks and the state off a module that `fully_shard` was called for."""
+    state = unit._get_fsdp_state()
+    handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
+    for group in state._fsdp_param_groups:
+        handles += group._module_to_pre_save_state_dict_hook_handle.values()
+        handles += group._module_to_pre_load_state_dict_hook_handle.values()
+        handles += [parameter._post_load_hook_handle for parameter in group.fsdp_params]
+    for handle in handles:
+        handle.remove()
+    unit.__class__ = type(unit).__mro__[type(unit)._orig_cls_mro_index]
+    for key in (STATE_KEY, REGISTRY_KEY):
+        vars(unit)[key].pop(_entry_of(vars(unit)[key]))
+        if not vars(unit)[key]:
+            del vars(unit)[key]
+    _module_state_mapping.pop(unit, None)
+
+
+def _entry_of(entries: dict[Any, Any]) -> Any:
+    """Return the key under which `fully_shard` is noted, by its function or by its name."""
+    return next(key for key in entries if getattr(key, "__name__", key) == "fully_shard")
+
+
+def move_optimizer(
+    optimizer: Optimizer, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]
+) -> None:
+    """Let an optimizer go on with other parameters, sharded ones for whole ones or the other way round.
+
+    Args:
+        optimizer: Whose groups keep their order and settings.
+        pairs: The old and the new parameters; new ones have their gradients already.
+    """
+    new = {id(old): into for old, into in pairs}
+    for group in optimizer.param_groups:
+        group["params"] = [new.get(id(p), p) for p in group["params"]]
+    for old in [p for p in optimizer.state if id(p) in new]:
+        into, entry = new[id(old)], optimizer.state.pop(old)
+        optimizer.state[into] = tree_map(lambda value, into=into: _like(value, into), entry)
+
+
+def _like(value: Any, parameter: nn.Parameter) -> Any:
+    """Return a tensor of the size of a parameter in its layout; anything else as it is, but whole."""
+    if not isinstance(value, Tensor):
+        return value
+    if not isinstance(parameter, DTensor):
+        return whole(value, host=False)
+    if isinstance(value, DTensor) or value.shape != parameter.shape:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def spread_gradient(old: nn.Parameter, new: nn.Parameter) -> None:
+    """Give a sharded parameter its part of the gradient of the whole one."""
+    if old.grad is not None:
+        new.grad = _like(old.grad, new)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter], group: Any = None) -> None:
     """Average the gradients of whole parameters over processes, as shards are averaged; one message for all.
 
@@ -106,19 +204,20 @@ def broadcast_buffers(buffers: Sequence[Tensor], group: Any) -> None:
             dist.broadcast(buffer, group=group, group_src=0)
 
 
-def whole(tree: Any, *, keep: bool = True) -> Any:
-    """Return a structure with whole tensors on the host in place of sharded ones; all processes take part.
+def whole(tree: Any, *, keep: bool = True, host: bool = True) -> Any:
+    """Return a structure with whole tensors in place of sharded ones; all processes take part.
 
     Args:
         tree: Any nesting of containers.
         keep: Whether this process wants them; the others help, and get `None` for each.
+        host: Move them to host memory, one after another.
     """
 
     def gathered(value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
         full = value.full_tensor()
-        return full.cpu() if keep else None
+        return (full.cpu() if host else full) if keep else None
 
     with torch.no_grad():
         return tree_map(gathered, tree)
@@ -134,20 +233,15 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     by_number = dict(zip(ids, parameters, strict=False))
 
-    def placed(number: Any, value: Any) -> Any:
-        parameter = by_number.get(number)
-        if not isinstance(value, Tensor) or not isinstance(parameter, DTensor):
-            return value
-        if value.shape != parameter.shape:
-            return value
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
-
     entries = {
-        number: tree_map(lambda value, number=number: placed(number, value), entry)
+        number: tree_map(partial(_loaded, by_number.get(number)), entry)
         for number, entry in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": entries})
+
+
+def _loaded(parameter: nn.Parameter | None, value: Any) -> Any:
+    return value if parameter is None else _like(value, parameter)
 
 
 def norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from sharded import CASES, apart, data, made, trainer, weights
+from sharded import CASES, Share, apart, data, made, trainer, weights
+from torch.distributed.tensor import DTensor
 
 from lightning_accel.strategies import FSDP2Strategy
 
@@ -30,13 +32,14 @@ def result(name: str) -> dict[str, Any]:
         trainer(devices=1, **case.trainer).fit(alone, data(0, 1))
     module = made(case.make)
     strategy = FSDP2Strategy(**case.strategy)
-    run = trainer(devices=2, strategy=strategy, **case.trainer)
+    share = Share()
+    run = trainer(devices=2, strategy=strategy, callbacks=[share], **case.trainer)
     run.fit(module, data(rank, 2))
-    local = sum(getattr(p, "_local_tensor", p).numel() for p in module.parameters())
     return {
         "apart": apart(weights(alone), weights(module)),
         "moved": apart(weights(made(case.make)), weights(alone)) if name != "late" else 1.0,
-        "share": local / sum(p.numel() for p in module.parameters()),
+        "share": share.share,
+        "whole": float(not any(isinstance(p, DTensor) for p in copy.deepcopy(module).parameters())),
         "units": list(strategy.found.names),
         "refused": strategy.found.refused,
         "left": [n for n in vars(module) if n.endswith("_step") or "toggle" in n],

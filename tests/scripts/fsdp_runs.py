@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
-from sharded import GPT, Adam, Manual, Scalar, apart, data, made, trainer, weights
+from lightning.pytorch.strategies import DDPStrategy
+from sharded import GPT, Adam, Manual, Scalar, Share, apart, data, made, trainer, weights
 
 import lightning_accel as la
 from lightning_accel.strategies import FSDP2Strategy
@@ -184,11 +185,50 @@ def pruned() -> Found:
     return {"went on": compared(after, two), "file": apart(weights(two.float()), weights(loaded))}
 
 
+PRUNES: dict[str, tuple[Any, Callable[[], list[Any]]]] = {
+    "once": (GPT, lambda: [la.StructuredPruning(ratio=0.5, when=1)]),
+    "at the start, by taylor": (
+        Adam, lambda: [la.StructuredPruning(ratio=0.3, when=0, importance="taylor")],
+    ),
+    "in steps, beside an average": (
+        Adam,
+        lambda: [la.StructuredPruning(target=la.Macs(0.6), when=[1, 2]), EMAWeightAveraging(decay=0.9)],
+    ),
+    "taken back": (GPT, lambda: [la.StructuredPruning(ratio=0.7, when=1, max_drop=1e-9, monitor="val", mode="max")]),
+    "by hand": (Manual, lambda: [la.StructuredPruning(ratio=0.5, when=1)]),
+    "compiled": (GPT, lambda: [la.StructuredPruning(ratio=0.5, when=1), la.BlockCompile(backend="aot_eager")]),
+    "a scalar": (Scalar, lambda: [la.StructuredPruning(ratio=0.5, when=1)]),
+}  # fmt: skip
+
+
+def pruning() -> Found:
+    """A prune in mid-training, beside that under DDP: the module is made whole, cut, and sharded again."""
+    found: Found = {}
+    for name, (make, callbacks) in PRUNES.items():
+        try:
+            sides = []
+            for strategy in (DDPStrategy(find_unused_parameters=True), FSDP2Strategy()):
+                module, loader = made(make), data(RANK, 2)
+                shares = Share()
+                given = [*callbacks(), shares]
+                ours = trainer(devices=2, strategy=strategy, callbacks=given, max_epochs=3)
+                ours.fit(module, loader, loader if name == "taken back" else None)
+                sides.append(module)
+            found[f"{name}, shares"] = max(shares.share - 0.52, 0.0)
+            found[name] = compared(*sides)
+            sizes = [sum(p.numel() for p in m.parameters()) for m in (*sides, made(make))]
+            found[f"{name}, cut"] = float((sizes[1] < sizes[2]) == (name == "taken back"))
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
 RUNS = {
     f.__name__: f
     for f in (
         file_of_adam, file_of_two_optimizers, file_with_a_scalar, folder, evaluation, averages,
-        techniques, pruned,
+        techniques, pruned, pruning,
     )
 }  # fmt: skip
 

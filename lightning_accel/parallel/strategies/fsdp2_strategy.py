@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.arguments import flag, one_of, whole
+from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import Unsupported
 from lightning_accel.parallel import folders, sharding
@@ -50,7 +51,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     The module stays as it is, with layers made in `__init__` or in `configure_model`. It is sharded once all edits of
     it are done and weights are loaded, before `configure_optimizers`. Units are found by structure and tried in a step
     on a copy: a module whose weights are read outside of its forward is gathered with the rest. Losses, weights and
-    files are those of one process that sees the batches of all.
+    files are those of one process that sees the batches of all. After a run each process has the whole module in host
+    memory again, as after any other strategy; with `checkpoints="sharded"` it stays sharded.
 
     Args:
         units: "auto", or names of the modules that are gathered by themselves; none of them is all at once.
@@ -112,7 +114,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._unsteady: list[str] = []
         self._manual: Manual | None = None
         self._uneven: Uneven | None = None
-        self._clip: Any = None
+        self._steps: dict[str, Any] = {}
         self._folder: Path | None = None
         """A folder of shards that this run goes on from."""
         self._sends = True
@@ -165,29 +167,90 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert isinstance(root, LightningModule)
         if not sharding.is_sharded(root):
             self._refuse_meta(root)
-            uses = uses_of_fit(trainer, root)
-            names = self.units
-            self.found = find_units(root, uses) if isinstance(names, str) else Units(names, {})
-            every = tuple(name for name, _ in root.named_buffers())
-            self._buffers = every if uses is None else tuple(n for n in every if n in uses.buffers)
-            self._unsteady = self._perhaps_unused(root, uses)
-            others = list(averages(trainer.callbacks, root))  # type: ignore[attr-defined]
-            for model in (root, *others):
-                self._sharded = self._shard_one(model)
-            self.model_to_device()
+            self._choose(root, uses_of_fit(trainer, root))
+            self._shard_all(trainer)
             self._tell()
+        self._stand_around(trainer)
         if self._folder is not None:
             folders.load_model(root, self._folder)
+
+    def _choose(self, root: LightningModule, uses: Uses | None) -> None:
+        """Decide which modules are units, and what is looked after beside them."""
+        names = self.units
+        self.found = find_units(root, uses) if isinstance(names, str) else Units(names, {})
+        every = tuple(name for name, _ in root.named_buffers())
+        self._buffers = every if uses is None else tuple(n for n in every if n in uses.buffers)
+        self._unsteady = self._perhaps_unused(root, uses)
+
+    def _shard_all(self, trainer: Trainer) -> None:
+        """Shard the module, and the averages of it that callbacks keep."""
+        root = self.lightning_module
+        assert root is not None
+        for model in (root, *averages(trainer.callbacks, root)):  # type: ignore[attr-defined]
+            self._sharded = self._shard_one(model)
+        self.model_to_device()
+
+    def _stand_around(self, trainer: Trainer) -> None:
+        """Put around the module's steps, backward and clipping what sharding needs."""
+        root = self.lightning_module
+        assert root is not None
+        fits = trainer.state.fn == TrainerFn.FITTING
         for step in _STEPS:
             if is_overridden(step, root) and step not in vars(root):
                 register_fsdp_forward_method(root, step)
-        if trainer.state.fn == TrainerFn.FITTING and not root.automatic_optimization:
+                self._steps[step] = vars(root)[step]
+        if fits and not root.automatic_optimization:
             self._manual = Manual(root)
-        if trainer.state.fn == TrainerFn.FITTING and self._unsteady:
+        if fits and self._unsteady:
             self._uneven = Uneven(root, self._unsteady, self._group)
         if self._sharded.whole:  # torch cannot clip shards and whole gradients together
-            self._clip = self.precision_plugin.clip_grad_by_norm
-            self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+            vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
+
+    def _stand_back(self) -> None:
+        root = self.lightning_module
+        for step, ours in self._steps.items():
+            if root is not None and vars(root).get(step) is ours:
+                del vars(root)[step]
+        self._steps.clear()
+        if self._manual is not None:
+            self._manual.end()
+        self._manual = self._uneven = None
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Let every process hold the whole module within, averages and optimizer states too; then shard anew.
+
+        For what changes shapes or looks at the whole, at a step boundary: memory must hold all of it for a while.
+        """
+        root = self.lightning_module
+        if root is None or not sharding.is_sharded(root):
+            yield
+            return
+        trainer, toggles = root.trainer, self._manual is not None and self._manual.stands
+        self._stand_back()
+        pairs = list(sharding.unshard(root).values())
+        for average in averages(trainer.callbacks, root):  # type: ignore[attr-defined]
+            sharding.unshard(average)
+        for optimizer in optimizers_of(trainer, root):
+            sharding.move_optimizer(optimizer, pairs)
+        try:
+            yield
+        finally:
+            before = dict(root.named_parameters(remove_duplicate=False))
+            optimizers = optimizers_of(trainer, root)
+            names = set(dict(root.named_modules()))
+            self.found = self.found._replace(names=tuple(n for n in self.found.names if n in names))
+            self._unsteady = [n for n in self._unsteady if n in before]
+            self._shard_all(trainer)
+            after = dict(root.named_parameters(remove_duplicate=False))
+            for name, old in before.items():
+                sharding.spread_gradient(old, after[name])
+            for optimizer in optimizers:
+                sharding.move_optimizer(optimizer, [(before[n], after[n]) for n in before])
+            self._stand_around(trainer)
+            if self._manual is not None and toggles:
+                self._manual.begin()
 
     def _perhaps_unused(self, root: LightningModule, uses: Uses | None) -> list[str]:
         """Return the weights of which some process may have no gradient in some step."""
@@ -319,7 +382,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         self._folder = path if folders.is_folder(path) else None
         if self._folder is not None:
-            return folders.values(path, weights_only=weights_only is not False)
+            return folders.values(path)
         return Strategy.load_checkpoint(self, path, weights_only)
 
     @override
@@ -362,15 +425,17 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        self._stand_back()
         root = self.lightning_module
-        if root is not None:
-            for step in _STEPS:
-                vars(root).pop(step, None)
-        if self._manual is not None:
-            self._manual.end()
-            self._manual = None
-        self._uneven = None
-        if self._clip is not None:
-            vars(self.precision_plugin).pop("clip_grad_by_norm", None)
-            self._clip = None
+        ends = root is not None and root.trainer.state.status != TrainerStatus.INTERRUPTED
+        # One process that failed alone would wait for the others for ever.
+        if (
+            root is not None
+            and ends
+            and sharding.is_sharded(root)
+            and not self._save_distributed_checkpoint
+        ):
+            for model in (root, *averages(root.trainer.callbacks, root)):  # type: ignore[attr-defined]
+                sharding.unshard(model, host=True)
+            root.cpu()
         super().teardown()

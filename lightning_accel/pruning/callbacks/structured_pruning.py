@@ -21,6 +21,7 @@ from lightning_accel.bridge.model_edit import ModelEdit, commit
 from lightning_accel.bridge.parts import note_parts
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.bridge.rewind import remember_fit
+from lightning_accel.bridge.strategies import whole
 from lightning_accel.bridge.tried import steps_of
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import NoEffect
@@ -219,7 +220,7 @@ class StructuredPruning(ModelEdit):
         self.held(trainer).callback(self._sparse.end)
         what = type(self).__name__
         judge.require_one_guard(trainer, self)
-        checks.refuse_sharded(trainer.strategy, what)
+        checks.refuse_sharded(trainer.strategy, what, unless_gathered=True)
         checks.refuse_spawn(trainer.strategy, what)
         self._epochs = scheduling.epochs(self._when, trainer.max_epochs)
         if self.request.is_search and self.guard is not None:
@@ -248,7 +249,11 @@ class StructuredPruning(ModelEdit):
         """Rehearse, so that what cannot work is told now and not in the middle of the fit."""
         if not checks.is_built(pl_module):
             return  # lazy layers: nothing can be tried before the first batch of the fit
-        super().on_train_start(trainer, pl_module)
+        with whole(trainer):
+            super().on_train_start(trainer, pl_module)
+            self._rehearse(trainer, pl_module)
+
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._start is None:
             self._start = pristine(pl_module).now(pl_module)
         if not self.history:
@@ -311,6 +316,11 @@ class StructuredPruning(ModelEdit):
         due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
         if due <= self._done() or (self._at_hand is None and reads_once(trainer)):
             return  # of a stream, the fit's own first batch will do
+        with whole(trainer):
+            self._act_on_whole(trainer, pl_module, due)
+
+    def _act_on_whole(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
+        trial = checks.is_trial(trainer)
         checks.refuse_lazy(pl_module, type(self).__name__)
         kept = bests.keepers_of_files(trainer)
         if self._prune_as_guarded(trainer, pl_module, due) and not trial:
@@ -388,7 +398,8 @@ class StructuredPruning(ModelEdit):
         if verdict == "back":
             # In a search that is how the bound is found.
             told = rank_zero_info if self.request.is_search else rank_zero_warn
-            self.receipt = self.receipt + judge.take_back(trainer, pl_module, self.guard, told)
+            with whole(trainer):
+                self.receipt += judge.take_back(trainer, pl_module, self.guard, told)
             self.history[-1]["rolled_back"] = trainer.current_epoch
         goes_on = self.request.is_search and not final and any(past.next_steps(self.history))
         if verdict == "back" or (verdict == "go" and final):
