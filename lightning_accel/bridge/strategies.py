@@ -6,13 +6,16 @@ cannot be imported to be compared with. So the names in their lineage count firs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Holding = Literal["whole", "replicated", "sharded", "traced"]
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
@@ -53,3 +56,14 @@ def whole(trainer: Trainer) -> Iterator[None]:
     strategy: Any = trainer.strategy
     with strategy.gathered() if gathers(strategy) else nullcontext():
         yield
+
+
+def on_whole(method: Callable[P, T]) -> Callable[P, T]:
+    """Run a method of a callback, whose first argument is the Trainer, on whole weights."""
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with whole(next(arg for arg in args if isinstance(arg, Trainer))):
+            return method(*args, **kwargs)
+
+    return run

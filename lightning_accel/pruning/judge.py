@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_accel.bridge.rewind import rewind
+from lightning_accel.bridge.strategies import on_whole
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.pruning import history as past
 from lightning_accel.pruning.rollback import Rollback
@@ -69,6 +70,7 @@ def is_last_epoch(trainer: Trainer) -> bool:
     return last is not None and trainer.current_epoch + 1 == last
 
 
+@on_whole
 def take_back(
     trainer: Trainer, pl_module: LightningModule, guard: Rollback, told: Callable[[str], None]
 ) -> Receipt:

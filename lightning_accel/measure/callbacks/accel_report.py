@@ -28,7 +28,7 @@ from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.objective import bring, logged
 from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine, register
-from lightning_accel.bridge.strategies import holding
+from lightning_accel.bridge.strategies import gathers, holding, whole
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.measure.dashboard import to_wandb
 from lightning_accel.measure.flops import preserve_buffers
@@ -272,6 +272,10 @@ class AccelReport(Paced):
 
     def _measure(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:
         _refuse_sharded(trainer)
+        with whole(trainer):
+            self._measure_whole(report, trainer, pl_module)
+
+    def _measure_whole(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:
         # On all ranks, because a training step may communicate; what follows does not.
         kept, self._at_hand = self._at_hand, None
         device = trainer.strategy.root_device
@@ -378,7 +382,7 @@ def _reformatted(trainer: Trainer) -> set[str]:
 
 
 def _refuse_sharded(trainer: Trainer) -> None:
-    if holding(trainer.strategy) == "sharded":
+    if holding(trainer.strategy) == "sharded" and not gathers(trainer.strategy):
         raise Unsupported(
             "a report needs whole parameters on one process",
             type(trainer.strategy).__name__,

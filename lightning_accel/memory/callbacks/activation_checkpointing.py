@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from typing_extensions import override
 
 from lightning_accel.bridge.technique import Context, Technique
@@ -98,6 +99,9 @@ class ActivationCheckpointing(Technique):
             return
         self._unproved = False
         left = uncalled(pl_module)
+        if self.select is None and len(left) < len(self.receipt.changes):
+            # A frozen reference runs without gradients, and keeps nothing: nobody asked for it.
+            left = [n for n in left if _learns(pl_module.get_submodule(n))]
         if left and not compiled_names(pl_module):  # compiled code calls without our notice
             rests = not any(pl_module.get_submodule(name).training for name in left)
             raise NoEffect(
@@ -109,3 +113,7 @@ class ActivationCheckpointing(Technique):
                 if rests
                 else "select the modules that are called, such as 'net.layers.*'",
             )
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_accel.bridge.strategies import is_of
+from lightning_accel.bridge.strategies import gathers, is_of
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.precision.autocast import autocast
 from lightning_accel.precision.gate import Gate
@@ -204,6 +204,6 @@ class AutocastPrecision(MixedPrecision):
 
 def _refuse(strategy: Strategy) -> None:
     for kind, instead in _REFUSED.items():
-        if is_of(strategy, kind):
+        if is_of(strategy, kind) and not gathers(strategy):
             what = "AutocastPrecision does not go with this strategy"
             raise Unsupported(what, type(strategy).__name__, instead)

@@ -21,7 +21,7 @@ from lightning_accel.bridge.model_edit import ModelEdit, commit
 from lightning_accel.bridge.parts import note_parts
 from lightning_accel.bridge.restore import pristine
 from lightning_accel.bridge.rewind import remember_fit
-from lightning_accel.bridge.strategies import whole
+from lightning_accel.bridge.strategies import on_whole
 from lightning_accel.bridge.tried import steps_of
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import NoEffect
@@ -47,24 +47,23 @@ _BATCHES = 10  # of training data, for an importance that measures
 class StructuredPruning(ModelEdit):
     """Make the network smaller during a fit, and keep everything that hangs on it working.
 
-    Optimizer state, weight averages, DDP, checkpoints and resume follow; batch-norm statistics are
-    re-estimated from unlabelled training batches. What could not be pruned is listed with its reason.
+    Optimizer state, averages, DDP, `FSDP2Strategy`, checkpoints and resume follow; batch-norm statistics are re-estimated
+    from unlabelled training batches. What could not be pruned is listed with its reason.
 
-    The best scores of `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` start anew with the
-    smaller network. Checkpoints of the larger one stay on disk and are named in `history[i]["bests"]`.
+    Best scores of `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` start anew with the smaller
+    network; checkpoints of the larger one stay on disk, and are named in `history[i]["bests"]`.
 
     Cut along is what the module, callbacks and optimizers keep beside the weights in their names or their
-    order: averages, slow weights, anchors. A record of old weights looks the same and is cut too; to keep
-    one whole, keep it in a list of dicts, or as numpy arrays.
+    order: averages, slow weights, anchors. A record of old weights looks the same and is cut too; to keep one whole, keep
+    it in a list of dicts, or as numpy arrays.
 
     Args:
         ratio: Share of the channels of every layer to remove, above 0 and below 1; of the network at the
             start of the fit, as all shares here. A fit that resumes from a checkpoint is one with that which
             wrote it; a new fit of a network that was pruned before starts from what is left.
         when: Epoch before which to prune, counted from 0; or the share of the fit (0.4 of 20 epochs is
-            epoch 8); or a list of either. With 0 the network should be one that is trained already: it is
-            warned of one that looks untrained (`warnings.filterwarnings("ignore", "StructuredPruning")`).
-            A single one is where a search begins, with a step every `patience` epochs.
+            epoch 8); or a list of either; in a search its begin, with a step every `patience` epochs.
+            With 0 the network should be one that is trained: it is warned of one that does not look so.
         target: Instead of `ratio`, what to keep of the network at the start of the fit: `Macs(0.5)`,
             `Params(0.5)`, `Latency(0.5)` on the device of the fit, `Memory(0.5)`.
         importance: One of `importance.KNOWN`, or a function of model and group; those that measure do so
@@ -88,8 +87,7 @@ class StructuredPruning(ModelEdit):
             prune is due, or at the end, the last prune is taken back and none follows. Without `ratio`, `target`
             and `pruner` this is a search, as far as the metric allows below the best so far of any network: in
             steps that grow until one is taken back and are halved from there to 2 %; see `trade_off`.
-        monitor: A metric that is logged in validation.
-        mode: "max" where more of it is better, "min" where less is.
+        monitor: A metric that is logged in validation; `mode` is "max" where more of it is better, "min" where less.
         patience: With `max_drop`, epochs of fine-tuning before a prune can be taken back; a prune that
             is due meanwhile waits.
         pruner: Instead of `ratio`, a function of a copy of the LightningModule and of what it takes, called anew for
@@ -218,10 +216,9 @@ class StructuredPruning(ModelEdit):
         if stage != "fit":
             return
         self.held(trainer).callback(self._sparse.end)
-        what = type(self).__name__
         judge.require_one_guard(trainer, self)
-        checks.refuse_sharded(trainer.strategy, what, unless_gathered=True)
-        checks.refuse_spawn(trainer.strategy, what)
+        checks.refuse_sharded(trainer.strategy, type(self).__name__, unless_gathered=True)
+        checks.refuse_spawn(trainer.strategy, type(self).__name__)
         self._epochs = scheduling.epochs(self._when, trainer.max_epochs)
         if self.request.is_search and self.guard is not None:
             self._epochs = past.moments(self._epochs, trainer.max_epochs, self.guard.patience)
@@ -245,15 +242,12 @@ class StructuredPruning(ModelEdit):
         self._tell_changed()
 
     @override
+    @on_whole
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rehearse, so that what cannot work is told now and not in the middle of the fit."""
         if not checks.is_built(pl_module):
             return  # lazy layers: nothing can be tried before the first batch of the fit
-        with whole(trainer):
-            super().on_train_start(trainer, pl_module)
-            self._rehearse(trainer, pl_module)
-
-    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if self._start is None:
             self._start = pristine(pl_module).now(pl_module)
         if not self.history:
@@ -316,11 +310,10 @@ class StructuredPruning(ModelEdit):
         due = len(self.when) if trial else sum(e <= trainer.current_epoch for e in self.when)
         if due <= self._done() or (self._at_hand is None and reads_once(trainer)):
             return  # of a stream, the fit's own first batch will do
-        with whole(trainer):
-            self._act_on_whole(trainer, pl_module, due)
+        self._act_now(trainer, pl_module, due, trial)
 
-    def _act_on_whole(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
-        trial = checks.is_trial(trainer)
+    @on_whole
+    def _act_now(self, trainer: Trainer, pl_module: LightningModule, due: int, trial: bool) -> None:
         checks.refuse_lazy(pl_module, type(self).__name__)
         kept = bests.keepers_of_files(trainer)
         if self._prune_as_guarded(trainer, pl_module, due) and not trial:
@@ -398,8 +391,7 @@ class StructuredPruning(ModelEdit):
         if verdict == "back":
             # In a search that is how the bound is found.
             told = rank_zero_info if self.request.is_search else rank_zero_warn
-            with whole(trainer):
-                self.receipt += judge.take_back(trainer, pl_module, self.guard, told)
+            self.receipt += judge.take_back(trainer, pl_module, self.guard, told)
             self.history[-1]["rolled_back"] = trainer.current_epoch
         goes_on = self.request.is_search and not final and any(past.next_steps(self.history))
         if verdict == "back" or (verdict == "go" and final):
@@ -450,12 +442,9 @@ class StructuredPruning(ModelEdit):
             found = decide(self.request, pl_module, calls, fit, **how)
         return trainer.strategy.broadcast(found)
 
-    def _dense(self, pl_module: LightningModule) -> Structure:
-        """Return the sizes at the start of the fit of what has been pruned by now."""
-        return pristine(pl_module).updated(self._start or Structure())
-
     def _fit(self, trainer: Trainer, pl_module: LightningModule) -> Fit:
         """Return what a plan needs of the fit, at the batch at hand if there is one."""
         data = TrainingData(trainer, pl_module, _BATCHES, self._at_hand)
         left, steps = past.left(self.history), steps_of(trainer, self._at_hand)
-        return Fit(data, self._dense(pl_module), left, steps)
+        dense = pristine(pl_module).updated(self._start or Structure())  # as the fit began
+        return Fit(data, dense, left, steps)
