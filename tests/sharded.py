@@ -376,6 +376,68 @@ class ManualSkips(SkipsByData):
         optimizer.step()
 
 
+class Teacher(GPT):
+    """A target network within, that follows by hand (BYOL): in the step, by `data`, or before gradients are zeroed."""
+
+    where = "step"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = copy.deepcopy(self.blocks).requires_grad_(False)
+        self.centre = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+    def move(self) -> None:
+        with torch.no_grad():
+            for mine, its in zip(self.blocks.parameters(), self.target.parameters(), strict=True):
+                if self.where == "data":
+                    its.data = 0.9 * its.data + 0.1 * mine.data
+                else:
+                    its.mul_(0.9).add_(mine, alpha=0.1)
+            self.centre.mul_(0.9).add_(self.blocks[0].mlp[2].bias, alpha=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.where != "hook":
+            self.move()
+        x = aim = self.embed(batch[0])
+        for mine, its in zip(self.blocks, self.target, strict=True):
+            x, aim = mine(x), its(aim)
+        return F.mse_loss(x, aim.detach() + 0.1 + self.centre) + self.loss(batch)
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        if self.where == "hook":
+            self.move()
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+class TeacherData(Teacher):
+    where = "data"
+
+
+class TeacherHook(Teacher):
+    where = "hook"
+
+
+class ManualClamps(Manual):
+    """Weights are clamped by hand in the middle of a manual step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        super().training_step(batch, batch_idx)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.clamp_(-0.2, 0.2)
+        self.makes_once_more(batch)
+
+    def makes_once_more(self, batch: Any) -> None:
+        makes, _ = self.optimizers()
+        makes.zero_grad()
+        self.manual_backward(self.loss(batch))
+        with torch.no_grad():
+            self.gain.mul_(0.9)
+        makes.step()
+
+
 class Case(NamedTuple):
     """A module, the Trainer's arguments, and those of the strategy."""
 
@@ -419,6 +481,10 @@ CASES: dict[str, Case] = {
     "kept after forward": Case(GPT, {}, {"reshard_after_forward": False}),
     "in host memory": Case(GPT, {}, {"cpu_offload": True}),
     "copies of shards": Case(GPT, {}, {"replicas": 2}),
+    "target that follows": Case(Teacher),
+    "target that follows by data": Case(TeacherData),
+    "target that follows in a hook": Case(TeacherHook),
+    "manual, clamped": Case(ManualClamps),
     "manual, toggled": Case(Manual),
     "manual, all zeroed": Case(ManualAll),
     "manual, one optimizer": Case(ManualOne),
@@ -450,8 +516,8 @@ def data(rank: int, world: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_sampler=Fixed(rows))
 
 
-def made(make: Callable[[], LightningModule]) -> LightningModule:
-    torch.manual_seed(3)
+def made(make: Callable[[], LightningModule], seed: int = 3) -> LightningModule:
+    torch.manual_seed(seed)
     return make().double()
 
 

@@ -155,3 +155,42 @@ def test_reading_what_a_weight_is_does_not_count_as_reading_it() -> None:
     assert uses_of(net, lambda: (net(torch.ones(1, 2)), net[1].weight.data.clone())).outside == {
         "1": "1.weight"
     }
+
+
+@pytest.mark.parametrize(
+    ("write", "found"),
+    [
+        (lambda w: w.mul_(1.0), True),
+        (lambda w: w.data.mul_(1.0), True),
+        (lambda w: w.detach()[0].zero_(), True),
+        (lambda w: torch._foreach_mul_([w], 1.0), True),
+        (lambda w: nn.init.zeros_(w), True),
+        (lambda w: w.__setitem__(0, 1.0), True),
+        (lambda w: setattr(w, "data", w.data + 0.0), True),
+        (lambda w: torch.add(w.data, 0.0, out=w.data), True),
+        (lambda w: w.requires_grad_(False), False),
+        (lambda w: setattr(w, "grad", None), False),
+        (lambda w: w.mul(2.0).add_(1.0), False),
+        (lambda w: w.data.clone().zero_(), False),
+    ],
+)
+def test_what_writes_weights_is_seen_though_it_changes_nothing(write: Any, found: bool) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def step() -> None:
+        with torch.no_grad():
+            write(net[1].weight)
+
+    assert uses_of(net, step).written == ({"1.weight"} if found else set())
+
+
+def test_a_block_whose_weights_are_written_in_the_step_is_no_unit() -> None:
+    class Clamps(GPT):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            for p in self.blocks[1].parameters():
+                p.data.clamp_(-1.0, 1.0)
+            return self.loss(batch)
+
+    model = Clamps()
+    units = find_units(model, uses(model))
+    assert units.names == ("blocks.0", "blocks.2") and "blocks.1" in units.refused

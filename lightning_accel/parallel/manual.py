@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_accel.errors import AccelError
+from lightning_accel.parallel.write_back import WriteBack
 
 _TOGGLES = ("toggle_optimizer", "untoggle_optimizer")
 
@@ -24,11 +25,13 @@ class Manual:
 
     Args:
         root: The user's module, sharded.
+        write_back: Keeps what the step writes into its weights.
     """
 
-    def __init__(self, root: LightningModule) -> None:
+    def __init__(self, root: LightningModule, write_back: WriteBack) -> None:
         assert isinstance(root, FSDPModule)
         self._root: Any = root
+        self._write_back = write_back
         self._seen = 0
         """Backward passes that went through the strategy."""
         self.stands = False
@@ -41,11 +44,12 @@ class Manual:
 
     def _around(self, method: Any) -> Any:
         def toggle(*args: Any, **kwargs: Any) -> Any:
+            self._write_back.commit()
             self._root.reshard()
             try:
                 return method(*args, **kwargs)
             finally:
-                self._root.unshard()
+                self._gather()
 
         return toggle
 
@@ -56,14 +60,15 @@ class Manual:
 
     def after_backward(self) -> None:
         """Gather the root's own weights again for the rest of the step."""
-        self._root.unshard()
+        self._gather()
 
     def before_step(self) -> None:
-        """Refuse a step after a backward that went past the strategy.
+        """Keep what was written by hand, and refuse a step after a backward that went past the strategy.
 
         Raises:
             AccelError: There was none by `manual_backward` yet.
         """
+        self._write_back.commit()
         if not self._seen:
             raise AccelError(
                 "gradients of a sharded module are averaged in `manual_backward`",
@@ -74,7 +79,11 @@ class Manual:
     def after_step(self) -> None:
         """Gather what the optimizer has just changed."""
         self._root.reshard()
+        self._gather()
+
+    def _gather(self) -> None:
         self._root.unshard()
+        self._write_back.begin()
 
     def end(self) -> None:
         """Give the module its own methods back."""

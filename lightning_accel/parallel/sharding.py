@@ -204,6 +204,16 @@ def broadcast_buffers(buffers: Sequence[Tensor], group: Any) -> None:
             dist.broadcast(buffer, group=group, group_src=0)
 
 
+def equalise(model: nn.Module, device: torch.device, group: Any) -> None:
+    """Give all processes the weights and buffers of the first, as DDP does at its start, one after another."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            there = tensor.detach().to(device).contiguous()
+            dist.broadcast(there, group=group, group_src=0)
+            if there.data_ptr() != tensor.data_ptr():
+                tensor.copy_(there)
+
+
 def whole(tree: Any, *, keep: bool = True, host: bool = True) -> Any:
     """Return a structure with whole tensors in place of sharded ones; all processes take part.
 

@@ -105,6 +105,9 @@ class _Search:
             return "no step called it"
         if not self.uses.is_steady(name):
             return "not every step of every process called it as often"
+        written = next((n for n in sorted(self.uses.written) if n.startswith(f"{name}.")), None)
+        if written:
+            return f"`{written}` is written in the step, which a gathered copy would forget"
         idle = next((n for n in self.unsteady if n.startswith(f"{name}.")), None)
         return f"not every step of every process read `{idle}`" if idle else ""
 

@@ -30,6 +30,7 @@ _ABOUT = {
     "__set__",
 }
 """Methods that read no element."""
+_IN_PLACE = {"__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "pow"))}
 _READING = {"data", "T", "mT", "H", "mH", "real", "imag"}
 """Attributes that read elements; all others, such as `shape`, do not."""
 
@@ -44,6 +45,7 @@ class Uses:
         follows: Pairs of modules of which the second got what the first had computed.
         reads: By weight, the numbers of operations that read it, one entry per step.
         buffers: Names of the buffers that were written.
+        written: Names of the weights that were written.
     """
 
     outside: dict[str, str] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class Uses:
     follows: set[tuple[str, str]] = field(default_factory=set)
     reads: dict[str, list[int]] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
 
     def join(self, other: Uses) -> None:
         """Take in what other steps, or other processes, saw."""
@@ -60,6 +63,7 @@ class Uses:
                 mine[name] = mine.get(name, []) + counts
         self.follows |= other.follows
         self.buffers |= other.buffers
+        self.written |= other.written
 
     def is_steady(self, name: str) -> bool:
         """Whether a module was called, and in every step as often."""
@@ -83,7 +87,8 @@ def uses_of(model: nn.Module, step: Callable[[], Any]) -> Uses:
     >>> found.outside, found.is_steady("0"), ("0", "1") in found.follows
     ({'1': '1.weight'}, True, True)
     """
-    seen, before = _Seen(model), {n: _bits(b) for n, b in model.named_buffers()}
+    seen = _Seen(model)
+    before = {n: _checksum(t) for n, t in _tensors(model)}
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # a compiled block would be captured with the mode in it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -93,14 +98,24 @@ def uses_of(model: nn.Module, step: Callable[[], Any]) -> Uses:
     found = seen.found
     found.calls = {name: [seen.counts[name]] for name in seen.names}
     found.reads = {name: [seen.reads[name]] for name in seen.weights.values()}
-    for name, buffer in model.named_buffers():  # batch norm writes without a new version
-        if name not in before or not torch.equal(before[name], _bits(buffer)):
-            found.buffers.add(name)
+    parameters = set(seen.weights.values())
+    for name, tensor in _tensors(model):
+        if before.get(name) != _checksum(tensor):
+            (found.written if name in parameters else found.buffers).add(name)
     return found
 
 
-def _bits(buffer: Tensor) -> Tensor:
-    return buffer.detach().clone().reshape(-1).contiguous().view(torch.uint8)
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _checksum(tensor: Tensor) -> tuple[int, int]:
+    """Return two sums over all bits: batch norm and `weight.data` are written without a new version."""
+    flat = tensor.detach().reshape(-1).contiguous()
+    words = flat.view(torch.uint8).to(torch.int64)
+    places = torch.arange(1, len(words) + 1, device=words.device) % 65_521
+    return int(words.sum()), int((words * places).sum())
 
 
 class _Seen(TorchFunctionMode):
@@ -111,6 +126,7 @@ class _Seen(TorchFunctionMode):
         self.found, self.stack = Uses(), list[str]()
         self.counts, self.reads = Counter[str](), Counter[str]()
         self.weights = {id(p): name for name, p in model.named_parameters()}
+        self.storages = {p.untyped_storage().data_ptr(): id(p) for p in model.parameters()}
         self.owners: dict[int, list[str]] = {}
         self.names: list[str] = []
         for name, module in model.named_modules():
@@ -154,6 +170,12 @@ class _Seen(TorchFunctionMode):
 
         return hook
 
+    def _weight_at(self, value: Any) -> int | None:
+        """Return the weight whose elements a tensor shares: itself, its `data`, or a view of it."""
+        if not isinstance(value, Tensor) or value.is_sparse or not value.numel():
+            return None
+        return self.storages.get(value.untyped_storage().data_ptr())
+
     def _makers(self, values: Any) -> frozenset[str]:
         found = [self._made.get(id(t)) for t in tree_leaves(values) if isinstance(t, Tensor)]
         return frozenset().union(*(names for known in found if known for names in (known[1],)))
@@ -174,6 +196,9 @@ class _Seen(TorchFunctionMode):
                 for owner in self.owners.get(id(value), ()):
                     if owner not in self.stack:
                         self.found.outside.setdefault(owner, name)
+        into = tree_leaves((args[:1] if _writes(func) else (), given[1].get("out")))
+        places = {self._weight_at(value) for value in into}
+        self.found.written |= {self.weights[at] for at in places if at is not None}
         result = func(*args, **(kwargs or {}))
         makers = self._makers(given)
         if makers and not isinstance(result, (bool, int, float, torch.Size, torch.dtype)):
@@ -187,3 +212,12 @@ def _reads(func: Any) -> bool:
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in _READING
     return name not in _ABOUT
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function may write elements of its first argument."""
+    name = getattr(func, "__name__", "")
+    if name == "__set__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") == "data"
+    ends = name.endswith("_") and not name.endswith("__") and name not in _ABOUT
+    return ends or name in _IN_PLACE

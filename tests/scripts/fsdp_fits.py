@@ -30,7 +30,7 @@ def result(name: str) -> dict[str, Any]:
         trainer(devices=2, strategy=kind, **case.trainer).fit(alone, data(rank, 2))
     else:
         trainer(devices=1, **case.trainer).fit(alone, data(0, 1))
-    module = made(case.make)
+    module = made(case.make, 3 + 10 * rank)  # all get the weights of the first
     strategy = FSDP2Strategy(**case.strategy)
     share = Share()
     run = trainer(devices=2, strategy=strategy, callbacks=[share], **case.trainer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.uneven import Uneven
 from lightning_accel.parallel.units import Units, find_units
 from lightning_accel.parallel.uses import Uses
+from lightning_accel.parallel.write_back import WriteBack
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 Checkpoints = Literal["whole", "sharded"]
@@ -114,6 +116,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._unsteady: list[str] = []
         self._manual: Manual | None = None
         self._uneven: Uneven | None = None
+        self._write_back: WriteBack | None = None
+        self._written: tuple[str, ...] = ()
         self._steps: dict[str, Any] = {}
         self._folder: Path | None = None
         """A folder of shards that this run goes on from."""
@@ -167,6 +171,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert isinstance(root, LightningModule)
         if not sharding.is_sharded(root):
             self._refuse_meta(root)
+            sharding.equalise(root, self.root_device, self._group)
             self._choose(root, uses_of_fit(trainer, root))
             self._shard_all(trainer)
             self._tell()
@@ -181,6 +186,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         every = tuple(name for name, _ in root.named_buffers())
         self._buffers = every if uses is None else tuple(n for n in every if n in uses.buffers)
         self._unsteady = self._perhaps_unused(root, uses)
+        self._written = tuple(uses.written) if uses else ()
 
     def _shard_all(self, trainer: Trainer) -> None:
         """Shard the module, and the averages of it that callbacks keep."""
@@ -195,16 +201,29 @@ class FSDP2Strategy(ModelParallelStrategy):
         root = self.lightning_module
         assert root is not None
         fits = trainer.state.fn == TrainerFn.FITTING
+        self._write_back = WriteBack(root, self.found.names, self._written)
         for step in _STEPS:
             if is_overridden(step, root) and step not in vars(root):
+                # Ours is within: what the step wrote is kept before FSDP2 lets go of the copies.
+                vars(root)[step] = self._keeping_writes(getattr(root, step), self._write_back)
                 register_fsdp_forward_method(root, step)
                 self._steps[step] = vars(root)[step]
         if fits and not root.automatic_optimization:
-            self._manual = Manual(root)
+            self._manual = Manual(root, self._write_back)
         if fits and self._unsteady:
             self._uneven = Uneven(root, self._unsteady, self._group)
         if self._sharded.whole:  # torch cannot clip shards and whole gradients together
             vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
+
+    def _keeping_writes(self, step: Any, write_back: WriteBack) -> Any:
+        @wraps(step)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            write_back.begin()
+            result = step(*args, **kwargs)
+            write_back.commit()
+            return result
+
+        return run
 
     def _stand_back(self) -> None:
         root = self.lightning_module
@@ -334,6 +353,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> Tensor:
+        assert self._write_back is not None
+        self._write_back.commit()  # of the hooks between step and backward
         if self._uneven is not None:
             closure_loss = self._uneven.before_backward(closure_loss)
         if self._manual is not None:
