@@ -24,6 +24,7 @@ ADAPTERS = {
     "sparse_training.py",
     "strategy_names.py",
     "trial_steps.py",
+    "around_steps.py",
     "manual.py",
     "judge.py",
     "manual_steps.py",

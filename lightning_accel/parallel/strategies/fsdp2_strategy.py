@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -26,7 +24,6 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
-    register_fsdp_forward_method,
 )
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -36,14 +33,11 @@ from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import Unsupported
 from lightning_accel.parallel import folders, sharding
-from lightning_accel.parallel.manual import Manual
+from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.trial_steps import uses_of_fit
-from lightning_accel.parallel.uneven import Uneven
 from lightning_accel.parallel.units import Units, find_units
 from lightning_accel.parallel.uses import Uses
-from lightning_accel.parallel.write_back import WriteBack
 
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 Checkpoints = Literal["whole", "sharded"]
 
 
@@ -114,11 +108,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._sharded = sharding.Sharded((), ())
         self._buffers: tuple[str, ...] = ()
         self._unsteady: list[str] = []
-        self._manual: Manual | None = None
-        self._uneven: Uneven | None = None
-        self._write_back: WriteBack | None = None
+        self._around: AroundSteps | None = None
         self._written: tuple[str, ...] = ()
-        self._steps: dict[str, Any] = {}
         self._folder: Path | None = None
         """A folder of shards that this run goes on from."""
         self._sends = True
@@ -200,41 +191,26 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Put around the module's steps, backward and clipping what sharding needs."""
         root = self.lightning_module
         assert root is not None
-        fits = trainer.state.fn == TrainerFn.FITTING
-        self._write_back = WriteBack(root, self.found.names, self._written)
-        for step in _STEPS:
-            if is_overridden(step, root) and step not in vars(root):
-                # Ours is within: what the step wrote is kept before FSDP2 lets go of the copies.
-                vars(root)[step] = self._keeping_writes(getattr(root, step), self._write_back)
-                register_fsdp_forward_method(root, step)
-                self._steps[step] = vars(root)[step]
-        if fits and not root.automatic_optimization:
-            self._manual = Manual(root, self._write_back)
-        if fits and self._unsteady:
-            self._uneven = Uneven(root, self._unsteady, self._group)
+        self._around = AroundSteps(
+            root,
+            self.found.names,
+            whole=self._sharded.whole,
+            written=[n for n in self._written if n not in self._sharded.whole],
+            unsteady=self._unsteady,
+            group=self._group,
+            fits=trainer.state.fn == TrainerFn.FITTING,
+        )
         if self._sharded.whole:  # torch cannot clip shards and whole gradients together
             vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
 
-    def _keeping_writes(self, step: Any, write_back: WriteBack) -> Any:
-        @wraps(step)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            write_back.begin()
-            result = step(*args, **kwargs)
-            write_back.commit()
-            return result
-
-        return run
-
-    def _stand_back(self) -> None:
-        root = self.lightning_module
-        for step, ours in self._steps.items():
-            if root is not None and vars(root).get(step) is ours:
-                del vars(root)[step]
-        self._steps.clear()
-        if self._manual is not None:
-            self._manual.end()
-        self._manual = self._uneven = None
+    def _stand_back(self) -> bool:
+        """Take off what stands around the steps; whether that included toggles."""
+        toggles = self._around is not None and self._around.toggles
+        if self._around is not None:
+            self._around.leave()
+            self._around = None
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        return toggles
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -246,30 +222,28 @@ class FSDP2Strategy(ModelParallelStrategy):
         if root is None or not sharding.is_sharded(root):
             yield
             return
-        trainer, toggles = root.trainer, self._manual is not None and self._manual.stands
-        self._stand_back()
+        trainer, toggles = root.trainer, self._stand_back()
         pairs = list(sharding.unshard(root).values())
         for average in averages(trainer.callbacks, root):  # type: ignore[attr-defined]
             sharding.unshard(average)
         for optimizer in optimizers_of(trainer, root):
             sharding.move_optimizer(optimizer, pairs)
-        try:
-            yield
-        finally:
-            before = dict(root.named_parameters(remove_duplicate=False))
-            optimizers = optimizers_of(trainer, root)
-            names = set(dict(root.named_modules()))
-            self.found = self.found._replace(names=tuple(n for n in self.found.names if n in names))
-            self._unsteady = [n for n in self._unsteady if n in before]
-            self._shard_all(trainer)
-            after = dict(root.named_parameters(remove_duplicate=False))
-            for name, old in before.items():
-                sharding.spread_gradient(old, after[name])
-            for optimizer in optimizers:
-                sharding.move_optimizer(optimizer, [(before[n], after[n]) for n in before])
-            self._stand_around(trainer)
-            if self._manual is not None and toggles:
-                self._manual.begin()
+        yield  # an error ends the fit: it may be of this process alone, and the others would wait
+        before = dict(root.named_parameters(remove_duplicate=False))
+        optimizers = optimizers_of(trainer, root)
+        modules = dict(root.named_modules())
+        self.found = self.found._replace(names=tuple(n for n in self.found.names if n in modules))
+        self._unsteady = [n for n in self._unsteady if n in before]
+        self._written = tuple(n for n in self._written if n in before)
+        self._shard_all(trainer)
+        after = dict(root.named_parameters(remove_duplicate=False))
+        for name, old in before.items():
+            sharding.spread_gradient(old, after[name])
+        for optimizer in optimizers:
+            sharding.move_optimizer(optimizer, [(before[n], after[n]) for n in before])
+        self._stand_around(trainer)
+        if toggles and self._around is not None:
+            self._around.begin()
 
     def _perhaps_unused(self, root: LightningModule, uses: Uses | None) -> list[str]:
         """Return the weights of which some process may have no gradient in some step."""
@@ -313,8 +287,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self._manual is not None:
-            self._manual.begin()
+        if self._around is not None:
+            self._around.begin()
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -353,33 +327,18 @@ class FSDP2Strategy(ModelParallelStrategy):
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        assert self._write_back is not None
-        self._write_back.commit()  # of the hooks between step and backward
-        if self._uneven is not None:
-            closure_loss = self._uneven.before_backward(closure_loss)
-        if self._manual is not None:
-            closure_loss = self._manual.before_backward(closure_loss)
+        assert self._around is not None
+        closure_loss = self._around.before_backward(closure_loss)
         loss = super().backward(closure_loss, optimizer, *args, **kwargs)
-        root = self.lightning_module
-        assert root is not None
-        named = dict(root.named_parameters()) if self._sharded.whole else {}
-        sharding.average_gradients(
-            [named[name] for name in self._sharded.whole],
-            self.device_mesh["data_parallel"].get_group(),
-        )
-        if self._uneven is not None and self._sends:
-            self._uneven.after_backward()
-        if self._manual is not None:
-            self._manual.after_backward()
+        self._around.after_backward(sends=self._sends)
         return loss
 
     @override
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if self._manual is not None:
-            self._manual.before_step()
+        assert self._around is not None
+        self._around.before_step()
         result = super().optimizer_step(optimizer, *args, **kwargs)
-        if self._manual is not None:
-            self._manual.after_step()
+        self._around.after_step()
         return result
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:

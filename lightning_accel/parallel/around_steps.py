@@ -1,0 +1,116 @@
+"""What stands around the steps, backward passes and optimizer steps of a sharded module, from one sharding to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import wraps
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from lightning_accel.parallel.manual import Manual
+from lightning_accel.parallel.sharding import average_gradients
+from lightning_accel.parallel.uneven import Uneven
+from lightning_accel.parallel.write_back import WriteBack
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class AroundSteps:
+    """Stands around the work of a sharded module until `leave`.
+
+    Args:
+        root: The user's module, sharded and not gathered.
+        units: Names of the modules that are gathered by themselves.
+        whole: Weights that every process holds whole.
+        written: Weights that steps write.
+        unsteady: Weights of which some process may have no gradient.
+        group: The processes.
+        fits: Whether this run trains.
+    """
+
+    def __init__(
+        self,
+        root: LightningModule,
+        units: Sequence[str],
+        *,
+        whole: Sequence[str],
+        written: Sequence[str],
+        unsteady: Sequence[str],
+        group: Any,
+        fits: bool,
+    ) -> None:
+        self._root, self._group = root, group
+        self._whole = [root.get_parameter(name) for name in whole]
+        self._write_back = WriteBack(root, units, written)
+        by_hand = fits and not root.automatic_optimization
+        self._manual = Manual(root, self._write_back) if by_hand else None
+        self._uneven = Uneven(root, unsteady, group) if fits and unsteady else None
+        self._steps: dict[str, Any] = {}
+        for step in _STEPS:
+            if is_overridden(step, root) and step not in vars(root):
+                # Ours is within: what the step wrote is kept before FSDP2 lets go of the copies.
+                vars(root)[step] = self._keeping_writes(getattr(root, step))
+                register_fsdp_forward_method(root, step)
+                self._steps[step] = vars(root)[step]
+
+    def _keeping_writes(self, step: Any) -> Any:
+        @wraps(step)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._write_back.begin()
+            result = step(*args, **kwargs)
+            self._write_back.commit()
+            return result
+
+        return run
+
+    @property
+    def toggles(self) -> bool:
+        """Whether toggles of manual optimization are looked after."""
+        return self._manual is not None and self._manual.stands
+
+    def begin(self) -> None:
+        """Look after toggles too, from the start of training."""
+        if self._manual is not None:
+            self._manual.begin()
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """Return the loss to go back from."""
+        self._write_back.commit()  # what hooks wrote between step and backward
+        if self._uneven is not None:
+            loss = self._uneven.before_backward(loss)
+        return loss if self._manual is None else self._manual.before_backward(loss)
+
+    def after_backward(self, *, sends: bool) -> None:
+        """Do for whole weights, and for those that some processes did not use, what shards do by themselves.
+
+        Args:
+            sends: Whether gradients were summed over processes in this backward.
+        """
+        average_gradients(self._whole, self._group)
+        if self._uneven is not None and sends:
+            self._uneven.after_backward()
+        if self._manual is not None:
+            self._manual.after_backward()
+
+    def before_step(self) -> None:
+        """Get ready for an optimizer step by hand."""
+        if self._manual is not None:
+            self._manual.before_step()
+
+    def after_step(self) -> None:
+        """Gather what an optimizer step by hand has changed."""
+        if self._manual is not None:
+            self._manual.after_step()
+
+    def leave(self) -> None:
+        """Give the module its own methods back."""
+        for step, ours in self._steps.items():
+            if vars(self._root).get(step) is ours:
+                del vars(self._root)[step]
+        self._steps.clear()
+        if self._manual is not None:
+            self._manual.end()
