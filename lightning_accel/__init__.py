@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_accel.measure.callbacks.step_meter import StepMeter
     from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
     from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
+    from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
     from lightning_accel.precision.callbacks.float8_linear import Float8Linear
     from lightning_accel.precision.callbacks.matmul_precision import MatmulPrecision
@@ -55,6 +56,7 @@ filterwarnings(
 )
 
 _HOMES = {
+    "AccelDDPStrategy": "parallel.strategies.accel_ddp_strategy",
     "AccelReport": "measure.callbacks.accel_report",
     "ActivationBudget": "memory.callbacks.activation_budget",
     "ActivationCheckpointing": "memory.callbacks.activation_checkpointing",
@@ -99,6 +101,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AccelDDPStrategy",
     "AccelReport",
     "ActivationBudget",
     "ActivationCheckpointing",

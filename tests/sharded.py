@@ -415,6 +415,15 @@ class TeacherData(Teacher):
     where = "data"
 
 
+class AssignsOnce(GPT):
+    """A weight that learns gets other data in the first step: later ones must not compute with that for ever."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if not self.global_step:
+            self.norm.weight.data = self.norm.weight.data * 0.5
+        return self.loss(batch)
+
+
 class TeacherHook(Teacher):
     where = "hook"
 
@@ -483,6 +492,7 @@ CASES: dict[str, Case] = {
     "copies of shards": Case(GPT, {}, {"replicas": 2}),
     "target that follows": Case(Teacher),
     "target that follows by data": Case(TeacherData),
+    "data assigned once": Case(AssignsOnce),
     "target that follows in a hook": Case(TeacherHook),
     "manual, clamped": Case(ManualClamps),
     "manual, toggled": Case(Manual),

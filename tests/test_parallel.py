@@ -19,6 +19,10 @@ RUNS = (
     "file_of_adam", "file_of_two_optimizers", "file_with_a_scalar", "folder", "evaluation", "averages",
     "techniques", "pruned", "pruning",
 )  # fmt: skip
+REPLICAS = (
+    "all used", "tied", "frozen", "unused", "experts", "toggled", "by hand", "skips", "statistics", "pruned",
+    "uneven", "compressed", "by_name",
+)  # fmt: skip
 Found = list[dict[str, Any]]
 
 
@@ -39,6 +43,21 @@ def fits(tmp_path_factory: pytest.TempPathFactory) -> Found:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return both("fsdp_runs.py", tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return both("ddp_fits.py", tmp_path_factory.mktemp("replicas"))
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", REPLICAS)
+def test_replicas_are_one_process(replicas: Found, name: str) -> None:
+    for found in replicas:
+        one = found[name]
+        numbers = list(one.values()) if isinstance(one, dict) else [one]
+        assert all(isinstance(n, float) and n < 1e-11 for n in numbers), one
 
 
 @pytest.mark.slow

@@ -8,8 +8,24 @@ from lightning_accel.parallel.units import Units, find_units
 from lightning_accel.parallel.uses import Uses, uses_of
 
 if TYPE_CHECKING:
+    from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
 
-__all__ = ["FSDP2Strategy", "Sharded", "Units", "Uses", "find_units", "shard", "uses_of"]
+__all__ = [
+    "AccelDDPStrategy",
+    "FSDP2Strategy",
+    "Sharded",
+    "Units",
+    "Uses",
+    "find_units",
+    "shard",
+    "uses_of",
+]
 
-__getattr__ = lazily(__name__, {"FSDP2Strategy": "strategies.fsdp2_strategy"})
+__getattr__ = lazily(
+    __name__,
+    {
+        "AccelDDPStrategy": "strategies.accel_ddp_strategy",
+        "FSDP2Strategy": "strategies.fsdp2_strategy",
+    },
+)

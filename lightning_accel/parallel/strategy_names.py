@@ -10,9 +10,16 @@ from lightning.pytorch.strategies import StrategyRegistry
 def register() -> None:
     """Tell Lightning the names; a second time changes nothing."""
     for name, make, description in (
+        ("accel_ddp", _ddp, "DDP that finds by itself whether weights are unused"),
         ("accel_fsdp", _fsdp, "FSDP2 of any LightningModule, without a change to it"),
     ):
         StrategyRegistry.register(name, make, description, override=True)
+
+
+def _ddp(**given: Any) -> Any:
+    from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
+
+    return AccelDDPStrategy(**given)
 
 
 def _fsdp(**given: Any) -> Any:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_accel.bridge.data import batches, evaluation_batches
-from lightning_accel.bridge.example import OfValidation, placed, run_step, step_arguments
+from lightning_accel.bridge.example import OfValidation, placed, run_placed, step_arguments
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.errors import AccelError
 from lightning_accel.parallel.uses import Uses, uses_of
@@ -27,7 +29,8 @@ _COUNT = 2
 def uses_of_fit(trainer: Trainer, pl_module: LightningModule) -> Uses | None:
     """Return what the steps of this run do with the weights, as all processes saw it; `None` where nothing can be tried.
 
-    The steps run on a copy, one after another. Neither the module nor its data, nor any random state, notices.
+    The steps run on a copy, one after another, on the device if two of the module fit there, else on the host. Neither
+    the module nor its data, nor any random state, notices.
     """
     found, failed = Uses(), ""
     try:
@@ -40,7 +43,8 @@ def uses_of_fit(trainer: Trainer, pl_module: LightningModule) -> Uses | None:
     if dist.is_initialized():
         everywhere = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, (found, failed))
-    if any(failed for _, failed in everywhere):
+    if reasons := [failed for _, failed in everywhere if failed]:
+        rank_zero_info(f"No step could be tried before sharding: {reasons[0]}")
         return None
     together = Uses()
     for one, _ in everywhere:
@@ -52,7 +56,15 @@ def uses_of_fit(trainer: Trainer, pl_module: LightningModule) -> Uses | None:
 def _copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
     """Give a copy with its forward hooks, of which nobody outside hears."""
     with nothing_heard(pl_module), inert_copy(trainer, pl_module, hooked=True) as copy:
+        copy.to(_roomy(pl_module, trainer.strategy.root_device))
         yield copy
+
+
+def _roomy(pl_module: LightningModule, device: torch.device) -> torch.device:
+    """Return a device on which a copy and the gathered weights have room."""
+    size = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+    fits = device.type != "cuda" or 2 * size < torch.cuda.mem_get_info(device)[0]
+    return device if fits else torch.device("cpu")
 
 
 def _steps(trainer: Trainer, pl_module: LightningModule) -> list[Callable[[LightningModule], None]]:
@@ -73,13 +85,21 @@ def _steps(trainer: Trainer, pl_module: LightningModule) -> list[Callable[[Light
 
 
 def _run(trainer: Trainer, batch: Any, index: int, copy: LightningModule) -> None:
-    run_step(trainer, copy, batch, index)
+    run_placed(trainer, copy, _there(trainer, copy, batch), index)
 
 
 def _evaluate(trainer: Trainer, name: str, batch: Any, loader: int, copy: LightningModule) -> None:
     with torch.no_grad():
-        arguments = step_arguments(copy, placed(trainer, copy, batch), 0, name, loader)
+        arguments = step_arguments(copy, _there(trainer, copy, batch), 0, name, loader)
         getattr(copy.eval(), name)(*arguments)
+
+
+def _there(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
+    """Return a batch as the step gets it, where the copy is."""
+    batch = placed(trainer, copy, batch)
+    if isinstance(batch, OfValidation):
+        return batch._replace(batch=move_data_to_device(batch.batch, copy.device))
+    return move_data_to_device(batch, copy.device)
 
 
 def _evaluation(trainer: Trainer) -> tuple[Any, str]:
