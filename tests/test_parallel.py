@@ -17,7 +17,7 @@ from lightning_accel.parallel import Uses, find_units, uses_of
 SCRIPTS = Path(__file__).parent / "scripts"
 RUNS = (
     "file_of_adam", "file_of_two_optimizers", "file_with_a_scalar", "folder", "evaluation", "averages",
-    "techniques", "pruned", "pruning",
+    "techniques", "pruned", "pruning", "refused",
 )  # fmt: skip
 REPLICAS = (
     "all used", "tied", "frozen", "unused", "experts", "toggled", "by hand", "skips", "statistics", "pruned",

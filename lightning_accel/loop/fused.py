@@ -127,6 +127,9 @@ def why_not(optimizer: Optimizer, implementation: str) -> str | None:
             return reason
     if implementation == "fused":
         base = next(b for b in type(optimizer).__mro__ if b.__module__.startswith("torch.optim"))
+        sharded = any(type(p).__name__ == "DTensor" for p in _parameters(optimizer))
+        if sharded and issubclass(base, (torch.optim.SGD, torch.optim.Adagrad)):
+            return f"torch {torch.__version__} has no fused {base.__name__} of sharded weights"
         for where in {(p.device, p.dtype) for p in _parameters(optimizer)}:
             if not kernel_is_right(base, *where):
                 dtype = str(where[1]).removeprefix("torch.")

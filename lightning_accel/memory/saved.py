@@ -101,7 +101,8 @@ def _storages(tensor: Tensor) -> Iterable[tuple[int, Any, int]]:
     """Yield identity, holder and bytes of what a tensor of any class is made of."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages(getattr(tensor, name))
+            if isinstance(inner := getattr(tensor, name), Tensor):  # a mesh of devices is none
+                yield from _storages(inner)
     elif tensor.layout is torch.strided:
         storage = tensor.untyped_storage()
         yield storage._cdata, storage, storage.nbytes()

@@ -148,6 +148,18 @@ def averages() -> Found:
 TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
     "checkpointing": lambda: {"callbacks": [la.ActivationCheckpointing()]},
     "compiled": lambda: {"callbacks": [la.BlockCompile(backend="aot_eager")]},
+    "report": lambda: {
+        "callbacks": [la.AccelReport(budget_s=0.2, path=FOLDER / f"report{RANK}.json")]
+    },
+    "loading": lambda: {"callbacks": [la.FastLoading("auto")]},
+    "features": lambda: {
+        "callbacks": [
+            la.Distillation(
+                la.Teacher(made(Adam), precision="same"),
+                {"hint": {"loss": "fitnet", "layers": "blocks.1", "weight": 1e-4}},
+            )
+        ]
+    },
     "lean loop": lambda: {"callbacks": [la.LeanLoop()]},
     "distillation": lambda: {
         "callbacks": [la.Distillation(la.Teacher(made(Adam), precision="same"), "kd")]
@@ -183,6 +195,30 @@ def pruned() -> Found:
     ours.strategy.barrier()
     loaded = la.load_from_checkpoint(GPT, FOLDER / "pruned-both.ckpt")
     return {"went on": compared(after, two), "file": apart(weights(two.float()), weights(loaded))}
+
+
+REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
+    "masks": lambda: {"callbacks": [la.WeightMasks(0.5)]},
+    "sparsity": lambda: {"callbacks": [la.SparsityTraining("group_lasso")]},
+    "budget": lambda: {
+        "callbacks": [la.BlockCompile(backend="aot_eager"), la.ActivationBudget(0.5)]
+    },
+    "fused SGD": lambda: {"callbacks": [la.FusedOptimizer()]},
+    "tuning": lambda: {"callbacks": [la.AutoTune(budget_s=1.0, cache=False)]},
+    "bf16 weights": lambda: {"plugins": [la.Bf16Precision("master")]},
+}
+
+
+def refused() -> Found:
+    """What does not work on shards says so, with what to do."""
+    found: Found = {}
+    for name, given in REFUSED.items():
+        try:
+            fit(made(GPT), 2, **given())
+            found[name] = "it ran"
+        except la.errors.AccelError as error:
+            found[name] = 0.0 if "Do: " in str(error) else str(error)
+    return found
 
 
 PRUNES: dict[str, tuple[Any, Callable[[], list[Any]]]] = {
@@ -228,7 +264,7 @@ RUNS = {
     f.__name__: f
     for f in (
         file_of_adam, file_of_two_optimizers, file_with_a_scalar, folder, evaluation, averages,
-        techniques, pruned, pruning,
+        techniques, pruned, pruning, refused,
     )
 }  # fmt: skip
 

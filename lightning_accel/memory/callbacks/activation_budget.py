@@ -19,6 +19,7 @@ from lightning_accel.bridge.checks import refuse_compiled, refuse_lazy
 from lightning_accel.bridge.example import AtHand
 from lightning_accel.bridge.hand import Hand
 from lightning_accel.bridge.step import Around
+from lightning_accel.bridge.strategies import holding
 from lightning_accel.bridge.technique import Context, Technique
 from lightning_accel.errors import NoEffect, Unsupported, explain
 from lightning_accel.memory.budget import activation_budget, check_budget
@@ -138,6 +139,12 @@ class ActivationBudget(Technique):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_lazy(pl_module, type(self).__name__)
+        if holding(trainer.strategy) == "sharded":
+            raise Unsupported(
+                "what is kept for backward is counted on whole weights, and gathered ones come and go",
+                type(trainer.strategy).__name__,
+                "use ActivationCheckpointing(), which needs no count, or train with one device or DDP",
+            )
         names = compiled_names(pl_module)
         if self.budget == "auto" and not names:
             raise _nothing_compiled()
