@@ -25,6 +25,7 @@ ADAPTERS = {
     "strategy_names.py",
     "trial_steps.py",
     "around_steps.py",
+    "data_order.py",
     "manual.py",
     "judge.py",
     "manual_steps.py",

@@ -21,7 +21,7 @@ RUNS = (
 )  # fmt: skip
 REPLICAS = (
     "all used", "tied", "frozen", "unused", "experts", "toggled", "by hand", "skips", "statistics", "pruned",
-    "uneven", "compressed", "by_name",
+    "uneven", "compressed", "by_name", "in_order",
 )  # fmt: skip
 Found = list[dict[str, Any]]
 

@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_accel as la
-from lightning_accel.strategies import AccelDDPStrategy
+from lightning_accel.strategies import AccelDDPStrategy, FSDP2Strategy
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -138,8 +138,24 @@ def by_name() -> float:
     )
 
 
+def in_order() -> dict[str, float]:
+    """`DataLoader(shuffle=False)` is read in order, by all processes together; one that shuffles is shuffled."""
+    dataset = data(0, 1).dataset
+    alone, _ = fit(GPT, "auto", DataLoader(dataset, 8))
+    found = {}
+    for kind in (AccelDDPStrategy, FSDP2Strategy):
+        ours, run = fit(GPT, kind(), DataLoader(dataset, 4), use_distributed_sampler=True)
+        found[kind.__name__] = apart(weights(alone), weights(ours))
+        assert not run.train_dataloader.sampler.shuffle
+        _, run = fit(
+            GPT, kind(), DataLoader(dataset, 4, shuffle=True), use_distributed_sampler=True
+        )
+        assert run.train_dataloader.sampler.shuffle
+    return found
+
+
 RUNS: dict[str, Any] = {name: lambda name=name: equal(name) for name in CASES}
-RUNS |= {f.__name__: f for f in (skips, statistics, pruned, uneven, compressed, by_name)}
+RUNS |= {f.__name__: f for f in (skips, statistics, pruned, uneven, compressed, by_name, in_order)}
 
 if __name__ == "__main__":
     results: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_accel.arguments import flag, one_of
 from lightning_accel.errors import AccelError
 from lightning_accel.parallel.compress import compress
+from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
 
 Compression = Literal["bf16", "fp16"]
@@ -63,6 +64,12 @@ class AccelDDPStrategy(DDPStrategy):
         self.weigh_rows = flag("weigh_rows", weigh_rows)
         self._known: LightningModule | None = None
         self._weight: Tensor | None = None
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self.lightning_module is not None
+        keep_order(self.lightning_module.trainer)
 
     @override
     def configure_ddp(self) -> None:

@@ -34,6 +34,7 @@ from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import Unsupported
 from lightning_accel.parallel import folders, sharding
 from lightning_accel.parallel.around_steps import AroundSteps
+from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, find_units
 from lightning_accel.parallel.uses import Uses
@@ -126,6 +127,8 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"replicas={self.replicas}. Do: pass a number that divides the processes."
             )
         super().setup_environment()
+        assert self.lightning_module is not None
+        keep_order(self.lightning_module.trainer)
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -138,6 +141,22 @@ class FSDP2Strategy(ModelParallelStrategy):
     @property
     def _group(self) -> Any:
         return self.device_mesh["data_parallel"].get_group()
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        if self.cpu_offload and self.root_device.type == "cuda" and not self._process_group_backend:
+            return "cuda:nccl,cpu:gloo"  # shards live on the host, and are made whole there
+        return super()._get_process_group_backend()
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        for module in self.model.modules():  # shards stay on the host
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.root_device))
 
     # ---- sharding
 
