@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -447,6 +449,152 @@ class ManualClamps(Manual):
         makes.step()
 
 
+class ManualLikeTheDocs(Manual):
+    """Gradients are zeroed after the step, before the optimizer is untoggled, as Lightning's own GAN does it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for optimizer, sign in zip(self.optimizers(), (1.0, -1.0), strict=True):
+            self.toggle_optimizer(optimizer)
+            x = self.embed(batch[0]) * self.gain
+            for block in self.blocks:
+                x = block(x)
+            self.manual_backward(sign * self.head(self.norm(x)).sigmoid().mean() + x.pow(2).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+
+class ManualClipsItself(GPT):
+    """Between backward and step gradients are read, clipped and scaled with torch's own functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        nn.utils.clip_grad_norm_(self.parameters(), 0.05)
+        for p in self.parameters():
+            p.grad.mul_(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class ManualLBFGS(GPT):
+    """The optimizer runs backward itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer = self.optimizers()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure=closure)
+
+
+class MadeEarly(GPT):
+    """The optimizer is made in `__init__`, and weights are marked that shall not decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+        for p in self.norm.parameters():
+            p.no_decay = True
+        groups = [
+            {"params": [p for p in self.parameters() if hasattr(p, "no_decay")]},
+            {
+                "params": [p for p in self.parameters() if not hasattr(p, "no_decay")],
+                "weight_decay": 0.5,
+            },
+        ]
+        self.own = torch.optim.SGD(groups, 0.05, momentum=0.9)
+
+    def configure_optimizers(self) -> Any:
+        return self.own
+
+
+class Marked(GPT):
+    """Weights are marked in `__init__`, and the marks are read in `configure_optimizers`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for p in self.blocks.parameters():
+            p.no_decay = True
+
+    def configure_optimizers(self) -> Any:
+        decays = [p for p in self.parameters() if not getattr(p, "no_decay", False)]
+        rests = [p for p in self.parameters() if getattr(p, "no_decay", False)]
+        return torch.optim.SGD([{"params": decays, "weight_decay": 0.5}, {"params": rests}], 0.05)
+
+
+class LooksInHooks(GPT):
+    """The network is called in hooks between backward and step, and between steps."""
+
+    seen = torch.arange(LENGTH).unsqueeze(0)
+
+    def look(self) -> None:
+        with torch.no_grad():
+            self.noted = float(self(self.seen).sum())
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.look()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.look()
+        with torch.no_grad():
+            self.norm.weight.mul_(0.99)
+
+
+class Reentrant(GPT):
+    """A part that runs in every other step, recomputed in the old way, in which nobody can look ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(8, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = self.embed(batch[0])
+        if batch_idx % 2:
+            x = x + torch.utils.checkpoint.checkpoint(self.extra, x, use_reentrant=True)
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), batch[1].flatten())
+
+
+class GradientPenalty(GPT):
+    """Gradients of the output with respect to the input are part of the loss (WGAN-GP)."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        given = self.embed(batch[0]).detach().requires_grad_(True)
+        x = given
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            for block in self.blocks:
+                x = block(x)
+            slope = torch.autograd.grad(self.norm(x).pow(2).sum(), given, create_graph=True)[0]
+            return self.loss(batch) + 1e-3 * (slope.flatten(1).norm(dim=1) - 1).pow(2).mean()
+
+
+class ReadsRates(SkipsByData):
+    """The step asks for optimizers and schedules, that are not made when steps are tried."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.lr_schedulers().step()
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.05)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+
 class Case(NamedTuple):
     """A module, the Trainer's arguments, and those of the strategy."""
 
@@ -495,6 +643,16 @@ CASES: dict[str, Case] = {
     "data assigned once": Case(AssignsOnce),
     "target that follows in a hook": Case(TeacherHook),
     "manual, clamped": Case(ManualClamps),
+    "manual, like the docs": Case(ManualLikeTheDocs),
+    "manual, like the docs, in one unit": Case(ManualLikeTheDocs, {}, {"units": ()}),
+    "manual, clips itself": Case(ManualClipsItself),
+    "manual, clips itself, in one unit": Case(ManualClipsItself, {}, {"units": ()}),
+    "made early": Case(MadeEarly),
+    "marked": Case(Marked),
+    "looks in hooks": Case(LooksInHooks),
+    "reentrant": Case(Reentrant),
+    "gradient penalty": Case(GradientPenalty),
+    "reads rates": Case(ReadsRates, by_ddp=True),
     "manual, toggled": Case(Manual),
     "manual, all zeroed": Case(ManualAll),
     "manual, one optimizer": Case(ManualOne),

@@ -60,6 +60,8 @@ def inert_copy(
     vars(copy)["optimizers"] = lambda *_, **__: (
         optimizers[0] if len(optimizers) == 1 else optimizers
     )
+    if not trainer.optimizers:  # they are not made yet, and so neither are the schedulers
+        schedulers = schedulers or [Inert()]
     vars(copy)["lr_schedulers"] = lambda *_, **__: _one_or_all(schedulers)
     with _hands_off(vars(trainer).get("_real", trainer).lightning_module, pl_module):
         yield copy
@@ -176,7 +178,7 @@ class Onlooker:
             "model": module,
             "logger": inert if real.loggers else None,
             "loggers": [inert for _ in real.loggers],
-            "optimizers": [Inert(optimizer) for optimizer in real.optimizers],
+            "optimizers": [Inert(optimizer) for optimizer in real.optimizers] or [Inert()],
             "save_checkpoint": inert,
             "profiler": PassThroughProfiler(),
             "datamodule": shallow_copy(real.datamodule),

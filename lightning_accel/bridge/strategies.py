@@ -29,12 +29,11 @@ def is_of(strategy: Strategy, *names: str) -> bool:
 def holding(strategy: Strategy) -> Holding:
     """Return whether each process holds parameters that are whole, copies of whole ones, parts, or graphs of them.
 
-        Of what is not known it says "sharded": nothing that needs whole parameters is then done.
+    Of what is not known it says "sharded": nothing that needs whole parameters is then done.
 
-        >>> from lightning.pytorch import Trainer
-    from lightning.pytorch.strategies import FSDPStrategy
-        >>> [holding(kind()) for kind in (SingleDeviceStrategy, DDPStrategy, FSDPStrategy)]
-        ['whole', 'replicated', 'sharded']
+    >>> from lightning.pytorch.strategies import FSDPStrategy
+    >>> [holding(kind()) for kind in (SingleDeviceStrategy, DDPStrategy, FSDPStrategy)]
+    ['whole', 'replicated', 'sharded']
     """
     if is_of(strategy, *_SHARDED):
         return "sharded"

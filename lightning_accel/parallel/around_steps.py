@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightning_accel.parallel.manual import Manual
-from lightning_accel.parallel.sharding import average_gradients
+from lightning_accel.parallel.sharding import average_gradients, refuse_hooks
 from lightning_accel.parallel.uneven import Uneven
 from lightning_accel.parallel.write_back import WriteBack
 
@@ -47,7 +47,7 @@ class AroundSteps:
         self._whole = [root.get_parameter(name) for name in whole]
         self._write_back = WriteBack(root, units, written)
         by_hand = fits and not root.automatic_optimization
-        self._manual = Manual(root, self._write_back) if by_hand else None
+        self._manual = Manual(root, units, self._write_back) if by_hand else None
         self._uneven = Uneven(root, unsteady, group) if fits and unsteady else None
         self._steps: dict[str, Any] = {}
         for step in _STEPS:
@@ -73,7 +73,12 @@ class AroundSteps:
         return self._manual is not None and self._manual.stands
 
     def begin(self) -> None:
-        """Look after toggles too, from the start of training."""
+        """Look after toggles too, from the start of training.
+
+        Raises:
+            Unsupported: A weight has a hook on its gradient, which no shard would call.
+        """
+        refuse_hooks(dict(self._root.named_parameters()))
         if self._manual is not None:
             self._manual.begin()
 
@@ -93,21 +98,26 @@ class AroundSteps:
         average_gradients(self._whole, self._group)
         if self._uneven is not None and sends:
             self._uneven.after_backward()
-        if self._manual is not None:
-            self._manual.after_backward()
 
-    def before_step(self) -> None:
-        """Get ready for an optimizer step by hand."""
+    def refresh(self) -> None:
+        """Begin a step, or a loop of steps, from the shards as they are."""
+        self._write_back.refresh()
+
+    def before_step(self, *, closes: bool) -> None:
+        """Get ready for an optimizer step; `closes` where it runs backward itself."""
+        self._write_back.commit()
         if self._manual is not None:
-            self._manual.before_step()
+            self._manual.before_step(closes=closes)
 
     def after_step(self) -> None:
-        """Gather what an optimizer step by hand has changed."""
+        """Let go of copies from before the step; in manual optimization gather what it has changed."""
+        self._write_back.let_go()
         if self._manual is not None:
             self._manual.after_step()
 
     def leave(self) -> None:
-        """Give the module its own methods back."""
+        """Keep what was written, and give the module its own methods back."""
+        self._write_back.let_go()
         for step, ours in self._steps.items():
             if vars(self._root).get(step) is ours:
                 del vars(self._root)[step]

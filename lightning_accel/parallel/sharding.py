@@ -6,7 +6,7 @@ parameters. Those stay whole on every process, and `average_gradients` does for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_accel.errors import Unsupported
+
+_MESSAGE = 250 * 2**20  # bytes, as in DDP
 
 
 class Sharded(NamedTuple):
@@ -72,7 +74,25 @@ def shard(
     for name in units:
         fully_shard(model.get_submodule(name), reshard_after_forward=reshard_after_forward, **given)
     fully_shard(model, reshard_after_forward=False, **given)
+    for name, parameter in model.named_parameters():
+        for attribute, value in vars(named[name]).items():  # `weight.no_decay = True`
+            if attribute not in vars(parameter):
+                setattr(parameter, attribute, value)
     return Sharded(tuple(units), tuple(whole))
+
+
+def place_rest(model: nn.Module, device: torch.device, *, parameters: bool) -> None:
+    """Move buffers, and whole parameters if asked, to a device; shards are there.
+
+    `Module.to` would do so too, and make other objects of the shards, without what their owner wrote on them.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False) if parameters else ():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.device != device:
+                setattr(module, name, buffer.to(device))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -186,26 +206,61 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: Any = None) -> 
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     has = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
-    flat = torch.cat([*(g.detach().reshape(-1).double() for g in grads), has.double()])
+    flat = torch.cat([*(_real(g).reshape(-1).double() for g in grads), has.double()])
     dist.all_reduce(flat, group=group)
     flat /= dist.get_world_size(group)
-    pieces = flat.split([*(p.numel() for p in parameters), len(parameters)])
+    pieces = flat.split([*(_real(g).numel() for g in grads), len(parameters)])
     for parameter, grad, piece, anywhere in zip(
         parameters, grads, pieces, pieces[-1], strict=False
     ):
         if anywhere > 0:
-            parameter.grad = grad.copy_(piece.view_as(grad))
+            _real(grad).copy_(piece.view_as(_real(grad)))
+            parameter.grad = grad
+
+
+def _real(gradient: Tensor) -> Tensor:
+    return torch.view_as_real(gradient.detach()) if gradient.is_complex() else gradient.detach()
 
 
 def broadcast_buffers(buffers: Sequence[Tensor], group: Any) -> None:
-    """Give all processes the buffers of the first, in place, as DDP does before a forward."""
+    """Give all processes the buffers of the first, in place and few messages, as DDP does before a forward."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for buffer in buffers:
+        by_device.setdefault(buffer.device, []).append(buffer)
     with torch.no_grad():
-        for buffer in buffers:
-            dist.broadcast(buffer, group=group, group_src=0)
+        for together in by_device.values():
+            dist._broadcast_coalesced(group, together, _MESSAGE, 0)
+
+
+def refuse_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise where a weight has hooks on its gradient: shards get theirs past them.
+
+    Raises:
+        Unsupported: There is one.
+    """
+    for name, parameter in parameters.items():
+        hooks = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+        if any(hooks):
+            raise Unsupported(
+                "hooks on the gradients of single weights are not called when weights are sharded",
+                f"`{name}` has one",
+                "change `weight.grad` in `on_before_optimizer_step`, or mask the weight in the forward",
+            )
 
 
 def equalise(model: nn.Module, device: torch.device, group: Any) -> None:
-    """Give all processes the weights and buffers of the first, as DDP does at its start, one after another."""
+    """Give all processes the weights and buffers of the first, as DDP does at its start, one after another.
+
+    Raises:
+        Unsupported: Weights are on the meta device.
+    """
+    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise Unsupported(
+            "weights are needed before they are sharded",
+            f"`{meta}` is on the meta device",
+            "make the network with its weights, in `configure_model` for instance",
+        )
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             there = tensor.detach().to(device).contiguous()

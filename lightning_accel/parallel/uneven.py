@@ -29,6 +29,8 @@ class Uneven:
         self._model, self._names, self._group = model, list(names), group
         self._shards = {name: model.get_parameter(name) for name in names}
         self._used: set[str] = set()
+        self._hidden = False
+        """Whether the graph has parts that are made only in backward (reentrant checkpoints)."""
         self._had: set[str] = set()
         """Those with a gradient already, from earlier batches."""
 
@@ -41,12 +43,14 @@ class Uneven:
             self._model.unshard()  # backward would do so next: a step that calls `forward` lets go of the root
         weights = {name: self._model.get_parameter(name) for name in self._names}
         given = {n: p for n, p in weights.items() if p.requires_grad}
-        reached = _reached(loss)
+        reached, self._hidden = _reached(loss)
         self._used |= {n for n, p in given.items() if id(p) in reached}
         return _Zeros.apply(loss, *given.values())
 
     def after_backward(self) -> None:
         """Take zeros away that no process had a use for; called when gradients have been summed."""
+        if self._hidden:
+            self._used |= {n for n, p in self._shards.items() if _is_some(p.grad)}
         used = torch.tensor([n in self._used for n in self._names], dtype=torch.int32)
         used = used.to(next(iter(self._shards.values())).device)
         dist.all_reduce(used, dist.ReduceOp.MAX, group=self._group)
@@ -69,15 +73,22 @@ class _Zeros(torch.autograd.Function):
         return gradient, *(torch.zeros_like(weight) for weight in ctx.saved_tensors)
 
 
-def _reached(loss: Tensor) -> set[int]:
-    """Return the ids of the leaves that backward will come to."""
+def _is_some(grad: Tensor | None) -> bool:
+    local = grad.to_local() if isinstance(grad, DTensor) else grad
+    return local is not None and bool(local.count_nonzero())
+
+
+def _reached(loss: Tensor) -> tuple[set[int], bool]:
+    """Return the ids of the leaves that backward will come to, and whether there may be others."""
+    hidden = False
     found, seen, ahead = set[int](), set[Any](), [loss.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        hidden = hidden or node.name().startswith("CheckpointFunction")
         if hasattr(node, "variable"):
             found.add(id(node.variable))
         ahead += [following for following, _ in node.next_functions]
-    return found
+    return found, hidden

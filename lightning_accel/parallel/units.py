@@ -99,6 +99,8 @@ class _Search:
             return f"`{self.tied[name]}` is also a weight of another part"
         if self.uses is None:
             return ""
+        if self.uses.differentiates:
+            return "the step takes gradients itself, at which a unit would let go of its weights"
         if name in self.uses.outside:
             return f"`{self.uses.outside[name]}` is read outside of its forward"
         if not self.uses.calls.get(name) or not any(self.uses.calls[name]):

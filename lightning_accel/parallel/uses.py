@@ -46,6 +46,7 @@ class Uses:
         reads: By weight, the numbers of operations that read it, one entry per step.
         buffers: Names of the buffers that were written.
         written: Names of the weights that were written.
+        differentiates: Whether the step takes gradients itself (`torch.autograd.grad`).
     """
 
     outside: dict[str, str] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class Uses:
     reads: dict[str, list[int]] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
+    differentiates: bool = False
 
     def join(self, other: Uses) -> None:
         """Take in what other steps, or other processes, saw."""
@@ -64,6 +66,7 @@ class Uses:
         self.follows |= other.follows
         self.buffers |= other.buffers
         self.written |= other.written
+        self.differentiates |= other.differentiates
 
     def is_steady(self, name: str) -> bool:
         """Whether a module was called, and in every step as often."""
@@ -94,6 +97,7 @@ def uses_of(model: nn.Module, step: Callable[[], Any]) -> Uses:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(seen.hooked(model))
         stack.enter_context(seen)
+        stack.enter_context(_noting_gradients(seen.found))
         step()
     found = seen.found
     found.calls = {name: [seen.counts[name]] for name in seen.names}
@@ -103,6 +107,22 @@ def uses_of(model: nn.Module, step: Callable[[], Any]) -> Uses:
         if before.get(name) != _checksum(tensor):
             (found.written if name in parameters else found.buffers).add(name)
     return found
+
+
+@contextmanager
+def _noting_gradients(found: Uses) -> Iterator[None]:
+    """Notice gradients that the step takes by itself: gradient penalties, attacks, inner loops."""
+    own = torch.autograd.grad
+
+    def grad(*args: Any, **kwargs: Any) -> Any:
+        found.differentiates = True
+        return own(*args, **kwargs)
+
+    torch.autograd.grad = grad
+    try:
+        yield
+    finally:
+        torch.autograd.grad = own
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

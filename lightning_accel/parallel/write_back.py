@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -54,6 +55,30 @@ class WriteBack:
                     )
                     shard.to_local().copy_(part.to_local())
                 self._versions[name] = weight._version
+
+    @property
+    def is_let_go(self) -> bool:
+        """Whether the root's weights are shards now."""
+        return any(isinstance(self._model.get_parameter(name), DTensor) for name in self._shards)
+
+    def let_go(self) -> None:
+        """Keep what was written, and leave nothing gathered: what comes next is gathered anew."""
+        self.commit()
+        for group in self._model._get_fsdp_state()._fsdp_param_groups:
+            group._to_sharded()  # `reshard` does nothing within a forward
+
+    def refresh(self) -> None:
+        """Begin a step from the shards as they are, whatever hooks did to gathered copies or to `weight.data`."""
+        self.let_go()
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                for group in module._get_fsdp_state()._fsdp_param_groups:
+                    for parameter in group.fsdp_params:
+                        shard: Any = parameter.sharded_param
+                        local = shard.to_local()
+                        flat = parameter._sharded_param_data
+                        if local.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
+                            parameter.reset_sharded_param()
 
     def _gathered(self) -> list[tuple[str, Tensor]]:
         named = [(name, self._model.get_parameter(name)) for name in self._shards]

@@ -37,7 +37,7 @@ from lightning_accel.strategies import AccelDDPStrategy, FSDP2Strategy
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
-RANK = int(os.environ["LOCAL_RANK"])
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
 
 class Unused(GPT):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def result(name: str) -> dict[str, Any]:
-    case, rank = CASES[name], int(os.environ["LOCAL_RANK"])
+    case, rank = CASES[name], int(os.environ.get("LOCAL_RANK", "0"))
     alone = made(case.make)
     if case.by_ddp:
         kind = DDPStrategy(find_unused_parameters=True)
@@ -39,7 +38,7 @@ def result(name: str) -> dict[str, Any]:
         "apart": apart(weights(alone), weights(module)),
         "moved": apart(weights(made(case.make)), weights(alone)) if name != "late" else 1.0,
         "share": share.share,
-        "whole": float(not any(isinstance(p, DTensor) for p in copy.deepcopy(module).parameters())),
+        "whole": float(not any(isinstance(p, DTensor) for p in module.parameters())),
         "units": list(strategy.found.names),
         "refused": strategy.found.refused,
         "left": [n for n in vars(module) if n.endswith("_step") or "toggle" in n],

@@ -21,8 +21,8 @@ from lightning_accel.strategies import FSDP2Strategy
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
-RANK = int(os.environ["LOCAL_RANK"])
-FOLDER = Path(sys.argv[1])
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 
 
 def fit(make: Any, world: int, ckpt: Any = None, strategy: Any = None, **given: Any) -> Any:

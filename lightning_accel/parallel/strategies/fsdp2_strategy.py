@@ -12,12 +12,13 @@ import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -31,7 +32,6 @@ from typing_extensions import override
 from lightning_accel.arguments import flag, one_of, whole
 from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.bridge.restore import averages
-from lightning_accel.errors import Unsupported
 from lightning_accel.parallel import folders, sharding
 from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.data_order import keep_order
@@ -111,6 +111,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._unsteady: list[str] = []
         self._around: AroundSteps | None = None
         self._written: tuple[str, ...] = ()
+        self._moved: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
         self._folder: Path | None = None
         """A folder of shards that this run goes on from."""
         self._sends = True
@@ -150,13 +151,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def model_to_device(self) -> None:
+        """Move what is no shard: `fully_shard` placed those, and `Module.to` would make other objects of them."""
         assert self.model is not None
-        if not self.cpu_offload:
-            super().model_to_device()
-            return
-        for module in self.model.modules():  # shards stay on the host
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.root_device))
+        sharding.place_rest(self.model, self.root_device, parameters=not self.cpu_offload)
 
     # ---- sharding
 
@@ -172,6 +169,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         fits = trainer.state.fn == TrainerFn.FITTING
         if fits:
             self.setup_optimizers(trainer)
+            for one in self.optimizers:  # one that was made before, or of a list that was
+                sharding.move_optimizer(one, self._moved)
+            self._moved = []
         self.setup_precision_plugin()
         if fits:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -180,10 +180,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         root = self.lightning_module
         assert isinstance(root, LightningModule)
         if not sharding.is_sharded(root):
-            self._refuse_meta(root)
             sharding.equalise(root, self.root_device, self._group)
             self._choose(root, uses_of_fit(trainer, root))
+            before = dict(root.named_parameters())
+            sharding.refuse_hooks(before)
             self._shard_all(trainer)
+            after = dict(root.named_parameters())
+            self._moved = [(old, after[name]) for name, old in before.items()]
             self._tell()
         self._stand_around(trainer)
         if self._folder is not None:
@@ -193,8 +196,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Decide which modules are units, and what is looked after beside them."""
         names = self.units
         self.found = find_units(root, uses) if isinstance(names, str) else Units(names, {})
-        every = tuple(name for name, _ in root.named_buffers())
-        self._buffers = every if uses is None else tuple(n for n in every if n in uses.buffers)
+        self._buffers = tuple(name for name, _ in root.named_buffers())
         self._unsteady = self._perhaps_unused(root, uses)
         self._written = tuple(uses.written) if uses else ()
 
@@ -285,15 +287,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             offload_policy=offload if self.cpu_offload else OffloadPolicy(),
         )
 
-    def _refuse_meta(self, root: LightningModule) -> None:
-        meta = next((n for n, p in root.named_parameters() if p.is_meta), None)
-        if meta is not None:
-            raise Unsupported(
-                "weights are needed before they are sharded",
-                f"`{meta}` is on the meta device",
-                "make the network with its weights, in `configure_model` for instance",
-            )
-
     def _tell(self) -> None:
         names = self.found.names
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -312,12 +305,16 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._broadcast_buffers()
+        if self._around is not None:
+            self._around.refresh()
         return super().training_step(*args, **kwargs)
 
     @override
     def on_validation_start(self) -> None:
         super().on_validation_start()
         self._broadcast_buffers()
+        if self._around is not None:
+            self._around.refresh()
 
     def _broadcast_buffers(self) -> None:
         if self.broadcast_buffers and self._buffers:
@@ -355,7 +352,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         assert self._around is not None
-        self._around.before_step()
+        by_hand = args[0] if args else kwargs.get("closure")
+        automatic = (
+            self.lightning_module is not None and self.lightning_module.automatic_optimization
+        )
+        self._around.before_step(closes=automatic or by_hand is not do_nothing_closure)
         result = super().optimizer_step(optimizer, *args, **kwargs)
         self._around.after_step()
         return result
@@ -387,7 +388,14 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        if self._folder is None:  # a folder of shards is read by shards, as soon as there are some
+        if self._folder is None and sharding.is_sharded(self.lightning_module):  # in mid-run
+            options = StateDictOptions(full_state_dict=True, strict=strict)
+            set_model_state_dict(
+                self.lightning_module, dict(checkpoint["state_dict"]), options=options
+            )
+        elif (
+            self._folder is None
+        ):  # a folder of shards is read by shards, as soon as there are some
             self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     @override
@@ -401,6 +409,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._around is not None:
+            self._around.refresh()
         if self._save_distributed_checkpoint:
             return super().lightning_module_state_dict()
         assert self.lightning_module is not None
