@@ -73,6 +73,14 @@ def _empty_folder(
 
 
 @pytest.fixture(autouse=True)
+def _no_processes() -> Iterator[None]:
+    """Leave no group of processes behind: Lightning never ends one, and asks whether there is one."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse every connection that leaves this machine."""
     connect = socket.socket.connect
