@@ -76,7 +76,7 @@ def _empty_folder(
 def _no_processes() -> Iterator[None]:
     """Leave no group of processes behind: Lightning never ends one, and asks whether there is one."""
     yield
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.GroupMember.WORLD is not None:
         torch.distributed.destroy_process_group()
 
 

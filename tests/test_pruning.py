@@ -1136,7 +1136,9 @@ class TestRefusals:
         from lightning_accel.bridge.checks import refuse_sharded
 
         with pytest.raises(Unsupported, match="configure_model"):
-            refuse_sharded(object.__new__(getattr(strategies, name)), "pruning")
+            refuse_sharded(
+                object.__new__(getattr(strategies, name)), "pruning", unless_gathered=True
+            )
 
     def test_no_trainable_call_in_the_step(self, fit: Fit) -> None:
         class Functional(Images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.arguments import flag, one_of
-from lightning_accel.errors import AccelError
+from lightning_accel.errors import AccelError, explain
 from lightning_accel.parallel.compress import compress
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
@@ -56,6 +57,14 @@ class AccelDDPStrategy(DDPStrategy):
         gradient_as_bucket_view: bool = True,
         **kwargs: Any,
     ) -> None:
+        if unknown := set(kwargs) - _known():
+            raise TypeError(
+                explain(
+                    "AccelDDPStrategy got an unexpected keyword argument",
+                    ", ".join(sorted(unknown)),
+                    "pass those of `DDPStrategy` and of `DistributedDataParallel`",
+                )
+            )
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **kwargs)
         if find_unused_parameters != "auto":
             flag("find_unused_parameters", find_unused_parameters)
@@ -124,3 +133,9 @@ class AccelDDPStrategy(DDPStrategy):
                 )
             closure_loss = closure_loss * self._weight.to(closure_loss.dtype)
         return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+
+def _known() -> set[str]:
+    """Return the arguments that Lightning's strategy takes, and those that it hands to torch."""
+    both = (DDPStrategy.__init__, DistributedDataParallel.__init__)
+    return {name for method in both for name in inspect.signature(method).parameters}
