@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lightning_accel.errors import Unsupported
 from lightning_accel.parallel import Uses, find_units, uses_of
 from lightning_accel.parallel.sharding import refuse_hooks
+from lightning_accel.parallel.units import given
+from lightning_accel.strategies import AccelDDPStrategy, FSDP2Strategy
 
 SCRIPTS = Path(__file__).parent / "scripts"
 RUNS = (
@@ -237,3 +239,31 @@ def test_a_hook_on_the_gradient_of_a_weight_is_refused() -> None:
     net.weight.register_hook(lambda gradient: gradient * 0)
     with pytest.raises(Unsupported, match="`weight` has one"):
         refuse_hooks(dict(net.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        *((FSDP2Strategy, "units", v) for v in (None, 0, float("nan"), "blocks", ["a", 3], True)),
+        *((FSDP2Strategy, "replicas", v) for v in (0, -1, None, 1.5, float("nan"), True, "2")),
+        *((FSDP2Strategy, "checkpoints", v) for v in (None, "x", 1)),
+        *((FSDP2Strategy, "mp_policy", v) for v in ("bf16", 1)),
+        *(
+            (FSDP2Strategy, n, 1)
+            for n in ("reshard_after_forward", "cpu_offload", "sync_every_batch")
+        ),
+        *((AccelDDPStrategy, "compression", v) for v in ("int8", 1, True)),
+        *((AccelDDPStrategy, "find_unused_parameters", v) for v in (None, "x", 1)),
+        *((AccelDDPStrategy, n, None) for n in ("weigh_rows", "gradient_as_bucket_view")),
+    ],
+)
+def test_arguments_that_make_no_sense_say_what_to_do(kind: Any, name: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="Do: "):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("names", [("nowhere",), ("blocks", "blocks.0"), ("blocks.0", "blocks.0")])
+def test_units_that_cannot_be_are_named(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="none within another"):
+        given(GPT(), names)
+    assert given(GPT(), ("blocks.0",)).names == ("blocks.0",)

@@ -7,12 +7,14 @@ messages; the blocks of a network, as its author cut it, are the size that other
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_accel.arguments import one_of
+from lightning_accel.errors import explain
 from lightning_accel.parallel.uses import Uses
 
 _LARGE = 2**20
@@ -46,6 +48,44 @@ def find_units(model: nn.Module, uses: Uses | None = None) -> Units:
     search = _Search(model, uses)
     names = tuple(search.inside("", model))
     return Units(names, search.refused, tuple(search.by_data))
+
+
+def check_units(units: Any) -> str | tuple[str, ...]:
+    """Return "auto", or names of modules.
+
+    Raises:
+        TypeError: It is neither a word nor names.
+        ValueError: It is another word.
+
+    >>> check_units("auto"), check_units(["blocks.0"])
+    ('auto', ('blocks.0',))
+    """
+    if isinstance(units, str):
+        return one_of("units", units, ("auto",))
+    if not isinstance(units, (list, tuple)) or not all(isinstance(name, str) for name in units):
+        do = "pass 'auto', ('blocks.0', 'blocks.1'), or () for everything at once"
+        raise TypeError(explain("`units` are names of modules", repr(units), do))
+    return tuple(units)
+
+
+def given(model: nn.Module, names: Sequence[str]) -> Units:
+    """Return the units that the user named.
+
+    Raises:
+        ValueError: A name is that of no module with weights, or of one within another.
+    """
+    known = {name for name, module in model.named_modules() if name and _weights(module)}
+    wrong = [name for name in names if name not in known]
+    wrong += [n for n in names if any(n.startswith(f"{other}.") for other in names)]
+    if wrong or len(set(names)) < len(names):
+        raise ValueError(
+            explain(
+                "`units` are modules with weights, each once and none within another",
+                ", ".join(map(repr, wrong)) or repr(tuple(names)),
+                f"pass some of {', '.join(sorted(known)[:6])}, ...",
+            )
+        )
+    return Units(tuple(names), {})
 
 
 class _Search:

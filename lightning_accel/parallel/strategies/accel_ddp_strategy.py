@@ -65,6 +65,7 @@ class AccelDDPStrategy(DDPStrategy):
                     "pass those of `DDPStrategy` and of `DistributedDataParallel`",
                 )
             )
+        flag("gradient_as_bucket_view", gradient_as_bucket_view)
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **kwargs)
         if find_unused_parameters != "auto":
             flag("find_unused_parameters", find_unused_parameters)

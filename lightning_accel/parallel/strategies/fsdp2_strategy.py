@@ -29,14 +29,14 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_accel.arguments import flag, one_of, whole
+from lightning_accel.arguments import flag, instance, one_of, whole
 from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.bridge.restore import averages
 from lightning_accel.parallel import folders, sharding
 from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
-from lightning_accel.parallel.units import Units, find_units
+from lightning_accel.parallel.units import Units, check_units, find_units, given
 from lightning_accel.parallel.uses import Uses
 
 Checkpoints = Literal["whole", "sharded"]
@@ -93,9 +93,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self.units = units if isinstance(units, str) else tuple(units)
-        if isinstance(self.units, str):
-            one_of("units", self.units, ("auto",))
+        self.units = check_units(units)
         self.reshard_after_forward = flag("reshard_after_forward", reshard_after_forward)
         self.replicas = whole(
             "replicas", replicas, do="pass 1, or a number that divides the processes"
@@ -103,7 +101,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.sync_every_batch = flag("sync_every_batch", sync_every_batch)
         self.broadcast_buffers = flag("broadcast_buffers", broadcast_buffers)
         self.cpu_offload = flag("cpu_offload", cpu_offload)
-        self.mp_policy = mp_policy
+        do = "pass a MixedPrecisionPolicy of torch.distributed.fsdp"
+        kind = "of torch.distributed.fsdp"
+        self.mp_policy = instance("mp_policy", mp_policy, MixedPrecisionPolicy, kind, do, none=True)
         self.found = Units((), {})
         """The units of this run, and why other candidates are none."""
         self._sharded = sharding.Sharded((), ())
@@ -195,7 +195,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _choose(self, root: LightningModule, uses: Uses | None) -> None:
         """Decide which modules are units, and what is looked after beside them."""
         names = self.units
-        self.found = find_units(root, uses) if isinstance(names, str) else Units(names, {})
+        self.found = find_units(root, uses) if isinstance(names, str) else given(root, names)
         self._buffers = tuple(name for name, _ in root.named_buffers())
         self._unsteady = self._perhaps_unused(root, uses)
         self._written = tuple(uses.written) if uses else ()
