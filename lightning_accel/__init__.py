@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
     from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
+    from lightning_accel.parallel.strategies.tensor_parallel_strategy import TensorParallelStrategy
     from lightning_accel.precision.callbacks.float8_linear import Float8Linear
     from lightning_accel.precision.callbacks.matmul_precision import MatmulPrecision
     from lightning_accel.precision.callbacks.memory_format import MemoryFormat
@@ -90,6 +91,7 @@ _HOMES = {
     "StructuredPruning": "pruning.callbacks.structured_pruning",
     "Teacher": "distillation.teacher",
     "TeacherCache": "distillation.cache",
+    "TensorParallelStrategy": "parallel.strategies.tensor_parallel_strategy",
     "UsePrecision": "precision.callbacks.use_precision",
     "WarmStart": "compilation.callbacks.warm_start",
     "WeightMasks": "pruning.callbacks.weight_masks",
@@ -135,6 +137,7 @@ __all__ = [
     "StructuredPruning",
     "Teacher",
     "TeacherCache",
+    "TensorParallelStrategy",
     "UsePrecision",
     "WarmStart",
     "WeightMasks",

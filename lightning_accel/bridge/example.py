@@ -90,7 +90,7 @@ def find_example(
     with (
         preserve_rng(),
         inert_copy(trainer, pl_module) as copy,
-        _noting(copy.eval(), {}, ran),
+        noting(copy.eval(), {}, ran),
         suppress(Exception),  # whatever a forward may raise: who uses the example says so
         torch.no_grad(),
     ):
@@ -192,7 +192,7 @@ def outermost_calls(
 ) -> tuple[Call, ...]:
     """Return the outermost calls of trainable modules in one step of an inert copy."""
     calls: dict[str, Call] = {}
-    with _noting(copy, calls, set() if ran is None else ran):
+    with noting(copy, calls, set() if ran is None else ran):
         run_placed(trainer, copy, batch, index)
     return tuple(calls.values())
 
@@ -283,7 +283,8 @@ def step_arguments(
 
 
 @contextmanager
-def _noting(copy: LightningModule, calls: dict[str, Call], ran: set[str]) -> Iterator[None]:
+def noting(copy: LightningModule, calls: dict[str, Call], ran: set[str]) -> Iterator[None]:
+    """Note within the first outermost call of each trainable module of a copy, and which modules run."""
     depth = 0
 
     def enter(name: str) -> Any:

@@ -6,7 +6,7 @@ parameters. Those stay whole on every process, and `average_gradients` does for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -248,7 +248,7 @@ def refuse_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
             )
 
 
-def equalise(model: nn.Module, device: torch.device, group: Any) -> None:
+def equalise(model: nn.Module, device: torch.device) -> None:
     """Give all processes the weights and buffers of the first, as DDP does at its start, one after another.
 
     Raises:
@@ -264,7 +264,7 @@ def equalise(model: nn.Module, device: torch.device, group: Any) -> None:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             there = tensor.detach().to(device).contiguous()
-            dist.broadcast(there, group=group, group_src=0)
+            dist.broadcast(there, 0)
             if there.data_ptr() != tensor.data_ptr():
                 tensor.copy_(there)
 
@@ -309,27 +309,36 @@ def _loaded(parameter: nn.Parameter | None, value: Any) -> Any:
     return value if parameter is None else _like(value, parameter)
 
 
-def norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+def norm(
+    parameters: Iterable[nn.Parameter], parts: Collection[int] = (), group: Any = None
+) -> Tensor:
     """Return the 2-norm of all gradients together, shards and whole ones, the same on all processes.
 
     One message per kind of sharding, in place of one per parameter as `clip_grad_norm_` sends them.
 
+    Args:
+        parameters: Sharded or not.
+        parts: The `id` of those of which this process has a part of its own, as in tensor parallelism.
+        group: The processes that have the other parts.
+
     Raises:
         Unsupported: A gradient is still to be summed over processes.
     """
-    sums: dict[tuple[DeviceMesh, tuple[Any, ...]] | None, Tensor] = {}
+    sums: dict[tuple[bool, DeviceMesh | None, tuple[Any, ...]], Tensor] = {}
     for parameter in parameters:
         grad = parameter.grad
         if grad is None:
             continue
-        kind = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        is_part = id(parameter) in parts
+        shards = isinstance(grad, DTensor)
+        kind = (is_part, grad.device_mesh, grad.placements) if shards else (is_part, None, ())
         local = grad.to_local() if isinstance(grad, DTensor) else grad
         square = torch.linalg.vector_norm(local, dtype=_wide(local.dtype)) ** 2
         sums[kind] = sums[kind] + square if kind in sums else square
-    for kind, total in sums.items():
-        if kind is None:
-            continue
-        for dim, placement in enumerate(kind[1]):
+    for (is_part, mesh, placements), total in sums.items():
+        if is_part:
+            dist.all_reduce(total, group=group)
+        for dim, placement in enumerate(placements):
             if placement.is_partial():
                 raise Unsupported(
                     "the norm of gradients needs their sums",
@@ -337,7 +346,7 @@ def norm(parameters: Iterable[nn.Parameter]) -> Tensor:
                     "clip after backward",
                 )
             if placement.is_shard():
-                dist.all_reduce(total, group=kind[0].get_group(dim))
+                dist.all_reduce(total, group=mesh.get_group(dim))
     return torch.stack(list(sums.values())).sum().sqrt() if sums else torch.tensor(0.0)
 
 
@@ -345,10 +354,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients so that their norm is at most `max_norm`, as `clip_grad_norm_`; return the norm before."""
+def clip_by_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    parts: Collection[int] = (),
+    group: Any = None,
+) -> Tensor:
+    """Scale all gradients so that their `norm` is at most `max_norm`, as `clip_grad_norm_`; return the norm before."""
     parameters = list(parameters)
-    total = norm(parameters)
+    total = norm(parameters, parts, group)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:

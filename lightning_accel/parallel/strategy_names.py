@@ -12,6 +12,8 @@ def register() -> None:
     for name, make, description in (
         ("accel_ddp", _ddp, "DDP that finds by itself whether weights are unused"),
         ("accel_fsdp", _fsdp, "FSDP2 of any LightningModule, without a change to it"),
+        ("accel_tensor", _tensor, "layers split over all devices of a node, found in the network"),
+        ("accel_fsdp_tensor", _fsdp_tensor, "layers split over two devices, FSDP2 over the others"),
     ):
         StrategyRegistry.register(name, make, description, override=True)
 
@@ -26,3 +28,13 @@ def _fsdp(**given: Any) -> Any:
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
 
     return FSDP2Strategy(**given)
+
+
+def _tensor(**given: Any) -> Any:
+    from lightning_accel.parallel.strategies.tensor_parallel_strategy import TensorParallelStrategy
+
+    return TensorParallelStrategy(**given)
+
+
+def _fsdp_tensor(**given: Any) -> Any:
+    return _tensor(**{"tensor_parallel_size": 2, **given})

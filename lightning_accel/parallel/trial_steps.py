@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_accel.bridge.data import batches, evaluation_batches
 from lightning_accel.bridge.example import OfValidation, placed, run_placed, step_arguments
-from lightning_accel.bridge.inert import inert_copy
+from lightning_accel.bridge.inert import Inert, inert_copy
 from lightning_accel.errors import AccelError
 from lightning_accel.parallel.uses import Uses, uses_of
 from lightning_accel.surgery.acting import nothing_heard
@@ -34,8 +35,8 @@ def uses_of_fit(trainer: Trainer, pl_module: LightningModule) -> Uses | None:
     """
     found, failed = Uses(), ""
     try:
-        for step in _steps(trainer, pl_module):
-            with preserve_rng(), _copy(trainer, pl_module) as copy:
+        for step in steps_of(trainer, pl_module):
+            with preserve_rng(), copy_on_device(trainer, pl_module) as copy:
                 found.join(uses_of(copy, partial(step, copy)))
     except AccelError as error:  # data that are read once, or a step that cannot run on a copy
         failed = str(error)
@@ -53,11 +54,24 @@ def uses_of_fit(trainer: Trainer, pl_module: LightningModule) -> Uses | None:
 
 
 @contextmanager
-def _copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
+def copy_on_device(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
     """Give a copy with its forward hooks, of which nobody outside hears."""
     with nothing_heard(pl_module), inert_copy(trainer, pl_module, hooked=True) as copy:
         copy.to(_roomy(pl_module, trainer.strategy.root_device))
+        if trainer.state.fn == TrainerFn.FITTING and not copy.automatic_optimization:
+            _steps_by_hand(trainer, copy)
         yield copy
+
+
+def _steps_by_hand(trainer: Trainer, copy: Any) -> None:
+    """Let a step of manual optimization run backward, and find as many optimizers as there will be."""
+    vars(copy)["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
+    if not trainer.optimizers:
+        with suppress(Exception):  # whatever a user's hook raises before its time
+            optimizers = _configure_optimizers(copy.configure_optimizers())[0]
+            inert = [Inert(optimizer) for optimizer in optimizers]
+            vars(copy)["_its_optimizers"] = optimizers  # which an `Inert` does not keep alive
+            vars(copy)["optimizers"] = lambda *_, **__: inert[0] if len(inert) == 1 else inert
 
 
 def _roomy(pl_module: LightningModule, device: torch.device) -> torch.device:
@@ -67,7 +81,7 @@ def _roomy(pl_module: LightningModule, device: torch.device) -> torch.device:
     return device if fits else torch.device("cpu")
 
 
-def _steps(trainer: Trainer, pl_module: LightningModule) -> list[Callable[[LightningModule], None]]:
+def steps_of(trainer: Trainer, pl_module: LightningModule) -> list[Callable[[LightningModule], Any]]:
     """Return functions of a copy, one for each step that this run will do."""
     if trainer.state.fn == TrainerFn.FITTING:
         trainer.fit_loop.setup_data()  # which the fit itself does next, and then finds done
@@ -84,14 +98,16 @@ def _steps(trainer: Trainer, pl_module: LightningModule) -> list[Callable[[Light
     return [partial(_evaluate, trainer, name, *one) for one in given]
 
 
-def _run(trainer: Trainer, batch: Any, index: int, copy: LightningModule) -> None:
-    run_placed(trainer, copy, _there(trainer, copy, batch), index)
+def _run(trainer: Trainer, batch: Any, index: int, copy: LightningModule) -> Any:
+    return run_placed(trainer, copy, _there(trainer, copy, batch), index)
 
 
-def _evaluate(trainer: Trainer, name: str, batch: Any, loader: int, copy: LightningModule) -> None:
+def _evaluate(
+    trainer: Trainer, name: str, batch: Any, loader: int, copy: LightningModule
+) -> Any:
     with torch.no_grad():
         arguments = step_arguments(copy, _there(trainer, copy, batch), 0, name, loader)
-        getattr(copy.eval(), name)(*arguments)
+        return getattr(copy.eval(), name)(*arguments)
 
 
 def _there(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:

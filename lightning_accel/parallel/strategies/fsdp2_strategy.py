@@ -121,10 +121,11 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_processes * self.num_nodes
-        if self._data_parallel_size % self.replicas:
+        count = self.num_processes * self.num_nodes
+        self._data_parallel_size = count // self._tensor_parallel_size  # type: ignore[operator]
+        if count % self.replicas:
             raise ValueError(
-                f"{self._data_parallel_size} processes make no {self.replicas} equal copies. Found: "
+                f"{count} processes make no {self.replicas} equal copies. Found: "
                 f"replicas={self.replicas}. Do: pass a number that divides the processes."
             )
         super().setup_environment()
@@ -179,9 +180,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _shard(self, trainer: Trainer) -> None:
         root = self.lightning_module
         assert isinstance(root, LightningModule)
-        if not sharding.is_sharded(root):
-            sharding.equalise(root, self.root_device, self._group)
-            self._choose(root, uses_of_fit(trainer, root))
+        if not self._is_apart(root):
+            sharding.equalise(root, self.root_device)
+            self._choose(root, self._uses(trainer, root))
             before = dict(root.named_parameters())
             sharding.refuse_hooks(before)
             self._shard_all(trainer)
@@ -191,6 +192,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._stand_around(trainer)
         if self._folder is not None:
             folders.load_model(root, self._folder)
+
+    def _is_apart(self, root: LightningModule) -> bool:
+        """Whether this process has a part of the module only."""
+        return sharding.is_sharded(root)
+
+    def _uses(self, trainer: Trainer, root: LightningModule) -> Uses | None:
+        return uses_of_fit(trainer, root)
 
     def _choose(self, root: LightningModule, uses: Uses | None) -> None:
         """Decide which modules are units, and what is looked after beside them."""
@@ -436,15 +444,14 @@ class FSDP2Strategy(ModelParallelStrategy):
     def teardown(self) -> None:
         self._stand_back()
         root = self.lightning_module
-        ends = root is not None and root.trainer.state.status != TrainerStatus.INTERRUPTED
         # One process that failed alone would wait for the others for ever.
-        if (
-            root is not None
-            and ends
-            and sharding.is_sharded(root)
-            and not self._save_distributed_checkpoint
-        ):
+        if root is not None and root.trainer.state.status != TrainerStatus.INTERRUPTED:
+            self._make_whole(root)
+        super().teardown()
+
+    def _make_whole(self, root: LightningModule) -> None:
+        """Give every process the whole module in host memory, as other strategies leave it."""
+        if sharding.is_sharded(root) and not self._save_distributed_checkpoint:
             for model in (root, *averages(root.trainer.callbacks, root)):  # type: ignore[attr-defined]
                 sharding.unshard(model, host=True)
             root.cpu()
-        super().teardown()

@@ -1,0 +1,295 @@
+"""Tensor parallelism for a LightningModule that knows nothing of it, alone or within FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_accel.arguments import whole
+from lightning_accel.bridge.optimizers import optimizers_of
+from lightning_accel.bridge.parts import parts_of
+from lightning_accel.bridge.restore import averages
+from lightning_accel.errors import AccelError, Unsupported, explain
+from lightning_accel.parallel import sharding
+from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
+from lightning_accel.parallel.tensor import files
+from lightning_accel.parallel.tensor.around_tensor import AroundTensor, same_batch, set_group
+from lightning_accel.parallel.tensor.elementwise import require_elementwise
+from lightning_accel.parallel.tensor.plan import TensorPlan, plan_tensor, with_copies
+from lightning_accel.parallel.tensor.proof import Proved, proved_plan
+from lightning_accel.parallel.tensor.split import SplitModel
+from lightning_accel.parallel.tensor.trial import calls_of_run, copies, steps_of_run
+from lightning_accel.parallel.uses import Uses
+from lightning_accel.surgery.call import Call
+
+
+class TensorParallelStrategy(FSDP2Strategy):
+    """Split the layers of any LightningModule over processes, and shard what each has over the others (FSDP2).
+
+    No plan is written: a process computes with the network pruned to its own units, as the pruner's trace knows them
+    (channels of an MLP, heads with their queries, keys and values, groups of queries), and the outputs of the layers that
+    read them are summed. Before it trains, a step on a copy proves losses, gradients and weights equal to those of the
+    whole network; what is not equal stays whole on every process. Files are those of one process.
+
+    Args:
+        tensor_parallel_size: Processes that share one network; "auto" is all of one node. They see the same batches; with
+            more processes, those at the same place of each network shard their part (FSDP2).
+        kwargs: As in `FSDP2Strategy`; `replicas` and "sharded" checkpoints are not supported.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: An argument is of another type.
+        Unsupported: Copies or checkpoints of shards are asked for.
+
+    >>> TensorParallelStrategy(tensor_parallel_size=2).plan is None
+    True
+    """
+
+    def __init__(
+        self, *, tensor_parallel_size: Literal["auto"] | int = "auto", **kwargs: Any
+    ) -> None:
+        for name, plain in (("replicas", 1), ("checkpoints", "whole")):
+            if kwargs.get(name, plain) != plain:
+                raise Unsupported(
+                    f"tensor parallelism has no other `{name}` than {plain!r}",
+                    repr(kwargs[name]),
+                    "leave it out, or use `FSDP2Strategy`",
+                )
+        super().__init__(**kwargs)
+        if tensor_parallel_size != "auto":
+            whole("tensor_parallel_size", tensor_parallel_size)
+        self._asked = tensor_parallel_size
+        self._proved: Proved | None = None
+        self._splits: list[SplitModel] = []
+        self._calls: tuple[Call, ...] = ()
+        self._metrics: list[Any] = []
+
+    @property
+    def plan(self) -> TensorPlan | None:
+        """What is split, once the strategy is set up."""
+        return self._proved.plan if self._proved else None
+
+    # ---- processes
+
+    @override
+    def setup_environment(self) -> None:
+        size = self.num_processes if self._asked == "auto" else self._asked
+        count = self.num_processes * self.num_nodes
+        if count % size:
+            raise ValueError(
+                explain(
+                    f"{count} processes make no whole number of networks of {size}",
+                    f"tensor_parallel_size={size}",
+                    "pass a number that divides the processes",
+                )
+            )
+        self._tensor_parallel_size = size
+        super().setup_environment()
+
+    @property
+    def _across(self) -> Any:
+        """The processes that share one network."""
+        return self.device_mesh["tensor_parallel"].get_group()
+
+    @property
+    def _shards(self) -> bool:
+        return self.device_mesh["data_parallel"].size() > 1
+
+    @property
+    def _split(self) -> SplitModel | None:
+        return self._splits[0] if self._splits else None
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the processes that see other data: those that share a network have the same value."""
+        return super().reduce(tensor, group or self._group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather from the processes that see other data."""
+        return super().all_gather(tensor, group or self._group, sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(votes)
+
+    # ---- splitting
+
+    @override
+    def _is_apart(self, root: LightningModule) -> bool:
+        return bool(self._splits)
+
+    @override
+    def _uses(self, trainer: Trainer, root: LightningModule) -> Uses | None:
+        return super()._uses(trainer, root) if self._shards else None
+
+    @override
+    def _choose(self, root: LightningModule, uses: Uses | None) -> None:
+        super()._choose(root, uses)
+        self._calls = calls_of_run(root.trainer, root)
+        same_batch([call[1:] for call in self._calls], self._across)
+        self._prove(root)
+        self._metrics = set_group(root, self._group)
+
+    def _prove(self, root: LightningModule) -> None:
+        """Plan for the shapes of now, and prove it on copies."""
+        trainer = root.trainer
+        self._proved = proved_plan(
+            partial(self._planned, root),
+            copies(trainer, root),
+            steps_of_run(trainer, root, self._calls),
+            self._across,
+            short=not str(trainer.precision).startswith(("32", "64")),
+        )
+
+    def _planned(self, root: LightningModule, without: Mapping[str, str]) -> TensorPlan:
+        """Return the plan of the first process."""
+        found: list[Any] = [None, None]
+        if self.is_global_zero:
+            try:
+                size = self._tensor_parallel_size
+                plan = plan_tensor(root, self._calls, size, without=without)
+                found[0] = with_copies(plan, parts_of(root.trainer, root))
+            except AccelError as error:
+                found[1] = type(error), str(error)
+        dist.broadcast_object_list(found)
+        if found[1] is not None:
+            kind, text = found[1]
+            raise kind(text)
+        return found[0]
+
+    @override
+    def _shard_all(self, trainer: Trainer) -> None:
+        if not self._splits:
+            self._split_all(trainer)
+        if self._shards:
+            super()._shard_all(trainer)
+        else:
+            self._sharded = sharding.Sharded((), ())
+            self.model_to_device()
+
+    def _split_all(self, trainer: Trainer) -> None:
+        root = self.lightning_module
+        assert root is not None and self._proved is not None
+        for model in (root, *averages(trainer.callbacks, root)):  # type: ignore[attr-defined]
+            split = SplitModel(model, self._proved.plan, self._across, hooks=model is root)
+            split.partial = self._proved.partial
+            split.draws.regions = set(self._proved.draws)
+            self._splits.append(split)
+
+    @override
+    def _stand_around(self, trainer: Trainer) -> None:
+        root, split = self.lightning_module, self._split
+        assert root is not None and split is not None
+        if self._shards:
+            super()._stand_around(trainer)
+        self._around: Any = AroundTensor(root, split, self._across, self._around)
+        vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
+
+    @override
+    def _clip_by_norm(self, optimizer: Any, clip_val: int | float) -> None:
+        if clip_val > 0 and self._split is not None:
+            named = self._split.model.named_parameters()
+            parts = {id(p) for n, p in named if n in self._split.kept}
+            parameters = self.precision_plugin.main_params(optimizer)
+            sharding.clip_by_norm(parameters, clip_val, parts, self._across)
+
+    @override
+    def _tell(self) -> None:
+        if self._shards:
+            super()._tell()
+        rank_zero_info(repr(self.plan))
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            for optimizer in self.optimizers:
+                require_elementwise(optimizer)
+
+    @contextmanager
+    @override
+    def gathered(self) -> Iterator[None]:
+        root = self.lightning_module
+        if root is None or not self._splits:
+            yield
+            return
+        with super().gathered() if self._shards else self._paused(root.trainer):
+            optimizers = optimizers_of(root.trainer, root)
+            files.join_states(optimizers, self._splits[0])
+            self._join()
+            yield
+            self._prove(root)
+            self._split_all(root.trainer)
+            files.split_states(optimizers, self._splits[0])
+
+    @contextmanager
+    def _paused(self, trainer: Trainer) -> Iterator[None]:
+        self._stand_back()
+        yield
+        self._stand_around(trainer)
+        self._around.begin()
+
+    def _join(self, *, host: bool = False) -> None:
+        for split in self._splits:
+            split.join(host=host)
+        self._splits.clear()
+
+    # ---- steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._around.begin_step((args, kwargs))
+        return super().training_step(*args, **kwargs)
+
+    # ---- files
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self._split is not None:
+            state = files.parts_of_model(checkpoint["state_dict"], self._split)
+            checkpoint = {**checkpoint, "state_dict": state}
+        super().load_model_state_dict(checkpoint, strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        split = self._split
+        assert split is not None
+        states = [
+            files.parts_of_optimizer(state, split, optimizer)
+            for optimizer, state in zip(
+                self.optimizers, checkpoint["optimizer_states"], strict=False
+            )
+        ]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        if self._split is not None:
+            checkpoint = files.whole_checkpoint(
+                checkpoint, self._split, self.optimizers, keep=self.is_global_zero
+            )
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def _make_whole(self, root: LightningModule) -> None:
+        for metric in self._metrics:
+            metric.process_group = None
+        super()._make_whole(root)
+        if self._splits:
+            self._join(host=True)
+            root.cpu()

@@ -1,0 +1,61 @@
+"""Whether an optimizer steps each number by itself, so that parts of a weight step as the whole does."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_accel.errors import Unsupported
+
+_STEPS = 3
+
+
+def require_elementwise(optimizer: Optimizer) -> None:
+    """Try an optimizer on a weight, and on each of its halves alone, three steps each.
+
+    Raises:
+        Unsupported: The halves go elsewhere: it uses norms or factors of whole weights (LAMB, LARS, Adafactor, Muon).
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn(8, 4, generator=generator, dtype=torch.float64) for _ in range(_STEPS + 1)
+    ]
+    for group in optimizer.param_groups:
+        try:
+            whole = _stepped(optimizer, group, weights)
+            halves = [
+                _stepped(optimizer, group, [w[rows] for w in weights])
+                for rows in (slice(0, 4), slice(4, 8))
+            ]
+            found = "" if torch.allclose(whole, torch.cat(halves), rtol=1e-9) else "they differ"
+        except Exception as error:  # of a step that wants a closure, or weights of its own kind
+            found = f"{type(error).__name__}: {error}"
+        if found:
+            raise Unsupported(
+                "in tensor parallelism an optimizer must step each number by itself",
+                f"steps of {type(optimizer).__name__} on a weight and on its halves: {found}",
+                "use SGD, Adam, AdamW or another elementwise one, or `accel_fsdp`",
+            )
+
+
+@torch.no_grad()
+def _stepped(
+    optimizer: Optimizer, group: dict[str, Any], tensors: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return the first tensor after steps with the others as gradients."""
+    weight = nn.Parameter(tensors[0].clone())
+    plain = copy.copy(optimizer)
+    settings = {**group, "params": [weight], "fused": None, "capturable": False}
+    vars(plain).update(state=defaultdict(dict), param_groups=[settings | {"lr": 0.1}])
+    step = inspect.unwrap(type(optimizer).step)  # without hooks, of which somebody would hear
+    for gradient in tensors[1:]:
+        weight.grad = gradient.clone()
+        step(plain)
+    return weight.detach()

@@ -1,0 +1,252 @@
+"""A split network computes what the whole one does: losses, gradients and all that a step leaves, before it trains.
+
+The trace knows which widths go together, and not whether something between two layers adds up over them: a norm
+written by hand, `x + x.sum(-1)`. So a step of the user's runs on a whole copy and on a split one, with weights shaken so
+that no gate is closed, and everything is compared in all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_accel.errors import NoEffect
+from lightning_accel.parallel.tensor.plan import TensorPlan
+from lightning_accel.parallel.tensor.split import SplitModel
+from lightning_accel.pruning.variants import vary
+from lightning_accel.surgery.call import numbers
+from lightning_accel.surgery.preserve import preserve_rng
+from lightning_accel.surgery.rng import seed_rng
+from lightning_accel.surgery.structure import named_tensors
+
+Step = Callable[[nn.Module], Any]
+"""Runs once on a copy, and returns numbers to compare; gradients are on the copy then."""
+Copy = Callable[[], AbstractContextManager[nn.Module]]
+
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+_OF_SHORT_FORMATS = 6e-2
+
+
+class Proved(NamedTuple):
+    """A plan that computes what the whole network does.
+
+    Attributes:
+        plan: What is split.
+        partial: Weights that all processes have, of whose gradients each finds a part, to be added.
+        draws: Regions in which random numbers are drawn.
+    """
+
+    plan: TensorPlan
+    partial: tuple[str, ...]
+    draws: frozenset[int]
+
+
+class _Outcome(NamedTuple):
+    results: list[Tensor]
+    gradients: dict[str, Tensor | None]
+    left: dict[str, Tensor]
+
+
+def proved_plan(
+    plan: Callable[[Mapping[str, str]], TensorPlan], copy: Copy, steps: list[Step], group: Any, *, short: bool = False
+) -> Proved:
+    """Return a plan that is proved, without the groups that are not what the whole network is.
+
+    All processes of the group call it, with the same batches.
+
+    Args:
+        plan: Makes a plan without the groups with some signatures; the same on all processes.
+        copy: Gives a whole copy of the module on the device, for as long as it is entered.
+        steps: What is compared.
+        group: The processes among which the network is split.
+        short: Whether steps compute in a short format.
+
+    Raises:
+        NoEffect: No group can be split.
+    """
+    proof = _Proof(copy, steps, group, short)
+    without: dict[str, str] = {}
+    while True:
+        found = plan(without)
+        wrong = proof.wrong(found)
+        if not wrong:
+            return Proved(found, *proof.seen)
+        signatures = list(dict.fromkeys(g.signature for g in found.groups))
+        guilty: dict[str, str] = {}
+        for one in signatures if len(signatures) > 1 else ():
+            others = {s: "it is tried alone" for s in signatures if s != one}
+            try:
+                alone = proof.wrong(plan({**without, **others}))
+            except NoEffect:  # not without what it must stay as wide as
+                continue
+            if alone:
+                guilty[one] = alone
+        without.update(guilty or {signatures[-1]: wrong})
+
+
+class _Proof:
+    def __init__(self, copy: Copy, steps: list[Step], group: Any, short: bool) -> None:
+        self._copy, self._steps, self._group, self._short = copy, steps, group, short
+        self._whole = [self._run(step, None)[0] for step in steps]
+        self.seen: tuple[tuple[str, ...], frozenset[int]] = (), frozenset()
+
+    def wrong(self, plan: TensorPlan) -> str:
+        """Return what differs between the whole and the split network, the same on all processes; nothing if none does."""
+        partial, draws = set[str](), set[int]()
+        for step, whole in zip(self._steps, self._whole, strict=True):
+            split, model, failed = None, None, ""
+            try:
+                split, model = self._run(step, plan)
+            except Exception as error:  # whatever a forward raises whose widths are not what it expects
+                failed = f"the step fails when it is split: {type(error).__name__}: {error}"
+            if why := self._agreed(failed):
+                return why
+            assert split is not None and model is not None
+            found = _Comparison(whole, split, model, self._group, self._short)
+            if why := self._agreed(found.wrong):
+                return why
+            partial |= found.partial
+            draws |= model.draws.regions
+        every = self._of_all((partial, draws))
+        self.seen = tuple(sorted(set().union(*(p for p, _ in every)))), frozenset().union(*(d for _, d in every))
+        return ""
+
+    def _agreed(self, wrong: str) -> str:
+        return next(filter(None, self._of_all(wrong)), "")
+
+    def _of_all(self, value: Any) -> list[Any]:
+        """Return what each process has found, those of other networks' copies included."""
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, value)
+        return every
+
+    def _run(self, step: Step, plan: TensorPlan | None) -> Any:
+        with preserve_rng(), self._copy() as copy:
+            seed_rng(0)
+            _shake(copy)
+            split = None
+            if plan is not None:
+                split = SplitModel(copy, plan, self._group)
+                split.watch()
+            with _NoDropout():
+                results = [r.detach() for r in numbers(step(copy))]
+            gradients = {n: p.grad for n, p in copy.named_parameters()}
+            left = {n: t.detach().clone() for n, t in named_tensors(copy)}
+            for parameter in copy.parameters():
+                parameter.grad = None
+            if split is not None:
+                if copy.training:  # once more, with the random numbers that a step draws
+                    step(copy)
+                split.leave()
+            return _Outcome(results, gradients, left), split
+
+
+class _Comparison:
+    """Compares what a step did with a whole network and with a split one."""
+
+    def __init__(self, whole: _Outcome, split: _Outcome, model: SplitModel, group: Any, short: bool) -> None:
+        self._model, self._group, self._short = model, group, short
+        self._device = next(model.model.parameters()).device
+        self.partial: set[str] = set()
+        self.wrong = self._results(whole, split) or self._left(whole, split) or self._gradients(whole, split)
+
+    def _results(self, whole: _Outcome, split: _Outcome) -> str:
+        if len(whole.results) != len(split.results):
+            return "the step returns other things"
+        for one, other in zip(whole.results, split.results, strict=True):
+            if error := self._everywhere(self._differ(one, other)):
+                return f"the loss or output differs by {error:.1e} of its size"
+        return ""
+
+    def _left(self, whole: _Outcome, split: _Outcome) -> str:
+        for name, one in whole.left.items():
+            there = self._model.whole(name, split.left[name])
+            if error := self._everywhere(self._differ(one, there)):
+                return f"`{name}` is changed by the step, and differs by {error:.1e} of its size"
+        return ""
+
+    def _gradients(self, whole: _Outcome, split: _Outcome) -> str:
+        floor = max((float(g.abs().max()) for g in whole.gradients.values() if g is not None and g.numel()), default=0.0)
+        for name, one in whole.gradients.items():
+            other = split.gradients[name]
+            lacks = self._everywhere(float(other is None))
+            if one is None or lacks:
+                if one is not None or self._everywhere(float(other is not None)):
+                    return f"`{name}` has a gradient on some processes only"
+                continue
+            assert other is not None
+            if name in self._model.kept:
+                if error := self._everywhere(self._differ(one, self._model.whole(name, other), floor)):
+                    return f"the gradient of `{name}` differs by {error:.1e} of its size"
+            elif why := self._replicated(name, one, other, floor):
+                return why
+        return ""
+
+    def _replicated(self, name: str, one: Tensor, other: Tensor, floor: float) -> str:
+        """Compare the gradient of a weight that every process has: the whole, or parts that add up to it."""
+        error = self._everywhere(self._differ(one, other, floor))
+        total = other.clone()
+        dist.all_reduce(total, group=self._group)
+        if not error and (one.any() or name.rpartition(".")[0] not in self._model.inside):
+            return ""
+        if self._everywhere(self._differ(one, total, floor)):
+            return f"the gradient of `{name}` differs by {error:.1e} of its size"
+        self.partial.add(name)
+        return ""
+
+    def _everywhere(self, error: float) -> float:
+        largest = torch.tensor(error, device=self._device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return float(largest)
+
+    def _differ(self, one: Tensor, other: Tensor, floor: float = 0.0) -> float:
+        """Return the largest difference by the size of the tensor, or zero where it is rounding."""
+        if one.shape != other.shape:
+            return float("inf")
+        if not one.is_floating_point() and not one.is_complex():
+            return 0.0 if torch.equal(one, other) else 1.0
+        limit = _OF_SHORT_FORMATS if self._short else _TOLERANCE.get(one.real.dtype, _OF_SHORT_FORMATS)
+        one, other = (torch.nan_to_num(t.to(torch.complex128 if t.is_complex() else torch.float64)) for t in (one, other))
+        size = float(one.abs().max()) if one.numel() else 0.0
+        error = float((one - other).abs().max()) if one.numel() else 0.0
+        return error / max(size, 1e-30) if error > limit * (size + 1e-3 * floor) else 0.0
+
+
+@torch.no_grad()
+def _shake(copy: nn.Module) -> None:
+    """Open the gates of a copy, the same on all processes: zeros before a layer hide what is wrong behind it."""
+    vary(copy)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in copy.parameters():
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data * (1 + 0.1 * noise.to(parameter))
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout does nothing within: a split network has masks of its own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs.update({"dropout_p": 0.0} if "dropout_p" in kwargs else {})
+        elif func is F.multi_head_attention_forward:
+            with self:  # whose own calls are to be seen
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
+    torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,
+}  # fmt: skip
