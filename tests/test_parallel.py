@@ -46,7 +46,7 @@ def fits(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return both("fsdp_runs.py", tmp_path_factory.mktemp("runs"))
+    return both("strategy_runs.py", tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from lightning_accel.bridge.optimizers import (
 from lightning_accel.bridge.parts import following, forget_parts, note_parts, widened
 from lightning_accel.bridge.restore import averages, pristine, remember
 from lightning_accel.bridge.technique import Technique
+from lightning_accel.bridge.strategies import sizes_now
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import Cut, Receipt, Structure, follow
 from lightning_accel.surgery.bypass import parameters_under
@@ -159,7 +160,7 @@ def _add_to_slow_weights(
 def refuse_grown(pl_module: LightningModule) -> None:
     """Raise when weights have their shape of before a cut again, while the layers around them do not."""
     left = _LEFT.get(pl_module)
-    if left is None or (found := left.now(pl_module)) == left:
+    if left is None or (found := sizes_now(left, pl_module)) == left:
         return
     names = [name for name, shape in left.tensors.items() if found.tensors.get(name) != shape]
     raise AccelError(

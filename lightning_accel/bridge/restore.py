@@ -22,6 +22,7 @@ from torch import nn
 
 from lightning_accel.bridge.checks import refuse_lazy
 from lightning_accel.bridge.hyper import as_values
+from lightning_accel.bridge.strategies import sizes_now
 from lightning_accel.errors import StructureMismatch, explain, weights_alone
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.bypass import is_under, whole_tensors
@@ -138,7 +139,7 @@ def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
     if before:
         checkpoint[KEY] = {
             "readme": _README,
-            "structure": before.now(pl_module).to_dict(),
+            "structure": sizes_now(before, pl_module).to_dict(),
             "dense": before.to_dict(),
         }
     if _BESIDE in vars(pl_module):

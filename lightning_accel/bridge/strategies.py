@@ -11,8 +11,10 @@ from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from lightning_accel.surgery import Structure
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,6 +49,13 @@ def holding(strategy: Strategy) -> Holding:
 def gathers(strategy: Strategy) -> bool:
     """Whether a strategy that shards can make the module whole for a while: ours can."""
     return hasattr(strategy, "gathered")
+
+
+def sizes_now(structure: Structure, pl_module: LightningModule) -> Structure:
+    """Return what the whole module has at present in the places that a structure names, however it is split."""
+    strategy: Any = getattr(vars(pl_module).get("_trainer"), "strategy", None)
+    found = structure.now(pl_module)
+    return strategy.whole_structure(found) if hasattr(strategy, "whole_structure") else found
 
 
 @contextmanager

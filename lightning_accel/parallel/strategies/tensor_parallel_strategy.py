@@ -30,6 +30,7 @@ from lightning_accel.parallel.tensor.proof import Proved, proved_plan
 from lightning_accel.parallel.tensor.split import SplitModel
 from lightning_accel.parallel.tensor.trial import calls_of_run, copies, steps_of_run
 from lightning_accel.parallel.uses import Uses
+from lightning_accel.surgery import Structure
 from lightning_accel.surgery.call import Call
 
 
@@ -71,6 +72,8 @@ class TensorParallelStrategy(FSDP2Strategy):
         self._asked = tensor_parallel_size
         self._proved: Proved | None = None
         self._splits: list[SplitModel] = []
+        self._named: tuple[SplitModel, list[dict[int, str]]] | None = None
+        """How the module of this run is, or was, split, and the names of its optimizers' parameters."""
         self._calls: tuple[Call, ...] = ()
         self._metrics: list[Any] = []
 
@@ -218,6 +221,15 @@ class TensorParallelStrategy(FSDP2Strategy):
         if trainer.state.fn == TrainerFn.FITTING:
             for optimizer in self.optimizers:
                 require_elementwise(optimizer)
+            self._note_names()
+
+    def _note_names(self) -> None:
+        split = self._splits[0]
+        self._named = split, [files.names_of(split, optimizer) for optimizer in self.optimizers]
+
+    def whole_structure(self, found: Structure) -> Structure:
+        """Return sizes of the whole module in place of those of this process's part."""
+        return self._splits[0].whole_structure(found) if self._splits else found
 
     @contextmanager
     @override
@@ -226,7 +238,7 @@ class TensorParallelStrategy(FSDP2Strategy):
         if root is None or not self._splits:
             yield
             return
-        with super().gathered() if self._shards else self._paused(root.trainer):
+        with self._regathered(root.trainer):
             optimizers = optimizers_of(root.trainer, root)
             files.join_states(optimizers, self._splits[0])
             self._join()
@@ -236,11 +248,17 @@ class TensorParallelStrategy(FSDP2Strategy):
             files.split_states(optimizers, self._splits[0])
 
     @contextmanager
-    def _paused(self, trainer: Trainer) -> Iterator[None]:
-        self._stand_back()
-        yield
-        self._stand_around(trainer)
-        self._around.begin()
+    def _regathered(self, trainer: Trainer) -> Iterator[None]:
+        """Let this process's part be whole within, if it is sharded, and nothing stand around it."""
+        if self._shards:
+            with super().gathered():
+                yield
+        else:
+            self._stand_back()
+            yield
+            self._stand_around(trainer)
+            self._around.begin()
+        self._note_names()
 
     def _join(self, *, host: bool = False) -> None:
         for split in self._splits:
@@ -279,10 +297,9 @@ class TensorParallelStrategy(FSDP2Strategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        if self._split is not None:
-            checkpoint = files.whole_checkpoint(
-                checkpoint, self._split, self.optimizers, keep=self.is_global_zero
-            )
+        if self._named is not None:  # after the run too, when optimizers alone are in parts
+            split, names = self._named
+            checkpoint = files.whole_checkpoint(checkpoint, split, names, keep=self.is_global_zero)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override

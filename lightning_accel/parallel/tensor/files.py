@@ -17,7 +17,7 @@ _OPTIMIZERS = "optimizer_states"
 
 
 def whole_checkpoint(
-    checkpoint: dict[str, Any], split: SplitModel, optimizers: Sequence[Optimizer], *, keep: bool
+    checkpoint: dict[str, Any], split: SplitModel, names: Sequence[Mapping[int, str]], *, keep: bool
 ) -> dict[str, Any]:
     """Return a checkpoint with whole tensors on the host in place of parts; all processes take part.
 
@@ -27,7 +27,7 @@ def whole_checkpoint(
     Args:
         checkpoint: What Lightning has collected.
         split: How the module is split.
-        optimizers: In the order of the checkpoint.
+        names: Of each optimizer's parameters, by their numbers in its state.
         keep: Whether this process wants the tensors; the others help, and get `None`.
     """
     shapes = {n: tuple(k.take(torch.empty(split.shape(n), device="meta")).shape) for n, k in split.kept.items()}
@@ -44,7 +44,6 @@ def whole_checkpoint(
         keys = [str(k.key) for k in path if isinstance(k, MappingKey)]
         return gathered(_name_in(keys, shapes), value)
 
-    names = [names_of(split, optimizer) for optimizer in optimizers]
     states = [
         {
             **state,

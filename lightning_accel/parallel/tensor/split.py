@@ -81,6 +81,22 @@ class SplitModel:
         """Return the shape of a whole tensor that is split."""
         return tuple(self._cut.before.tensors[name])
 
+    def whole_structure(self, found: Structure) -> Structure:
+        """Return what the whole model would have where this one has its part."""
+        before, mine = self._cut.before, self._cut.before.now(self.model)
+        sizes = {
+            name: {
+                key: before.attributes[name][key] if size == mine.attributes.get(name, {}).get(key) else size
+                for key, size in held.items()
+            }
+            for name, held in found.attributes.items()
+        }
+        shapes = {
+            name: before.tensors[name] if shape == mine.tensors.get(name) else shape
+            for name, shape in found.tensors.items()
+        }
+        return Structure(shapes, sizes, found.bypassed)
+
     # ---- sums
 
     def _put_hooks(self, groups: Sequence[SplitGroup]) -> None:

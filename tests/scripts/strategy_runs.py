@@ -1,6 +1,6 @@
-"""Whole lives of sharded runs beside those of one process: `fsdp_runs.py FOLDER [NAME ...]`; a JSON per rank.
+"""Whole lives of sharded or split runs beside those of one process: `strategy_runs.py FOLDER [NAME ...]`; a JSON per rank.
 
-Each function returns numbers that should be 0, or values of both sides under `alone` and `sharded`.
+The variable KIND says which: `fsdp`, `tensor`, or `fsdp_tensor` (four processes). Each function returns numbers that should be 0, or values of both sides under `alone` and `sharded`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,17 @@ from lightning.pytorch.strategies import DDPStrategy
 from sharded import GPT, Adam, Manual, Scalar, Share, apart, data, made, trainer, weights
 
 import lightning_accel as la
-from lightning_accel.strategies import FSDP2Strategy
+from lightning_accel.strategies import FSDP2Strategy, TensorParallelStrategy
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
+KIND, MANY = os.environ.get("KIND", "fsdp"), int(os.environ.get("WORLD_SIZE", "2"))
+STRATEGY: Any = {
+    "fsdp": FSDP2Strategy,
+    "tensor": TensorParallelStrategy,
+    "fsdp_tensor": partial(TensorParallelStrategy, tensor_parallel_size=2),
+}[KIND]
 FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 Found = dict[str, Any]
 
@@ -34,12 +41,19 @@ Found = dict[str, Any]
 def run(world: int, strategy: dict[str, Any] | None = None, **given: Any) -> Any:
     if world == 1:
         return trainer(devices=1, **given)
-    return trainer(devices=world, strategy=FSDP2Strategy(**(strategy or {})), **given)
+    return trainer(devices=MANY, strategy=STRATEGY(**(strategy or {})), **given)
+
+
+def rows(world: int) -> Any:
+    """Each process its part of every batch; those that share a network all of it."""
+    if world == 1 or KIND == "tensor":
+        return data(0, 1)
+    return data(RANK if KIND == "fsdp" else RANK // 2, 2)
 
 
 def fit(module: Any, world: int, ckpt: Any = None, strategy: Any = None, **given: Any) -> Any:
     ours = run(world, strategy, **given)
-    ours.fit(module, data(RANK if world > 1 else 0, world), ckpt_path=ckpt)
+    ours.fit(module, rows(world), ckpt_path=ckpt)
     return ours
 
 
@@ -104,7 +118,7 @@ def evaluation() -> Found:
     """Validate, test and predict before, between and after fits."""
     sides: Found = {}
     for world in (1, 2):
-        module, loader = made(GPT), data(RANK if world == 2 else 0, world)
+        module, loader = made(GPT), rows(world)
         ours = run(world, max_epochs=1)
         seen = [
             ours.validate(module, loader, verbose=False),
@@ -117,12 +131,14 @@ def evaluation() -> Found:
         ours.fit(module, loader)
         seen += [ours.validate(module, loader, verbose=False)]
         sides["alone" if world == 1 else "sharded"] = [seen, weights(module), predicted]
-    rows = torch.arange(32).view(4, 8)[:, RANK * 4 : RANK * 4 + 4].flatten()
+    part = RANK if KIND == "fsdp" else RANK // 2
+    mine = torch.arange(32).view(4, 8)[:, part * 4 : part * 4 + 4].flatten()
+    mine = torch.arange(32) if KIND == "tensor" else mine
     return {
         "alone": json.dumps(sides["alone"][0]),
         "sharded": json.dumps(sides["sharded"][0]),
         "weights": apart(sides["alone"][1], sides["sharded"][1]),
-        "predicted": float((sides["alone"][2][rows] != sides["sharded"][2]).sum()),
+        "predicted": float((sides["alone"][2][mine] != sides["sharded"][2]).sum()),
     }
 
 
@@ -197,6 +213,36 @@ def pruned() -> Found:
     return {"went on": compared(after, two), "file": apart(weights(two.float()), weights(loaded))}
 
 
+def pruned_file() -> Found:
+    """A file of the middle of a run, after a prune, holds the whole pruned network."""
+    found: Found = {}
+    path, state = FOLDER / f"middle-{KIND}.ckpt", {}
+
+    class Saves(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(path)
+
+    class Looks(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                state.update(weights(pl_module))
+
+    prune = lambda: la.StructuredPruning(ratio=0.5, when=1)  # noqa: E731
+    one, two = made(GPT), made(GPT)
+    if KIND == "tensor":
+        fit(one, 1, callbacks=[prune(), Looks()], max_epochs=3)
+    ours = fit(two, 2, callbacks=[prune(), Saves()], max_epochs=3)
+    ours.strategy.barrier()
+    loaded = la.load_from_checkpoint(GPT, path).double()
+    if state:
+        found["weights"] = max(apart(state, weights(loaded)) - 1e-6, 0.0)  # the file is of float32 modules
+    again = made(GPT)
+    fit(again, 2, path, callbacks=[prune()], max_epochs=3)
+    found["went on"] = compared(two, again)
+    return found
+
+
 REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
     "masks": lambda: {"callbacks": [la.WeightMasks(0.5)]},
     "sparsity": lambda: {"callbacks": [la.SparsityTraining("group_lasso")]},
@@ -237,20 +283,26 @@ PRUNES: dict[str, tuple[Any, Callable[[], list[Any]]]] = {
 }  # fmt: skip
 
 
+TRUTH: dict[str, Any] = {"devices": 1}
+if KIND != "tensor":  # whose processes rank by the gradients of their own batches, as those of DDP
+    TRUTH = {"devices": MANY, "strategy": DDPStrategy(find_unused_parameters=True)}
+
+
 def pruning() -> Found:
-    """A prune in mid-training, beside that under DDP: the module is made whole, cut, and sharded again."""
+    """A prune in mid-training: the module is made whole, cut, and sharded or split again."""
     found: Found = {}
     for name, (make, callbacks) in PRUNES.items():
         try:
             sides = []
-            for strategy in (DDPStrategy(find_unused_parameters=True), FSDP2Strategy()):
-                module, loader = made(make), data(RANK, 2)
+            for strategy in (TRUTH, {"devices": MANY, "strategy": STRATEGY()}):
+                module, loader = made(make), rows(2)
                 shares = Share()
                 given = [*callbacks(), shares]
-                ours = trainer(devices=2, strategy=strategy, callbacks=given, max_epochs=3)
+                ours = trainer(**strategy, callbacks=given, max_epochs=3)
                 ours.fit(module, loader, loader if name == "taken back" else None)
                 sides.append(module)
-            found[f"{name}, shares"] = max(shares.share - 0.52, 0.0)
+            if KIND == "fsdp":
+                found[f"{name}, shares"] = max(shares.share - 0.52, 0.0)
             found[name] = compared(*sides)
             sizes = [sum(p.numel() for p in m.parameters()) for m in (*sides, made(make))]
             found[f"{name}, cut"] = float((sizes[1] < sizes[2]) == (name == "taken back"))
@@ -264,7 +316,7 @@ RUNS = {
     f.__name__: f
     for f in (
         file_of_adam, file_of_two_optimizers, file_with_a_scalar, folder, evaluation, averages,
-        techniques, pruned, pruning, refused,
+        techniques, pruned, pruned_file, pruning, refused,
     )
 }  # fmt: skip
 
