@@ -16,9 +16,22 @@ from torch import Tensor, nn
 class Heads(nn.Module):
     """Attention whose heads are split: fused or apart, with groups of queries, norms per head, and dropout."""
 
-    def __init__(self, d: int, heads: int, *, groups: int | None = None, normed: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        d: int,
+        heads: int,
+        *,
+        groups: int | None = None,
+        normed: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.heads, self.groups, self.width, self.dropout = heads, groups or heads, d // heads, dropout
+        self.heads, self.groups, self.width, self.dropout = (
+            heads,
+            groups or heads,
+            d // heads,
+            dropout,
+        )
         self.qkv = nn.Linear(d, (heads + 2 * self.groups) * self.width)
         self.o = nn.Linear(heads * self.width, d)
         self.norm = nn.LayerNorm(self.width) if normed else nn.Identity()
@@ -34,10 +47,40 @@ class Heads(nn.Module):
         return self.o(y.transpose(1, 2).flatten(2))
 
 
+class ReadsWidth(nn.Module):
+    """Attention as in nanoGPT: the width of the heads is that of the input."""
+
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.n_head, self.n_embd = heads, d
+        self.c_attn, self.c_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.size()
+        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
+        q, k, v = (p.view(b, t, self.n_head, c // self.n_head).transpose(1, 2) for p in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).contiguous().view(b, t, c))
+
+
+class ReadsWidthFused(ReadsWidth):
+    """Attention as in timm: queries, keys and values are a dimension, and the scale hangs on the width of a head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        qkv = self.c_attn(x).reshape(b, n, 3, self.n_head, c // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        y = (q * (c // self.n_head) ** -0.5) @ k.transpose(-2, -1)
+        y = (y.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c)
+        return x + self.c_proj(y)
+
+
 class Split(GPT):
     """The plain one with another attention, and another layer between the two of each MLP."""
 
-    def __init__(self, attention: Any = partial(Heads, 8, 4), between: Callable[[], nn.Module] = nn.GELU) -> None:
+    def __init__(
+        self, attention: Any = partial(Heads, 8, 4), between: Callable[[], nn.Module] = nn.GELU
+    ) -> None:
         super().__init__(depth=2)
         for block in self.blocks:
             block.att, block.mlp[1] = attention(), between()
@@ -138,7 +181,14 @@ def transformer(kind: str, **given: Any) -> nn.Module:
         "num_key_value_heads": 2, "max_position_embeddings": LENGTH, "use_cache": False, "head_dim": 4,
     }  # fmt: skip
     if kind == "GPT2LMHeadModel":
-        settings = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": LENGTH, "use_cache": False}
+        settings = {
+            "vocab_size": VOCABULARY,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": LENGTH,
+            "use_cache": False,
+        }
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     if kind == "BertForMaskedLM":
         settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -157,11 +207,14 @@ CASES: dict[str, Case] = {
     "groups of queries": Case(partial(Split, partial(Heads, 8, 4, groups=2))),
     "norms of heads": Case(partial(Split, partial(Heads, 8, 4, normed=True))),
     "norms of heads, clipped": Case(
-        partial(Split, partial(Heads, 8, 4, normed=True)), {"gradient_clip_val": 0.05, "accumulate_grad_batches": 3}
+        partial(Split, partial(Heads, 8, 4, normed=True)),
+        {"gradient_clip_val": 0.05, "accumulate_grad_batches": 3},
     ),
     "closed gates": Case(Closed),
     "norms of heads, by hand": Case(ManualNormed),
     "one group of queries": Case(partial(Split, partial(Heads, 8, 4, groups=1))),
+    "reads its width": Case(partial(Split, partial(ReadsWidth, 8, 4)), {"gradient_clip_val": 0.05}),
+    "reads its width, fused": Case(partial(Split, partial(ReadsWidthFused, 8, 4))),
     "normalized": adds_up("normalize"),
     "sum of all": adds_up("sum"),
     "root mean square": adds_up("rms"),

@@ -35,8 +35,8 @@ from lightning_accel.bridge.optimizers import (
 )
 from lightning_accel.bridge.parts import following, forget_parts, note_parts, widened
 from lightning_accel.bridge.restore import averages, pristine, remember
-from lightning_accel.bridge.technique import Technique
 from lightning_accel.bridge.strategies import sizes_now
+from lightning_accel.bridge.technique import Technique
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.surgery import Cut, Receipt, Structure, follow
 from lightning_accel.surgery.bypass import parameters_under

@@ -81,7 +81,9 @@ def _roomy(pl_module: LightningModule, device: torch.device) -> torch.device:
     return device if fits else torch.device("cpu")
 
 
-def steps_of(trainer: Trainer, pl_module: LightningModule) -> list[Callable[[LightningModule], Any]]:
+def steps_of(
+    trainer: Trainer, pl_module: LightningModule
+) -> list[Callable[[LightningModule], Any]]:
     """Return functions of a copy, one for each step that this run will do."""
     if trainer.state.fn == TrainerFn.FITTING:
         trainer.fit_loop.setup_data()  # which the fit itself does next, and then finds done
@@ -102,9 +104,7 @@ def _run(trainer: Trainer, batch: Any, index: int, copy: LightningModule) -> Any
     return run_placed(trainer, copy, _there(trainer, copy, batch), index)
 
 
-def _evaluate(
-    trainer: Trainer, name: str, batch: Any, loader: int, copy: LightningModule
-) -> Any:
+def _evaluate(trainer: Trainer, name: str, batch: Any, loader: int, copy: LightningModule) -> Any:
     with torch.no_grad():
         arguments = step_arguments(copy, _there(trainer, copy, batch), 0, name, loader)
         return getattr(copy.eval(), name)(*arguments)

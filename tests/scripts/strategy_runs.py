@@ -236,7 +236,9 @@ def pruned_file() -> Found:
     ours.strategy.barrier()
     loaded = la.load_from_checkpoint(GPT, path).double()
     if state:
-        found["weights"] = max(apart(state, weights(loaded)) - 1e-6, 0.0)  # the file is of float32 modules
+        found["weights"] = max(
+            apart(state, weights(loaded)) - 1e-6, 0.0
+        )  # the file is of float32 modules
     again = made(GPT)
     fit(again, 2, path, callbacks=[prune()], max_epochs=3)
     found["went on"] = compared(two, again)
@@ -283,9 +285,11 @@ PRUNES: dict[str, tuple[Any, Callable[[], list[Any]]]] = {
 }  # fmt: skip
 
 
-TRUTH: dict[str, Any] = {"devices": 1}
-if KIND != "tensor":  # whose processes rank by the gradients of their own batches, as those of DDP
-    TRUTH = {"devices": MANY, "strategy": DDPStrategy(find_unused_parameters=True)}
+def truth() -> dict[str, Any]:
+    """Return what a prune is compared with: DDP where processes rank by the gradients of their own batches."""
+    if KIND == "tensor":
+        return {"devices": 1}
+    return {"devices": MANY, "strategy": DDPStrategy(find_unused_parameters=True)}
 
 
 def pruning() -> Found:
@@ -294,7 +298,7 @@ def pruning() -> Found:
     for name, (make, callbacks) in PRUNES.items():
         try:
             sides = []
-            for strategy in (TRUTH, {"devices": MANY, "strategy": STRATEGY()}):
+            for strategy in (truth(), {"devices": MANY, "strategy": STRATEGY()}):
                 module, loader = made(make), rows(2)
                 shares = Share()
                 given = [*callbacks(), shares]

@@ -29,7 +29,9 @@ class Share(Callback):
     held = 0
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in pl_module.parameters())
+        self.held = sum(
+            getattr(p, "to_local", lambda p=p: p)().numel() for p in pl_module.parameters()
+        )
 
 
 def result(name: str, size: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lightning_accel.arguments import whole
 from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.bridge.parts import parts_of
 from lightning_accel.bridge.restore import averages
-from lightning_accel.errors import AccelError, Unsupported, explain
+from lightning_accel.errors import Unsupported, explain
 from lightning_accel.parallel import sharding
 from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
 from lightning_accel.parallel.tensor import files
@@ -76,6 +76,7 @@ class TensorParallelStrategy(FSDP2Strategy):
         """How the module of this run is, or was, split, and the names of its optimizers' parameters."""
         self._calls: tuple[Call, ...] = ()
         self._metrics: list[Any] = []
+        self._epoch: int | None = None
 
     @property
     def plan(self) -> TensorPlan | None:
@@ -123,7 +124,7 @@ class TensorParallelStrategy(FSDP2Strategy):
         return super().all_gather(tensor, group or self._group, sync_grads)
 
     @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         votes = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(votes, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
         return bool(votes)
@@ -165,12 +166,11 @@ class TensorParallelStrategy(FSDP2Strategy):
                 size = self._tensor_parallel_size
                 plan = plan_tensor(root, self._calls, size, without=without)
                 found[0] = with_copies(plan, parts_of(root.trainer, root))
-            except AccelError as error:
-                found[1] = type(error), str(error)
+            except Exception as error:  # the others wait for it
+                found[1] = error
         dist.broadcast_object_list(found)
         if found[1] is not None:
-            kind, text = found[1]
-            raise kind(text)
+            raise found[1]
         return found[0]
 
     @override
@@ -269,6 +269,10 @@ class TensorParallelStrategy(FSDP2Strategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        if self._epoch != (epoch := self.lightning_module.trainer.current_epoch):
+            self._around.begin_epoch(align=self._epoch is not None)
+            self._epoch = epoch
         self._around.begin_step((args, kwargs))
         return super().training_step(*args, **kwargs)
 

@@ -55,9 +55,17 @@ class AroundTensor:
         if self._shards is not None:
             self._shards.begin()
 
-    def begin_epoch(self) -> None:
-        """Compare the processes again after the next step."""
+    def begin_epoch(self, *, align: bool) -> None:
+        """Compare the processes again after the next step.
+
+        Args:
+            align: Give all processes the first one's weights of those that each has whole: rounding on GPUs adds up.
+        """
         self._first = True
+        if align:
+            with torch.no_grad():
+                for parameter in self._alike.values():
+                    dist.broadcast(_local(parameter.data), group=self._group, group_src=0)
 
     def begin_step(self, batch: Any) -> None:
         """Begin a training step.
@@ -140,12 +148,6 @@ class AroundTensor:
                 f"`{found}`",
                 "clip by `gradient_clip_val`, and let nothing hang on the process: seeds, batches, random choices",
             )
-
-    def align(self) -> None:
-        """Give all processes the first one's weights of those that each has whole: rounding on GPUs adds up."""
-        with torch.no_grad():
-            for parameter in self._alike.values():
-                dist.broadcast(_local(parameter.data), group=self._group, group_src=0)
 
     def leave(self) -> None:
         """Give the module its own methods back."""

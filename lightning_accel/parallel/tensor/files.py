@@ -30,7 +30,10 @@ def whole_checkpoint(
         names: Of each optimizer's parameters, by their numbers in its state.
         keep: Whether this process wants the tensors; the others help, and get `None`.
     """
-    shapes = {n: tuple(k.take(torch.empty(split.shape(n), device="meta")).shape) for n, k in split.kept.items()}
+    shapes = {
+        n: tuple(k.take(torch.empty(split.shape(n), device="meta")).shape)
+        for n, k in split.kept.items()
+    }
 
     def gathered(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -82,14 +85,18 @@ def parts_of_model(state: Mapping[str, Any], split: SplitModel) -> dict[str, Any
     return {n: split.part(n, v) if isinstance(v, Tensor) else v for n, v in state.items()}
 
 
-def parts_of_optimizer(state: dict[str, Any], split: SplitModel, optimizer: Optimizer) -> dict[str, Any]:
+def parts_of_optimizer(
+    state: dict[str, Any], split: SplitModel, optimizer: Optimizer
+) -> dict[str, Any]:
     """Return this process's part of the whole state of an optimizer."""
     ids = [number for group in state["param_groups"] for number in group["params"]]
     names = names_of(split, optimizer)
     by_id = {identity: names.get(place, "") for place, identity in enumerate(ids)}
 
     def part(name: str, value: Any) -> Any:
-        is_whole = isinstance(value, Tensor) and name in split.kept and value.shape == split.shape(name)
+        is_whole = (
+            isinstance(value, Tensor) and name in split.kept and value.shape == split.shape(name)
+        )
         return split.part(name, value) if is_whole else value
 
     entries = {
@@ -102,13 +109,19 @@ def parts_of_optimizer(state: dict[str, Any], split: SplitModel, optimizer: Opti
 def join_states(optimizers: Sequence[Optimizer], split: SplitModel) -> None:
     """Make the states of optimizers whole, before their weights are; all processes take part."""
     for optimizer in optimizers:
-        _each(optimizer, split, lambda name, v, p: split.whole(name, v) if v.shape == p.shape else v)
+        _each(
+            optimizer, split, lambda name, v, p: split.whole(name, v) if v.shape == p.shape else v
+        )
 
 
 def split_states(optimizers: Sequence[Optimizer], split: SplitModel) -> None:
     """Leave the states of optimizers this process's part, after their weights were split."""
     for optimizer in optimizers:
-        _each(optimizer, split, lambda name, v, p: split.part(name, v) if v.shape == split.shape(name) else v)
+        _each(
+            optimizer,
+            split,
+            lambda name, v, p: split.part(name, v) if v.shape == split.shape(name) else v,
+        )
 
 
 def _each(optimizer: Optimizer, split: SplitModel, change: Any) -> None:
@@ -119,5 +132,6 @@ def _each(optimizer: Optimizer, split: SplitModel, change: Any) -> None:
             if name in split.kept and parameter in optimizer.state:
                 entry = optimizer.state[parameter]
                 optimizer.state[parameter] = tree_map(
-                    lambda v, n=name, p=parameter: change(n, v, p) if isinstance(v, Tensor) else v, entry
+                    lambda v, n=name, p=parameter: change(n, v, p) if isinstance(v, Tensor) else v,
+                    entry,
                 )

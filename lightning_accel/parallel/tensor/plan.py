@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import nn
 
 from lightning_accel.bridge.parts import Part, widened
 from lightning_accel.errors import AccelError, NoEffect
+from lightning_accel.parallel.tensor.narrow import Narrowing, narrowing, without_linked
 from lightning_accel.pruning.graph import Graph, Group
 from lightning_accel.surgery import Cut, Select, twin
 from lightning_accel.surgery.call import Call, first
@@ -54,14 +56,14 @@ class TensorPlan:
         cuts: What each process keeps.
         whole: Why other groups stay whole on every process, by name.
         shares: Parameters of each process, by those of the network.
-        shapes: Of the whole tensors that are split.
-        sizes: Integer attributes of the whole network that change.
+        narrowed: Modules whose inputs say within that they are narrower.
     """
 
     groups: tuple[SplitGroup, ...]
     cuts: tuple[Cut, ...]
     whole: Mapping[str, str]
     shares: tuple[float, ...]
+    narrowed: tuple[Narrowing, ...] = ()
 
     @property
     def size(self) -> int:
@@ -71,9 +73,14 @@ class TensorPlan:
     def __repr__(self) -> str:
         """Write what is split and what is not, in at most ten lines."""
         share = max(self.shares)
-        lines = [f"  {g.name}: {g.units} {g.kind}, summed after {', '.join(g.readers)}" for g in self.groups]
+        lines = [
+            f"  {g.name}: {g.units} {g.kind}, summed after {', '.join(g.readers)}"
+            for g in self.groups
+        ]
         lines += [f"  whole: {name}: {why}" for name, why in self.whole.items()]
-        return summary(f"TensorPlan({self.size} processes, {share:.0%} of the parameters each)", lines)
+        return summary(
+            f"TensorPlan({self.size} processes, {share:.0%} of the parameters each)", lines
+        )
 
 
 def plan_tensor(
@@ -111,7 +118,8 @@ def plan_tensor(
     named = dict(graph.model.named_parameters())
     kept = [sum(_left(cut, n, p) for n, p in named.items()) for cut in cuts]
     groups = tuple(choice.described(group) for group in choice.chosen)
-    return TensorPlan(groups, cuts, choice.whole, tuple(k / total for k in kept))
+    shares = tuple(k / total for k in kept)
+    return TensorPlan(groups, cuts, choice.whole, shares, tuple(choice.narrowed.values()))
 
 
 def with_copies(plan: TensorPlan, copies: Sequence[Part]) -> TensorPlan:
@@ -123,7 +131,9 @@ def with_copies(plan: TensorPlan, copies: Sequence[Part]) -> TensorPlan:
             if _is_under(group, copy.of):
                 moved = partial(_moved, of=copy.of, to=copy.at)
                 makers, readers = tuple(map(moved, group.makers)), tuple(map(moved, group.readers))
-                groups.append(SplitGroup(moved(group.name), group.kind, group.units, makers, readers))
+                groups.append(
+                    SplitGroup(moved(group.name), group.kind, group.units, makers, readers)
+                )
     cuts = tuple(widened(cut, inside) for cut in plan.cuts)
     return replace(plan, groups=tuple(groups), cuts=cuts)
 
@@ -145,7 +155,8 @@ def _traced(model: nn.Module, calls: Sequence[Call]) -> Graph:
         except AccelError:  # a network that wants all rows, or none cut apart
             return Graph(twin(model, calls), calls, select=Select())
     except NoEffect as error:
-        raise NoEffect("no layer can be split", str(error).partition("Found: ")[2], _INSTEAD) from None
+        found = str(error).partition("Found: ")[2].partition(" Do: ")[0]
+        raise NoEffect("no layer can be split", found, _INSTEAD) from None
 
 
 def _left(cut: Cut, name: str, parameter: nn.Parameter) -> int:
@@ -163,6 +174,9 @@ class _Choice:
         self._parameters = dict(graph.model.named_parameters())
         self.whole = {change.name: change.what for change in graph.skipped}
         self.chosen: list[Group] = []
+        self.narrowed: dict[str, Narrowing] = {}
+        self._linked: dict[str, Group] = {}
+        """Groups that stay whole while others, linked to them, are split."""
         possible = []
         for group in graph.groups:
             why = self._why_not(group) or without.get(self.described(group).signature, "")
@@ -195,18 +209,38 @@ class _Choice:
         return tuple(self._cut(self.chosen, rank) for rank in range(self._size))
 
     def _cut(self, groups: Collection[Group], rank: int) -> Cut:
-        gone = {}
-        for group in groups:
-            mine = set(_share(group, self._size, rank))
-            gone[group.name] = [unit for unit in range(group.units) if unit not in mine]
-        cut = self._graph.cut(gone)
+        gone = {group.name: self._gone(group, rank) for group in groups}
+        linked = [g for g in self._linked.values() if any(g.link == c.link for c in groups)]
+        cut = self._graph.cut(gone | {g.name: self._gone(g, 0) for g in linked})
+        if linked:
+            free = {g.name: gone[g.name] for g in groups if g.name not in self.narrowed}
+            around = [one.module for one in self.narrowed.values()]
+            cut = without_linked(self._graph, cut, self._graph.cut(free), linked, around)
         if cut.scaled or cut.renormed:
             raise ValueError("its weights hang on the norms of whole rows")
         return cut
 
+    def _gone(self, group: Group, rank: int) -> list[int]:
+        mine = set(_share(group, self._size, rank))
+        return [unit for unit in range(group.units) if unit not in mine]
+
     def _layers(self, group: Group, role: str) -> list[str]:
-        owners = [m.tensor.rpartition(".")[0] for m in group.members if m.role == role]
-        return sorted(dict.fromkeys(owners))
+        owners = dict.fromkeys(m.tensor.rpartition(".")[0] for m in group.members if m.role == role)
+        return sorted(name for name in owners if name not in self._passing(group))
+
+    def _passing(self, group: Group) -> set[str]:
+        """Return the depthwise convolutions of a group: their inputs are split as their outputs are."""
+        convolutions = {
+            name
+            for name in {m.tensor.rpartition(".")[0] for m in group.members}
+            if getattr(self._modules.get(name), "groups", 1) != 1
+        }
+        if not convolutions:
+            return set()
+        with suppress(ValueError):
+            sizes = self._graph.cut({group.name: [*range(group.multiple)]}).attributes
+            return {name for name in convolutions if "groups" in sizes.get(name, {})}
+        return set()
 
     def _numel(self, group: Group) -> int:
         names = {m.tensor for m in group.members}
@@ -215,7 +249,10 @@ class _Choice:
     def _is_doubtful(self, group: Group) -> bool:
         """Whether layers act on these units that may act on all of them together."""
         owners = {m.tensor.rpartition(".")[0] for m in group.members}
-        return not all(isinstance(self._modules.get(o), _PER_UNIT) or _is_linear(self._modules.get(o)) for o in owners)
+        return not all(
+            isinstance(self._modules.get(o), _PER_UNIT) or _is_linear(self._modules.get(o))
+            for o in owners
+        )
 
     def _why_not(self, group: Group) -> str:
         makers, readers = self._layers(group, "out"), self._layers(group, "in")
@@ -239,7 +276,11 @@ class _Choice:
         made, read = set[str](), set[str]()
         for group in possible:
             makers, readers = set(self._layers(group, "out")), set(self._layers(group, "in"))
-            if makers & read or readers & made or any(self._overlap(group, one) for one in self.chosen):
+            if (
+                makers & read
+                or readers & made
+                or any(self._overlap(group, one) for one in self.chosen)
+            ):
                 self.whole[group.name] = "its layers are split along their other dimension"
                 continue
             self.chosen.append(group)
@@ -252,23 +293,20 @@ class _Choice:
         return any(dims.get(m.tensor, m.dim) != m.dim for m in group.members)
 
     def _keep_links(self) -> None:
-        """Groups that must keep the same number of positions are split together, or not at all."""
-        while broken := next(self._broken_links(), None):
-            link, missing = broken
-            for group in [g for g in self.chosen if g.link == link]:
-                self.chosen.remove(group)
-                self.whole[group.name] = f"it must stay as wide as `{missing}`"
-
-    def _broken_links(self) -> Iterator[tuple[int, str]]:
-        names = {group.name for group in self.chosen}
-        for group in self.chosen:
-            if group.link is None:
+        """Groups that must keep the same number of positions are split together, told another width, or left."""
+        for link in sorted({g.link for g in self.chosen if g.link is not None}):
+            mine = [g for g in self.chosen if g.link == link]
+            linked = [g for g in self._graph.groups if g.link == link and g not in mine]
+            if not linked and len({g.units * g.per_unit for g in mine}) == 1:
                 continue
-            linked = [g for g in self._graph.groups if g.link == group.link]
-            apart = [g.name for g in linked if g.name not in names]
-            apart += [g.name for g in linked if g.units * g.per_unit != group.units * group.per_unit]
-            if apart:
-                yield group.link, apart[0]
+            told = {g.name: narrowing(self._graph, g, linked, self._size) for g in mine}
+            if linked and all(told.values()):
+                self.narrowed |= {n: one for n, one in told.items() if one is not None}
+                self._linked |= {g.name: g for g in linked}
+                continue
+            for group in mine:
+                self.chosen.remove(group)
+                self.whole[group.name] = f"it must stay as wide as `{(linked or mine)[0].name}`"
 
 
 def _share(group: Group, size: int, rank: int) -> range:

@@ -7,15 +7,14 @@ that no gate is closed, and everything is compared in all processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_accel.errors import NoEffect
 from lightning_accel.parallel.tensor.plan import TensorPlan
@@ -55,7 +54,12 @@ class _Outcome(NamedTuple):
 
 
 def proved_plan(
-    plan: Callable[[Mapping[str, str]], TensorPlan], copy: Copy, steps: list[Step], group: Any, *, short: bool = False
+    plan: Callable[[Mapping[str, str]], TensorPlan],
+    copy: Copy,
+    steps: list[Step],
+    group: Any,
+    *,
+    short: bool = False,
 ) -> Proved:
     """Return a plan that is proved, without the groups that are not what the whole network is.
 
@@ -104,7 +108,9 @@ class _Proof:
             split, model, failed = None, None, ""
             try:
                 split, model = self._run(step, plan)
-            except Exception as error:  # whatever a forward raises whose widths are not what it expects
+            except (
+                Exception
+            ) as error:  # whatever a forward raises whose widths are not what it expects
                 failed = f"the step fails when it is split: {type(error).__name__}: {error}"
             if why := self._agreed(failed):
                 return why
@@ -115,7 +121,10 @@ class _Proof:
             partial |= found.partial
             draws |= model.draws.regions
         every = self._of_all((partial, draws))
-        self.seen = tuple(sorted(set().union(*(p for p, _ in every)))), frozenset().union(*(d for _, d in every))
+        self.seen = (
+            tuple(sorted(set().union(*(p for p, _ in every)))),
+            frozenset().union(*(d for _, d in every)),
+        )
         return ""
 
     def _agreed(self, wrong: str) -> str:
@@ -135,7 +144,7 @@ class _Proof:
             if plan is not None:
                 split = SplitModel(copy, plan, self._group)
                 split.watch()
-            with _NoDropout():
+            with _no_dropout():
                 results = [r.detach() for r in numbers(step(copy))]
             gradients = {n: p.grad for n, p in copy.named_parameters()}
             left = {n: t.detach().clone() for n, t in named_tensors(copy)}
@@ -151,11 +160,15 @@ class _Proof:
 class _Comparison:
     """Compares what a step did with a whole network and with a split one."""
 
-    def __init__(self, whole: _Outcome, split: _Outcome, model: SplitModel, group: Any, short: bool) -> None:
+    def __init__(
+        self, whole: _Outcome, split: _Outcome, model: SplitModel, group: Any, short: bool
+    ) -> None:
         self._model, self._group, self._short = model, group, short
         self._device = next(model.model.parameters()).device
         self.partial: set[str] = set()
-        self.wrong = self._results(whole, split) or self._left(whole, split) or self._gradients(whole, split)
+        self.wrong = (
+            self._results(whole, split) or self._left(whole, split) or self._gradients(whole, split)
+        )
 
     def _results(self, whole: _Outcome, split: _Outcome) -> str:
         if len(whole.results) != len(split.results):
@@ -173,7 +186,10 @@ class _Comparison:
         return ""
 
     def _gradients(self, whole: _Outcome, split: _Outcome) -> str:
-        floor = max((float(g.abs().max()) for g in whole.gradients.values() if g is not None and g.numel()), default=0.0)
+        floor = max(
+            (float(g.abs().max()) for g in whole.gradients.values() if g is not None and g.numel()),
+            default=0.0,
+        )
         for name, one in whole.gradients.items():
             other = split.gradients[name]
             lacks = self._everywhere(float(other is None))
@@ -183,7 +199,9 @@ class _Comparison:
                 continue
             assert other is not None
             if name in self._model.kept:
-                if error := self._everywhere(self._differ(one, self._model.whole(name, other), floor)):
+                if error := self._everywhere(
+                    self._differ(one, self._model.whole(name, other), floor)
+                ):
                     return f"the gradient of `{name}` differs by {error:.1e} of its size"
             elif why := self._replicated(name, one, other, floor):
                 return why
@@ -212,8 +230,13 @@ class _Comparison:
             return float("inf")
         if not one.is_floating_point() and not one.is_complex():
             return 0.0 if torch.equal(one, other) else 1.0
-        limit = _OF_SHORT_FORMATS if self._short else _TOLERANCE.get(one.real.dtype, _OF_SHORT_FORMATS)
-        one, other = (torch.nan_to_num(t.to(torch.complex128 if t.is_complex() else torch.float64)) for t in (one, other))
+        limit = (
+            _OF_SHORT_FORMATS if self._short else _TOLERANCE.get(one.real.dtype, _OF_SHORT_FORMATS)
+        )
+        one, other = (
+            torch.nan_to_num(t.to(torch.complex128 if t.is_complex() else torch.float64))
+            for t in (one, other)
+        )
         size = float(one.abs().max()) if one.numel() else 0.0
         error = float((one - other).abs().max()) if one.numel() else 0.0
         return error / max(size, 1e-30) if error > limit * (size + 1e-3 * floor) else 0.0
@@ -230,23 +253,43 @@ def _shake(copy: nn.Module) -> None:
             parameter.data = parameter.data * (1 + 0.1 * noise.to(parameter))
 
 
-class _NoDropout(TorchFunctionMode):
-    """Dropout does nothing within: a split network has masks of its own."""
+@contextmanager
+def _no_dropout() -> Iterator[None]:
+    """Let dropout do nothing, in recomputations on other threads too: a split network has masks of its own."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            kwargs.update({"dropout_p": 0.0} if "dropout_p" in kwargs else {})
-        elif func is F.multi_head_attention_forward:
-            with self:  # whose own calls are to be seen
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+    def passed(given: Tensor, *_: Any, **__: Any) -> Tensor:
+        return given
+
+    def attend(*args: Any, **given: Any) -> Tensor:
+        args = (
+            (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        )  # the fifth is its probability
+        return attention(*args, **(given | {"dropout_p": 0.0} if "dropout_p" in given else given))
+
+    attention = F.scaled_dot_product_attention
+    held = [(home, name, getattr(home, name)) for home, names in _DROPOUTS for name in names]
+    try:
+        for home, name, _ in held:
+            setattr(home, name, passed)
+        F.scaled_dot_product_attention = attend
+        yield
+    finally:
+        F.scaled_dot_product_attention = attention
+        for home, name, function in held:
+            setattr(home, name, function)
 
 
-_DROPOUTS = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
-    torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,
-}  # fmt: skip
+_DROPOUTS = (
+    (
+        F,
+        (
+            "dropout",
+            "dropout1d",
+            "dropout2d",
+            "dropout3d",
+            "alpha_dropout",
+            "feature_alpha_dropout",
+        ),
+    ),
+    (torch, ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")),
+)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_accel.parallel.tensor.draws import OwnDraws
+from lightning_accel.parallel.tensor.narrow import narrow, widened
 from lightning_accel.parallel.tensor.plan import SplitGroup, TensorPlan
 from lightning_accel.surgery import Cut, Kept, Structure
 from lightning_accel.surgery.structure import named_tensors, replace_data
@@ -57,7 +58,9 @@ class SplitModel:
         hooks: Whether sums are put around layers: not of averages, which nobody calls while they are split.
     """
 
-    def __init__(self, model: nn.Module, plan: TensorPlan, group: Any, *, hooks: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, plan: TensorPlan, group: Any, *, hooks: bool = True
+    ) -> None:
         self.model, self.plan, self._group = model, plan, group
         self._cut: Cut = plan.cuts[dist.get_rank(group)]
         self._cut.apply(model, raw=True)
@@ -68,6 +71,7 @@ class SplitModel:
         """Modules that ran between a layer that makes split units and one that reads them."""
         self._open: set[int] = set()
         self._handles: list[Any] = []
+        self._ends: list[Any] = []
         self._shared: tuple[Tensor, Tensor] | None = None
         if hooks:
             self._put_hooks(plan.groups)
@@ -86,7 +90,9 @@ class SplitModel:
         before, mine = self._cut.before, self._cut.before.now(self.model)
         sizes = {
             name: {
-                key: before.attributes[name][key] if size == mine.attributes.get(name, {}).get(key) else size
+                key: before.attributes[name][key]
+                if size == mine.attributes.get(name, {}).get(key)
+                else size
                 for key, size in held.items()
             }
             for name, held in found.attributes.items()
@@ -110,6 +116,8 @@ class SplitModel:
             module = self.model.get_submodule(name)
             self._handles.append(module.register_forward_hook(leave, always_call=True))
 
+        self._ends = [narrow(self.model, one) for one in self.plan.narrowed]
+
     def watch(self) -> None:
         """Note from now on which modules run between makers and readers, and where random numbers are drawn."""
         self.draws.watches = True
@@ -131,9 +139,11 @@ class SplitModel:
 
     def _copied(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.requires_grad or not torch.is_grad_enabled():
-            return value
-        if self._shared is None or self._shared[0] is not value:  # queries, keys and values read one tensor
-            self._shared = value, _Copied.apply(value, self._group)
+            return widened(value)
+        if (
+            self._shared is None or self._shared[0] is not value
+        ):  # queries, keys and values read one tensor
+            self._shared = value, _Copied.apply(widened(value), self._group)
         return self._shared[1]
 
     def _leave(self, region: int) -> Any:
@@ -210,6 +220,9 @@ class SplitModel:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for end in self._ends:
+            end()
+        self._ends.clear()
         self.begin_step()
 
 

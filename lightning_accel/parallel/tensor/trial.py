@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,9 @@ from lightning_accel.surgery.call import Call, run
 from lightning_accel.surgery.preserve import preserve_rng
 
 
-def copies(trainer: Trainer, root: LightningModule) -> Callable[[], AbstractContextManager[nn.Module]]:
+def copies(
+    trainer: Trainer, root: LightningModule
+) -> Callable[[], AbstractContextManager[nn.Module]]:
     """Return what gives an inert copy on the device, with the hooks of its modules."""
     return partial(copy_on_device, trainer, root)
 

@@ -1,0 +1,308 @@
+"""What could go silently wrong when processes share a network: `tensor_situations.py FOLDER [NAME ...]`; a JSON per rank.
+
+Each function returns numbers that should be 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchmetrics
+from lightning.pytorch import Callback
+from sharded import GPT, apart, data, made, trainer, weights
+from split import Heads, ReadsWidth, Split
+from torch import Tensor, nn
+
+import lightning_accel as la
+from lightning_accel.strategies import TensorParallelStrategy
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+Found = dict[str, float]
+
+
+def fit(module: Any, *, alone: bool = False, rows: Any = None, **given: Any) -> Any:
+    kind = {"devices": 1} if alone else {"devices": 2, "strategy": TensorParallelStrategy()}
+    ours = trainer(**kind, **given)
+    torch.manual_seed(7)
+    ours.fit(module, data(0, 1) if rows is None else rows)
+    return ours
+
+
+def both(make: Callable[[], Any], **given: Any) -> float:
+    """Return the largest difference of the two fits."""
+    one, two = made(make), made(make)
+    fit(one, alone=True, **given)
+    fit(two, **given)
+    return apart(weights(one), weights(two))
+
+
+def refused(make: Callable[[], Any], words: str, **given: Any) -> float:
+    """Return 0 if a fit ends in an error of ours with these words."""
+    try:
+        fit(made(make), **given)
+    except la.errors.AccelError as error:
+        print(error)
+        return float(words not in str(error))
+    return 1.0
+
+
+def other_batches() -> Found:
+    return {"refused": refused(GPT, "need the same batch", rows=data(RANK, 2))}
+
+
+def batches_by_rank() -> Found:
+    """The first batch is the same, and from the second epoch on there are others."""
+
+    class Later(GPT):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [b.roll(RANK * self.current_epoch, 0) for b in batch] if self._trainer else batch
+
+    return {"refused": refused(Later, "need the same batch")}
+
+
+class WholeNorms(torch.optim.SGD):
+    """Steps as long as the weight (LARS)."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad * p.norm() / (p.grad.norm() + 1e-9), alpha=-group["lr"])
+        return loss
+
+
+def optimizers() -> Found:
+    class Lars(GPT):
+        optimizer = staticmethod(lambda p: WholeNorms(p, 0.05))
+
+    class Factored(GPT):
+        optimizer = staticmethod(lambda p: torch.optim.Adafactor(p, 0.05))
+
+    class Many(GPT):
+        optimizer = staticmethod(
+            lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.5, centered=True)
+        )
+
+    return {
+        "lars": refused(Lars, "step each number by itself"),
+        "adafactor": refused(Factored, "step each number by itself"),
+        "rmsprop": both(Many),
+    }
+
+
+class Drops(Split):
+    """Dropout on what every process has, and between the layers that are split."""
+
+    def __init__(self, *, outside: float, inside: float, attention: float = 0.0) -> None:
+        super().__init__(partial(Heads, 8, 4, dropout=attention), partial(nn.Dropout, inside))
+        self.drop = nn.Dropout(outside)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.drop(super().embed(tokens))
+
+
+class Masks(Callback):
+    """Keeps what dropout let through between split layers."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.blocks[0].mlp[1].register_forward_hook(
+            lambda m, args, out: self.seen.append((out != 0).detach()) if m.training else None
+        )
+
+
+def dropout() -> Found:
+    found = {"outside only": both(partial(Drops, outside=0.5, inside=0.0))}
+    for name, given in {
+        "hidden": {"inside": 0.5},
+        "attention": {"inside": 0.0, "attention": 0.5},
+    }.items():
+        module, masks = made(partial(Drops, outside=0.3, **given)), Masks()
+        fit(module, callbacks=[masks])
+        mine = weights(module)
+        theirs = [None, None]
+        dist.all_gather_object(theirs, (mine, masks.seen[0]))
+        found[f"{name}, processes"] = apart(theirs[0][0], theirs[1][0])
+        if name == "hidden":
+            found["masks are alike"] = float(torch.equal(theirs[0][1], theirs[1][1]))
+        found[f"{name}, nothing learned"] = float(
+            apart(mine, weights(made(partial(Drops, outside=0.3, **given)))) < 1e-3
+        )
+        again = made(partial(Drops, outside=0.3, **given))
+        fit(again, callbacks=[la.ActivationCheckpointing()])
+        found[f"{name}, recomputed"] = apart(mine, weights(again))
+    return found
+
+
+def random_by_rank() -> Found:
+    class Noise(GPT):
+        def embed(self, tokens: Tensor) -> Tensor:
+            x = super().embed(tokens)
+            noise = torch.randn(
+                x.shape, generator=torch.Generator().manual_seed(self.global_rank), dtype=x.dtype
+            )
+            return x + noise
+
+    return {"refused": refused(Noise, "Found")}
+
+
+def clipped_by_hand() -> Found:
+    class Clips(GPT):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            nn.utils.clip_grad_norm_(self.parameters(), 0.01)
+
+    return {"refused": refused(Clips, "compute different gradients")}
+
+
+def backward_by_hand() -> Found:
+    class ByHand(Split):
+        def __init__(self) -> None:
+            super().__init__(partial(Heads, 8, 4, normed=True))
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            optimizer.step()
+
+    return {"refused": refused(ByHand, "manual_backward")}
+
+
+def precisions() -> Found:
+    found = {}
+    for precision, limit in {"bf16-mixed": 2e-2, "bf16-true": 5e-2, "32-true": 1e-5}.items():
+        one, two = (made(Split).float() for _ in range(2))
+        fit(one, alone=True, precision=precision)
+        fit(two, precision=precision)
+        found[precision] = max(apart(weights(one.float()), weights(two.float())) - limit, 0.0)
+    one, two = (made(Split).float() for _ in range(2))
+    for module, alone in ((one, True), (two, False)):
+        fit(module, alone=alone, plugins=[la.AutocastPrecision("bf16-mixed")])
+    found["AutocastPrecision"] = max(apart(weights(one), weights(two)) - 2e-2, 0.0)
+    return found
+
+
+class Measures(GPT):
+    """Logs sums and a metric that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.mean = torchmetrics.SumMetric(), torchmetrics.MeanMetric()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        loss = self.loss(batch)
+        self.seen.update(len(batch[0]))
+        self.mean.update(loss)
+        self.log("seen", self.seen)
+        self.log("mean", self.mean)
+        self.log("sum", loss, sync_dist=True, reduce_fx="sum")
+        self.gathered = self.all_gather(batch[0]).shape
+
+
+def metrics() -> Found:
+    sides = []
+    for alone in (True, False):
+        module, loader = made(Measures), data(0, 1)
+        if alone:  # of which there are two, who do not know of each other
+            module.seen.distributed_available_fn = module.mean.distributed_available_fn = bool
+        kind = {"devices": 1} if alone else {"devices": 2, "strategy": TensorParallelStrategy()}
+        ours = trainer(**kind)
+        (values,) = ours.validate(module, loader, verbose=False)
+        ours.fit(module, loader, loader)
+        sides.append({**values, **{f"fit {k}": float(v) for k, v in ours.callback_metrics.items()}})
+        sides[-1]["group"] = float(module.seen.process_group is not None)
+    return {k: abs(v - sides[1][k]) for k, v in sides[0].items()}
+
+
+def compiled() -> Found:
+    kinds = {"reads its width": partial(Split, partial(ReadsWidth, 8, 4)), "fused": Split}
+    callbacks = {
+        "aot": lambda: la.BlockCompile(backend="aot_eager"), "checkpointing": la.ActivationCheckpointing,
+    }  # fmt: skip
+    return {
+        f"{k}, {c}": both(make, callbacks=[call()])
+        for k, make in kinds.items()
+        for c, call in callbacks.items()
+    }
+
+
+def uneven() -> Found:
+    """Three heads, and 17 hidden channels, go to two processes."""
+
+    class Odd(Split):
+        def __init__(self) -> None:
+            super().__init__(lambda: Heads(8, 3, groups=3))
+            for block in self.blocks:
+                block.mlp = nn.Sequential(nn.Linear(8, 17), nn.ReLU(), nn.Linear(17, 8))
+
+    return {"apart": both(Odd, gradient_clip_val=0.05)}
+
+
+def fused_optimizer() -> Found:
+    return {"apart": both(GPT, callbacks=[la.FusedOptimizer()])}
+
+
+def evaluated_only() -> Found:
+    """Predict, test and validate of a module that never trains."""
+    found = {}
+    sides = []
+    for alone in (True, False):
+        module, loader = made(Split), data(0, 1)
+        kind = {"devices": 1} if alone else {"devices": 2, "strategy": TensorParallelStrategy()}
+        ours = trainer(**kind)
+        sides.append([torch.cat(ours.predict(module, loader)).double()])
+        sides[-1].append(torch.tensor(ours.test(module, loader, verbose=False)[0]["test"]))
+        sides[-1].append(torch.tensor(ours.validate(module, loader, verbose=False)[0]["val"]))
+    for name, one, two in zip(("predict", "test", "validate"), *sides, strict=True):
+        found[name] = float((one - two).abs().max())
+    return found
+
+
+def sizes() -> Found:
+    """A number of processes that makes no whole networks is refused."""
+    try:
+        trainer(devices=2, strategy=TensorParallelStrategy(tensor_parallel_size=3)).fit(
+            made(GPT), data(0, 1)
+        )
+    except ValueError as error:
+        return {"refused": float("make no whole number" not in str(error))}
+    return {"refused": 1.0}
+
+
+SITUATIONS = {
+    f.__name__: f
+    for f in (
+        other_batches, batches_by_rank, optimizers, dropout, random_by_rank, clipped_by_hand, backward_by_hand, precisions,
+        metrics, compiled, uneven, fused_optimizer, evaluated_only, sizes,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    results = {}
+    for name in sys.argv[2:] or SITUATIONS:
+        try:
+            results[name] = SITUATIONS[name]()
+        except Exception as error:
+            traceback.print_exc()
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(results))
