@@ -51,13 +51,19 @@ def run_ranks(
     cwd: Path,
     path: tuple[Path, ...] = (),
     environ: Mapping[str, str] | None = None,
+    count: int = 2,
 ) -> tuple[int, str]:
-    """Run it in two processes that find each other as those of `torchrun` do; the end of one by an error ends both."""
+    """Run it in processes that find each other as those of `torchrun` do; the end of one by an error ends all."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [(environ or {}) | common | {"LOCAL_RANK": rank} for rank in "01"]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(count),
+        "NODE_RANK": "0",
+    }
+    ranks = [(environ or {}) | common | {"LOCAL_RANK": str(rank)} for rank in range(count)]
     return _run(script, arguments, cwd, path, ranks)
 
 

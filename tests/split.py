@@ -78,12 +78,10 @@ class ReadsWidthFused(ReadsWidth):
 class Split(GPT):
     """The plain one with another attention, and another layer between the two of each MLP."""
 
-    def __init__(
-        self, attention: Any = partial(Heads, 8, 4), between: Callable[[], nn.Module] = nn.GELU
-    ) -> None:
+    def __init__(self, attention: Any = None, between: Callable[[], nn.Module] = nn.GELU) -> None:
         super().__init__(depth=2)
         for block in self.blocks:
-            block.att, block.mlp[1] = attention(), between()
+            block.att, block.mlp[1] = attention() if attention else Heads(8, 4), between()
 
 
 class Closed(Split):
@@ -212,6 +210,7 @@ CASES: dict[str, Case] = {
     ),
     "closed gates": Case(Closed),
     "norms of heads, by hand": Case(ManualNormed),
+    "uneven heads": Case(partial(Split, partial(Heads, 8, 3))),
     "one group of queries": Case(partial(Split, partial(Heads, 8, 4, groups=1))),
     "reads its width": Case(partial(Split, partial(ReadsWidth, 8, 4)), {"gradient_clip_val": 0.05}),
     "reads its width, fused": Case(partial(Split, partial(ReadsWidthFused, 8, 4))),

@@ -324,15 +324,15 @@ def norm(
     Raises:
         Unsupported: A gradient is still to be summed over processes.
     """
-    sums: dict[tuple[bool, DeviceMesh | None, tuple[Any, ...]], Tensor] = {}
+    sums: dict[tuple[bool, Any, tuple[Any, ...]], Tensor] = {}
     for parameter in parameters:
         grad = parameter.grad
         if grad is None:
             continue
-        is_part = id(parameter) in parts
-        shards = isinstance(grad, DTensor)
-        kind = (is_part, grad.device_mesh, grad.placements) if shards else (is_part, None, ())
-        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        kind: tuple[bool, Any, tuple[Any, ...]]
+        local, kind = grad, (id(parameter) in parts, None, ())
+        if isinstance(grad, DTensor):
+            local, kind = grad.to_local(), (kind[0], grad.device_mesh, grad.placements)
         square = torch.linalg.vector_norm(local, dtype=_wide(local.dtype)) ** 2
         sums[kind] = sums[kind] + square if kind in sums else square
     for (is_part, mesh, placements), total in sums.items():

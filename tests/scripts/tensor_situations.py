@@ -220,18 +220,21 @@ class Measures(GPT):
 
 
 def metrics() -> Found:
-    sides = []
-    for alone in (True, False):
-        module, loader = made(Measures), data(0, 1)
-        if alone:  # of which there are two, who do not know of each other
-            module.seen.distributed_available_fn = module.mean.distributed_available_fn = bool
-        kind = {"devices": 1} if alone else {"devices": 2, "strategy": TensorParallelStrategy()}
-        ours = trainer(**kind)
-        (values,) = ours.validate(module, loader, verbose=False)
-        ours.fit(module, loader, loader)
-        sides.append({**values, **{f"fit {k}": float(v) for k, v in ours.callback_metrics.items()}})
-        sides[-1]["group"] = float(module.seen.process_group is not None)
-    return {k: abs(v - sides[1][k]) for k, v in sides[0].items()}
+    """Rows count once, whatever they are summed by."""
+    module, loader = made(Measures), data(0, 1)
+    with torch.no_grad():
+        losses = [float(module.loss(batch)) for batch in loader]
+    ours = trainer(devices=2, strategy=TensorParallelStrategy())
+    (values,) = ours.validate(module, loader, verbose=False)
+    ours.fit(module, loader, loader)
+    return {
+        "seen": abs(values["seen"] - 32),
+        "seen in a fit": abs(float(ours.callback_metrics["seen"]) - 32),
+        "mean": abs(values["mean"] - sum(losses) / 4),
+        "sum": abs(values["sum"] - sum(losses)),
+        "gathered": float(module.gathered.numel() != 8 * 8),
+        "group": float(module.seen.process_group is not None),
+    }
 
 
 def compiled() -> Found:
@@ -278,6 +281,60 @@ def evaluated_only() -> Found:
     return found
 
 
+def planted() -> Found:
+    """Faults of the sums that a proof must refuse, each in a network that is split rightly without it."""
+    from lightning_accel.parallel.tensor import split
+
+    def halves(ctx: Any, x: Tensor, bias: Any, group: Any) -> Tensor:
+        ctx.group = group
+        return x.clone()
+
+    def twice(ctx: Any, x: Tensor, bias: Any, group: Any) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    own = split.SplitModel.__init__
+
+    def mixed(self: Any, model: Any, plan: Any, group: Any, **given: Any) -> None:
+        own(self, model, plan, group, **given)
+        for name in self.kept:
+            if name.endswith("mlp.0.weight"):
+                with torch.no_grad():
+                    self.model.get_parameter(name).copy_(self.model.get_parameter(name).roll(1, 0))
+
+    copied, summed = split._Copied, split._Summed
+    faults: dict[str, tuple[Any, str, Any]] = {
+        "outputs are not summed": (summed, "forward", staticmethod(halves)),
+        "the bias counts twice": (summed, "forward", staticmethod(twice)),
+        "gradients are not summed": (copied, "backward", staticmethod(lambda ctx, g: (g, None))),
+        "gradients are summed twice": (
+            summed, "backward", staticmethod(lambda ctx, g: (summed.apply(g, None, ctx.group), None, None)),
+        ),
+        "weights of other units": (split.SplitModel, "__init__", mixed),
+    }  # fmt: skip
+    found = {"none": float(both(Split) > 1e-12)}
+    for name, (home, attribute, fault) in faults.items():
+        right = vars(home)[attribute]
+        setattr(home, attribute, fault)
+        try:
+            words = "" if name == "weights of other units" else "no layer can be split"
+            module = made(Split)
+            ours = trainer(devices=2, strategy=TensorParallelStrategy())
+            try:
+                ours.fit(module, data(0, 1))
+                split_anyway = {
+                    g.name.partition(".")[2].partition(".")[2] for g in ours.strategy.plan.groups
+                }
+                found[name] = float(bool(words) or "mlp.0" in split_anyway)
+            except la.errors.NoEffect as error:
+                found[name] = float(words not in str(error))
+        finally:
+            setattr(home, attribute, right)
+    return found
+
+
 def sizes() -> Found:
     """A number of processes that makes no whole networks is refused."""
     try:
@@ -293,7 +350,7 @@ SITUATIONS = {
     f.__name__: f
     for f in (
         other_batches, batches_by_rank, optimizers, dropout, random_by_rank, clipped_by_hand, backward_by_hand, precisions,
-        metrics, compiled, uneven, fused_optimizer, evaluated_only, sizes,
+        metrics, compiled, uneven, fused_optimizer, evaluated_only, sizes, planted,
     )
 }  # fmt: skip
 

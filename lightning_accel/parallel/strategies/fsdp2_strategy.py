@@ -105,7 +105,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         kind = "of torch.distributed.fsdp"
         self.mp_policy = instance("mp_policy", mp_policy, MixedPrecisionPolicy, kind, do, none=True)
         self.found = Units((), {})
-        """The units of this run, and why other candidates are none."""
         self._sharded = sharding.Sharded((), ())
         self._buffers: tuple[str, ...] = ()
         self._unsteady: list[str] = []
@@ -209,12 +208,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._written = tuple(uses.written) if uses else ()
 
     def _shard_all(self, trainer: Trainer) -> None:
-        """Shard the module, and the averages of it that callbacks keep."""
-        root = self.lightning_module
-        assert root is not None
-        for model in (root, *averages(trainer.callbacks, root)):  # type: ignore[attr-defined]
+        """Shard the module and its averages."""
+        for model in self._all(trainer):
             self._sharded = self._shard_one(model)
         self.model_to_device()
+
+    @staticmethod
+    def _all(trainer: Any) -> list[torch.nn.Module]:
+        """Return the module, and the averages of it that callbacks keep."""
+        root = trainer.lightning_module
+        return [root, *averages(trainer.callbacks, root)]
 
     def _stand_around(self, trainer: Trainer) -> None:
         """Put around the module's steps, backward and clipping what sharding needs."""
@@ -252,9 +255,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             yield
             return
         trainer, toggles = root.trainer, self._stand_back()
-        pairs = list(sharding.unshard(root).values())
-        for average in averages(trainer.callbacks, root):  # type: ignore[attr-defined]
-            sharding.unshard(average)
+        pairs, *_ = [list(sharding.unshard(model).values()) for model in self._all(trainer)]
         for optimizer in optimizers_of(trainer, root):
             sharding.move_optimizer(optimizer, pairs)
         yield  # an error ends the fit: it may be of this process alone, and the others would wait
@@ -312,23 +313,21 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._broadcast_buffers()
-        if self._around is not None:
-            self._around.refresh()
+        self._begin()
         return super().training_step(*args, **kwargs)
 
     @override
     def on_validation_start(self) -> None:
         super().on_validation_start()
-        self._broadcast_buffers()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin a step, or a loop of steps, from the first process's buffers and the shards as they are."""
+        root = self.lightning_module
+        if root is not None and self.broadcast_buffers and self._buffers:
+            sharding.broadcast_buffers([root.get_buffer(n) for n in self._buffers], self._group)
         if self._around is not None:
             self._around.refresh()
-
-    def _broadcast_buffers(self) -> None:
-        if self.broadcast_buffers and self._buffers:
-            assert self.lightning_module is not None
-            buffers = [self.lightning_module.get_buffer(name) for name in self._buffers]
-            sharding.broadcast_buffers(buffers, self._group)
 
     @contextmanager
     @override
@@ -361,9 +360,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         assert self._around is not None
         by_hand = args[0] if args else kwargs.get("closure")
-        automatic = (
-            self.lightning_module is not None and self.lightning_module.automatic_optimization
-        )
+        root = self.lightning_module
+        automatic = root is not None and root.automatic_optimization
         self._around.before_step(closes=automatic or by_hand is not do_nothing_closure)
         result = super().optimizer_step(optimizer, *args, **kwargs)
         self._around.after_step()
@@ -395,21 +393,20 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        if self._folder is None and sharding.is_sharded(self.lightning_module):  # in mid-run
+        root = self.lightning_module
+        assert root is not None
+        if self._folder is not None:  # it is read by shards, as soon as there are some
+            return
+        if sharding.is_sharded(root):  # in mid-run
             options = StateDictOptions(full_state_dict=True, strict=strict)
-            set_model_state_dict(
-                self.lightning_module, dict(checkpoint["state_dict"]), options=options
-            )
-        elif (
-            self._folder is None
-        ):  # a folder of shards is read by shards, as soon as there are some
-            self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+            set_model_state_dict(root, dict(checkpoint["state_dict"]), options=options)
+        else:
+            root.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self.lightning_module is not None
         if self._folder is not None:
+            assert self.lightning_module is not None
             folders.load_optimizers(self.lightning_module, self.optimizers, self._folder)
             return
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
@@ -428,9 +425,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
-        return (
-            optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        ).state_dict()
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return plain.state_dict()
 
     @override
     def save_checkpoint(
@@ -452,6 +448,6 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _make_whole(self, root: LightningModule) -> None:
         """Give every process the whole module in host memory, as other strategies leave it."""
         if sharding.is_sharded(root) and not self._save_distributed_checkpoint:
-            for model in (root, *averages(root.trainer.callbacks, root)):  # type: ignore[attr-defined]
+            for model in self._all(root.trainer):
                 sharding.unshard(model, host=True)
             root.cpu()

@@ -18,7 +18,6 @@ from typing_extensions import override
 from lightning_accel.arguments import whole
 from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.bridge.parts import parts_of
-from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.parallel import sharding
 from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
@@ -116,12 +115,16 @@ class TensorParallelStrategy(FSDP2Strategy):
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduce over the processes that see other data: those that share a network have the same value."""
-        return super().reduce(tensor, group or self._group, reduce_op)
+        return super().reduce(tensor, self._of_data(group), reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gather from the processes that see other data."""
-        return super().all_gather(tensor, group or self._group, sync_grads)
+        return super().all_gather(tensor, self._of_data(group), sync_grads)
+
+    def _of_data(self, group: Any) -> Any:
+        """Return a group, or where all processes are meant those that see other data."""
+        return self._group if group in (None, dist.group.WORLD) else group
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -163,7 +166,7 @@ class TensorParallelStrategy(FSDP2Strategy):
         found: list[Any] = [None, None]
         if self.is_global_zero:
             try:
-                size = self._tensor_parallel_size
+                size = self.device_mesh["tensor_parallel"].size()
                 plan = plan_tensor(root, self._calls, size, without=without)
                 found[0] = with_copies(plan, parts_of(root.trainer, root))
             except Exception as error:  # the others wait for it
@@ -184,10 +187,10 @@ class TensorParallelStrategy(FSDP2Strategy):
             self.model_to_device()
 
     def _split_all(self, trainer: Trainer) -> None:
-        root = self.lightning_module
-        assert root is not None and self._proved is not None
-        for model in (root, *averages(trainer.callbacks, root)):  # type: ignore[attr-defined]
-            split = SplitModel(model, self._proved.plan, self._across, hooks=model is root)
+        assert self._proved is not None
+        for model in self._all(trainer):
+            hooks = model is self.lightning_module
+            split = SplitModel(model, self._proved.plan, self._across, hooks=hooks)
             split.partial = self._proved.partial
             split.draws.regions = set(self._proved.draws)
             self._splits.append(split)

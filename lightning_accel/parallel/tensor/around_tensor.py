@@ -163,7 +163,7 @@ def share_random_state(device: torch.device, group: Any) -> None:
     """Give all processes of a group the random states of the first."""
     state = {**random_state(), "cuda": []}
     own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    given = [(state, own)]
+    given: list[Any] = [(state, own)]
     dist.broadcast_object_list(given, group=group, group_src=0)
     set_random_state(given[0][0])
     if own is not None:

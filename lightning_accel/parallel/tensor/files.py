@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def whole_checkpoint(
         {
             **state,
             "state": {
-                number: tree_map(lambda v, n=known.get(number, ""): gathered(n, v), entry)
+                number: tree_map(partial(gathered, known.get(number, "")), entry)
                 for number, entry in state["state"].items()
             },
         }
@@ -100,7 +101,7 @@ def parts_of_optimizer(
         return split.part(name, value) if is_whole else value
 
     entries = {
-        identity: tree_map(lambda v, n=by_id.get(identity, ""): part(n, v), entry)
+        identity: tree_map(partial(part, by_id.get(identity, "")), entry)
         for identity, entry in state["state"].items()
     }
     return {**state, "state": entries}

@@ -141,10 +141,10 @@ class _Narrow(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if func in (Tensor.shape.__get__, Tensor.size):  # type: ignore[attr-defined]
-                tensor, *rest = (*args, *(kwargs or {}).values())
-                plain = tensor.as_subclass(Tensor).shape
-                size = torch.Size((*plain[:-1], tensor._part))
-                return size[rest[0]] if rest and rest[0] is not None else size
+                asked = [*args, *(kwargs or {}).values()]
+                plain = asked[0].as_subclass(Tensor).shape
+                size = torch.Size((*plain[:-1], asked[0]._part))
+                return size[asked[1]] if asked[1:] and asked[1] is not None else size
             plain_args, plain_kwargs = tree_map(widened, (args, kwargs or {}))
             return func(*plain_args, **plain_kwargs)
 

@@ -129,7 +129,7 @@ def with_copies(plan: TensorPlan, copies: Sequence[Part]) -> TensorPlan:
     for copy in inside:
         for group in plan.groups:
             if _is_under(group, copy.of):
-                moved = partial(_moved, of=copy.of, to=copy.at)
+                moved = partial(_moved, of=copy.of, to=copy.at or "")
                 makers, readers = tuple(map(moved, group.makers)), tuple(map(moved, group.readers))
                 groups.append(
                     SplitGroup(moved(group.name), group.kind, group.units, makers, readers)

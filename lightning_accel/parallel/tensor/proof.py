@@ -25,7 +25,7 @@ from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.surgery.rng import seed_rng
 from lightning_accel.surgery.structure import named_tensors
 
-Step = Callable[[nn.Module], Any]
+Step = Callable[[Any], Any]
 """Runs once on a copy, and returns numbers to compare; gradients are on the copy then."""
 Copy = Callable[[], AbstractContextManager[nn.Module]]
 

@@ -147,7 +147,7 @@ class SplitModel:
         return self._shared[1]
 
     def _leave(self, region: int) -> Any:
-        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        def leave(module: Any, args: Any, output: Any) -> Any:
             self._shared = None
             self._open.discard(region)
             self.draws.end(region)

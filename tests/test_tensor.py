@@ -1,0 +1,280 @@
+"""Split networks beside whole ones: fits of many modules, whole lives of runs, and what could go silently wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forks import run_ranks
+from split import CASES, Bottleneck, Heads, Images, ReadsWidth, Split, Squeeze
+from torch import Tensor, nn
+
+from lightning_accel.errors import NoEffect, Unsupported
+from lightning_accel.parallel.tensor import TensorPlan, plan_tensor
+from lightning_accel.parallel.tensor.elementwise import require_elementwise
+from lightning_accel.parallel.tensor.narrow import Narrowing, narrow
+from lightning_accel.strategies import TensorParallelStrategy
+from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.structure import named_tensors
+
+SCRIPTS = Path(__file__).parent / "scripts"
+Found = list[dict[str, Any]]
+RUNS = (
+    "file_of_adam", "file_of_two_optimizers", "folder", "evaluation", "averages", "techniques", "pruned_file", "pruning",
+    "refused",
+)  # fmt: skip
+RUNS_OF_BOTH = ("file_of_adam", "pruned_file")
+SITUATIONS = (
+    "other_batches", "batches_by_rank", "optimizers", "dropout", "random_by_rank", "clipped_by_hand", "backward_by_hand",
+    "precisions", "metrics", "compiled", "uneven", "fused_optimizer", "evaluated_only", "sizes", "planted",
+)  # fmt: skip
+REFUSED = ("penalty", "manual, clips itself", "convolutions")
+"""Whose steps read weights that would be split, or whose only widths are those of the input and output."""
+BOTH = (
+    "adam", "accumulation, clipped", "manual, toggled", "target that follows", "norms of heads, clipped", "closed gates",
+    "reads its width", "uneven heads", "looks in hooks",
+)  # fmt: skip
+
+
+def ranks(script: str, folder: Path, *arguments: str, count: int = 2, **environ: str) -> Found:
+    status, printed = run_ranks(
+        SCRIPTS / script, str(folder), *arguments, cwd=folder, path=(Path(__file__).parent,), count=count,
+        environ={"GLOO_SOCKET_IFNAME": "lo", **environ},
+    )  # fmt: skip
+    assert status == 0, printed[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return ranks("tensor_fits.py", tmp_path_factory.mktemp("fits"), "2")
+
+
+@pytest.fixture(scope="module")
+def fits_of_both(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return ranks("tensor_fits.py", tmp_path_factory.mktemp("both"), "2", *BOTH, count=4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return ranks("strategy_runs.py", tmp_path_factory.mktemp("runs"), KIND="tensor")
+
+
+@pytest.fixture(scope="module")
+def runs_of_both(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp("runs_of_both")
+    return ranks("strategy_runs.py", folder, *RUNS_OF_BOTH, count=4, KIND="fsdp_tensor")
+
+
+@pytest.fixture(scope="module")
+def situations(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return ranks("tensor_situations.py", tmp_path_factory.mktemp("situations"))
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", CASES)
+def test_a_split_fit_is_that_of_one_process(fits: Found, name: str) -> None:
+    if name.startswith(("Llama", "Qwen", "GPT2", "Bert")):
+        pytest.importorskip("transformers")
+    for found in fits:
+        one = found[name]
+        assert "error" not in one, one["trace"]
+        assert ("refused" in one) == (name in REFUSED), one
+        if "refused" not in one:
+            assert one["moved"] > 1e-4, "the plain fit learns nothing, so nothing is compared"
+            assert one["apart"] < 1e-11
+            assert one["share"] < 0.9
+            assert not one["left"] and one["hooks"] == (3 if name == "scalar in a block" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", BOTH)
+def test_a_split_and_sharded_fit_is_that_of_one_process(fits_of_both: Found, name: str) -> None:
+    for found in fits_of_both:
+        one = found[name]
+        assert "error" not in one, one["trace"]
+        assert one["moved"] > 1e-4
+        assert one["apart"] < 1e-11
+        assert one["share"] < (0.55 if name == "looks in hooks" else 0.45)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", RUNS)
+def test_a_split_run_lives_as_one_process_does(runs: Found, name: str) -> None:
+    for found in runs:
+        compare(dict(found[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", RUNS_OF_BOTH)
+def test_a_split_and_sharded_run_lives_as_one_process_does(runs_of_both: Found, name: str) -> None:
+    for found in runs_of_both:
+        compare(dict(found[name]))
+
+
+def compare(one: dict[str, Any]) -> None:
+    assert "error" not in one, one
+    if "alone" in one:
+        sides = (numbers(json.loads(one.pop(side))) for side in ("alone", "sharded"))
+        assert all(a == pytest.approx(b, abs=1e-12) for a, b in zip(*sides, strict=True))
+    assert one and all(isinstance(v, float) and v < 1e-11 for v in one.values()), one
+
+
+def numbers(tree: Any) -> list[float]:
+    if isinstance(tree, dict):
+        return [v for value in tree.values() for v in numbers(value)]
+    return [v for value in tree for v in numbers(value)] if isinstance(tree, list) else [tree]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_nothing_goes_silently_wrong(situations: Found, name: str) -> None:
+    for found in situations:
+        one = found[name]
+        assert one and all(isinstance(v, float) and v < 1e-6 for v in one.values()), one
+
+
+# ---- plans, in one process
+
+
+def planned(model: nn.Module, size: int = 2, **given: Any) -> TensorPlan:
+    return plan_tensor(model, [Call("", (torch.arange(16).view(2, 8),), {})], size, **given)
+
+
+@pytest.mark.parametrize(
+    ("make", "heads"),
+    [
+        (Split, 4),
+        (partial(Split, partial(Heads, 8, 4, groups=2)), 2),
+        (partial(Split, partial(ReadsWidth, 8, 4)), 4),
+    ],
+)
+def test_heads_and_hidden_channels_are_split(make: Any, heads: int) -> None:
+    plan = planned(make())
+    units = {(g.kind, g.units) for g in plan.groups}
+    assert units == {("heads", heads), ("channels", 16)}
+    assert all(g.makers != g.readers for g in plan.groups) and len(plan.groups) == 4
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_parts_of_all_processes_are_the_network(size: int) -> None:
+    """Each element of each tensor is somewhere once, or everywhere."""
+    model = Split(lambda: Heads(8, 4, normed=True))
+    plan = planned(model, size)
+    tensors = dict(named_tensors(model))
+    for name in plan.cuts[0].kept:
+        places = torch.arange(tensors[name].numel()).view(tensors[name].shape)
+        parts = [cut.kept[name].take(places).flatten() for cut in plan.cuts]
+        assert torch.equal(torch.cat(parts).sort().values, places.flatten())
+    assert max(plan.shares) < 1.0 and sum(plan.shares) > 1.0
+
+
+def test_each_part_runs_by_itself() -> None:
+    for rank in range(2):
+        model = Images(Squeeze)
+        planned(model).cuts[rank].apply(model)
+        assert model(torch.arange(16).view(2, 8)).shape == (2, 8, 24)
+
+
+def test_depthwise_convolutions_pass_units_on() -> None:
+    plan = planned(Images(Squeeze))
+    group = next(g for g in plan.groups if g.name == "body.0.expand")
+    assert group.makers == ("body.0.expand", "body.0.fc2")
+    assert group.readers == ("body.0.fc1", "body.0.project")
+
+
+def test_what_does_not_go_to_so_many_processes_says_so() -> None:
+    plan = planned(Split(lambda: Heads(8, 2)), 4)
+    assert plan.whole["blocks.0.att.qkv"] == "2 heads do not go to 4 processes"
+    with pytest.raises(NoEffect, match="no layer can be split over 32 processes.*accel_fsdp"):
+        planned(Split(), 32)
+    with pytest.raises(NoEffect, match="no layer can be split.*accel_fsdp"):
+        plan_tensor(nn.Sequential(nn.Linear(2, 2)), [Call("", (torch.ones(1, 2),), {})], 2)
+
+
+def test_groups_that_a_proof_has_refused_stay_whole() -> None:
+    first = planned(Split())
+    refused = {g.signature: "it was refused" for g in first.groups if g.kind == "heads"}
+    plan = planned(Split(), without=refused)
+    assert {g.kind for g in plan.groups} == {"channels"}
+    assert plan.whole["blocks.1.att.qkv"] == "it was refused"
+
+
+def test_a_plan_says_what_is_split_in_ten_lines() -> None:
+    text = repr(planned(Images(Bottleneck)))
+    assert text.startswith("TensorPlan(2 processes, ") and "summed after body.0.body.6" in text
+    assert text.count("\n") < 10
+
+
+def test_an_input_says_within_a_module_that_it_is_narrower_and_computes_as_it_is() -> None:
+    seen: list[Any] = []
+
+    class Reads(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            _, _, c = x.shape
+            seen.extend([c, x.size(-1), x.size(), tuple(x.shape), x.dim(), mask.shape[-1], x.dtype])
+            assert type(x + 1) is Tensor and (x + 1).shape == (2, 3, 8)
+            return x
+
+    model = nn.ModuleDict({"at": Reads()})
+    leave = narrow(model, Narrowing("at", 8, 4))
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    y = model["at"](x, torch.ones(3))
+    assert seen == [4, 4, (2, 3, 4), (2, 3, 4), 3, 3, torch.float32]
+    assert type(y) is Tensor and y.shape == (2, 3, 8)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    leave()
+    assert "forward" not in vars(model["at"])
+
+
+@pytest.mark.parametrize(
+    ("make", "elementwise"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), True),
+        (lambda p: torch.optim.AdamW(p, 0.0, fused=True), True),
+        (lambda p: torch.optim.NAdam(p), True),
+        (lambda p: torch.optim.Adagrad(p), True),
+        (lambda p: torch.optim.Adafactor(p), False),
+        (lambda p: torch.optim.LBFGS(p), False),
+        (lambda p: torch.optim.Muon(p), False),
+    ],
+)
+def test_optimizers_of_whole_weights_are_told_by_a_trial(make: Any, elementwise: bool) -> None:
+    weight = nn.Parameter(torch.randn(4, 4))
+    before, optimizer = weight.detach().clone(), make([weight])
+    if elementwise:
+        require_elementwise(optimizer)
+    else:
+        with pytest.raises(Unsupported, match="each number by itself"):
+            require_elementwise(optimizer)
+    assert torch.equal(weight, before) and weight.grad is None
+    assert not any(value.any() for entry in optimizer.state.values() for value in entry.values())
+
+
+@pytest.mark.parametrize("given", [{"replicas": 2}, {"checkpoints": "sharded"}])
+def test_what_shards_alone_can_is_refused(given: Any) -> None:
+    with pytest.raises(Unsupported, match="FSDP2Strategy"):
+        TensorParallelStrategy(**given)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "all", True])
+def test_a_size_is_a_whole_number(size: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        TensorParallelStrategy(tensor_parallel_size=size)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_a_llama_is_split_by_groups_of_queries() -> None:
+    plan = planned(CASES["LlamaForCausalLM"].make())
+    assert {g.units for g in plan.groups if g.kind == "heads"} == {2}
