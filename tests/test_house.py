@@ -30,11 +30,15 @@ ADAPTERS = {
     "judge.py",
     "manual_steps.py",
     "dry_run.py",
+    "around_tensor.py",
+    "trial.py",
 }
 """Files of a technique beside its rooms: a LightningModule of ours, what a callback knows of a fit, of a step by hand,
 and what it tries on a copy before it."""
 ROOMS = {"callbacks", "plugins", "strategies"}
 """Folders of a technique with what a Trainer takes, one class per file."""
+BUILDS_ON = {("parallel", "pruning")}
+"""Techniques that are made of another: a process of tensor parallelism has the network pruned to its own units."""
 FLOOR = {"surgery": 1, "measure": 1, "bridge": 3, "tuning": 4, "cli": 4}
 """Floors of the folders; every other folder is a technique on floor 2, its adapters on floor 3.
 Tuning chooses among all techniques, and so stands above them."""
@@ -135,6 +139,7 @@ def test_imports_point_down_the_floors(path: Path) -> None:
             and (PACKAGE / own[0]).is_dir()
         ):
             technique = bool(other) and (PACKAGE / other[0]).is_dir() and other[0] not in folders
+            technique = technique and (own[0], other[0]) not in BUILDS_ON
             assert not technique, f"{_id(path)}: no technique imports another ({module})"
 
 

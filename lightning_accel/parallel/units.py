@@ -202,3 +202,14 @@ def _tied(model: nn.Module) -> dict[str, str]:
                 if within and len(within) < len(several):
                     found.setdefault(name, within[0])
     return found
+
+
+def perhaps_unused(model: nn.Module, uses: Uses | None, units: Units) -> list[str]:
+    """Return the weights of which some process may have no gradient in some step."""
+    idle = set(uses.unsteady()) if uses else set()
+    below = tuple(f"{name}." for name in units.by_data)
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() and p.is_floating_point() and (name in idle or name.startswith(below))
+    ]

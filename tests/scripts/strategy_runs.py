@@ -304,7 +304,10 @@ def truth() -> dict[str, Any]:
 def pruning() -> Found:
     """A prune in mid-training: the module is made whole, cut, and sharded or split again."""
     found: Found = {}
+    few = ("once", "in steps, beside an average", "by hand")
     for name, (make, callbacks) in PRUNES.items():
+        if KIND != "fsdp" and name not in few:
+            continue
         try:
             sides = []
             for strategy in (truth(), {"devices": MANY, "strategy": STRATEGY()}):

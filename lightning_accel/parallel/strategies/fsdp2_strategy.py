@@ -36,7 +36,7 @@ from lightning_accel.parallel import folders, sharding
 from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
-from lightning_accel.parallel.units import Units, check_units, find_units, given
+from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
 from lightning_accel.parallel.uses import Uses
 
 Checkpoints = Literal["whole", "sharded"]
@@ -140,6 +140,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         return init_device_mesh(self.root_device.type, size, mesh_dim_names=("replicate", "shard"))
 
     @property
+    def _shards(self) -> bool:
+        """Whether there are several processes to shard over."""
+        return True
+
+    @property
     def _group(self) -> Any:
         return self.device_mesh["data_parallel"].get_group()
 
@@ -181,7 +186,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert isinstance(root, LightningModule)
         if not self._is_apart(root):
             sharding.equalise(root, self.root_device)
-            self._choose(root, self._uses(trainer, root))
+            self._choose(root, uses_of_fit(trainer, root) if self._shards else None)
             before = dict(root.named_parameters())
             sharding.refuse_hooks(before)
             self._shard_all(trainer)
@@ -196,15 +201,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Whether this process has a part of the module only."""
         return sharding.is_sharded(root)
 
-    def _uses(self, trainer: Trainer, root: LightningModule) -> Uses | None:
-        return uses_of_fit(trainer, root)
-
     def _choose(self, root: LightningModule, uses: Uses | None) -> None:
         """Decide which modules are units, and what is looked after beside them."""
         names = self.units
         self.found = find_units(root, uses) if isinstance(names, str) else given(root, names)
         self._buffers = tuple(name for name, _ in root.named_buffers())
-        self._unsteady = self._perhaps_unused(root, uses)
+        self._unsteady = perhaps_unused(root, uses, self.found)
         self._written = tuple(uses.written) if uses else ()
 
     def _shard_all(self, trainer: Trainer) -> None:
@@ -274,16 +276,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._stand_around(trainer)
         if toggles and self._around is not None:
             self._around.begin()
-
-    def _perhaps_unused(self, root: LightningModule, uses: Uses | None) -> list[str]:
-        """Return the weights of which some process may have no gradient in some step."""
-        idle = set(uses.unsteady()) if uses else set()
-        below = tuple(f"{name}." for name in self.found.by_data)
-        return [
-            name
-            for name, p in root.named_parameters()
-            if p.dim() and p.is_floating_point() and (name in idle or name.startswith(below))
-        ]
 
     def _shard_one(self, model: torch.nn.Module) -> sharding.Sharded:
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type != "cpu")
@@ -405,8 +397,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if self._folder is not None:
-            assert self.lightning_module is not None
+        if self._folder is not None and self.lightning_module is not None:
             folders.load_optimizers(self.lightning_module, self.optimizers, self._folder)
             return
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
@@ -416,10 +407,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self._around is not None:
             self._around.refresh()
-        if self._save_distributed_checkpoint:
+        root = self.lightning_module
+        if self._save_distributed_checkpoint or root is None:
             return super().lightning_module_state_dict()
-        assert self.lightning_module is not None
-        return dict(self.lightning_module.state_dict())
+        return dict(root.state_dict())
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -440,13 +431,12 @@ class FSDP2Strategy(ModelParallelStrategy):
     def teardown(self) -> None:
         self._stand_back()
         root = self.lightning_module
-        # One process that failed alone would wait for the others for ever.
         if root is not None and root.trainer.state.status != TrainerStatus.INTERRUPTED:
             self._make_whole(root)
         super().teardown()
 
     def _make_whole(self, root: LightningModule) -> None:
-        """Give every process the whole module in host memory, as other strategies leave it."""
+        """Give every process the whole module in host memory; one that failed alone would wait for ever."""
         if sharding.is_sharded(root) and not self._save_distributed_checkpoint:
             for model in self._all(root.trainer):
                 sharding.unshard(model, host=True)

@@ -24,10 +24,10 @@ from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
 from lightning_accel.parallel.tensor import files
 from lightning_accel.parallel.tensor.around_tensor import AroundTensor, same_batch, set_group
 from lightning_accel.parallel.tensor.elementwise import require_elementwise
-from lightning_accel.parallel.tensor.plan import TensorPlan, plan_tensor, with_copies
+from lightning_accel.parallel.tensor.plan import TensorPlan, plan_tensor
 from lightning_accel.parallel.tensor.proof import Proved, proved_plan
 from lightning_accel.parallel.tensor.split import SplitModel
-from lightning_accel.parallel.tensor.trial import calls_of_run, copies, steps_of_run
+from lightning_accel.parallel.tensor.trial import calls_of_run, copies, steps_of_run, with_copies
 from lightning_accel.parallel.uses import Uses
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.call import Call
@@ -105,6 +105,7 @@ class TensorParallelStrategy(FSDP2Strategy):
         return self.device_mesh["tensor_parallel"].get_group()
 
     @property
+    @override
     def _shards(self) -> bool:
         return self.device_mesh["data_parallel"].size() > 1
 
@@ -137,10 +138,6 @@ class TensorParallelStrategy(FSDP2Strategy):
     @override
     def _is_apart(self, root: LightningModule) -> bool:
         return bool(self._splits)
-
-    @override
-    def _uses(self, trainer: Trainer, root: LightningModule) -> Uses | None:
-        return super()._uses(trainer, root) if self._shards else None
 
     @override
     def _choose(self, root: LightningModule, uses: Uses | None) -> None:

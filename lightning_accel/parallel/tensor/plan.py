@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lightning_accel.bridge.parts import Part, widened
 from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.parallel.tensor.narrow import Narrowing, narrowing, without_linked
 from lightning_accel.pruning.graph import Graph, Group
@@ -120,30 +118,6 @@ def plan_tensor(
     groups = tuple(choice.described(group) for group in choice.chosen)
     shares = tuple(k / total for k in kept)
     return TensorPlan(groups, cuts, choice.whole, shares, tuple(choice.narrowed.values()))
-
-
-def with_copies(plan: TensorPlan, copies: Sequence[Part]) -> TensorPlan:
-    """Return a plan that splits copies of parts of the module as the parts: targets that follow (BYOL)."""
-    inside = [c for c in copies if c.at and not any(_is_under(g, c.at) for g in plan.groups)]
-    groups = list(plan.groups)
-    for copy in inside:
-        for group in plan.groups:
-            if _is_under(group, copy.of):
-                moved = partial(_moved, of=copy.of, to=copy.at or "")
-                makers, readers = tuple(map(moved, group.makers)), tuple(map(moved, group.readers))
-                groups.append(
-                    SplitGroup(moved(group.name), group.kind, group.units, makers, readers)
-                )
-    cuts = tuple(widened(cut, inside) for cut in plan.cuts)
-    return replace(plan, groups=tuple(groups), cuts=cuts)
-
-
-def _is_under(group: SplitGroup, place: str) -> bool:
-    return all(name.startswith(f"{place}.") for name in (*group.makers, *group.readers))
-
-
-def _moved(name: str, of: str, to: str) -> str:
-    return to + name.removeprefix(of)
 
 
 def _traced(model: nn.Module, calls: Sequence[Call]) -> Graph:

@@ -1,9 +1,10 @@
-"""Steps of a run on copies of its module, whole and split: what its networks are called with, and what comes out."""
+"""What a run and its module add to a plan: the steps that are tried, and copies of parts that follow them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_accel.bridge.example import noting
+from lightning_accel.bridge.parts import Part, widened
 from lightning_accel.errors import AccelError
+from lightning_accel.parallel.tensor.plan import SplitGroup, TensorPlan
 from lightning_accel.parallel.tensor.proof import Step
 from lightning_accel.parallel.trial_steps import copy_on_device, steps_of
 from lightning_accel.surgery.call import Call, run
@@ -67,3 +70,27 @@ def _learned(step: Step, fits: bool, copy: Any) -> Any:
 def _outputs(calls: tuple[Call, ...], copy: nn.Module) -> Any:
     with torch.no_grad():
         return run(copy.eval(), calls)
+
+
+def with_copies(plan: TensorPlan, copies: Sequence[Part]) -> TensorPlan:
+    """Return a plan that splits copies of parts of the module as the parts: targets that follow (BYOL)."""
+    inside = [c for c in copies if c.at and not any(_is_under(g, c.at) for g in plan.groups)]
+    groups = list(plan.groups)
+    for copy in inside:
+        for group in plan.groups:
+            if _is_under(group, copy.of):
+                moved = partial(_moved, of=copy.of, to=copy.at or "")
+                makers, readers = tuple(map(moved, group.makers)), tuple(map(moved, group.readers))
+                groups.append(
+                    SplitGroup(moved(group.name), group.kind, group.units, makers, readers)
+                )
+    cuts = tuple(widened(cut, inside) for cut in plan.cuts)
+    return replace(plan, groups=tuple(groups), cuts=cuts)
+
+
+def _is_under(group: SplitGroup, place: str) -> bool:
+    return all(name.startswith(f"{place}.") for name in (*group.makers, *group.readers))
+
+
+def _moved(name: str, of: str, to: str) -> str:
+    return to + name.removeprefix(of)
