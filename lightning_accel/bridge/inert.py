@@ -54,7 +54,7 @@ def inert_copy(
     copy = twin(pl_module, calls, hooked=hooked)
     if vars(copy).get("training_step", copy) is vars(pl_module).get("training_step"):
         del vars(copy)["training_step"]  # a function that is bound to the original
-    _look_on(trainer, copy)
+    look_on(trainer, copy)
     optimizers = [Inert(optimizer) for optimizer in trainer.optimizers] or [Inert()]
     schedulers = [Inert(config.scheduler) for config in trainer.lr_scheduler_configs]
     vars(copy)["optimizers"] = lambda *_, **__: (
@@ -67,7 +67,7 @@ def inert_copy(
         yield copy
 
 
-def _look_on(trainer: Any, copy: nn.Module) -> None:
+def look_on(trainer: Any, copy: nn.Module) -> None:
     """Let the modules of a copy read the Trainer, and log nothing."""
     inert = Inert()
     for module in copy.modules():
@@ -80,7 +80,7 @@ def _attend(model: nn.Module, copy: nn.Module, hooked: bool) -> None:
     """Let a copy that is only tried read the Trainer, which Lightning leaves out of copies."""
     trainer = vars(model).get("_trainer") if isinstance(model, LightningModule) else None
     if trainer is not None and (hooked or type(trainer) is Onlooker):
-        _look_on(trainer, copy)
+        look_on(trainer, copy)
 
 
 attendants.append(_attend)

@@ -6,7 +6,9 @@ What to look at is named as for every command, and its example may come from the
     lightning-accel plan mymodels.nets:resnet --example 32,3,224,224
     lightning-accel plan mymodels.lit:LitNet --checkpoint last.ckpt --example 32,3,224,224
     lightning-accel plan --config conf/config.yaml --allow models. --allow data. model=vit
+    lightning-accel plan mymodels.nets:build --example 8,2048:int64:32000 --devices 8 --memory 80GiB
 
+With `--devices` it tells instead which strategy fits and what each device holds; nothing is allocated then.
 `build()` returns a network; or a network and an example of its arguments (a tensor, a tuple of arguments, a dict
 of keywords); or a LightningModule and its data (DataLoaders or a LightningDataModule). With data, the loss is
 measured and not only the output. All run the code that they name.
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from lightning_accel.cli.devices import add_devices, run_devices
 from lightning_accel.cli.subject import (
     NamedModel,
     add_subject,
@@ -55,7 +58,7 @@ def add(commands: Any) -> None:
     """Add the command to an argparse sub-parser collection."""
     parser = commands.add_parser(
         "plan",
-        help="show what each layer would give and cost if it were pruned",
+        help="show what each layer would give if it were pruned, or with --devices which strategy fits",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -75,12 +78,15 @@ def add(commands: Any) -> None:
     parser.add_argument("--budget-s", type=float, default=20.0, help="seconds of measuring; 20")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw a bar chart")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_devices(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 2 when it cannot be made."""
     try:
+        if args.devices is not None:
+            return run_devices(args)
         _check_picture(args.picture)
         _check_device(args.device)
         named = _named(args)
@@ -192,7 +198,7 @@ def _with_data(subject: NamedModel, device: str) -> PlannedModel:
     from lightning_accel.bridge.inert import inert_copy
 
     module: Any = subject.model
-    trainer = subject.trainer or _quiet_trainer()
+    trainer = subject.trainer or quiet_trainer()
     trainer.strategy.connect(module)
     module.trainer = trainer
     is_module = hasattr(subject.data, "train_dataloader")
@@ -214,7 +220,8 @@ def _with_data(subject: NamedModel, device: str) -> PlannedModel:
     return PlannedModel(model, calls, loss)
 
 
-def _quiet_trainer() -> Trainer:
+def quiet_trainer() -> Trainer:
+    """Return a Trainer that writes and shows nothing."""
     from lightning.pytorch import Trainer
 
     return Trainer(

@@ -45,7 +45,7 @@ class Kept(NamedTuple):
             for dim, positions in enumerate(self.dims):
                 if positions is not None:
                     taken = taken.index_select(dim, positions.to(tensor.device))
-            taken = taken.clone() if taken.data_ptr() == tensor.data_ptr() else taken
+            taken = taken.clone() if all(p is None for p in self.dims) else taken
         return _in_format_of(tensor, taken)
 
     @classmethod

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_accel.pruning.graph import Graph, Group
 from lightning_accel.surgery import Cut, Structure
@@ -149,6 +151,23 @@ class _Narrow(Tensor):
             return func(*plain_args, **plain_kwargs)
 
 
+class _Said(TorchFunctionMode):
+    """The same for fake tensors, which can be no other class: all of that width say that they are narrower."""
+
+    def __init__(self, one: Narrowing) -> None:
+        super().__init__()
+        self._one = one
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        is_size = func in (Tensor.shape.__get__, Tensor.size)  # type: ignore[attr-defined]
+        if not is_size or args[0].dim() != 3 or args[0].shape[-1] != self._one.whole:
+            return found
+        if isinstance(found, int):
+            return self._one.part if found == self._one.whole else found
+        return torch.Size((*found[:-1], self._one.part))
+
+
 def narrow(model: nn.Module, one: Narrowing) -> Any:
     """Let a module's inputs say within its forward that they are narrower; return what ends it.
 
@@ -159,6 +178,9 @@ def narrow(model: nn.Module, one: Narrowing) -> Any:
 
     @torch.compiler.disable(reason="it reads a width that is split")
     def run(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, FakeTensor) for value in tree_leaves((args, kwargs))):
+            with _Said(one):
+                return forward(*args, **kwargs)
         args, kwargs = tree_map(partial(_narrowed, one=one), (args, kwargs))
         return tree_map(widened, forward(*args, **kwargs))
 

@@ -1,0 +1,323 @@
+"""`lightning-accel plan --devices`: which strategy fits, what each device holds, before anything is allocated.
+
+    lightning-accel plan mymodels.llama:build --example 1,4096:int64:32000 --devices 256 --hardware h100
+    lightning-accel plan mymodels.lit:build --devices 8 --memory 24GiB --precision bf16-mixed --all
+
+`build()` is called on fake tensors: a network of any size is planned in seconds. Of a LightningModule with data its own step and
+optimizer are planned; of a network alone a loss that is the mean of its outputs, and AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from lightning_accel.cli.subject import NamedModel, brings_data, subject_of
+from lightning_accel.errors import AccelError, explain
+from lightning_accel.measure.table import Table
+from lightning_accel.parallel.accelerators import ACCELERATORS, GIB, USED, Accelerator, seconds
+from lightning_accel.parallel.planning import Estimate, Option, Workload, estimate
+from lightning_accel.surgery.call import numbers
+
+_PARTS = ("weights", "gradients", "optimizer", "activations", "gathered")
+_NODE = 8
+_ROOM = 0.9
+_FORMATS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of planning for devices."""
+    group = parser.add_argument_group("devices", "plan a strategy, in place of a prune")
+    group.add_argument("--devices", type=int, metavar="N", help="how many there are")
+    group.add_argument("--memory", type=size, metavar="80GiB", help="of each")
+    group.add_argument("--hardware", choices=sorted(ACCELERATORS), help="memory and speeds of each")
+    group.add_argument(
+        "--precision",
+        default="32-true",
+        choices=("32-true", *_FORMATS, *_TRUE),
+        help="as in the Trainer",
+    )
+    group.add_argument(
+        "--all", action="store_true", help="look at all strategies, not at the first that fits only"
+    )
+
+
+def size(text: str) -> int:
+    """Read a number of bytes.
+
+    >>> size("80GiB") == 80 * 2**30, size("1.5 GB")
+    (True, 1500000000)
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            explain("memory is a size", repr(text), "say 80GiB or 24GB")
+        )
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+class Row(NamedTuple):
+    """A strategy, what it needs, and about how long a step takes."""
+
+    option: Option
+    estimate: Estimate | None
+    seconds: float | None
+    why: str
+
+
+def run_devices(args: argparse.Namespace) -> int:
+    """Print which strategies fit; 1 when none does.
+
+    Raises:
+        ValueError: Something is missing, or out of range.
+    """
+    if args.devices < 1:
+        raise ValueError(explain("devices are counted", str(args.devices), "pass 1 or more"))
+    hardware = ACCELERATORS.get(args.hardware or "")
+    memory = args.memory or (hardware.memory if hardware else None)
+    if memory is None:
+        raise ValueError(
+            explain(
+                "a plan needs the memory of a device",
+                "nothing",
+                "pass --memory 80GiB, or --hardware h100",
+            )
+        )
+    work = workload(args)
+    rows, chosen = [], None
+    for option in options(args.devices):
+        row = _row(work, option, int(memory * _ROOM), hardware, every=args.all)
+        rows.append(row)
+        if chosen is None and row.estimate is not None and not row.why:
+            chosen = row
+            if not args.all:
+                break
+    _print(rows, chosen, memory, args)
+    return 0 if chosen is not None else 1
+
+
+def options(devices: int) -> Iterator[Option]:
+    """Yield ways to train, the preferred ones first."""
+    if devices == 1:
+        yield from (Option("single"), Option("single", checkpointing=True))
+        return
+    yield from (Option("ddp", devices), Option("ddp", devices, checkpointing=True))
+    yield from (Option("fsdp", devices), Option("fsdp", devices, checkpointing=True))
+    for tensor in (2, 4, _NODE):
+        if tensor < devices and not devices % tensor:
+            yield Option("fsdp_tensor", devices, tensor, checkpointing=True)
+    if devices <= _NODE:
+        yield Option("tensor", devices, devices)
+
+
+def _row(
+    work: Workload, option: Option, limit: int, hardware: Accelerator | None, *, every: bool
+) -> Row:
+    try:
+        found = estimate(work, option, limit=None if every else limit)
+    except AccelError as error:
+        return Row(option, None, None, str(error))
+    why = f"{found.why} are too large" if found.why else ""
+    if found.peak is not None and found.peak > limit:
+        largest = max(found.parts, key=lambda name: found.parts[name])
+        why = f"too large, mostly {largest}"
+    takes = None
+    if hardware is not None and found.peak is not None:
+        takes = seconds(
+            hardware, operations=found.flops, beside=found.sent.get("beside", 0), between=found.sent.get("between", 0),
+            is_near=option.devices <= _NODE,
+        )  # fmt: skip
+    return Row(option, found, takes, why)
+
+
+def _print(rows: list[Row], chosen: Row | None, memory: int, args: argparse.Namespace) -> None:
+    if args.json:
+        found = [
+            {
+                **row.option._asdict(), "seconds": row.seconds, "why_not": row.why,
+                **({k: v for k, v in row.estimate._asdict().items() if k != "option"} if row.estimate else {}),
+            }
+            for row in rows
+        ]  # fmt: skip
+        print(
+            json.dumps(
+                {"memory": memory, "chosen": chosen and chosen.option.name, "options": found},
+                indent=2,
+            )
+        )
+        return
+    columns = ["strategy", "peak", *_PARTS, "sent", *(["seconds"] if args.hardware else [])]
+    sizes = [row.estimate.states for row in rows if row.estimate]
+    name, unit = ("GiB", GIB) if max(sizes, default=0) > GIB else ("MiB", 2**20)
+    cells = [_cells(row, columns, unit) for row in rows]
+    notes = [f"{_name(row.option)}: {row.why}" for row in rows if row.why]
+    notes.append(
+        f"{name} of one device; a tenth is left for drivers, workspaces and fragments, which are not planned."
+    )
+    if args.hardware:
+        notes.append(
+            f"Seconds assume {USED:.0%} of the arithmetic of {args.hardware} and its links."
+        )
+    title = f"{args.devices} devices of {memory / GIB:.0f} GiB: {_answer(chosen)}"
+    print(Table(columns, cells, title, notes).to_text(120))
+
+
+def _name(option: Option) -> str:
+    return option.name + (f" x{option.tensor}" if option.tensor > 1 else "")
+
+
+def _answer(chosen: Row | None) -> str:
+    """Return what to pass to the Trainer."""
+    if chosen is None:
+        return "nothing fits"
+    option = chosen.option
+    answer = "one device"
+    if option.strategy != "single":
+        answer = f'strategy="accel_{option.strategy}"'
+    if option.strategy == "fsdp_tensor" and option.tensor != 2:
+        answer = f"TensorParallelStrategy(tensor_parallel_size={option.tensor})"
+    return answer + (" with ActivationCheckpointing()" if option.checkpointing else "")
+
+
+def _cells(row: Row, columns: list[str], unit: int) -> list[Any]:
+    found = row.estimate
+    known: dict[str, Any] = {"strategy": _name(row.option)}
+    if found is not None and found.peak is not None:
+        values = {"peak": found.peak, **found.parts, "sent": sum(found.sent.values())}
+        known |= {name: round(value / unit, 2) for name, value in values.items()}
+        known["seconds"] = row.seconds and round(row.seconds, 3)
+    elif found is not None:
+        known["peak"] = "too much"
+    return [known.get(column) for column in columns]
+
+
+def workload(args: argparse.Namespace) -> Workload:
+    """Return what is trained: the user's own step and optimizer where there are data, else a mean of outputs and AdamW."""
+    built: dict[str, Any] = {}
+
+    def make() -> nn.Module:
+        with _format(args.precision):
+            subject = subject_of(args)
+        built["subject"] = subject
+        model = subject.model
+        if brings_data(model, subject.data) and not args.example:
+            _attach(subject, model)
+        return model
+
+    def batch() -> Any:
+        return _batch(built["subject"], args)
+
+    def step(model: nn.Module, given: Any) -> Tensor:
+        if brings_data(model, built["subject"].data) and not args.example:
+            output: Any = model.training_step(given, 0)  # type: ignore[operator]
+            return output["loss"] if isinstance(output, dict) else output
+        outputs = model(**given) if isinstance(given, dict) else model(*given)
+        floating = [n for n in numbers(outputs) if n.is_floating_point()]
+        return torch.stack([n.float().mean() for n in floating]).sum()
+
+    def optimizer(parameters: Any) -> Any:
+        listed = list(parameters)
+        model = built["subject"].model
+        own = brings_data(model, built["subject"].data) and not args.example
+        if own and any(p is q for p in listed[:1] for q in model.parameters()):
+            return _users_optimizer(model)
+        return torch.optim.AdamW(listed, foreach=False)
+
+    return Workload(make, batch, step, optimizer, _FORMATS.get(args.precision))
+
+
+@contextmanager
+def _format(precision: str) -> Iterator[None]:
+    """Make weights in a format within."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_TRUE.get(precision, before))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _users_optimizer(model: Any) -> Any:
+    from lightning.pytorch.core.optimizer import _configure_optimizers
+
+    found = _configure_optimizers(model.configure_optimizers())[0]
+    if len(found) != 1:
+        raise AccelError(
+            "memory is planned with one optimizer",
+            f"{len(found)} optimizers",
+            "pass --example: AdamW is taken",
+        )
+    return found[0]
+
+
+def _attach(subject: NamedModel, model: Any) -> None:
+    from lightning_accel.bridge.inert import look_on
+    from lightning_accel.cli.plan import quiet_trainer
+
+    trainer = subject.trainer or quiet_trainer()
+    trainer.strategy.connect(model)
+    look_on(trainer, model)
+
+
+def _batch(subject: NamedModel, args: argparse.Namespace) -> Any:
+    from lightning_accel.cli.plan import tensor
+
+    if args.example:
+        return _placed(tuple(tensor(text) for text in args.example), args.precision)
+    if brings_data(subject.model, subject.data):
+        return _placed(_from_loader(subject), args.precision)
+    example = (
+        subject.example
+        if subject.example is not None
+        else getattr(subject.model, "example_input_array", None)
+    )
+    if example is None:
+        raise ValueError(
+            explain("a step needs an example", "nothing", "pass --example 8,3,224,224")
+        )
+    return _placed(
+        example if isinstance(example, (tuple, list, dict)) else (example,), args.precision
+    )
+
+
+def _placed(batch: Any, precision: str) -> Any:
+    dtype = _TRUE.get(precision)
+
+    def cast(value: Any) -> Any:
+        return (
+            value.to(dtype)
+            if isinstance(value, Tensor) and value.is_floating_point() and dtype
+            else value
+        )
+
+    return torch.utils._pytree.tree_map(cast, batch)
+
+
+def _from_loader(subject: NamedModel) -> Any:
+    data: Any = subject.data if subject.data is not None else subject.model
+    if hasattr(data, "train_dataloader"):
+        data.prepare_data()
+        data.setup("fit")
+        data = data.train_dataloader()
+    loader: Any = data
+    if not hasattr(getattr(loader, "dataset", None), "__getitem__"):
+        raise AccelError(
+            "memory is planned without reading data in order",
+            type(loader).__name__,
+            "pass --example with the shapes of a batch's tensors",
+        )
+    rows = range(loader.batch_size or 0)
+    if not rows:  # a batch sampler of the user's
+        with unset_fake_temporarily():
+            rows = next(iter(loader.batch_sampler))
+    return loader.collate_fn([loader.dataset[i] for i in rows])

@@ -1,0 +1,280 @@
+"""What a training step needs on each device, for every strategy, before anything is allocated.
+
+A step runs on fake tensors, whose sizes are real and which hold nothing, in a fake group of as many processes as asked
+for; torch's own trackers (`torch.distributed._tools`, private) add up what lives at each moment. So a network of any
+size is planned on a laptop. What no tracker sees: memory of the driver and of the communication library, workspaces of
+kernels, fragmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_accel.errors import AccelError, Unsupported
+from lightning_accel.parallel.live_bytes import LiveBytes, TooLarge
+from lightning_accel.parallel.sharding import shard
+from lightning_accel.parallel.tensor.plan import TensorPlan, plan_tensor
+from lightning_accel.parallel.tensor.split import SplitModel
+from lightning_accel.parallel.units import find_units
+from lightning_accel.surgery.call import Call
+
+
+class Workload(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        make: Builds the network; it is called where nothing is allocated.
+        batch: Makes what a step takes; it is called there too.
+        step: Returns the loss of a network on a batch.
+        optimizer: Makes the optimizer of some parameters.
+        precision: The format of computation under autocast, or `None`.
+    """
+
+    make: Callable[[], nn.Module]
+    batch: Callable[[], Any]
+    step: Callable[[nn.Module, Any], Tensor]
+    optimizer: Callable[[Any], Optimizer]
+    precision: torch.dtype | None = None
+
+
+class Option(NamedTuple):
+    """A way to train: on so many devices, `tensor` of which share a network; "ddp" copies, "fsdp" shards."""
+
+    strategy: str
+    devices: int = 1
+    tensor: int = 1
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name for people, as in `Trainer(strategy=...)`."""
+        return self.strategy + (" + checkpointing" if self.checkpointing else "")
+
+
+class Estimate(NamedTuple):
+    """What one device needs in a step.
+
+    Attributes:
+        option: The way to train.
+        peak: Bytes at the fullest moment; `None` where it is beyond the limit.
+        parts: What they are at that moment, in bytes.
+        states: Bytes of weights, gradients and optimizer states of one device.
+        sent: Bytes that it sends in a step, by whether others wait for them.
+        flops: Multiplications and additions of one device in a step.
+        why: Why there is no peak.
+    """
+
+    option: Option
+    peak: int | None
+    parts: dict[str, int]
+    states: int
+    sent: dict[str, int] = {}
+    flops: int = 0
+    why: str = ""
+
+
+def estimate(work: Workload, option: Option, *, limit: int | None = None) -> Estimate:
+    """Return what a way to train needs on each device.
+
+    Args:
+        work: What is trained.
+        option: How.
+        limit: Bytes of a device: where more is alive, nothing further is run.
+
+    Raises:
+        Unsupported: A group of processes is running already.
+        AccelError: The step needs real numbers, or the layers cannot be split.
+    """
+    if dist.is_initialized():
+        raise Unsupported(
+            "memory is planned in a group of processes that does not exist",
+            "a process group that is running",
+            "plan in a process of its own: `lightning-accel plan --devices`",
+        )
+    plan = _planned(work, option.tensor) if option.tensor > 1 else None
+    with _processes(option) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        model = work.make()
+        units = find_units(model).names
+        states = _states(work, model, option, plan)
+        if limit is not None and states > limit:
+            return Estimate(option, None, {}, states, why="weights, gradients and states alone")
+        try:
+            return _run(work, option, model, units, mesh, plan, states, limit)
+        except TooLarge:
+            return Estimate(option, None, {}, states, why="weights and activations")
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise AccelError(
+                "memory is planned on tensors that hold no numbers",
+                f"the step asks for some ({error})",
+                "plan the network alone, with --example",
+            ) from None
+
+
+def _run(
+    work: Workload,
+    option: Option,
+    model: nn.Module,
+    units: Sequence[str],
+    mesh: Any,
+    plan: TensorPlan | None,
+    states: int,
+    limit: int | None,
+) -> Estimate:
+    if plan is not None:
+        SplitModel(model, plan, mesh["tensor"].get_group())
+    if option.checkpointing:
+        for name in units:
+            _recomputed(model.get_submodule(name))
+    shards = option.strategy.startswith("fsdp")
+    if shards:
+        shard(model, units, mesh["data"])
+    batch, optimizer = work.batch(), work.optimizer(model.parameters())
+    traffic, live = _Traffic(), LiveBytes(partial(_held, model, optimizer, batch), limit)
+    with live:
+        _step(work, model, optimizer, batch)
+        live.restart()  # optimizer states are there from now on
+        with traffic, FlopCounterMode(display=False) as flops:
+            _step(work, model, optimizer, batch)
+    sent = traffic.sent
+    if option.strategy == "ddp":
+        size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        sent = {"beside": 2 * size * (option.devices - 1) // option.devices}
+    return Estimate(option, live.peak, live.parts, states, sent, flops.get_total_flops())
+
+
+def _step(work: Workload, model: nn.Module, optimizer: Optimizer, batch: Any) -> None:
+    optimizer.zero_grad()
+    context = (
+        nullcontext()
+        if work.precision is None
+        else torch.autocast("cpu", work.precision, cache_enabled=False)
+    )
+    with context:
+        loss = work.step(model, batch)
+    loss.backward()
+    optimizer.step()
+
+
+def _planned(work: Workload, size: int) -> TensorPlan:
+    """Plan how layers are split, on a device that holds nothing."""
+    with torch.device("meta"):
+        model, batch = work.make(), work.batch()
+    calls: list[Call] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(Call("", args, kwargs))
+        raise _Called
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        work.step(model, batch)
+    except _Called:
+        pass
+    finally:
+        handle.remove()
+    if not calls:
+        raise AccelError(
+            "the step calls no `forward` of the module, so its layers cannot be planned",
+            type(model).__name__,
+            "plan `fsdp`",
+        )
+    return plan_tensor(model, calls, size)
+
+
+class _Called(Exception):
+    """The network was called, which is all there was to know."""
+
+
+@contextmanager
+def _processes(option: Option) -> Iterator[Any]:
+    """Stand as one of many processes that are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=option.devices)
+    try:
+        size = (option.devices // option.tensor, option.tensor)
+        yield init_device_mesh("cpu", size, mesh_dim_names=("data", "tensor"))
+    finally:
+        dist.destroy_process_group()
+
+
+def _states(work: Workload, model: nn.Module, option: Option, plan: TensorPlan | None) -> int:
+    """Return the bytes of weights, gradients and optimizer states on one device."""
+    kept = plan.cuts[0].kept if plan is not None else {}
+    over = option.devices // option.tensor if option.strategy.startswith("fsdp") else 1
+    extra, total = _bytes_per_number(work), 0.0
+    for name, p in model.named_parameters():
+        count = p.numel()
+        if name in kept:
+            count = kept[name].take(torch.empty(tuple(p.shape), device="meta")).numel()
+        learns = (p.element_size() + extra) if p.requires_grad else 0
+        total += count * (p.element_size() + learns) / over
+    return int(total)
+
+
+def _bytes_per_number(work: Workload) -> float:
+    """Return how many bytes an optimizer keeps of each number, from a step with a small weight."""
+    weight = nn.Parameter(torch.zeros(64, 64))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = work.optimizer([weight])
+    optimizer.step()
+    held = [
+        v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)
+    ]
+    return sum(v.numel() * v.element_size() for v in held) / weight.numel()
+
+
+def _recomputed(module: nn.Module) -> None:
+    forward = module.forward
+    vars(module)["forward"] = lambda *args, **kwargs: checkpoint(
+        forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+    )
+
+
+def _held(model: nn.Module, optimizer: Optimizer, batch: Any) -> dict[str, list[Tensor]]:
+    """Return the tensors that have a name: all others are activations."""
+    parameters = list(model.parameters())
+    states = [v for entry in optimizer.state.values() for v in entry.values()]
+    return {
+        "weights": [*parameters, *model.buffers()],
+        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "optimizer": [v for v in states if isinstance(v, Tensor)],
+        "batch": [v for v in tree_leaves(batch) if isinstance(v, Tensor)],
+    }
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts what collectives send, by whether the step waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = {"beside": 0, "between": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.name().partition("::")[2]
+            tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+            size = max((t.numel() * t.element_size() for t in tensors), default=0)
+            if name.startswith("allreduce"):
+                self.sent["between"] += 2 * size
+            elif name.startswith(("_allgather", "_reduce_scatter")):
+                self.sent["beside"] += size
+        return func(*args, **(kwargs or {}))
