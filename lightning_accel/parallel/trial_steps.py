@@ -69,9 +69,16 @@ def _steps_by_hand(trainer: Trainer, copy: Any) -> None:
     if not trainer.optimizers:
         with suppress(Exception):  # whatever a user's hook raises before its time
             optimizers = _configure_optimizers(copy.configure_optimizers())[0]
-            inert = [Inert(optimizer) for optimizer in optimizers]
+            inert = [_Stepping(optimizer) for optimizer in optimizers]
             vars(copy)["_its_optimizers"] = optimizers  # which an `Inert` does not keep alive
             vars(copy)["optimizers"] = lambda *_, **__: inert[0] if len(inert) == 1 else inert
+
+
+class _Stepping(Inert):
+    """Stands for an optimizer, whose step changes nothing but runs its closure."""
+
+    def step(self, closure: Any = None, **_: Any) -> Any:
+        return None if closure is None else closure()
 
 
 def _roomy(pl_module: LightningModule, device: torch.device) -> torch.device:
@@ -101,16 +108,16 @@ def steps_of(
 
 
 def _run(trainer: Trainer, batch: Any, index: int, copy: LightningModule) -> Any:
-    return run_placed(trainer, copy, _there(trainer, copy, batch), index)
+    return run_placed(trainer, copy, there(trainer, copy, batch), index)
 
 
 def _evaluate(trainer: Trainer, name: str, batch: Any, loader: int, copy: LightningModule) -> Any:
     with torch.no_grad():
-        arguments = step_arguments(copy, _there(trainer, copy, batch), 0, name, loader)
+        arguments = step_arguments(copy, there(trainer, copy, batch), 0, name, loader)
         return getattr(copy.eval(), name)(*arguments)
 
 
-def _there(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
+def there(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
     """Return a batch as the step gets it, where the copy is."""
     batch = placed(trainer, copy, batch)
     if isinstance(batch, OfValidation):

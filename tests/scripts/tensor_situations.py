@@ -170,7 +170,7 @@ def clipped_by_hand() -> Found:
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             nn.utils.clip_grad_norm_(self.parameters(), 0.01)
 
-    return {"refused": refused(Clips, "compute different gradients")}
+    return {"refused": refused(Clips, "in a hook of the module")}
 
 
 def backward_by_hand() -> Found:

@@ -27,7 +27,13 @@ from lightning_accel.parallel.tensor.elementwise import require_elementwise
 from lightning_accel.parallel.tensor.plan import TensorPlan, plan_tensor
 from lightning_accel.parallel.tensor.proof import Proved, proved_plan
 from lightning_accel.parallel.tensor.split import SplitModel
-from lightning_accel.parallel.tensor.trial import calls_of_run, copies, steps_of_run, with_copies
+from lightning_accel.parallel.tensor.trial import (
+    calls_of_run,
+    copies,
+    hooked_steps_of_run,
+    steps_of_run,
+    with_copies,
+)
 from lightning_accel.parallel.uses import Uses
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.call import Call
@@ -75,6 +81,7 @@ class TensorParallelStrategy(FSDP2Strategy):
         """How the module of this run is, or was, split, and the names of its optimizers' parameters."""
         self._calls: tuple[Call, ...] = ()
         self._metrics: list[Any] = []
+        self._has_optimizers = False
         self._epoch: int | None = None
 
     @property
@@ -155,8 +162,23 @@ class TensorParallelStrategy(FSDP2Strategy):
             copies(trainer, root),
             steps_of_run(trainer, root, self._calls),
             self._across,
+            later=hooked_steps_of_run(trainer, root),
             short=not str(trainer.precision).startswith(("32", "64")),
         )
+        self._refuse_hooks(root)
+
+    def _refuse_hooks(self, root: LightningModule) -> None:
+        """Raise where a module has hooks on gradients that are parts: no trial runs them."""
+        assert self._proved is not None
+        layers = {n for group in self._proved.plan.groups for n in (*group.makers, *group.readers)}
+        for name in sorted(layers | self._proved.inside):
+            module = root.get_submodule(name)
+            if module._backward_hooks or module._backward_pre_hooks:
+                raise Unsupported(
+                    "hooks on the gradients of layers that are split see one process's part",
+                    f"`{name}` has one",
+                    "take it off, or use `accel_fsdp`",
+                )
 
     def _planned(self, root: LightningModule, without: Mapping[str, str]) -> TensorPlan:
         """Return the plan of the first process."""
@@ -176,7 +198,12 @@ class TensorParallelStrategy(FSDP2Strategy):
     @override
     def _shard_all(self, trainer: Trainer) -> None:
         if not self._splits:
+            fits = trainer.state.fn == TrainerFn.FITTING
+            if fits:
+                self.setup_optimizers(trainer)
             self._split_all(trainer)
+            if fits:
+                files.split_states(self.optimizers, self._splits[0])
         if self._shards:
             super()._shard_all(trainer)
         else:
@@ -217,11 +244,18 @@ class TensorParallelStrategy(FSDP2Strategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        self._has_optimizers = False
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             for optimizer in self.optimizers:
                 require_elementwise(optimizer)
             self._note_names()
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        if not self._has_optimizers:  # they are made while weights have their whole shapes
+            super().setup_optimizers(trainer)
+            self._has_optimizers = True
 
     def _note_names(self) -> None:
         split = self._splits[0]
@@ -275,6 +309,16 @@ class TensorParallelStrategy(FSDP2Strategy):
             self._epoch = epoch
         self._around.begin_step((args, kwargs))
         return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._around.begin_evaluation((args, kwargs))
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._around.begin_evaluation((args, kwargs))
+        return super().test_step(*args, **kwargs)
 
     # ---- files
 

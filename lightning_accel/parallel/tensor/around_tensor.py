@@ -18,6 +18,8 @@ from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.tensor.split import SplitModel
 from lightning_accel.surgery.rng import random_state, set_random_state
 
+_PATIENCE, _SOME = 16, 1024
+_APART_ON_CPU = 1e-6
 _APART = 1e-2
 """By how much of its size a gradient may differ between processes that compute it alike."""
 
@@ -41,6 +43,13 @@ class AroundTensor:
         self._alike = {n: p for n, p in named.items() if n not in split.kept}
         self._before: list[Tensor | None] = []
         self._seen = 0
+        self._losses = 0
+        self._apart = torch.zeros((), dtype=torch.float64, device="cpu")
+        """By how much of its size a loss has differed between processes so far."""
+        self._evaluates = False
+        self._batch = torch.zeros((), dtype=torch.float64)
+        """A number that is another for another batch."""
+        self._kinds = {n: type(m) for n, m in root.named_modules()}
         self._first = True
         """Whether the next optimizer step is the first of an epoch."""
 
@@ -62,6 +71,15 @@ class AroundTensor:
             align: Give all processes the first one's weights of those that each has whole: rounding on GPUs adds up.
         """
         self._first = True
+        kinds = {n: type(m) for n, m in self._root.named_modules()}
+        if changed := [
+            n for n in kinds.keys() | self._kinds.keys() if kinds.get(n) is not self._kinds.get(n)
+        ]:
+            raise AccelError(
+                "a network was changed after it was split, and the split was proved for the other one",
+                f"`{min(changed)}`",
+                "change it before the fit, or use `accel_fsdp`",
+            )
         if align:
             with torch.no_grad():
                 for parameter in self._alike.values():
@@ -74,12 +92,45 @@ class AroundTensor:
             AccelError: Processes that share a network got different batches.
         """
         self._split.begin_step()
+        self._batch = _sample(batch, self._root.device)
         if self._first:
             same_batch(batch, self._group)
 
+    def begin_evaluation(self, batch: Any) -> None:
+        """Begin a step of evaluation; the first batch of each loop is compared.
+
+        Raises:
+            AccelError: Processes that share a network got different batches.
+        """
+        if self._evaluates:
+            self._evaluates = False
+            same_batch(batch, self._group)
+
+    def _same_loss(self, loss: Tensor) -> None:
+        """Compare the loss of all processes; on a GPU the answer is read now and then, so that nothing waits for it."""
+        value = torch.stack([loss.detach().sum().double(), self._batch.to(loss.device)])
+        both = torch.stack([value, -value])
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=self._group)
+        apart = both.sum(0) / value.abs().clamp_min(1e-12)
+        self._apart = torch.maximum(self._apart.to(apart.device), apart.max())
+        self._losses += 1
+        here = loss.device.type == "cpu"  # where the same operations give the same bits
+        limit = _APART_ON_CPU if here else _APART
+        if (here or self._losses % _PATIENCE == 0) and self._apart > limit:
+            raise AccelError(
+                "the processes that share a network got different losses or batches",
+                f"they differ by {float(self._apart):.1e} of their size",
+                "let a step read no weights that are split, and give all processes the same batches",
+            )
+
     def before_backward(self, loss: Tensor) -> Tensor:
-        """Return the loss to go back from."""
+        """Return the loss to go back from.
+
+        Raises:
+            AccelError: It differs between processes.
+        """
         self._seen += 1
+        self._same_loss(loss)
         self._before = [p.grad for p in self._partial]
         for parameter in self._partial:
             parameter.grad = None
@@ -98,6 +149,7 @@ class AroundTensor:
 
     def refresh(self) -> None:
         """Begin a loop of steps."""
+        self._evaluates = True
         self._split.begin_step()
         if self._shards is not None:
             self._shards.refresh()
@@ -185,6 +237,19 @@ def same_batch(batch: Any, group: Any) -> None:
             "let Lightning make the sampler, or shard your data by "
             "`trainer.distributed_sampler_kwargs['rank']` in place of `trainer.global_rank`",
         )
+
+
+def _sample(batch: Any, device: torch.device) -> Tensor:
+    """Return a number from some elements of all tensors of a batch, without waiting for a GPU."""
+    found = torch.zeros((), dtype=torch.float64, device=device)
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_complex():
+            some = leaf.detach().reshape(-1)[:: max(leaf.numel() // _SOME, 1)][:_SOME].double()
+            weights = torch.arange(
+                1, some.numel() + 1, device=some.device, dtype=torch.float64
+            ).sqrt()
+            found = found + (some * weights).sum().to(device)
+    return found
 
 
 def _checksum(batch: Any) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,23 +17,28 @@ _STEPS = 3
 
 
 def require_elementwise(optimizer: Optimizer) -> None:
-    """Try an optimizer on a weight, and on each of its halves alone, three steps each.
+    """Try an optimizer on weights, and on each of their halves alone, by rows and by columns, three steps each.
 
     Raises:
         Unsupported: The halves go elsewhere: it uses norms or factors of whole weights (LAMB, LARS, Adafactor, Muon).
     """
     generator = torch.Generator().manual_seed(0)
-    weights = [
-        torch.randn(8, 4, generator=generator, dtype=torch.float64) for _ in range(_STEPS + 1)
-    ]
+    drawn = torch.randn(_STEPS + 1, 8, 4, 3, 3, generator=generator, dtype=torch.float64)
     for group in optimizer.param_groups:
         try:
-            whole = _stepped(optimizer, group, weights)
-            halves = [
-                _stepped(optimizer, group, [w[rows] for w in weights])
-                for rows in (slice(0, 4), slice(4, 8))
+            apart = [
+                not torch.allclose(
+                    _stepped(optimizer, group, weights),
+                    torch.cat(
+                        [_stepped(optimizer, group, half) for half in weights.chunk(2, dim)],
+                        dim - 1,
+                    ),
+                    rtol=1e-9,
+                )
+                for weights in (drawn, drawn[..., 0, 0])
+                for dim in (1, 2)
             ]
-            found = "" if torch.allclose(whole, torch.cat(halves), rtol=1e-9) else "they differ"
+            found = "they differ" if any(apart) else ""
         except Exception as error:  # of a step that wants a closure, or weights of its own kind
             found = f"{type(error).__name__}: {error}"
         if found:
@@ -46,9 +50,7 @@ def require_elementwise(optimizer: Optimizer) -> None:
 
 
 @torch.no_grad()
-def _stepped(
-    optimizer: Optimizer, group: dict[str, Any], tensors: Sequence[torch.Tensor]
-) -> torch.Tensor:
+def _stepped(optimizer: Optimizer, group: dict[str, Any], tensors: torch.Tensor) -> torch.Tensor:
     """Return the first tensor after steps with the others as gradients."""
     weight = nn.Parameter(tensors[0].clone())
     plain = copy.copy(optimizer)

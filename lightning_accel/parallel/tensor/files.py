@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._pytree import MappingKey, tree_map, tree_map_with_path
+from torch.utils._pytree import MappingKey, keystr, tree_map, tree_map_with_path
 
 from lightning_accel.parallel.tensor.split import SplitModel
+from lightning_accel.surgery.structure import named_tensors
 
 _OPTIMIZERS = "optimizer_states"
 
@@ -44,9 +46,17 @@ def whole_checkpoint(
             full = split.whole(name, full, host=True)
         return full.detach().cpu() if keep else None
 
+    every = {n for n, _ in named_tensors(split.model)}
+    parts = {tuple(split.part(n, torch.empty(split.shape(n), device="meta")).shape) for n in shapes}
+    unknown: list[str] = []
+
     def by_path(path: tuple[Any, ...], value: Any) -> Any:
         keys = [str(k.key) for k in path if isinstance(k, MappingKey)]
-        return gathered(_name_in(keys, shapes), value)
+        name = _name_in(keys, shapes, every)
+        is_part = isinstance(value, Tensor) and value.dim() > 1 and tuple(value.shape) in parts
+        if is_part and not name and not (keys and keys[-1] in every):
+            unknown.append(keystr(path))
+        return gathered(name, value)
 
     states = [
         {
@@ -61,12 +71,20 @@ def whole_checkpoint(
     with torch.no_grad():
         rest = {k: v for k, v in checkpoint.items() if k != _OPTIMIZERS}
         found: dict[str, Any] = tree_map_with_path(by_path, rest)
+    if unknown and keep:
+        warnings.warn(
+            f"This file may hold one process's parts of tensors that are split. Found: {', '.join(unknown[:4])}, of "
+            "the shape of such parts. Do: keep copies of weights in a dict by their full names in the module.",
+            stacklevel=2,
+        )
     return {**found, _OPTIMIZERS: states} if _OPTIMIZERS in checkpoint else found
 
 
-def _name_in(keys: Sequence[str], known: Mapping[str, Any]) -> str:
+def _name_in(keys: Sequence[str], known: Mapping[str, Any], every: Collection[str]) -> str:
     """Return the parameter that the last of some keys names, perhaps with something before: `module.head.weight`."""
     for key in reversed(keys):
+        if key in every:
+            return key if key in known else ""
         while key:
             if key in known:
                 return key

@@ -7,7 +7,8 @@ that no gate is closed, and everything is compared in all processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -40,11 +41,13 @@ class Proved(NamedTuple):
         plan: What is split.
         partial: Weights that all processes have, of whose gradients each finds a part, to be added.
         draws: Regions in which random numbers are drawn.
+        inside: Modules that run between the layers that make split units and those that read them.
     """
 
     plan: TensorPlan
     partial: tuple[str, ...]
     draws: frozenset[int]
+    inside: frozenset[str]
 
 
 class _Outcome(NamedTuple):
@@ -59,6 +62,7 @@ def proved_plan(
     steps: list[Step],
     group: Any,
     *,
+    later: Sequence[Step] = (),
     short: bool = False,
 ) -> Proved:
     """Return a plan that is proved, without the groups that are not what the whole network is.
@@ -69,13 +73,14 @@ def proved_plan(
         plan: Makes a plan without the groups with some signatures; the same on all processes.
         copy: Gives a whole copy of the module on the device, for as long as it is entered.
         steps: What is compared.
+        later: The same, once it is known of which gradients each process finds a part.
         group: The processes among which the network is split.
         short: Whether steps compute in a short format.
 
     Raises:
         NoEffect: No group can be split.
     """
-    proof = _Proof(copy, steps, group, short)
+    proof = _Proof(copy, steps, later, group, short)
     without: dict[str, str] = {}
     while True:
         found = plan(without)
@@ -96,36 +101,62 @@ def proved_plan(
 
 
 class _Proof:
-    def __init__(self, copy: Copy, steps: list[Step], group: Any, short: bool) -> None:
-        self._copy, self._steps, self._group, self._short = copy, steps, group, short
-        self._whole = [self._run(step, None)[0] for step in steps]
-        self.seen: tuple[tuple[str, ...], frozenset[int]] = (), frozenset()
+    def __init__(
+        self, copy: Copy, steps: list[Step], later: Sequence[Step], group: Any, short: bool
+    ) -> None:
+        self._copy, self._steps, self._later, self._group, self._short = (
+            copy,
+            steps,
+            later,
+            group,
+            short,
+        )
+        self._thaws = True
+        """Whether frozen weights get gradients as well: they may learn later."""
+        try:
+            self._whole = [self._run(step, None)[0] for step in steps]
+        except Exception:  # a step that writes into frozen weights
+            self._thaws = False
+            self._whole = [self._run(step, None)[0] for step in steps]
+        self._whole_later = [self._run(step, None)[0] for step in later]
+        self.seen: Any = ((), frozenset(), frozenset())
 
     def wrong(self, plan: TensorPlan) -> str:
         """Return what differs between the whole and the split network, the same on all processes; nothing if none does."""
-        partial, draws = set[str](), set[int]()
+        partial, draws, inside = set[str](), set[int](), set[str]()
         for step, whole in zip(self._steps, self._whole, strict=True):
-            split, model, failed = None, None, ""
-            try:
-                split, model = self._run(step, plan)
-            except (
-                Exception
-            ) as error:  # whatever a forward raises whose widths are not what it expects
-                failed = f"the step fails when it is split: {type(error).__name__}: {error}"
-            if why := self._agreed(failed):
-                return why
-            assert split is not None and model is not None
-            found = _Comparison(whole, split, model, self._group, self._short)
-            if why := self._agreed(found.wrong):
+            why, found, model = self._compared(step, whole, plan)
+            if why:
                 return why
             partial |= found.partial
             draws |= model.draws.regions
-        every = self._of_all((partial, draws))
-        self.seen = (
-            tuple(sorted(set().union(*(p for p, _ in every)))),
-            frozenset().union(*(d for _, d in every)),
-        )
+            inside |= model.inside
+        every = [
+            frozenset().union(*found)
+            for found in zip(*self._of_all((partial, draws, inside)), strict=True)
+        ]
+        summed = tuple(sorted(every[0]))
+        for step, whole in zip(self._later, self._whole_later, strict=True):
+            why, found, _ = self._compared(step, whole, plan, summed)
+            if why or found.partial:
+                return f"in a hook of the module, {why or found.wrong or 'gradients are parts'}"
+        self.seen = summed, *every[1:]
         return ""
+
+    def _compared(
+        self, step: Step, whole: _Outcome, plan: TensorPlan, summed: Sequence[str] = ()
+    ) -> Any:
+        """Return what differs in one step, the comparison, and the split model."""
+        split, model, failed = None, None, ""
+        try:
+            split, model = self._run(step, plan, summed)
+        except Exception as error:  # whatever a forward raises whose widths are not what it expects
+            failed = f"the step fails when it is split: {type(error).__name__}: {error}"
+        if why := self._agreed(failed):
+            return why, None, None
+        assert split is not None and model is not None
+        found = _Comparison(whole, split, model, self._group, self._short)
+        return self._agreed(found.wrong), found, model
 
     def _agreed(self, wrong: str) -> str:
         return next(filter(None, self._of_all(wrong)), "")
@@ -136,14 +167,21 @@ class _Proof:
         dist.all_gather_object(every, value)
         return every
 
-    def _run(self, step: Step, plan: TensorPlan | None) -> Any:
+    def _run(self, step: Step, plan: TensorPlan | None, summed: Sequence[str] = ()) -> Any:
         with preserve_rng(), self._copy() as copy:
             seed_rng(0)
             _shake(copy)
+            if self._thaws:
+                for parameter in copy.parameters():
+                    if parameter.is_floating_point():
+                        parameter.requires_grad_(True)
             split = None
             if plan is not None:
                 split = SplitModel(copy, plan, self._group)
                 split.watch()
+                vars(copy).update(
+                    _is_split=True, _sum_partial=functools.partial(self._sum, copy, summed)
+                )
             with _no_dropout():
                 results = [r.detach() for r in numbers(step(copy))]
             gradients = {n: p.grad for n, p in copy.named_parameters()}
@@ -155,6 +193,13 @@ class _Proof:
                     step(copy)
                 split.leave()
             return _Outcome(results, gradients, left), split
+
+    def _sum(self, copy: nn.Module, names: Sequence[str]) -> None:
+        """Add the parts of gradients that each process found."""
+        for name in names:
+            gradient = copy.get_parameter(name).grad
+            if gradient is not None:
+                dist.all_reduce(gradient, group=self._group)
 
 
 class _Comparison:

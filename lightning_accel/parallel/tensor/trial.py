@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_accel.bridge.example import noting
+from lightning_accel.bridge.example import OfValidation, noting
 from lightning_accel.bridge.parts import Part, widened
 from lightning_accel.errors import AccelError
 from lightning_accel.parallel.tensor.plan import SplitGroup, TensorPlan
 from lightning_accel.parallel.tensor.proof import Step
-from lightning_accel.parallel.trial_steps import copy_on_device, steps_of
+from lightning_accel.parallel.trial_steps import copy_on_device, steps_of, there
 from lightning_accel.surgery.call import Call, run
 from lightning_accel.surgery.preserve import preserve_rng
 
@@ -50,21 +51,97 @@ def calls_of_run(trainer: Trainer, root: LightningModule) -> tuple[Call, ...]:
 
 
 def steps_of_run(trainer: Trainer, root: LightningModule, calls: tuple[Call, ...]) -> list[Step]:
-    """Return what is compared: the steps of this run with their backward passes and logged values, and outputs."""
-    fits = trainer.state.fn == TrainerFn.FITTING
-    steps: list[Step] = [partial(_learned, step, fits) for step in steps_of(trainer, root)]
-    return [*steps, partial(_outputs, calls)]
+    """Return what is compared: the steps of this run, one after another, with backward and logged values; and outputs."""
+    training, others = _sorted(trainer, root)
+    fit = [partial(_learned, training, {})] if training else []
+    return [*fit, *(partial(_logged, step) for step in others), partial(_outputs, calls)]
 
 
-def _learned(step: Step, fits: bool, copy: Any) -> Any:
+def hooked_steps_of_run(trainer: Trainer, root: LightningModule) -> list[Step]:
+    """Return the same training steps with the hooks of the module that may look at weights and gradients, if it has any."""
+    hooks = {name: True for name in (*_BEFORE, *_AFTER) if is_overridden(name, root)}
+    training, _ = _sorted(trainer, root)
+    return [partial(_learned, training, hooks)] if training and hooks else []
+
+
+_BEFORE = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
+_AFTER = (
+    "backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step",
+    "on_before_zero_grad", "on_train_batch_end", "on_train_epoch_end", "on_validation_epoch_end",
+)  # fmt: skip
+"""In the order in which a fit calls them."""
+
+
+def _sorted(trainer: Trainer, root: LightningModule) -> tuple[list[Any], list[Any]]:
+    """Return the steps that train, and those that do not."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return [], list(steps_of(trainer, root))
+    steps: list[Any] = steps_of(trainer, root)
+    training = [step for step in steps if not isinstance(step.args[1], OfValidation)]
+    return training, [step for step in steps if step not in training]
+
+
+def _learned(steps: list[Any], hooks: dict[str, bool], copy: Any) -> Any:
+    """Run training steps on a copy, each with its backward pass, and return what they return and log.
+
+    Args:
+        steps: Each a `partial` of the Trainer, a batch and its index.
+        hooks: By name whether a hook runs on a copy; those that do not are left out from then on.
+        copy: Inert; `_sum_partial` of it adds parts of gradients.
+    """
+    logged, outputs = _logging(copy), []
+    optimizer = torch.optim.SGD(copy.parameters(), 0.0)
+
+    def call(name: str, *args: Any) -> None:
+        if hooks.get(name):
+            try:
+                getattr(copy, name)(*args)
+            except Exception:  # of a hook that wants what only a fit has
+                if vars(copy).get("_is_split"):
+                    raise
+                hooks[name] = False
+
+    for name in _BEFORE[:-1]:
+        call(name)
+    for step in steps:
+        trainer, batch, index = step.args
+        given = there(trainer, copy, batch) if hooks else None
+        call("on_train_batch_start", given, index)
+        output = step(copy)
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if copy.automatic_optimization and isinstance(loss, Tensor) and loss.requires_grad:
+            call("backward", loss) if hooks.get("backward") else loss.backward()
+        vars(copy).get("_sum_partial", _nothing)()
+        call("on_after_backward")
+        call("on_before_optimizer_step", optimizer)
+        call("configure_gradient_clipping", optimizer, None, None)
+        call("optimizer_step", 0, index, optimizer, partial(_same, loss))
+        call("on_before_zero_grad", optimizer)
+        call("on_train_batch_end", output, given, index)
+        outputs.append(output)
+    for name in _AFTER[-2:]:
+        call(name)
+    return outputs, logged
+
+
+def _nothing() -> None: ...
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _logging(copy: Any) -> list[Any]:
+    """Return the list to which a copy logs from now on."""
     logged: list[Any] = []
     vars(copy)["log"] = lambda name, value, *_, **__: logged.append(value)
     vars(copy)["log_dict"] = lambda values, *_, **__: logged.append(dict(values))
-    output = step(copy)
-    loss = output.get("loss") if isinstance(output, dict) else output
-    if fits and copy.automatic_optimization and isinstance(loss, Tensor) and loss.requires_grad:
-        loss.backward()
-    return output, logged
+    return logged
+
+
+def _logged(step: Step, copy: Any) -> Any:
+    logged = _logging(copy)
+    return step(copy), logged
 
 
 def _outputs(calls: tuple[Call, ...], copy: nn.Module) -> Any:
