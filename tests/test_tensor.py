@@ -32,6 +32,7 @@ RUNS_OF_BOTH = ("file_of_adam", "pruned_file")
 SITUATIONS = (
     "other_batches", "batches_by_rank", "optimizers", "dropout", "random_by_rank", "clipped_by_hand", "backward_by_hand",
     "precisions", "metrics", "compiled", "uneven", "fused_optimizer", "evaluated_only", "sizes", "planted",
+    "hooks", "later", "of_whole_shapes", "names_in_files",
 )  # fmt: skip
 REFUSED = ("penalty", "manual, clips itself", "convolutions")
 """Whose steps read weights that would be split, or whose only widths are those of the input and output."""

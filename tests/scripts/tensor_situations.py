@@ -29,6 +29,7 @@ from lightning_accel.strategies import TensorParallelStrategy
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
+FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 Found = dict[str, float]
 
 
@@ -281,6 +282,212 @@ def evaluated_only() -> Found:
     return found
 
 
+def hooks() -> Found:
+    """What hooks of the module do with weights and gradients is tried: norms of each, noise, limits, logged values."""
+
+    def scaled(self: Any, *_: Any) -> None:
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad.div_(p.grad.norm() + 1e-3)
+
+    def noisy(self: Any, *_: Any) -> None:
+        for p in self.parameters():
+            p.grad.add_(torch.randn_like(p), alpha=1e-3)
+
+    @torch.no_grad()
+    def limited(self: Any, *_: Any) -> None:
+        for p in self.parameters():
+            p.mul_(0.1 / p.norm().clamp_min(0.1))
+
+    def told(self: Any, *_: Any) -> None:
+        self.log("norm", torch.stack([p.grad.norm() for p in self.parameters()]).norm())
+
+    def again(self: Any, *_: Any) -> None:
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def backward(self: Any, loss: Tensor) -> None:
+        loss.backward()
+        scaled(self)
+
+    kinds = {
+        "on_after_backward": scaled, "configure_gradient_clipping": scaled, "on_before_optimizer_step": noisy,
+        "on_train_batch_end": limited, "on_before_zero_grad": told, "on_train_start": again, "backward": backward,
+    }  # fmt: skip
+    found = {
+        name: refused(
+            lambda name=name, hook=hook: type("Hooked", (GPT,), {name: hook})(),
+            "in a hook of the module",
+        )
+        for name, hook in kinds.items()
+    }
+
+    class Harmless(Split):
+        """What each number does by itself is right in parts, weights whose gradients are to be added included."""
+
+        def __init__(self) -> None:
+            super().__init__(partial(Heads, 8, 4, normed=True))
+
+        def on_after_backward(self) -> None:
+            for p in self.parameters():
+                p.grad.clamp_(-1e-3, 1e-3)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                for p in self.parameters():
+                    p.mul_(0.999)
+
+    class Gradients(GPT):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks[0].mlp[2].register_full_backward_hook(
+                lambda m, given, _: tuple(g / g.norm() for g in given)
+            )
+
+    return {
+        **found,
+        "harmless": both(Harmless),
+        "of a layer": refused(Gradients, "hooks on the gradients of layers"),
+    }
+
+
+def later() -> Found:
+    """What begins after the steps that were tried."""
+
+    class Penalty(GPT):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            extra = 1e-3 * self.blocks[0].mlp[2].weight.norm() if self.current_epoch else 0.0
+            return self.loss(batch) + extra
+
+    class Swaps(GPT):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch:
+                self.blocks[0].mlp[1] = nn.Softmax(-1)
+
+    class Unfreezes(Split):
+        def __init__(self) -> None:
+            super().__init__(partial(Heads, 8, 4, normed=True))
+            self.norms = [p for block in self.blocks for p in block.att.norm.parameters()]
+            for p in self.norms:
+                p.requires_grad_(False)
+
+        def on_train_epoch_start(self) -> None:
+            for p in self.norms:
+                p.requires_grad_(self.current_epoch > 0)
+
+    class Batches(GPT):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            step = self.trainer.fit_loop.epoch_loop.batch_idx if self.trainer.training else 0
+            return [b.roll(self.global_rank, 0) for b in batch] if step >= 2 else batch
+
+    class Validates(GPT):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return (
+                [b.roll(self.global_rank, 0) for b in batch] if self.trainer.validating else batch
+            )
+
+    loader = data(0, 1)
+    validates = 1.0
+    try:
+        trainer(devices=2, strategy=TensorParallelStrategy()).validate(
+            made(Validates), loader, verbose=False
+        )
+    except la.errors.AccelError as error:
+        validates = float("same batch" not in str(error))
+    return {
+        "penalty": refused(Penalty, "different losses"),
+        "module": refused(Swaps, "was changed after it was split"),
+        "unfrozen": both(Unfreezes),
+        "batches": refused(Batches, "different losses or batches"),
+        "validation": validates,
+    }
+
+
+def of_whole_shapes() -> Found:
+    """Optimizers are made while weights have their whole shapes."""
+
+    class Rates(GPT):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adagrad(
+                [{"params": [p], "lr": 0.1 / p.numel() ** 0.5} for p in self.parameters()]
+            )
+
+    class Closure(Split):
+        def __init__(self) -> None:
+            super().__init__(partial(Heads, 8, 4, normed=True))
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = self.loss(batch)
+                self.manual_backward(loss)
+                return loss
+
+            optimizer.step(closure=closure)
+
+    class Centred(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            for p in (
+                p
+                for group in self.param_groups
+                for p in group["params"]
+                if p.grad is not None and p.dim() > 1
+            ):
+                p.grad -= p.grad.mean(1, keepdim=True)
+            super().step()
+            return loss
+
+    class Rows(GPT):
+        optimizer = staticmethod(lambda p: Centred(p, 0.05))
+
+    return {
+        "rates": both(Rates),
+        "closure": both(Closure),
+        "rows": refused(Rows, "each number by itself"),
+    }
+
+
+def names_in_files() -> Found:
+    """Exact names win over endings, and what has none is told."""
+
+    class Twice(Split):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.ModuleDict(
+                {
+                    "blocks": nn.ModuleList(
+                        [nn.ModuleDict({"mlp": nn.ModuleList([nn.Linear(8, 8)])})]
+                    )
+                }
+            )
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return (
+                self.loss(batch)
+                + self.other["blocks"][0]["mlp"][0](self.tok(batch[0])).pow(2).mean()
+            )
+
+        def on_save_checkpoint(self, checkpoint: Any) -> None:
+            checkpoint["kept"] = [p.detach() for p in self.blocks.parameters()]
+
+    class Saves(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(path)
+
+    path, module = FOLDER / "names.ckpt", made(Twice)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(module, callbacks=[Saves()]).strategy.barrier()
+    is_told = any("parts of tensors" in str(warning.message) for warning in told)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {"file": apart(dict(module.state_dict()), state), "told": float(is_told != (RANK == 0))}
+
+
 def planted() -> Found:
     """Faults of the sums that a proof must refuse, each in a network that is split rightly without it."""
     from lightning_accel.parallel.tensor import split
@@ -350,7 +557,8 @@ SITUATIONS = {
     f.__name__: f
     for f in (
         other_batches, batches_by_rank, optimizers, dropout, random_by_rank, clipped_by_hand, backward_by_hand, precisions,
-        metrics, compiled, uneven, fused_optimizer, evaluated_only, sizes, planted,
+        metrics, compiled, uneven, fused_optimizer, evaluated_only, sizes, planted, hooks, later, of_whole_shapes,
+        names_in_files,
     )
 }  # fmt: skip
 
@@ -362,4 +570,4 @@ if __name__ == "__main__":
         except Exception as error:
             traceback.print_exc()
             results[name] = {"error": f"{type(error).__name__}: {error}"}
-        Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(results))
+        Path(FOLDER, f"{RANK}.json").write_text(json.dumps(results))
