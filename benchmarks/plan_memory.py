@@ -62,7 +62,7 @@ NETS = {"GPT": gpt, "ViT": vit, "ResNet": resnet}
 
 def work(name: str) -> Workload:
     make, batch = NETS[name]()
-    return Workload(make, batch, loss, lambda p: torch.optim.AdamW(p, foreach=False))
+    return Workload(make, batch, loss, lambda m: torch.optim.AdamW(m.parameters(), foreach=False))
 
 
 def planned(name: str, count: int) -> int:
@@ -86,7 +86,7 @@ def measured(name: str, rank: int, count: int, port: int, results: Any) -> None:
         if count > 1:
             mesh = dist.device_mesh.init_device_mesh("cpu", (count,))
             shard(model, find_units(model).names, mesh)
-        batch, optimizer = one.batch(), one.optimizer(model.parameters())
+        batch, optimizer = one.batch(), one.optimizer(model)
         for index in range(3):
             with record_function(f"step {index}"):
                 optimizer.zero_grad()

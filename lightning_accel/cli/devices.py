@@ -225,13 +225,10 @@ def workload(args: argparse.Namespace) -> Workload:
         floating = [n for n in numbers(outputs) if n.is_floating_point()]
         return torch.stack([n.float().mean() for n in floating]).sum()
 
-    def optimizer(parameters: Any) -> Any:
-        listed = list(parameters)
-        model = built["subject"].model
-        own = brings_data(model, built["subject"].data) and not args.example
-        if own and any(p is q for p in listed[:1] for q in model.parameters()):
+    def optimizer(model: Any) -> Any:
+        if brings_data(model, built["subject"].data) and not args.example:
             return _users_optimizer(model)
-        return torch.optim.AdamW(listed, foreach=False)
+        return torch.optim.AdamW(model.parameters(), foreach=False)
 
     return Workload(make, batch, step, optimizer, _FORMATS.get(args.precision))
 

@@ -8,6 +8,7 @@ kernels, fragmentation.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -26,11 +27,12 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.parallel.live_bytes import LiveBytes, TooLarge
 from lightning_accel.parallel.sharding import shard
+from lightning_accel.parallel.tensor.elementwise import with_weight
 from lightning_accel.parallel.tensor.plan import TensorPlan, plan_tensor
 from lightning_accel.parallel.tensor.split import SplitModel
 from lightning_accel.parallel.units import find_units
@@ -44,14 +46,14 @@ class Workload(NamedTuple):
         make: Builds the network; it is called where nothing is allocated.
         batch: Makes what a step takes; it is called there too.
         step: Returns the loss of a network on a batch.
-        optimizer: Makes the optimizer of some parameters.
+        optimizer: Makes the optimizer of a network.
         precision: The format of computation under autocast, or `None`.
     """
 
     make: Callable[[], nn.Module]
     batch: Callable[[], Any]
     step: Callable[[nn.Module, Any], Tensor]
-    optimizer: Callable[[Any], Optimizer]
+    optimizer: Callable[[nn.Module], Optimizer]
     precision: torch.dtype | None = None
 
 
@@ -110,7 +112,14 @@ def estimate(work: Workload, option: Option, *, limit: int | None = None) -> Est
             "plan in a process of its own: `lightning-accel plan --devices`",
         )
     plan = _planned(work, option.tensor) if option.tensor > 1 else None
-    with _processes(option) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    with (
+        warnings.catch_warnings(),
+        _processes(option) as mesh,
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        warnings.simplefilter(
+            "ignore"
+        )  # of how a network is written, which its training tells again
         model = work.make()
         units = find_units(model).names
         states = _states(work, model, option, plan)
@@ -146,18 +155,20 @@ def _run(
     shards = option.strategy.startswith("fsdp")
     if shards:
         shard(model, units, mesh["data"])
-    batch, optimizer = work.batch(), work.optimizer(model.parameters())
+    batch, optimizer = work.batch(), work.optimizer(model)
     traffic, live = _Traffic(), LiveBytes(partial(_held, model, optimizer, batch), limit)
     with live:
-        _step(work, model, optimizer, batch)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
         live.restart()  # optimizer states are there from now on
-        with traffic, FlopCounterMode(display=False) as flops:
+        with traffic:
             _step(work, model, optimizer, batch)
     sent = traffic.sent
     if option.strategy == "ddp":
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         sent = {"beside": 2 * size * (option.devices - 1) // option.devices}
-    return Estimate(option, live.peak, live.parts, states, sent, flops.get_total_flops())
+    return Estimate(option, live.peak, live.parts, states, sent, traffic.flops)
 
 
 def _step(work: Workload, model: nn.Module, optimizer: Optimizer, batch: Any) -> None:
@@ -220,7 +231,7 @@ def _states(work: Workload, model: nn.Module, option: Option, plan: TensorPlan |
     """Return the bytes of weights, gradients and optimizer states on one device."""
     kept = plan.cuts[0].kept if plan is not None else {}
     over = option.devices // option.tensor if option.strategy.startswith("fsdp") else 1
-    extra, total = _bytes_per_number(work), 0.0
+    extra, total = _bytes_per_number(work.optimizer(model)), 0.0
     for name, p in model.named_parameters():
         count = p.numel()
         if name in kept:
@@ -230,16 +241,14 @@ def _states(work: Workload, model: nn.Module, option: Option, plan: TensorPlan |
     return int(total)
 
 
-def _bytes_per_number(work: Workload) -> float:
+def _bytes_per_number(optimizer: Optimizer) -> float:
     """Return how many bytes an optimizer keeps of each number, from a step with a small weight."""
     weight = nn.Parameter(torch.zeros(64, 64))
     weight.grad = torch.zeros_like(weight)
-    optimizer = work.optimizer([weight])
-    optimizer.step()
-    held = [
-        v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)
-    ]
-    return sum(v.numel() * v.element_size() for v in held) / weight.numel()
+    alone, step = with_weight(optimizer, optimizer.param_groups[0], weight)
+    step(alone)
+    kept = [v for entry in alone.state.values() for v in entry.values() if isinstance(v, Tensor)]
+    return sum(v.numel() * v.element_size() for v in kept) / weight.numel()
 
 
 def _recomputed(module: nn.Module) -> None:
@@ -262,10 +271,14 @@ def _held(model: nn.Module, optimizer: Optimizer, batch: Any) -> dict[str, list[
 
 
 class _Traffic(TorchDispatchMode):
-    """Counts what collectives send, by whether the step waits for it."""
+    """Counts operations, and what collectives send, by whether the step waits for it.
+
+    torch's own `FlopCounterMode` looks at modules too, and keeps alive what a checkpointed block computes anew.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.flops = 0
         self.sent = {"beside": 0, "between": 0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -277,4 +290,7 @@ class _Traffic(TorchDispatchMode):
                 self.sent["between"] += 2 * size
             elif name.startswith(("_allgather", "_reduce_scatter")):
                 self.sent["beside"] += size
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
+        return out

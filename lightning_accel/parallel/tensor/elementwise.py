@@ -53,11 +53,18 @@ def require_elementwise(optimizer: Optimizer) -> None:
 def _stepped(optimizer: Optimizer, group: dict[str, Any], tensors: torch.Tensor) -> torch.Tensor:
     """Return the first tensor after steps with the others as gradients."""
     weight = nn.Parameter(tensors[0].clone())
-    plain = copy.copy(optimizer)
-    settings = {**group, "params": [weight], "fused": None, "capturable": False}
-    vars(plain).update(state=defaultdict(dict), param_groups=[settings | {"lr": 0.1}])
-    step = inspect.unwrap(type(optimizer).step)  # without hooks, of which somebody would hear
+    alone, step = with_weight(optimizer, {**group, "lr": 0.1}, weight)
     for gradient in tensors[1:]:
         weight.grad = gradient.clone()
-        step(plain)
+        step(alone)
     return weight.detach()
+
+
+def with_weight(
+    optimizer: Optimizer, group: dict[str, Any], weight: nn.Parameter
+) -> tuple[Any, Any]:
+    """Return a copy of an optimizer with one weight and no state, and its step without hooks."""
+    alone = copy.copy(optimizer)
+    settings = {**group, "params": [weight], "fused": None, "capturable": False}
+    vars(alone).update(state=defaultdict(dict), param_groups=[settings])
+    return alone, torch.no_grad()(inspect.unwrap(type(optimizer).step))
