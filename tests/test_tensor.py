@@ -30,7 +30,7 @@ RUNS = (
 )  # fmt: skip
 RUNS_OF_BOTH = ("file_of_adam", "pruned_file")
 SITUATIONS = (
-    "other_batches", "batches_by_rank", "optimizers", "dropout", "random_by_rank", "clipped_by_hand", "backward_by_hand",
+    "other_batches", "samplers", "batches_by_rank", "optimizers", "dropout", "random_by_rank", "clipped_by_hand", "backward_by_hand",
     "precisions", "metrics", "compiled", "uneven", "fused_optimizer", "evaluated_only", "sizes", "planted",
     "hooks", "later", "of_whole_shapes", "names_in_files",
 )  # fmt: skip

@@ -22,6 +22,7 @@ from lightning.pytorch import Callback
 from sharded import GPT, apart, data, made, trainer, weights
 from split import Heads, ReadsWidth, Split
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_accel as la
 from lightning_accel.strategies import TensorParallelStrategy
@@ -61,6 +62,22 @@ def refused(make: Callable[[], Any], words: str, **given: Any) -> float:
 
 def other_batches() -> Found:
     return {"refused": refused(GPT, "need the same batch", rows=data(RANK, 2))}
+
+
+def samplers() -> Found:
+    """Lightning's sampler, and one that the user made for all processes, give those that share a network the same rows."""
+    rows = data(0, 1).dataset
+    found: Found = {}
+    for name, seed in {"made by the user": 5, "by Lightning": 0}.items():
+        one, two = made(GPT), made(GPT)
+        whole = DistributedSampler(rows, num_replicas=1, rank=0, seed=seed)
+        fit(one, alone=True, rows=DataLoader(rows, 8, sampler=whole))
+        mine = (
+            {"sampler": DistributedSampler(rows, 2, RANK, seed=seed)} if seed else {"shuffle": True}
+        )
+        fit(two, rows=DataLoader(rows, 8, **mine), use_distributed_sampler=True)
+        found[name] = apart(weights(one), weights(two))
+    return found
 
 
 def batches_by_rank() -> Found:
@@ -556,7 +573,7 @@ def sizes() -> Found:
 SITUATIONS = {
     f.__name__: f
     for f in (
-        other_batches, batches_by_rank, optimizers, dropout, random_by_rank, clipped_by_hand, backward_by_hand, precisions,
+        other_batches, samplers, batches_by_rank, optimizers, dropout, random_by_rank, clipped_by_hand, backward_by_hand, precisions,
         metrics, compiled, uneven, fused_optimizer, evaluated_only, sizes, planted, hooks, later, of_whole_shapes,
         names_in_files,
     )
