@@ -170,8 +170,7 @@ class TensorParallelStrategy(FSDP2Strategy):
     def _refuse_hooks(self, root: LightningModule) -> None:
         """Raise where a module has hooks on gradients that are parts: no trial runs them."""
         assert self._proved is not None
-        layers = {n for group in self._proved.plan.groups for n in (*group.makers, *group.readers)}
-        for name in sorted(layers | self._proved.inside):
+        for name in sorted(self._proved.plan.layers | self._proved.inside):
             module = root.get_submodule(name)
             if module._backward_hooks or module._backward_pre_hooks:
                 raise Unsupported(
@@ -217,6 +216,7 @@ class TensorParallelStrategy(FSDP2Strategy):
             split = SplitModel(model, self._proved.plan, self._across, hooks=hooks)
             split.partial = self._proved.partial
             split.draws.regions = set(self._proved.draws)
+            split.inside = set(self._proved.inside)
             self._splits.append(split)
 
     @override

@@ -49,7 +49,7 @@ class AroundTensor:
         self._evaluates = False
         self._batch = torch.zeros((), dtype=torch.float64)
         """A number that is another for another batch."""
-        self._kinds = {n: type(m) for n, m in root.named_modules()}
+        self._kinds = self._kinds_now()
         self._first = True
         """Whether the next optimizer step is the first of an epoch."""
 
@@ -71,7 +71,7 @@ class AroundTensor:
             align: Give all processes the first one's weights of those that each has whole: rounding on GPUs adds up.
         """
         self._first = True
-        kinds = {n: type(m) for n, m in self._root.named_modules()}
+        kinds = self._kinds_now()
         if changed := [
             n for n in kinds.keys() | self._kinds.keys() if kinds.get(n) is not self._kinds.get(n)
         ]:
@@ -84,6 +84,11 @@ class AroundTensor:
             with torch.no_grad():
                 for parameter in self._alike.values():
                     dist.broadcast(_local(parameter.data), group=self._group, group_src=0)
+
+    def _kinds_now(self) -> dict[str, type]:
+        """Return what the modules are that make, read or pass on split units."""
+        names = self._split.plan.layers | self._split.inside
+        return {n: type(m) for n, m in self._root.named_modules() if n in names}
 
     def begin_step(self, batch: Any) -> None:
         """Begin a training step.

@@ -68,6 +68,11 @@ class TensorPlan:
         """The number of processes."""
         return len(self.cuts)
 
+    @property
+    def layers(self) -> set[str]:
+        """The names of the layers that make or read what is split."""
+        return {name for group in self.groups for name in (*group.makers, *group.readers)}
+
     def __repr__(self) -> str:
         """Write what is split and what is not, in at most ten lines."""
         share = max(self.shares)

@@ -51,6 +51,8 @@ class Proved(NamedTuple):
 
 
 class _Outcome(NamedTuple):
+    """What a step returned, the gradients, and the tensors that it changed."""
+
     results: list[Tensor]
     gradients: dict[str, Tensor | None]
     left: dict[str, Tensor]
@@ -138,8 +140,8 @@ class _Proof:
         summed = tuple(sorted(every[0]))
         for step, whole in zip(self._later, self._whole_later, strict=True):
             why, found, _ = self._compared(step, whole, plan, summed)
-            if why or found.partial:
-                return f"in a hook of the module, {why or found.wrong or 'gradients are parts'}"
+            if why := why or self._agreed("gradients are parts" if found.partial else ""):
+                return f"in a hook of the module, {why}"
         self.seen = summed, *every[1:]
         return ""
 
@@ -158,6 +160,11 @@ class _Proof:
         found = _Comparison(whole, split, model, self._group, self._short)
         return self._agreed(found.wrong), found, model
 
+    def _of_network(self, value: Any) -> list[Any]:
+        every: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(every, value, group=self._group)
+        return every
+
     def _agreed(self, wrong: str) -> str:
         return next(filter(None, self._of_all(wrong)), "")
 
@@ -175,17 +182,21 @@ class _Proof:
                 for parameter in copy.parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(True)
-            split = None
+            split, before = None, _sums(copy)
             if plan is not None:
                 split = SplitModel(copy, plan, self._group)
                 split.watch()
+                before = _sums(copy)
                 vars(copy).update(
                     _is_split=True, _sum_partial=functools.partial(self._sum, copy, summed)
                 )
             with _no_dropout():
                 results = [r.detach() for r in numbers(step(copy))]
             gradients = {n: p.grad for n, p in copy.named_parameters()}
-            left = {n: t.detach().clone() for n, t in named_tensors(copy)}
+            changed = {n for n, sums in _sums(copy).items() if sums != before[n]}
+            if split is not None:  # a part may rest where another changes
+                changed = set().union(*self._of_network(changed))
+            left = {n: t.detach().clone() for n, t in named_tensors(copy) if n in changed}
             for parameter in copy.parameters():
                 parameter.grad = None
             if split is not None:
@@ -224,9 +235,11 @@ class _Comparison:
         return ""
 
     def _left(self, whole: _Outcome, split: _Outcome) -> str:
-        for name, one in whole.left.items():
+        if different := sorted(whole.left.keys() ^ split.left.keys()):
+            return f"`{different[0]}` is changed by the step of one and not of the other"
+        for name in whole.left:
             there = self._model.whole(name, split.left[name])
-            if error := self._everywhere(self._differ(one, there)):
+            if error := self._everywhere(self._differ(whole.left[name], there)):
                 return f"`{name}` is changed by the step, and differs by {error:.1e} of its size"
         return ""
 
@@ -285,6 +298,16 @@ class _Comparison:
         size = float(one.abs().max()) if one.numel() else 0.0
         error = float((one - other).abs().max()) if one.numel() else 0.0
         return error / max(size, 1e-30) if error > limit * (size + 1e-3 * floor) else 0.0
+
+
+@torch.no_grad()
+def _sums(copy: nn.Module) -> dict[str, tuple[float, ...]]:
+    """Return two sums of each tensor, which tell whether it has changed."""
+    found: dict[str, tuple[float, ...]] = {}
+    for name, tensor in named_tensors(copy):
+        flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        found[name] = float(flat.double().sum()), float(flat.double().square().sum())
+    return found
 
 
 @torch.no_grad()
