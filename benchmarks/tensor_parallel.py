@@ -16,13 +16,12 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from parallel import bytes_of
 from torch import Tensor, nn
@@ -97,7 +96,7 @@ def given(side: str) -> dict[str, Any]:
 
 
 class Batches(torch.utils.data.Dataset[Tensor]):
-    """The same on all processes; the clock begins with the third."""
+    """The same on all processes."""
 
     def __init__(self, steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -110,26 +109,32 @@ class Batches(torch.utils.data.Dataset[Tensor]):
         return self.batches[index]
 
 
+class Clock(Callback):
+    """Measures all steps but the first two, in which optimizer states begin."""
+
+    def __init__(self) -> None:
+        self.start, self.took, self.kept = 0.0, 0.0, dict[str, int]()
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 2:
+            self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.took = time.perf_counter() - self.start
+        self.kept = bytes_of(pl_module, trainer.optimizers[0])
+
+
 def measured(side: str, steps: int) -> tuple[float, dict[str, int]]:
     torch.manual_seed(0)
-    module = (ByHand if side == "by hand" else GPT)()
+    module, clock = (ByHand if side == "by hand" else GPT)(), Clock()
     trainer = Trainer(
         accelerator="cpu", logger=False, max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, **given(side),
+        enable_model_summary=False, use_distributed_sampler=False, callbacks=[clock], **given(side),
     )  # fmt: skip
-    start, took, kept = [0.0], [0.0], dict[str, int]()
-
-    class Clock(torch.utils.data.DataLoader[Tensor]):
-        def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-            for index, batch in enumerate(self.dataset):  # type: ignore[arg-type]
-                if index == 2:
-                    start[0] = time.perf_counter()
-                yield batch
-            took[0] = (time.perf_counter() - start[0]) / steps
-            kept.update(bytes_of(module, trainer.optimizers[0]))
-
-    trainer.fit(module, Clock(Batches(steps), batch_size=None))
-    return took[0], kept
+    trainer.fit(module, torch.utils.data.DataLoader(Batches(steps), batch_size=None))
+    return clock.took / steps, clock.kept
 
 
 def rank(arguments: argparse.Namespace) -> None:
