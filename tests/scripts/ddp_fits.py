@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from results import write_results
 from sharded import (
     GPT,
     BatchNorm,
@@ -158,11 +157,4 @@ RUNS: dict[str, Any] = {name: lambda name=name: equal(name) for name in CASES}
 RUNS |= {f.__name__: f for f in (skips, statistics, pruned, uneven, compressed, by_name, in_order)}
 
 if __name__ == "__main__":
-    results: dict[str, Any] = {}
-    for name in sys.argv[2:] or RUNS:
-        try:
-            results[name] = RUNS[name]()
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = f"{type(error).__name__}: {error}"
-        Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(results))
+    write_results(RUNS, sys.argv[2:], Path(sys.argv[1], f"{RANK}.json"))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from results import write_results
 from sharded import CASES, Share, apart, data, made, trainer, weights
 from torch.distributed.tensor import DTensor
 
@@ -46,14 +46,5 @@ def result(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = {}
-    for name in sys.argv[2:] or CASES:
-        try:
-            found[name] = result(name)
-        except Exception as error:  # what kills the process leaves the results before it
-            found[name] = {
-                "error": f"{type(error).__name__}: {error}",
-                "trace": traceback.format_exc(),
-            }
-            print(found[name]["trace"])
-        Path(sys.argv[1], f"{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(found))
+    cases = {name: partial(result, name) for name in CASES}
+    write_results(cases, sys.argv[2:], Path(sys.argv[1], f"{os.environ['LOCAL_RANK']}.json"))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from results import write_results
 from sharded import GPT, Adam, Block, Experts, apart, data, made, trainer, weights
 from torch import Tensor, nn
 
@@ -224,11 +223,4 @@ RUNS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    results: dict[str, Any] = {}
-    for name in sys.argv[2:] or RUNS:
-        try:
-            results[name] = RUNS[name]()
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = f"{type(error).__name__}: {error}"
-        (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
+    write_results(RUNS, sys.argv[2:], FOLDER / f"{RANK}.json")

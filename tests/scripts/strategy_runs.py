@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from results import write_results
 from sharded import GPT, Adam, Manual, Scalar, Share, apart, data, made, trainer, weights
 
 import lightning_accel as la
@@ -337,11 +338,4 @@ RUNS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    results = {}
-    for name in sys.argv[2:] or RUNS:
-        try:
-            results[name] = RUNS[name]()
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-        (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
+    write_results(RUNS, sys.argv[2:], FOLDER / f"{RANK}.json")

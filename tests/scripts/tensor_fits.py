@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from results import write_results
 from sharded import apart, data, made, trainer, weights
 from split import CASES
 
@@ -59,14 +59,6 @@ def result(name: str, size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = {}
-    for name in sys.argv[3:] or CASES:
-        try:
-            found[name] = result(name, int(sys.argv[2]))
-        except Exception as error:  # what kills the process leaves the results before it
-            found[name] = {
-                "error": f"{type(error).__name__}: {error}",
-                "trace": traceback.format_exc(),
-            }
-            print(found[name]["trace"])
-        Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))
+    size = int(sys.argv[2])
+    cases = {name: partial(result, name, size) for name in CASES}
+    write_results(cases, sys.argv[3:], Path(sys.argv[1], f"{RANK}.json"))

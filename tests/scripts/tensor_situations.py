@@ -5,10 +5,8 @@ Each function returns numbers that should be 0.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torchmetrics
 from lightning.pytorch import Callback
+from results import write_results
 from sharded import GPT, apart, data, made, trainer, weights
 from split import Heads, ReadsWidth, Split
 from torch import Tensor, nn
@@ -580,11 +579,4 @@ SITUATIONS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    results = {}
-    for name in sys.argv[2:] or SITUATIONS:
-        try:
-            results[name] = SITUATIONS[name]()
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-        Path(FOLDER, f"{RANK}.json").write_text(json.dumps(results))
+    write_results(SITUATIONS, sys.argv[2:], FOLDER / f"{RANK}.json")

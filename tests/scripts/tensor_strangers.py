@@ -5,10 +5,8 @@ Each function is named after its report, and returns numbers that should be 0.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from results import write_results
 from sharded import GPT, Adam, apart, data, made, trainer, weights
 from split import Heads, ReadsWidth, Split
 from torch import Tensor, nn
@@ -189,11 +188,4 @@ REPORTS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    results = {}
-    for name in sys.argv[2:] or REPORTS:
-        try:
-            results[name] = REPORTS[name]()
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-        (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
+    write_results(REPORTS, sys.argv[2:], FOLDER / f"{RANK}.json")
