@@ -55,6 +55,8 @@ class AroundSteps:
                 # Ours is within: what the step wrote is kept before FSDP2 lets go of the copies.
                 vars(root)[step] = self._keeping_writes(getattr(root, step))
                 register_fsdp_forward_method(root, step)
+                if step != "training_step":
+                    vars(root)[step] = self._letting_go(vars(root)[step])
                 self._steps[step] = vars(root)[step]
 
     def _keeping_writes(self, step: Any) -> Any:
@@ -63,6 +65,17 @@ class AroundSteps:
             self._write_back.begin()
             result = step(*args, **kwargs)
             self._write_back.commit()
+            return result
+
+        return run
+
+    def _letting_go(self, step: Any) -> Any:
+        """Leave shards after a step of evaluation, as backward does: averages swap weights before its loop ends."""
+
+        @wraps(step)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self._write_back.let_go()
             return result
 
         return run

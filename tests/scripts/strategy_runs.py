@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
@@ -52,9 +53,16 @@ def rows(world: int) -> Any:
     return data(RANK if KIND == "fsdp" else RANK // 2, 2)
 
 
-def fit(module: Any, world: int, ckpt: Any = None, strategy: Any = None, **given: Any) -> Any:
+def fit(
+    module: Any,
+    world: int,
+    ckpt: Any = None,
+    strategy: Any = None,
+    validates: bool = False,
+    **given: Any,
+) -> Any:
     ours = run(world, strategy, **given)
-    ours.fit(module, rows(world), ckpt_path=ckpt)
+    ours.fit(module, rows(world), rows(world) if validates else None, ckpt_path=ckpt)
     return ours
 
 
@@ -148,6 +156,13 @@ def evaluation() -> Found:
     }
 
 
+class Inside(GPT):
+    """The network is called past the module's own hooks."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(self.forward(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
 def averages() -> Found:
     """Averages of weights that callbacks keep, and their files."""
     found: Found = {}
@@ -163,6 +178,10 @@ def averages() -> Found:
         path = FOLDER / f"{name}.ckpt"
         ours.save_checkpoint(path)
         state = torch.load(path, weights_only=True)["state_dict"]
+        between = made(Inside)  # hooks between loops, after a validation that gathered all at once
+        at_once = {"units": ()} if KIND == "fsdp" else None
+        fit(between, 2, None, at_once, True, callbacks=[kind()], max_epochs=3)
+        found[f"{name}, validated"] = compared(one, between)
         found[f"{name}, file"] = apart({n: one.state_dict()[n] for n in state}, state)
     return found
 
