@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from forks import run_ranks
+from sharded import Adam, Manual, apart, data, made, trainer, weights
 from split import CASES, Bottleneck, Heads, Images, ReadsWidth, Split, Squeeze
 from torch import Tensor, nn
 
 from lightning_accel.errors import NoEffect, Unsupported
+from lightning_accel.parallel.sharding import whole
 from lightning_accel.parallel.tensor import TensorPlan, plan_tensor
 from lightning_accel.parallel.tensor.elementwise import require_elementwise
 from lightning_accel.parallel.tensor.narrow import Narrowing, narrow
-from lightning_accel.strategies import TensorParallelStrategy
+from lightning_accel.strategies import FSDP2Strategy, TensorParallelStrategy
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.structure import named_tensors
 
@@ -143,6 +146,71 @@ def test_nothing_goes_silently_wrong(situations: Found, name: str) -> None:
     for found in situations:
         one = found[name]
         assert one and all(isinstance(v, float) and v < 1e-6 for v in one.values()), one
+
+
+# ---- one process
+
+
+@pytest.mark.parametrize("kind", [TensorParallelStrategy, FSDP2Strategy])
+@pytest.mark.parametrize("manual", [False, True])
+def test_with_nobody_to_share_with_a_fit_is_the_plain_one_bit_for_bit(
+    kind: Any, manual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, buffers, optimizer, random states, batches, calls of the module's hooks, logged values."""
+
+    class Seen(Manual if manual else Adam):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.calls = nn.Dropout(0.3), list[Any]()
+            self.register_buffer("count", torch.zeros(()))
+
+        def embed(self, tokens: Tensor) -> Tensor:
+            return self.drop(super().embed(tokens))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.count += 1
+            self.calls.append(("step", batch[0].sum().item(), random.random()))
+            self.log("seen", float(batch[0].sum()))
+            return super().training_step(batch, batch_idx)
+
+        def on_after_backward(self) -> None:
+            self.calls.append("backward")
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.calls.append("optimizer")
+
+    sides, threads = [], torch.get_num_threads()
+    for strategy in ("auto", kind()):
+        torch.set_num_threads(threads)  # which Lightning's launcher of processes changes
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        random.seed(4)
+        module = made(Seen)
+        ours = trainer(devices=1, strategy=strategy, gradient_clip_val=None if manual else 0.05)
+        ours.fit(module, data(0, 1), data(0, 1))
+        states = [o.state_dict()["state"] for o in ours.optimizers]
+        numbers = [
+            whole(v)
+            for one in states
+            for entry in one.values()
+            for v in entry.values()
+            if isinstance(v, Tensor)
+        ]
+        logged = {k: float(v) for k, v in ours.callback_metrics.items()}
+        sides.append(
+            (
+                weights(module),
+                numbers,
+                torch.get_rng_state(),
+                random.getstate(),
+                module.calls,
+                logged,
+            )
+        )
+    plain, found = sides
+    assert apart(plain[0], found[0]) == 0.0
+    assert len(plain[1]) == len(found[1]) and all(map(torch.equal, plain[1], found[1]))
+    assert torch.equal(plain[2], found[2])
+    assert plain[3:] == found[3:]
 
 
 # ---- plans, in one process

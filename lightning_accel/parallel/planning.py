@@ -152,9 +152,9 @@ def _run(
     if option.checkpointing:
         for name in units:
             _recomputed(model.get_submodule(name))
-    shards = option.strategy.startswith("fsdp")
-    if shards:
-        shard(model, units, mesh["data"])
+    if option.strategy.startswith("fsdp"):
+        with _first_piece_only():
+            shard(model, units, mesh["data"])
     batch, optimizer = work.batch(), work.optimizer(model)
     traffic, live = _Traffic(), LiveBytes(partial(_held, model, optimizer, batch), limit)
     with live:
@@ -249,6 +249,23 @@ def _bytes_per_number(optimizer: Optimizer) -> float:
     step(alone)
     kept = [v for entry in alone.state.values() for v in entry.values() if isinstance(v, Tensor)]
     return sum(v.numel() * v.element_size() for v in kept) / weight.numel()
+
+
+@contextmanager
+def _first_piece_only() -> Iterator[None]:
+    """Let `fully_shard` make the one piece of each weight that the first of hundreds of processes keeps, not all."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    cut = _fsdp_param._chunk_with_empty
+
+    def first(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
+        return [tensor.narrow(dim, 0, -(-tensor.shape[dim] // count))]
+
+    _fsdp_param._chunk_with_empty = first  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param._chunk_with_empty = cut
 
 
 def _recomputed(module: nn.Module) -> None:

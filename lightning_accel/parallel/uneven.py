@@ -66,7 +66,7 @@ class _Zeros(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(*weights)
-        return loss.view_as(loss)
+        return loss.clone()  # of a view FSDP2 would warn the user
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -114,7 +114,12 @@ class TensorParallelStrategy(FSDP2Strategy):
     @property
     @override
     def _shards(self) -> bool:
-        return self.device_mesh["data_parallel"].size() > 1
+        return self.device_mesh["data_parallel"].size() > 1 or not self._is_split_at_all
+
+    @property
+    def _is_split_at_all(self) -> bool:
+        """Whether there are several processes per network; with one, this is `FSDP2Strategy`."""
+        return self.device_mesh["tensor_parallel"].size() > 1
 
     @property
     def _split(self) -> SplitModel | None:
@@ -144,11 +149,13 @@ class TensorParallelStrategy(FSDP2Strategy):
 
     @override
     def _is_apart(self, root: LightningModule) -> bool:
-        return bool(self._splits)
+        return bool(self._splits) or super()._is_apart(root)
 
     @override
     def _choose(self, root: LightningModule, uses: Uses | None) -> None:
         super()._choose(root, uses)
+        if not self._is_split_at_all:
+            return
         self._calls = calls_of_run(root.trainer, root)
         same_batch([call[1:] for call in self._calls], self._across)
         self._prove(root)
@@ -196,7 +203,7 @@ class TensorParallelStrategy(FSDP2Strategy):
 
     @override
     def _shard_all(self, trainer: Trainer) -> None:
-        if not self._splits:
+        if self._is_split_at_all and not self._splits:
             fits = trainer.state.fn == TrainerFn.FITTING
             if fits:
                 self.setup_optimizers(trainer)
@@ -222,9 +229,10 @@ class TensorParallelStrategy(FSDP2Strategy):
     @override
     def _stand_around(self, trainer: Trainer) -> None:
         root, split = self.lightning_module, self._split
-        assert root is not None and split is not None
         if self._shards:
             super()._stand_around(trainer)
+        if root is None or split is None:
+            return
         self._around: Any = AroundTensor(root, split, self._across, self._around)
         vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
 
@@ -240,13 +248,14 @@ class TensorParallelStrategy(FSDP2Strategy):
     def _tell(self) -> None:
         if self._shards:
             super()._tell()
-        rank_zero_info(repr(self.plan))
+        if self.plan is not None:
+            rank_zero_info(repr(self.plan))
 
     @override
     def setup(self, trainer: Trainer) -> None:
         self._has_optimizers = False
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == TrainerFn.FITTING and self._splits:
             for optimizer in self.optimizers:
                 require_elementwise(optimizer)
             self._note_names()
@@ -270,7 +279,8 @@ class TensorParallelStrategy(FSDP2Strategy):
     def gathered(self) -> Iterator[None]:
         root = self.lightning_module
         if root is None or not self._splits:
-            yield
+            with super().gathered():
+                yield
             return
         with self._regathered(root.trainer):
             optimizers = optimizers_of(root.trainer, root)
@@ -304,20 +314,23 @@ class TensorParallelStrategy(FSDP2Strategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
-        if self._epoch != (epoch := self.lightning_module.trainer.current_epoch):
-            self._around.begin_epoch(align=self._epoch is not None)
-            self._epoch = epoch
-        self._around.begin_step((args, kwargs))
+        if self._splits:
+            if self._epoch != (epoch := self.lightning_module.trainer.current_epoch):
+                self._around.begin_epoch(align=self._epoch is not None)
+                self._epoch = epoch
+            self._around.begin_step((args, kwargs))
         return super().training_step(*args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._around.begin_evaluation((args, kwargs))
+        if self._splits:
+            self._around.begin_evaluation((args, kwargs))
         return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._around.begin_evaluation((args, kwargs))
+        if self._splits:
+            self._around.begin_evaluation((args, kwargs))
         return super().test_step(*args, **kwargs)
 
     # ---- files
@@ -331,14 +344,10 @@ class TensorParallelStrategy(FSDP2Strategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        split = self._split
-        assert split is not None
-        states = [
-            files.parts_of_optimizer(state, split, optimizer)
-            for optimizer, state in zip(
-                self.optimizers, checkpoint["optimizer_states"], strict=False
-            )
-        ]
+        states = checkpoint["optimizer_states"]
+        if (split := self._split) is not None:
+            pairs = zip(states, self.optimizers, strict=False)
+            states = [files.parts_of_optimizer(state, split, one) for state, one in pairs]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     @override
