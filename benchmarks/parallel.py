@@ -174,6 +174,11 @@ def main() -> None:
     if "LOCAL_RANK" in os.environ:
         rank(arguments)
         return
+    run_twice()
+
+
+def run_twice() -> None:
+    """Run this script in two processes that find each other, and end as the worse of them does."""
     port = str(20_000 + os.getpid() % 20_000)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
     ranks = [

@@ -1,6 +1,6 @@
 """What `lightning-accel plan --devices` says a device needs, beside what a CPU allocator gave: on one process and two.
 
-    python benchmarks/plan_memory.py
+    python benchmarks/plan_memory.py [--llama]
 
 Both run the same step (AdamW, third step). The allocator's numbers are those of the profiler's memory events, scratch of
 kernels included, which no plan sees. Two processes talk over gloo; the larger of the two counts.
@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,31 @@ def run(name: str, count: int) -> int:
     return max(found)
 
 
+def llama() -> None:
+    """Plan Llama-70B for 256 devices of 80 GiB, from its configuration; needs transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, max_position_embeddings=8192, use_cache=False,
+    )  # fmt: skip
+    one = Workload(
+        lambda: LlamaForCausalLM(config),
+        lambda: torch.zeros(1, 4096, dtype=torch.int64),
+        lambda model, tokens: model(tokens).logits.float().mean(),
+        lambda model: torch.optim.AdamW(model.parameters(), foreach=False),
+        torch.bfloat16,
+    )
+    start = time.perf_counter()
+    for option in (Option("fsdp", 256), Option("fsdp", 256, checkpointing=True)):
+        peak = estimate(one, option, limit=72 * 2**30).peak
+        print(f"{option.name}: {'too large' if peak is None else f'{peak / 2**30:.2f} GiB'}")
+    print(f"Llama-70B on 256 devices: planned in {time.perf_counter() - start:.0f} s")
+
+
 def main() -> None:
+    if "--llama" in sys.argv[1:]:
+        return llama()
     for name in NETS:
         for count in (1, 2):
             real, plan = run(name, count), planned(name, count)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from typing import Any
@@ -23,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from parallel import bytes_of
+from parallel import bytes_of, run_twice
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -169,13 +167,7 @@ def main() -> None:
     if "LOCAL_RANK" in os.environ:
         rank(arguments)
         return
-    port = str(20_000 + os.getpid() % 20_000)
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **common, "LOCAL_RANK": n})
-        for n in "01"
-    ]
-    raise SystemExit(max(process.wait() for process in ranks))
+    run_twice()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A server without threads imports them once, and every script is a fork of it, as
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import runpy
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -65,6 +67,23 @@ def run_ranks(
     }
     ranks = [(environ or {}) | common | {"LOCAL_RANK": str(rank)} for rank in range(count)]
     return _run(script, arguments, cwd, path, ranks)
+
+
+def results_of(script: str, folder: Path, *arguments: str, count: int = 2, **environ: str) -> Any:
+    """Run a script of `tests/scripts` in processes, and return what each wrote into the folder (`results.py`)."""
+    tests = Path(__file__).parent
+    environ = {"GLOO_SOCKET_IFNAME": "lo", **environ}
+    status, printed = run_ranks(
+        tests / "scripts" / script,
+        str(folder),
+        *arguments,
+        cwd=folder,
+        path=(tests,),
+        environ=environ,
+        count=count,
+    )
+    assert status == 0, printed[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 def _run(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forks import run_ranks
+from forks import results_of
+from results import assert_as_alone
 from sharded import CASES, GPT, Experts, Penalty, SharedBlock, SkipsByData, Tied, Towers
 from torch import Tensor, nn
 
@@ -18,7 +17,6 @@ from lightning_accel.parallel.sharding import refuse_hooks
 from lightning_accel.parallel.units import given
 from lightning_accel.strategies import AccelDDPStrategy, FSDP2Strategy
 
-SCRIPTS = Path(__file__).parent / "scripts"
 RUNS = (
     "file_of_adam", "file_of_two_optimizers", "file_with_a_scalar", "folder", "evaluation", "averages",
     "techniques", "pruned", "pruning", "refused",
@@ -30,28 +28,19 @@ REPLICAS = (
 Found = list[dict[str, Any]]
 
 
-def both(script: str, folder: Path) -> Found:
-    status, printed = run_ranks(
-        SCRIPTS / script, str(folder), cwd=folder, path=(Path(__file__).parent,),
-        environ={"GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
-    assert status == 0, printed[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return both("fsdp_fits.py", tmp_path_factory.mktemp("fits"))
+    return results_of("fsdp_fits.py", tmp_path_factory.mktemp("fits"))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return both("strategy_runs.py", tmp_path_factory.mktemp("runs"))
+    return results_of("strategy_runs.py", tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return both("ddp_fits.py", tmp_path_factory.mktemp("replicas"))
+    return results_of("ddp_fits.py", tmp_path_factory.mktemp("replicas"))
 
 
 @pytest.mark.slow
@@ -84,22 +73,7 @@ def test_a_sharded_fit_is_that_of_one_process(fits: Found, name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_sharded_run_lives_as_one_process_does(runs: Found, name: str) -> None:
     for found in runs:
-        one = dict(found[name])
-        assert "error" not in one, one
-        if "alone" in one:
-            pairs = zip(
-                *(numbers(json.loads(one.pop(side))) for side in ("alone", "sharded")), strict=True
-            )
-            assert all(a == pytest.approx(b, abs=1e-12) for a, b in pairs)
-        assert one and all(isinstance(value, float) and value < 1e-11 for value in one.values()), (
-            one
-        )
-
-
-def numbers(tree: Any) -> list[float]:
-    if isinstance(tree, dict):
-        return [v for value in tree.values() for v in numbers(value)]
-    return [v for value in tree for v in numbers(value)] if isinstance(tree, list) else [tree]
+        assert_as_alone(found[name])
 
 
 def tokens() -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,12 @@ def test_sizes_are_read(text: str, number: int) -> None:
     assert size(text) == number
 
 
+@pytest.mark.parametrize("text", ["nan", "-1GiB", "GiB", "1.2.3GB", "80 apples", ""])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="say 80GiB"):
+        size(text)
+
+
 def test_ways_to_train_divide_the_devices() -> None:
     assert [o.name for o in options(1)] == ["single", "single + checkpointing"]
     for devices in (2, 6, 8, 64):
@@ -225,11 +232,26 @@ def test_the_users_own_step_and_optimizer_are_planned(
     assert {o["strategy"] for o in found if o["peak"]} == {"ddp", "fsdp", "tensor"}
 
 
+def test_how_layers_are_split_is_shown(nets: str, capsys: pytest.CaptureFixture[str]) -> None:
+    example = ("--example", "4,256:int64:100")
+    assert plan(f"{nets}:net", *example, "--parallel", "4") == 0
+    out = capsys.readouterr().out
+    assert "4 processes" in out and "blocks.0.mlp.0" in out and "blocks.0.mlp.2" in out
+    assert "whole: head: it makes the network's output" in out
+    assert plan(f"{nets}:net", *example, "--parallel", "4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {g["units"] for g in found["groups"]} == {4, 256} and max(found["shares"]) < 0.5
+    assert plan(f"{nets}:net", *example, "--parallel", "999") == 2
+    assert "no layer can be split over 999" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--devices", "0", "--memory", "1GiB"), "devices are counted"),
+        (("--devices", "-3", "--memory", "1GiB"), "devices are counted"),
         (("--devices", "2"), "pass --memory"),
+        (("--parallel", "1"), "pass 2 or more"),
     ],
 )
 def test_what_is_missing_is_told(

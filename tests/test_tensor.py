@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import random
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forks import run_ranks
+from forks import results_of
+from results import assert_as_alone
 from sharded import Adam, Manual, apart, data, made, trainer, weights
 from split import CASES, Bottleneck, Heads, Images, ReadsWidth, Split, Squeeze
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from lightning_accel.strategies import FSDP2Strategy, TensorParallelStrategy
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.structure import named_tensors
 
-SCRIPTS = Path(__file__).parent / "scripts"
 Found = list[dict[str, Any]]
 RUNS = (
     "file_of_adam", "file_of_two_optimizers", "folder", "evaluation", "averages", "techniques", "pruned_file", "pruning",
@@ -45,39 +43,30 @@ BOTH = (
 )  # fmt: skip
 
 
-def ranks(script: str, folder: Path, *arguments: str, count: int = 2, **environ: str) -> Found:
-    status, printed = run_ranks(
-        SCRIPTS / script, str(folder), *arguments, cwd=folder, path=(Path(__file__).parent,), count=count,
-        environ={"GLOO_SOCKET_IFNAME": "lo", **environ},
-    )  # fmt: skip
-    assert status == 0, printed[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
-
-
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return ranks("tensor_fits.py", tmp_path_factory.mktemp("fits"), "2")
+    return results_of("tensor_fits.py", tmp_path_factory.mktemp("fits"), "2")
 
 
 @pytest.fixture(scope="module")
 def fits_of_both(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return ranks("tensor_fits.py", tmp_path_factory.mktemp("both"), "2", *BOTH, count=4)
+    return results_of("tensor_fits.py", tmp_path_factory.mktemp("both"), "2", *BOTH, count=4)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return ranks("strategy_runs.py", tmp_path_factory.mktemp("runs"), KIND="tensor")
+    return results_of("strategy_runs.py", tmp_path_factory.mktemp("runs"), KIND="tensor")
 
 
 @pytest.fixture(scope="module")
 def runs_of_both(tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("runs_of_both")
-    return ranks("strategy_runs.py", folder, *RUNS_OF_BOTH, count=4, KIND="fsdp_tensor")
+    return results_of("strategy_runs.py", folder, *RUNS_OF_BOTH, count=4, KIND="fsdp_tensor")
 
 
 @pytest.fixture(scope="module")
 def situations(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return ranks("tensor_situations.py", tmp_path_factory.mktemp("situations"))
+    return results_of("tensor_situations.py", tmp_path_factory.mktemp("situations"))
 
 
 @pytest.mark.slow
@@ -114,7 +103,7 @@ def test_a_split_and_sharded_fit_is_that_of_one_process(fits_of_both: Found, nam
 @pytest.mark.parametrize("name", RUNS)
 def test_a_split_run_lives_as_one_process_does(runs: Found, name: str) -> None:
     for found in runs:
-        compare(dict(found[name]))
+        assert_as_alone(found[name])
 
 
 @pytest.mark.slow
@@ -122,21 +111,7 @@ def test_a_split_run_lives_as_one_process_does(runs: Found, name: str) -> None:
 @pytest.mark.parametrize("name", RUNS_OF_BOTH)
 def test_a_split_and_sharded_run_lives_as_one_process_does(runs_of_both: Found, name: str) -> None:
     for found in runs_of_both:
-        compare(dict(found[name]))
-
-
-def compare(one: dict[str, Any]) -> None:
-    assert "error" not in one, one
-    if "alone" in one:
-        sides = (numbers(json.loads(one.pop(side))) for side in ("alone", "sharded"))
-        assert all(a == pytest.approx(b, abs=1e-12) for a, b in zip(*sides, strict=True))
-    assert one and all(isinstance(v, float) and v < 1e-11 for v in one.values()), one
-
-
-def numbers(tree: Any) -> list[float]:
-    if isinstance(tree, dict):
-        return [v for value in tree.values() for v in numbers(value)]
-    return [v for value in tree for v in numbers(value)] if isinstance(tree, list) else [tree]
+        assert_as_alone(found[name])
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from lightning_accel.cli.subject import NamedModel, brings_data, subject_of
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import Table
 from lightning_accel.parallel.accelerators import ACCELERATORS, GIB, USED, Accelerator, seconds
-from lightning_accel.parallel.planning import Estimate, Option, Workload, estimate
+from lightning_accel.parallel.planning import Estimate, Option, Workload, estimate, planned_split
 from lightning_accel.surgery.call import numbers
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "gathered")
@@ -38,6 +38,9 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of planning for devices."""
     group = parser.add_argument_group("devices", "plan a strategy, in place of a prune")
     group.add_argument("--devices", type=int, metavar="N", help="how many there are")
+    group.add_argument(
+        "--parallel", type=int, metavar="N", help="show how layers are split over N processes"
+    )
     group.add_argument("--memory", type=size, metavar="80GiB", help="of each")
     group.add_argument("--hardware", choices=sorted(ACCELERATORS), help="memory and speeds of each")
     group.add_argument(
@@ -57,13 +60,36 @@ def size(text: str) -> int:
     >>> size("80GiB") == 80 * 2**30, size("1.5 GB")
     (True, 1500000000)
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(
             explain("memory is a size", repr(text), "say 80GiB or 24GB")
         )
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def run_parallel(args: argparse.Namespace) -> int:
+    """Print how the layers of a network are split over processes; a fit proves it before it trains.
+
+    Raises:
+        ValueError: Too few processes.
+        NoEffect: No layer can be split.
+    """
+    if args.parallel < 2:
+        raise ValueError(
+            explain("layers are split over processes", str(args.parallel), "pass 2 or more")
+        )
+    plan = planned_split(workload(args), args.parallel)
+    if args.json:
+        groups = [group._asdict() for group in plan.groups]
+        print(json.dumps({"groups": groups, "whole": plan.whole, "shares": plan.shares}, indent=2))
+        return 0
+    cells: list[list[Any]] = [[g.name, g.units, g.kind, ", ".join(g.readers)] for g in plan.groups]
+    title = f"{args.parallel} processes, {max(plan.shares):.0%} of the parameters each"
+    notes = [f"whole: {name}: {why}" for name, why in plan.whole.items()]
+    print(Table(["split", "units", "of", "summed after"], cells, title, notes).to_text(120))
+    return 0
 
 
 class Row(NamedTuple):

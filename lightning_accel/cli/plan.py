@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_accel.cli.devices import add_devices, run_devices
+from lightning_accel.cli.devices import add_devices, run_devices, run_parallel
 from lightning_accel.cli.subject import (
     NamedModel,
     add_subject,
@@ -85,6 +85,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 2 when it cannot be made."""
     try:
+        if args.parallel is not None:
+            return run_parallel(args)
         if args.devices is not None:
             return run_devices(args)
         _check_picture(args.picture)

@@ -111,7 +111,7 @@ def estimate(work: Workload, option: Option, *, limit: int | None = None) -> Est
             "a process group that is running",
             "plan in a process of its own: `lightning-accel plan --devices`",
         )
-    plan = _planned(work, option.tensor) if option.tensor > 1 else None
+    plan = planned_split(work, option.tensor) if option.tensor > 1 else None
     with (
         warnings.catch_warnings(),
         _processes(option) as mesh,
@@ -184,8 +184,13 @@ def _step(work: Workload, model: nn.Module, optimizer: Optimizer, batch: Any) ->
     optimizer.step()
 
 
-def _planned(work: Workload, size: int) -> TensorPlan:
-    """Plan how layers are split, on a device that holds nothing."""
+def planned_split(work: Workload, size: int) -> TensorPlan:
+    """Plan how layers are split over so many processes, on a device that holds nothing; a fit proves it.
+
+    Raises:
+        NoEffect: No layer can be split.
+        AccelError: The step does not call the network's `forward`.
+    """
     with torch.device("meta"):
         model, batch = work.make(), work.batch()
     calls: list[Call] = []

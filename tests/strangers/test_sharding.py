@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import run_ranks
+from forks import results_of
 
-TESTS = Path(__file__).parents[1]
 REPORTS = {
     "pytorch_153354": "two forwards through policy and reference before one backward, recomputed (DPO)",
     "weather_generator_1639": "`module.forward` is kept in a variable and called past the hooks",
@@ -25,13 +22,7 @@ REPORTS = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("strangers")
-    script = TESTS / "scripts" / "fsdp_strangers.py"
-    status, printed = run_ranks(
-        script, str(folder), cwd=folder, path=(TESTS,), environ={"GLOO_SOCKET_IFNAME": "lo"}
-    )
-    assert status == 0, printed[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return results_of("fsdp_strangers.py", tmp_path_factory.mktemp("strangers"))
 
 
 @pytest.mark.slow
