@@ -93,6 +93,33 @@ class Closed(Split):
             nn.init.zeros_(block.att.o.weight)
 
 
+class Gate(nn.Module):
+    """A branch begins as nothing (ReZero)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x
+
+
+class ClosedBehind(Split):
+    """Two closed gates behind a norm that adds up over split channels: at the start neither output nor gradient tells."""
+
+    def __init__(self) -> None:
+        super().__init__(between=partial(AddsUp, "rms"))
+        for block in self.blocks:
+            for p in block.mlp[2].parameters():
+                nn.init.zeros_(p)
+            block.mlp.append(Gate())
+
+    def configure_optimizers(self) -> Any:
+        for block in self.blocks:  # they open in the fit
+            nn.init.constant_(block.mlp[3].gain, 0.1)
+        return super().configure_optimizers()
+
+
 class ManualNormed(Manual):
     """By hand, with weights of which each process finds a part of the gradient."""
 
@@ -209,6 +236,7 @@ CASES: dict[str, Case] = {
         {"gradient_clip_val": 0.05, "accumulate_grad_batches": 3},
     ),
     "closed gates": Case(Closed),
+    "closed behind a norm": Case(ClosedBehind),
     "norms of heads, by hand": Case(ManualNormed),
     "uneven heads": Case(partial(Split, partial(Heads, 8, 3))),
     "one group of queries": Case(partial(Split, partial(Heads, 8, 4, groups=1))),

@@ -33,7 +33,7 @@ RUNS_OF_BOTH = ("file_of_adam", "pruned_file")
 SITUATIONS = (
     "other_batches", "samplers", "batches_by_rank", "optimizers", "dropout", "random_by_rank", "clipped_by_hand", "backward_by_hand",
     "precisions", "metrics", "compiled", "uneven", "fused_optimizer", "evaluated_only", "sizes", "planted",
-    "hooks", "later", "of_whole_shapes", "names_in_files",
+    "hooks", "later", "of_whole_shapes", "names_in_files", "resumed_in_short_formats",
 )  # fmt: skip
 REFUSED = ("penalty", "manual, clips itself", "convolutions")
 """Whose steps read weights that would be split, or whose only widths are those of the input and output."""
@@ -312,7 +312,7 @@ def test_what_shards_alone_can_is_refused(given: Any) -> None:
         TensorParallelStrategy(**given)
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, "all", True])
+@pytest.mark.parametrize("size", [0, -1, 1.5, float("nan"), "all", True, None, [2]])
 def test_a_size_is_a_whole_number(size: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         TensorParallelStrategy(tensor_parallel_size=size)

@@ -35,7 +35,8 @@ def _share_with_readers(sampler: Any, trainer: Trainer) -> None:
     """Let a sampler that a user made for all processes, as its default is, share data among those that read other data."""
     readers = trainer.distributed_sampler_kwargs
     made_for = sampler.num_replicas, sampler.rank
-    if readers and made_for == (trainer.world_size, trainer.global_rank):
+    for_all = made_for == (trainer.world_size, trainer.global_rank)
+    if readers and for_all and readers["num_replicas"] != sampler.num_replicas:
         settings = {n: getattr(sampler, n) for n in ("shuffle", "seed", "drop_last")}
         other: Any = DistributedSampler(sampler.dataset, **readers, **settings)
         vars(sampler).update({**vars(other), "epoch": sampler.epoch})

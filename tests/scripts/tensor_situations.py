@@ -183,11 +183,20 @@ def random_by_rank() -> Found:
 
 
 def clipped_by_hand() -> Found:
+    """By the norm of one process's part: in a hook of the module, which is tried, and of a callback, which is not."""
+
     class Clips(GPT):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             nn.utils.clip_grad_norm_(self.parameters(), 0.01)
 
-    return {"refused": refused(Clips, "in a hook of the module")}
+    class FromOutside(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            nn.utils.clip_grad_norm_(pl_module.parameters(), 0.01)
+
+    return {
+        "module": refused(Clips, "in a hook of the module"),
+        "callback": refused(GPT, "compute different gradients", callbacks=[FromOutside()]),
+    }
 
 
 def backward_by_hand() -> Found:
@@ -216,6 +225,26 @@ def precisions() -> Found:
     for module, alone in ((one, True), (two, False)):
         fit(module, alone=alone, plugins=[la.AutocastPrecision("bf16-mixed")])
     found["AutocastPrecision"] = max(apart(weights(one), weights(two)) - 2e-2, 0.0)
+    return found
+
+
+def resumed_in_short_formats() -> Found:
+    """A run that was interrupted goes on as one that was not, bit for bit, in the formats that round most."""
+    found = {}
+    for precision in ("bf16-mixed", "bf16-true"):
+        make = lambda: made(lambda: Split(partial(Heads, 8, 4, normed=True, dropout=0.2))).float()  # noqa: E731
+        whole, path = make(), FOLDER / f"{precision}.ckpt"
+        fit(whole, precision=precision, max_epochs=2)
+        first, second = make(), make()
+        ours = fit(first, precision=precision, max_epochs=1)
+        ours.save_checkpoint(path)
+        state = torch.get_rng_state()
+        ours.strategy.barrier()
+        kind = {"devices": 2, "strategy": TensorParallelStrategy()}
+        again = trainer(**kind, precision=precision, max_epochs=2)
+        torch.set_rng_state(state)
+        again.fit(second, data(0, 1), ckpt_path=path)
+        found[precision] = apart(weights(whole.float()), weights(second.float()))
     return found
 
 
@@ -393,30 +422,40 @@ def later() -> Found:
                 p.requires_grad_(self.current_epoch > 0)
 
     class Batches(GPT):
+        """Inputs alone differ, of a network without shortcuts: the sums of parts give the same loss everywhere."""
+
+        def __init__(self) -> None:
+            super().__init__(depth=0)
+            self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+
+        def embed(self, tokens: Tensor) -> Tensor:
+            return self.net(super().embed(tokens))
+
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             step = self.trainer.fit_loop.epoch_loop.batch_idx if self.trainer.training else 0
-            return [b.roll(self.global_rank, 0) for b in batch] if step >= 2 else batch
+            return [batch[0].roll(self.global_rank, 0), batch[1]] if step >= 2 else batch
 
     class Validates(GPT):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return (
-                [b.roll(self.global_rank, 0) for b in batch] if self.trainer.validating else batch
-            )
+            later = self.trainer.validating and self.global_step > 0
+            return [b.roll(self.global_rank, 0) for b in batch] if later else batch
 
-    loader = data(0, 1)
-    validates = 1.0
-    try:
-        trainer(devices=2, strategy=TensorParallelStrategy()).validate(
-            made(Validates), loader, verbose=False
-        )
-    except la.errors.AccelError as error:
-        validates = float("same batch" not in str(error))
+    def validated() -> float:
+        loader = data(0, 1)
+        try:
+            trainer(devices=2, strategy=TensorParallelStrategy()).fit(
+                made(Validates), loader, loader
+            )
+        except la.errors.AccelError as error:
+            return float("same batch" not in str(error))
+        return 1.0
+
     return {
         "penalty": refused(Penalty, "different losses"),
         "module": refused(Swaps, "was changed after it was split"),
         "unfrozen": both(Unfreezes),
         "batches": refused(Batches, "different losses or batches"),
-        "validation": validates,
+        "validation": validated(),
     }
 
 
@@ -572,7 +611,7 @@ def sizes() -> Found:
 SITUATIONS = {
     f.__name__: f
     for f in (
-        other_batches, samplers, batches_by_rank, optimizers, dropout, random_by_rank, clipped_by_hand, backward_by_hand, precisions,
+        other_batches, samplers, batches_by_rank, optimizers, dropout, random_by_rank, clipped_by_hand, backward_by_hand, precisions, resumed_in_short_formats,
         metrics, compiled, uneven, fused_optimizer, evaluated_only, sizes, planted, hooks, later, of_whole_shapes,
         names_in_files,
     )

@@ -170,7 +170,6 @@ class TensorParallelStrategy(FSDP2Strategy):
             steps_of_run(trainer, root, self._calls),
             self._across,
             later=hooked_steps_of_run(trainer, root),
-            short=not str(trainer.precision).startswith(("32", "64")),
         )
         self._refuse_hooks(root)
 

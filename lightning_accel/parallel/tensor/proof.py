@@ -28,7 +28,8 @@ from lightning_accel.surgery.structure import named_tensors
 
 Step = Callable[[Any], Any]
 """Runs once on a copy, and returns numbers to compare; gradients are on the copy then."""
-Copy = Callable[[], AbstractContextManager[nn.Module]]
+Copy = Callable[[bool], AbstractContextManager[nn.Module]]
+"""Gives a whole copy, in full precision or as it is."""
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 _OF_SHORT_FORMATS = 6e-2
@@ -65,7 +66,6 @@ def proved_plan(
     group: Any,
     *,
     later: Sequence[Step] = (),
-    short: bool = False,
 ) -> Proved:
     """Return a plan that is proved, without the groups that are not what the whole network is.
 
@@ -77,12 +77,11 @@ def proved_plan(
         steps: What is compared.
         later: The same, once it is known of which gradients each process finds a part.
         group: The processes among which the network is split.
-        short: Whether steps compute in a short format.
 
     Raises:
         NoEffect: No group can be split.
     """
-    proof = _Proof(copy, steps, later, group, short)
+    proof = _Proof(copy, steps, later, group)
     without: dict[str, str] = {}
     while True:
         found = plan(without)
@@ -103,25 +102,24 @@ def proved_plan(
 
 
 class _Proof:
-    def __init__(
-        self, copy: Copy, steps: list[Step], later: Sequence[Step], group: Any, short: bool
-    ) -> None:
-        self._copy, self._steps, self._later, self._group, self._short = (
-            copy,
-            steps,
-            later,
-            group,
-            short,
-        )
-        self._thaws = True
-        """Whether frozen weights get gradients as well: they may learn later."""
-        try:
-            self._whole = [self._run(step, None)[0] for step in steps]
-        except Exception:  # a step that writes into frozen weights
-            self._thaws = False
-            self._whole = [self._run(step, None)[0] for step in steps]
+    def __init__(self, copy: Copy, steps: list[Step], later: Sequence[Step], group: Any) -> None:
+        self._copy, self._steps, self._later, self._group = copy, steps, later, group
+        self._whole = self._first_that_runs()
         self._whole_later = [self._run(step, None)[0] for step in later]
         self.seen: Any = ((), frozenset(), frozenset())
+
+    def _first_that_runs(self) -> list[_Outcome]:
+        """Run the steps on whole copies: in full precision, and with gradients of frozen weights, which may learn later.
+
+        A step that writes into frozen weights, or names a format itself, runs as it is.
+        """
+        for self._full, self._thaws in ((True, True), (True, False), (False, False)):
+            try:
+                return [self._run(step, None)[0] for step in self._steps]
+            except Exception:
+                if not self._full:
+                    raise
+        raise AssertionError
 
     def wrong(self, plan: TensorPlan) -> str:
         """Return what differs between the whole and the split network, the same on all processes; nothing if none does."""
@@ -157,7 +155,7 @@ class _Proof:
         if why := self._agreed(failed):
             return why, None, None
         assert split is not None and model is not None
-        found = _Comparison(whole, split, model, self._group, self._short)
+        found = _Comparison(whole, split, model, self._group, short=not self._full)
         return self._agreed(found.wrong), found, model
 
     def _of_network(self, value: Any) -> list[Any]:
@@ -175,7 +173,7 @@ class _Proof:
         return every
 
     def _run(self, step: Step, plan: TensorPlan | None, summed: Sequence[str] = ()) -> Any:
-        with preserve_rng(), self._copy() as copy:
+        with preserve_rng(), self._copy(self._full) as copy:
             seed_rng(0)
             _shake(copy)
             if self._thaws:
@@ -217,7 +215,7 @@ class _Comparison:
     """Compares what a step did with a whole network and with a split one."""
 
     def __init__(
-        self, whole: _Outcome, split: _Outcome, model: SplitModel, group: Any, short: bool
+        self, whole: _Outcome, split: _Outcome, model: SplitModel, group: Any, *, short: bool
     ) -> None:
         self._model, self._group, self._short = model, group, short
         self._device = next(model.model.parameters()).device

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_accel.bridge.example import OfValidation, noting
 from lightning_accel.bridge.parts import Part, widened
@@ -26,9 +27,56 @@ from lightning_accel.surgery.preserve import preserve_rng
 
 def copies(
     trainer: Trainer, root: LightningModule
-) -> Callable[[], AbstractContextManager[nn.Module]]:
-    """Return what gives an inert copy on the device, with the hooks of its modules."""
-    return partial(copy_on_device, trainer, root)
+) -> Callable[[bool], AbstractContextManager[nn.Module]]:
+    """Return what gives an inert copy on the device, with the hooks of its modules; in full precision if asked for.
+
+    In bfloat16 rounding is as large as many a fault.
+    """
+
+    def copy(full: bool) -> AbstractContextManager[nn.Module]:
+        return (_full_copy if full else copy_on_device)(trainer, root)
+
+    return copy
+
+
+@contextmanager
+def _full_copy(trainer: Trainer, root: LightningModule) -> Iterator[nn.Module]:
+    plugin, enable, default = (
+        trainer.precision_plugin,
+        torch.set_autocast_enabled,
+        torch.get_default_dtype(),
+    )
+    own = dict(vars(plugin))
+    is_short = any(p.dtype in _SHORT for p in root.parameters())
+    torch.set_autocast_enabled = _rests(enable)
+    if is_short:  # its steps would make short tensors, and be given some
+        torch.set_default_dtype(torch.float32)
+        vars(plugin).update(forward_context=nullcontext, convert_input=full)
+    try:
+        with copy_on_device(trainer, root) as copy:
+            yield copy.float() if is_short else copy
+    finally:
+        torch.set_autocast_enabled = enable
+        torch.set_default_dtype(default)
+        vars(plugin).clear()
+        vars(plugin).update(own)
+
+
+_SHORT = (torch.bfloat16, torch.float16)
+
+
+def _rests(enable: Any) -> Any:
+    """Return what turns autocast off where it was to be turned on or off."""
+
+    def run(*args: Any) -> None:
+        enable(*(False if isinstance(value, bool) else value for value in args))
+
+    return run
+
+
+def full(data: Any) -> Any:
+    """Return data with float32 in place of shorter formats."""
+    return tree_map(lambda v: v.float() if isinstance(v, Tensor) and v.dtype in _SHORT else v, data)
 
 
 def calls_of_run(trainer: Trainer, root: LightningModule) -> tuple[Call, ...]:
@@ -146,7 +194,7 @@ def _logged(step: Step, copy: Any) -> Any:
 
 def _outputs(calls: tuple[Call, ...], copy: nn.Module) -> Any:
     with torch.no_grad():
-        return run(copy.eval(), calls)
+        return run(copy.eval(), [Call(c.name, *full((c.args, c.kwargs))) for c in calls])
 
 
 def with_copies(plan: TensorPlan, copies: Sequence[Part]) -> TensorPlan:

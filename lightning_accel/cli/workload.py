@@ -1,0 +1,140 @@
+"""What a plan trains: the user's own step and optimizer where there are data, else a mean of outputs and AdamW."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from lightning_accel.cli.subject import NamedModel, brings_data, subject_of
+from lightning_accel.errors import AccelError, explain
+from lightning_accel.parallel.planning import Workload
+from lightning_accel.surgery.call import numbers
+
+MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+"""Formats of computation by Lightning's words: under autocast, and of the weights too."""
+
+
+def workload(args: argparse.Namespace) -> Workload:
+    """Return what is trained: the user's own step and optimizer where there are data, else a mean of outputs and AdamW."""
+    built: dict[str, Any] = {}
+
+    def make() -> nn.Module:
+        with _format(args.precision):
+            subject = subject_of(args)
+        built["subject"] = subject
+        model = subject.model
+        if brings_data(model, subject.data) and not args.example:
+            _attach(subject, model)
+        return model
+
+    def batch() -> Any:
+        return _batch(built["subject"], args)
+
+    def step(model: nn.Module, given: Any) -> Tensor:
+        if brings_data(model, built["subject"].data) and not args.example:
+            output: Any = model.training_step(given, 0)  # type: ignore[operator]
+            return output["loss"] if isinstance(output, dict) else output
+        outputs = model(**given) if isinstance(given, dict) else model(*given)
+        floating = [n for n in numbers(outputs) if n.is_floating_point()]
+        return torch.stack([n.float().mean() for n in floating]).sum()
+
+    def optimizer(model: Any) -> Any:
+        if brings_data(model, built["subject"].data) and not args.example:
+            return _users_optimizer(model)
+        return torch.optim.AdamW(model.parameters(), foreach=False)
+
+    return Workload(make, batch, step, optimizer, MIXED.get(args.precision))
+
+
+@contextmanager
+def _format(precision: str) -> Iterator[None]:
+    """Make weights in a format within."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(TRUE.get(precision, before))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _users_optimizer(model: Any) -> Any:
+    from lightning.pytorch.core.optimizer import _configure_optimizers
+
+    found = _configure_optimizers(model.configure_optimizers())[0]
+    if len(found) != 1:
+        raise AccelError(
+            "memory is planned with one optimizer",
+            f"{len(found)} optimizers",
+            "pass --example: AdamW is taken",
+        )
+    return found[0]
+
+
+def _attach(subject: NamedModel, model: Any) -> None:
+    from lightning_accel.bridge.inert import look_on
+    from lightning_accel.cli.plan import quiet_trainer
+
+    trainer = subject.trainer or quiet_trainer()
+    trainer.strategy.connect(model)
+    look_on(trainer, model)
+
+
+def _batch(subject: NamedModel, args: argparse.Namespace) -> Any:
+    from lightning_accel.cli.plan import tensor
+
+    if args.example:
+        return _placed(tuple(tensor(text) for text in args.example), args.precision)
+    if brings_data(subject.model, subject.data):
+        return _placed(_from_loader(subject), args.precision)
+    example = (
+        subject.example
+        if subject.example is not None
+        else getattr(subject.model, "example_input_array", None)
+    )
+    if example is None:
+        raise ValueError(
+            explain("a step needs an example", "nothing", "pass --example 8,3,224,224")
+        )
+    return _placed(
+        example if isinstance(example, (tuple, list, dict)) else (example,), args.precision
+    )
+
+
+def _placed(batch: Any, precision: str) -> Any:
+    dtype = TRUE.get(precision)
+
+    def cast(value: Any) -> Any:
+        return (
+            value.to(dtype)
+            if isinstance(value, Tensor) and value.is_floating_point() and dtype
+            else value
+        )
+
+    return torch.utils._pytree.tree_map(cast, batch)
+
+
+def _from_loader(subject: NamedModel) -> Any:
+    data: Any = subject.data if subject.data is not None else subject.model
+    if hasattr(data, "train_dataloader"):
+        data.prepare_data()
+        data.setup("fit")
+        data = data.train_dataloader()
+    loader: Any = data
+    if not hasattr(getattr(loader, "dataset", None), "__getitem__"):
+        raise AccelError(
+            "memory is planned without reading data in order",
+            type(loader).__name__,
+            "pass --example with the shapes of a batch's tensors",
+        )
+    rows = range(loader.batch_size or 0)
+    if not rows:  # a batch sampler of the user's
+        with unset_fake_temporarily():
+            rows = next(iter(loader.batch_sampler))
+    return loader.collate_fn([loader.dataset[i] for i in rows])
