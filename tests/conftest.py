@@ -26,6 +26,7 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parents[1]
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,8 +75,13 @@ def _empty_folder(
 
 @pytest.fixture(autouse=True)
 def _no_processes() -> Iterator[None]:
-    """Leave no group of processes behind: Lightning never ends one, and asks whether there is one."""
+    """Leave no group of processes behind, nor its address: Lightning never ends one, and scripts would meet there."""
+    before = {name: os.environ.get(name) for name in _ADDRESS}
     yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     if torch.distributed.is_available() and torch.distributed.GroupMember.WORLD is not None:
         torch.distributed.destroy_process_group()
 
