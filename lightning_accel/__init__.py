@@ -44,6 +44,13 @@ if TYPE_CHECKING:
     from lightning_accel.pruning.qubo import QuboSelector
     from lightning_accel.pruning.reconstruction import Reconstruction
     from lightning_accel.pruning.target import Latency, Macs, Memory, Params
+    from lightning_accel.quantization.callbacks.post_training_quantization import (
+        PostTrainingQuantization,
+    )
+    from lightning_accel.quantization.callbacks.quantization_aware_training import (
+        QuantizationAwareTraining,
+    )
+    from lightning_accel.quantization.post_training import quantize, unquantize
     from lightning_accel.surgery.select import Select
     from lightning_accel.tuning.api import tune
     from lightning_accel.tuning.callbacks.auto_tune import AutoTune
@@ -81,6 +88,8 @@ _HOMES = {
     "MemoryFormat": "precision.callbacks.memory_format",
     "Objective": "bridge.objective",
     "Params": "pruning.target",
+    "PostTrainingQuantization": "quantization.callbacks.post_training_quantization",
+    "QuantizationAwareTraining": "quantization.callbacks.quantization_aware_training",
     "QuboSelector": "pruning.qubo",
     "Schedule": "distillation.schedule",
     "Reconstruction": "pruning.reconstruction",
@@ -99,7 +108,9 @@ _HOMES = {
     "load_from_checkpoint": "bridge.restore",
     "prune": "pruning.prune",
     "prune_before_sharding": "pruning.module",
+    "quantize": "quantization.post_training",
     "tune": "tuning.api",
+    "unquantize": "quantization.post_training",
 }
 
 __all__ = [
@@ -127,6 +138,8 @@ __all__ = [
     "MemoryFormat",
     "Objective",
     "Params",
+    "PostTrainingQuantization",
+    "QuantizationAwareTraining",
     "QuboSelector",
     "Reconstruction",
     "Schedule",
@@ -145,7 +158,9 @@ __all__ = [
     "load_from_checkpoint",
     "prune",
     "prune_before_sharding",
+    "quantize",
     "tune",
+    "unquantize",
 ]
 
 

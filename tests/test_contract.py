@@ -37,6 +37,7 @@ from lightning_accel import (
     Distillation,
     FrozenPredict,
     FusedOptimizer,
+    QuantizationAwareTraining,
     StepMeter,
     StructuredPruning,
     WarmStart,
@@ -115,6 +116,14 @@ ROWS: dict[str, Technique] = {
         "callbacks": [prune(importance="reconstruction", compensate=True)]
     },
     "prune+compile": lambda: {"callbacks": [prune(), compiled()]},
+    "quantize": lambda: {"callbacks": [QuantizationAwareTraining(when=1, freeze=2)]},
+    "quantize weights": lambda: {"callbacks": [QuantizationAwareTraining("int4", None, when=1)]},
+    "quantize+prune": lambda: {"callbacks": [QuantizationAwareTraining(when=1), prune()]},
+    "quantize+compile": lambda: {"callbacks": [QuantizationAwareTraining(when=1), compiled()]},
+    "amp+quantize+distill": lambda: {
+        "callbacks": [QuantizationAwareTraining(when=1), distill()],
+        "plugins": [AutocastPrecision("bf16-mixed")],
+    },
     "amp+prune": lambda: {"callbacks": [prune()], "plugins": [AutocastPrecision("bf16-mixed")]},
     "distill": lambda: {"callbacks": [distill()]},
     "distill features": lambda: {"callbacks": [distill(losses=FEATURES)]},
@@ -443,8 +452,9 @@ ALSO["all"] = ALSO["prune"] + ALSO["compile"]
 def around(model: Module, row: str | None = None) -> dict[str, Any]:
     """Return the state of the process, what is patched in it, and all of a module that is no tensor.
 
-    But for what a row is known to leave.
+    But for what a row is known to leave. Layers that stay quantized are made plain again, which must give all back.
     """
+    lightning_accel.unquantize(model)
     parts = (row or "").replace(" ", "+").split("+")
     stays = {*STAYS, *(name for part in parts for name in ALSO.get(part, ()))} if row else set()
     modules = {

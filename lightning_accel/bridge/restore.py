@@ -24,6 +24,7 @@ from lightning_accel.bridge.checks import refuse_lazy
 from lightning_accel.bridge.hyper import as_values
 from lightning_accel.bridge.strategies import sizes_now
 from lightning_accel.errors import StructureMismatch, explain, weights_alone
+from lightning_accel.quantization.state import quantization_of, quantized_as
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.bypass import is_under, whole_tensors
 from lightning_accel.surgery.structure import named_tensors, text
@@ -31,6 +32,7 @@ from lightning_accel.surgery.structure import named_tensors, text
 ModuleT = TypeVar("ModuleT", bound=LightningModule)
 
 KEY = "lightning_accel"
+QUANTIZATION = "lightning_accel_quantization"
 _README = (
     "This network was pruned, and is smaller than what its class builds: a plain `load_from_checkpoint` or "
     "`load_state_dict` ends in size mismatches. Load it with "
@@ -142,6 +144,9 @@ def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
             "structure": sizes_now(before, pl_module).to_dict(),
             "dense": before.to_dict(),
         }
+    quantization = quantization_of(pl_module)
+    if quantization:
+        checkpoint[QUANTIZATION] = quantization
     if _BESIDE in vars(pl_module):
         vars(pl_module)[_BESIDE][0](pl_module, checkpoint, checkpoint.get(KEY) or {})
 
@@ -163,6 +168,8 @@ def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
         cut_beside(structure, Structure.from_dict(stored["dense"]))
     for average in copies:
         target.apply(average)
+    if QUANTIZATION in checkpoint:
+        quantized_as(pl_module, checkpoint[QUANTIZATION])
     users_own(checkpoint)
 
 

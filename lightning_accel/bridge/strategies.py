@@ -7,7 +7,7 @@ cannot be imported to be compared with. So the names in their lineage count firs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -60,14 +60,21 @@ def sizes_now(structure: Structure, pl_module: LightningModule) -> Structure:
 
 @contextmanager
 def whole(trainer: Trainer) -> Iterator[None]:
-    """Let every process hold whole weights and optimizer states within, where the strategy can see to it."""
+    """Let every process hold whole weights in plain layers within, and optimizer states.
+
+    Weights where the strategy can see to it; layers by callbacks that have `plainly(trainer, pl_module)`.
+    """
     strategy: Any = trainer.strategy
-    with strategy.gathered() if gathers(strategy) else nullcontext():
+    callbacks = [c for c in trainer.callbacks if hasattr(c, "plainly")]  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        stack.enter_context(strategy.gathered() if gathers(strategy) else nullcontext())
+        for callback in callbacks:
+            stack.enter_context(callback.plainly(trainer, trainer.lightning_module))
         yield
 
 
 def on_whole(method: Callable[P, T]) -> Callable[P, T]:
-    """Run a method of a callback, whose first argument is the Trainer, on whole weights."""
+    """Run a method of a callback, whose first argument is the Trainer, on whole weights in plain layers."""
 
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -317,7 +317,10 @@ def _kinds(model: nn.Module) -> Iterator[BlockKind]:
 
 
 def _numbers(module: nn.Module) -> tuple[Any, ...]:
-    read = _SCALARS if is_of_torch(module) else (float,)
+    ours = type(module).__module__.startswith(
+        "lightning_accel."
+    )  # layers of torch that became others
+    read = _SCALARS if ours or is_of_torch(module) else (float,)
     values = {k: v for k, v in vars(module).items() if isinstance(v, read) and k != "training"}
     return tuple((k, v) for k, v in values.items() if not k.startswith("_") and _is_hashable(v))
 

@@ -1,0 +1,120 @@
+"""What quantization costs, layer by layer, and which layers to leave in floating point so that a metric holds.
+
+Layers are ranked by what each costs alone, as the signal-to-noise ratio of the network's outputs on the calibration
+batches with this layer quantized and no other. The worst are put back until the user's metric is within its bounds; how many
+is found by halving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.errors import AccelError, explain
+from lightning_accel.quantization.calibration import in_mode
+from lightning_accel.quantization.layers import QuantizedLayer, unbecome
+from lightning_accel.surgery import Change
+from lightning_accel.surgery.call import Call, reals, run
+
+Metric = Callable[[nn.Module], float]
+_FEW = 4
+"""Batches on which outputs are compared."""
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, batches: Sequence[Sequence[Call]]) -> list[Tensor]:
+    """Return the real outputs of the first few batches."""
+    return [value.float() for calls in batches[:_FEW] for value in reals(run(model, calls))]
+
+
+def sqnr_db(whole: Sequence[Tensor], made: Sequence[Tensor]) -> float:
+    """Return the signal-to-quantization-noise ratio of outputs, in decibels; infinite where they are equal.
+
+    >>> sqnr_db([torch.tensor([10.0])], [torch.tensor([11.0])])
+    20.0
+    """
+    signal = sum(float(w.double().square().sum()) for w in whole)
+    noise = sum(
+        float((w.double() - m.double()).square().sum()) for w, m in zip(whole, made, strict=True)
+    )
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
+
+
+def measured(metric: Metric, model: nn.Module) -> float:
+    """Return the user's metric of a network, in eval mode and without gradients.
+
+    Raises:
+        ValueError: It is no finite number.
+        TypeError: It is no number.
+    """
+    with torch.no_grad():
+        value = float(metric(model.eval()))
+    if not math.isfinite(value):
+        raise ValueError(
+            explain("`metric` gives a finite number", repr(value), "return one, higher is better")
+        )
+    return value
+
+
+def sensitivity(
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Sequence[Sequence[Call]]
+) -> dict[str, float]:
+    """Return the ratio of `sqnr_db` that is left with each layer quantized alone, the most costly first."""
+    with in_mode(layers, "plain"):
+        whole = outputs_of(model, batches)
+        found = {}
+        for name, layer in layers.items():
+            with in_mode({name: layer}, "quantized"):
+                found[name] = sqnr_db(whole, outputs_of(model, batches))
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def within(
+    model: nn.Module,
+    layers: dict[str, QuantizedLayer],
+    metric: Metric,
+    before: float,
+    max_drop: float | None,
+    batches: Sequence[Sequence[Call]],
+) -> tuple[list[Change], str]:
+    """Make plain layers of those that cost too much, in place and in `layers`; return which, and what was measured.
+
+    Raises:
+        AccelError: The metric falls by more with a single layer quantized.
+    """
+    after = measured(metric, model)
+    if max_drop is None or before - after <= max_drop:
+        return [], f"metric {before:.6g} -> {after:.6g}"
+    costs = sensitivity(model, layers, batches)
+    worst = [*costs]
+    fewest, most = (
+        1,
+        len(worst),
+    )  # so many are left: the second is enough, one less than the first is not
+    reached = {most: before}
+    while fewest < most:
+        count = (fewest + most) // 2
+        with in_mode({name: layers[name] for name in worst[:count]}, "plain"):
+            reached[count] = measured(metric, model)
+        if before - reached[count] <= max_drop:
+            most = count
+        else:
+            fewest = count + 1
+    if most == len(worst):
+        raise AccelError(
+            f"the metric falls by more than max_drop={max_drop:g}, whichever layers stay in floating point",
+            f"{before:.6g} before, {after:.6g} with all {len(worst)} layers quantized",
+            "allow more, or quantize finer: more bits, `observer`, `rounding`",
+        )
+    for name in worst[:most]:
+        unbecome(layers.pop(name))
+    left = [
+        Change(name, f"it costs most: {costs[name]:.1f} dB are left with it alone quantized")
+        for name in worst[:most]
+    ]
+    return left, f"metric {before:.6g} -> {reached[most]:.6g}, all layers quantized: {after:.6g}"

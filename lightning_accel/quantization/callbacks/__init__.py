@@ -1,0 +1,1 @@
+"""What a Trainer takes: one class per file."""

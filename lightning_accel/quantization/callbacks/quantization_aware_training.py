@@ -1,0 +1,245 @@
+"""`QuantizationAwareTraining`: a network learns to compute on the grids of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
+
+from lightning_accel.arguments import open_share
+from lightning_accel.bridge import checks
+from lightning_accel.bridge.restore import averages
+from lightning_accel.bridge.technique import Context, Technique
+from lightning_accel.errors import explain
+from lightning_accel.pruning.schedule import When, epochs, moments, require_reached
+from lightning_accel.quantization import choose
+from lightning_accel.quantization import grid as grids
+from lightning_accel.quantization.layers import (
+    back_to_fast_paths,
+    become,
+    layers_of,
+    leave_fast_paths,
+    unbecome,
+)
+from lightning_accel.quantization.state import State, become_like, state_of
+from lightning_accel.quantization.watch import make_alike, move_ranges
+from lightning_accel.surgery import Receipt, Select, Stage
+
+
+class QuantizationAwareTraining(Technique):
+    """Train with weights and inputs of layers rounded as integer kernels will round them.
+
+    From the epoch `when` on, linear layers, convolutions (transposed ones too) and embeddings compute on the grids of
+    integers; gradients pass as if nothing was rounded. Modules, names in checkpoints, hooks and optimizers stay what they
+    are, so that pruning, distillation, averages and distributed training go on. Ranges of what comes in are moving averages over all
+    processes, and travel in checkpoints. After the fit the module stays quantized, as `lightning_accel.deploy` wants it;
+    `lightning_accel.unquantize` makes plain layers again. It is neither smaller nor faster before it is deployed, and a
+    step takes longer.
+
+    Args:
+        weights: "int8", "int4", "int3" or "int2".
+        activations: "int8" for what comes into layers, or `None` for weights alone.
+        group: Inputs of a linear layer that share a scale, for weights alone; `None` is one scale per output.
+        when: Epoch from which to quantize, counted from 0; or the share of the fit (0.4 of 20 epochs is epoch 8).
+        freeze: The same for when ranges stay as they are and batch norms use their running statistics; `None` is never.
+        select: Which layers: a `Select`, a name pattern or several; all by default.
+        momentum: How far a range moves towards that of each step.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: An argument is of another type.
+        NoEffect: At setup, when no layer is left, with the reason for each.
+        Unsupported: At setup, with a strategy that shards or traces weights.
+
+    >>> QuantizationAwareTraining(when=0.5).grid
+    Grid(weights='int8', activations='int8', group=None)
+    """
+
+    needs = "weights"
+    stage: ClassVar[Stage] = Stage.KIND
+    name = "quantization"
+    of_a_fit: ClassVar = {"_states": dict, "_norms": list, "_turned_in": lambda: (-1, 0)}
+
+    def __init__(
+        self,
+        weights: str = "int8",
+        activations: str | None = "int8",
+        *,
+        group: int | None = None,
+        when: float = 0,
+        freeze: float | None = None,
+        select: Select | str | Iterable[str] | dict[str, Any] | None = None,
+        momentum: float = 0.05,
+    ) -> None:
+        self.grid = grids.check(weights, activations, group)
+        self._when = _one(moments(when), "when")
+        self._freeze = None if freeze is None else _one(moments(freeze), "freeze")
+        self.select = Select.of(select)
+        self.momentum = open_share("momentum", momentum)
+        self._states: dict[str, State] = {}  # of layers while others work on plain ones
+        self._norms: list[nn.Module] = []  # that were put into eval mode
+        self._turned_in = (-1, 0)  # this epoch of this Trainer
+        self._gives_all_back = False
+
+    @property
+    def when(self) -> float:
+        """The epoch from which layers are quantized, or the share of the fit."""
+        return self._when[0]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        checks.refuse_sharded(trainer.strategy, type(self).__name__)
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not checks.is_trial(trainer):
+            for moment in filter(None, (self._when, self._freeze)):
+                require_reached(epochs(moment, trainer.max_epochs), trainer.max_epochs)
+
+    @override
+    @contextmanager
+    def effect(self, context: Context) -> Iterator[Receipt]:
+        module = context.module
+        there = layers_of(module)
+        receipt = Receipt() if there else choose.require(module, self.select, self.grid)
+        copies = [] if context.is_copy else _averages(context.trainer, module)
+        for one in (module, *copies):
+            for change in receipt.changes:
+                layer = become(one.get_submodule(change.name), self.grid, "plain")
+                if change.name in self._states:
+                    become_like(layer, {**self._states[change.name], "scale": None})
+            leave_fast_paths(one)
+        self._states = {}
+        try:
+            yield receipt
+        finally:
+            if self._gives_all_back:
+                self._states = {name: state_of(layer) for name, layer in layers_of(module).items()}
+            for one in (module, *copies):
+                self._end(one)
+
+    def _end(self, module: nn.Module) -> None:
+        for layer in layers_of(module).values():
+            if self._gives_all_back or layer.accel_mode == "plain":
+                unbecome(layer)
+            else:
+                layer.accel_mode = "quantized"
+                layer.settle()
+        back_to_fast_paths(module)
+
+    @override
+    def on_model_edit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._has_entered(trainer):
+            self._gives_all_back = True
+            super().on_model_edit_start(trainer, pl_module)
+            self._gives_all_back = False
+
+    @contextmanager
+    def plainly(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Give plain layers to those who read or measure the module meanwhile."""
+        self.on_model_edit_start(trainer, pl_module)
+        try:
+            yield
+        finally:
+            if self._left_for_edit:  # no edit came of it
+                self._left_for_edit = False
+                self.enter(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_due(self._when, trainer):
+            self._turn(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for norm in self._norms:
+            norm.eval()
+        # Lightning leaves out the epoch's start after a resume from the last step of an epoch.
+        if batch_idx == 0:
+            self.on_train_epoch_start(trainer, pl_module)
+
+    def _turn(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to quantize, or to leave ranges as they are; and find scales anew in each epoch."""
+        if self._turned_in == (trainer.current_epoch, id(trainer)):
+            return
+        self._turned_in = (trainer.current_epoch, id(trainer))
+        frozen = self._freeze is not None and self._is_due(self._freeze, trainer)
+        layers = layers_of(pl_module)
+        if any(layer.accel_mode == "plain" for layer in layers.values()):
+            rank_zero_info(f"Quantizing {len(layers)} layers from here on: {self.grid}.")
+        for layer in layers.values():
+            layer.accel_mode = "quantized" if frozen else "training"
+            layer.settle()
+            if not frozen:
+                layer.fit_scale()
+        if frozen and not self._norms:
+            norms = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.training]
+            self._norms = [norm.eval() for norm in norms]
+        self._share_with_averages(trainer, pl_module)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Technique) and callback.stage is Stage.COMPILE:
+                callback.on_model_edit_end(trainer, pl_module, Receipt())
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        watched = [m for m in layers_of(pl_module).values() if m.accel_mode == "training"]
+        if watched:
+            move_ranges(watched, self.momentum, shared=trainer.world_size > 1)
+            self._share_with_averages(trainer, pl_module)
+
+    @staticmethod
+    def _share_with_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+        layers = layers_of(pl_module)
+        for average in _averages(trainer, pl_module):
+            for name, copy in layers_of(average).items():
+                make_alike(copy, layers[name])
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_norms_go()
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._let_norms_go()
+        self._gives_all_back = True
+        super().on_exception(trainer, pl_module, exception)
+        self._gives_all_back = False
+        self._states = {}
+
+    def _let_norms_go(self) -> None:
+        for norm in self._norms:
+            norm.train()
+        self._norms, self._turned_in = [], (-1, 0)
+
+    @staticmethod
+    def _is_due(moment: When, trainer: Trainer) -> bool:
+        return trainer.current_epoch >= epochs(moment, trainer.max_epochs)[0]
+
+
+def _averages(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
+    """Return the copies that callbacks keep: their layers are of the same kind, or buffers in order would not match."""
+    return [*averages(trainer.callbacks, pl_module)]  # type: ignore[attr-defined]
+
+
+def _one(when: When, name: str) -> When:
+    if len(when) > 1:
+        raise ValueError(
+            explain(f"`{name}` is one epoch, or one share of the fit", repr(when), "pass one")
+        )
+    return when

@@ -1,0 +1,283 @@
+"""Layers that compute as integers of few bits would, by another class of the same modules.
+
+A layer changes by its class and a few attributes, as `float8.py` does it: parameters, names in checkpoints, hooks, and
+whoever holds the layer stay the same, so optimizers, averages, distillation and distributed wrappers notice nothing. What
+a layer has beside is its grid, the range of what comes in, and the scales of its weights where they are not simply those
+of the largest: buffers that are in no state dict. Copies and pickles compute in the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_accel.quantization import grid as grids
+from lightning_accel.quantization.grid import Grid
+
+Mode = Literal["plain", "watching", "training", "quantized"]
+"""Of a layer: it computes as ever; and notes what comes in; it computes quantized and notes in training; and does not."""
+
+
+class QuantizedLayer(nn.Module):
+    """What all of them have; a layer of torch becomes one by `become`.
+
+    Attributes:
+        accel_grid: On which numbers it computes.
+        accel_mode: A `Mode`.
+        accel_range: Smallest and largest value that may come in, shape (2,).
+        accel_known: That there is such a range, for certain.
+        accel_seen: The same of what came in since it was last asked.
+        accel_scale: Of the weights, where it is not that of the largest: always with fewer than eight bits.
+    """
+
+    accel_grid: Grid
+    accel_mode: Mode
+    accel_range: Tensor
+    accel_known: bool
+    accel_seen: Tensor
+    accel_scale: Tensor | None
+    weight: Tensor
+    channels_axis = 0
+
+    def weight_scale(self) -> Tensor:
+        """Return the scale of each output channel, or of each group."""
+        if self.accel_scale is not None:
+            return self.accel_scale
+        return grids.scales(self.weight, self.channels_axis, self.accel_grid)
+
+    def fit_scale(self) -> None:
+        """Find scales for the present weights where the largest of them should not decide: with few bits."""
+        if self.accel_grid.bits < 8:
+            self.set_scale(grids.best_scales(self.weight, self.channels_axis, self.accel_grid))
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Say the scale of each output channel, or of each group."""
+        if self.accel_scale is None or self.accel_scale.shape != scale.shape:
+            self.accel_scale = scale.to(self.weight.device).clone()
+        else:  # the same tensor, as whoever copies buffers in their order needs it
+            self.accel_scale.copy_(scale)
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weights to compute with."""
+        if self.accel_mode in ("plain", "watching"):
+            return self.weight
+        return grids.rounded(self.weight, self.weight_scale(), self.channels_axis, self.accel_grid)
+
+    def quantized_input(self, values: Tensor) -> Tensor:
+        """Return what to compute on, and note its range where that is asked for."""
+        if self.accel_mode == "plain" or self.accel_grid.activations is None:
+            return values
+        if self.accel_mode == "watching" or (self.accel_mode == "training" and self.training):
+            _note(self.accel_seen, values)
+        if self.accel_mode == "watching":
+            return values
+        if self.accel_known:
+            return grids.rounded_input(values, self.accel_range)
+        if self.accel_mode == "quantized":
+            return values
+        # Before anything is known of what comes in, it passes as it is; no one waits for the answer here.
+        known = self.accel_range[0] <= self.accel_range[1]
+        range_ = torch.where(known, self.accel_range, 0.0)
+        return torch.where(known, grids.rounded_input(values, range_), values)
+
+    def take_seen(self) -> Tensor:
+        """Return smallest and largest value that came in since this was last asked, shape (2,)."""
+        found = self.accel_seen.clone()
+        self.accel_seen.copy_(_nothing(found.device))
+        return found
+
+    def set_range(self, range_: Tensor) -> None:
+        """Say what comes in from now on, shape (2,); an empty range is none."""
+        self.accel_range.copy_(range_)
+        self.settle()
+
+    def settle(self) -> None:
+        """See whether a range is known by now; waits for the device."""
+        self.accel_known = bool(self.accel_range[0] <= self.accel_range[1])
+
+    def extra_repr(self) -> str:
+        """Say the grid too."""
+        return f"{super().extra_repr()}, {self.accel_grid}"
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """`nn.Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute as `nn.Linear` does."""
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
+    """`nn.Conv1d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute as `nn.Conv1d` does."""
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    """`nn.Conv2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute as `nn.Conv2d` does."""
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
+    """`nn.Conv3d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute as `nn.Conv3d` does."""
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class _Transposed(QuantizedLayer):
+    channels_axis = 1
+    compute: Any
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Compute as the transposed convolution does."""
+        made: Any = self
+        room = made._output_padding(
+            input,
+            output_size,
+            made.stride,
+            made.padding,
+            made.kernel_size,
+            len(made.kernel_size),
+            made.dilation,
+        )
+        return type(self).compute(
+            self.quantized_input(input),
+            self.quantized_weight(),
+            made.bias,
+            made.stride,
+            made.padding,
+            room,
+            made.groups,
+            made.dilation,
+        )
+
+
+class QuantizedConvTranspose1d(_Transposed, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d`."""
+
+    compute = staticmethod(F.conv_transpose1d)
+
+
+class QuantizedConvTranspose2d(_Transposed, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d`."""
+
+    compute = staticmethod(F.conv_transpose2d)
+
+
+class QuantizedConvTranspose3d(_Transposed, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d`."""
+
+    compute = staticmethod(F.conv_transpose3d)
+
+
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    """`nn.Embedding`, whose rows are the channels; indices come in as they are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look rows up as `nn.Embedding` does."""
+        weight = self.quantized_weight()
+        return F.embedding(
+            input, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
+        )
+
+
+KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
+    nn.Embedding: QuantizedEmbedding,
+}
+"""By the class itself: what a class derived from it computes is not known."""
+_FAST: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+"""By which attribute each may take its fast path, and what forbids it."""
+_FAST_BEFORE = "_accel_fast_path"
+_PLAIN = {made: kind for kind, made in KINDS.items()}
+
+
+def become(module: nn.Module, grid: Grid, mode: Mode = "quantized") -> QuantizedLayer:
+    """Make a layer of torch a quantized one, in place; its range is not known yet."""
+    module.__class__ = KINDS[type(module)]
+    assert isinstance(module, QuantizedLayer)
+    if isinstance(module, nn.Embedding):
+        grid = grid._replace(activations=None)
+    module.accel_grid, module.accel_mode, module.accel_known = grid, mode, False
+    device = module.weight.device
+    for name in ("accel_range", "accel_seen"):
+        module.register_buffer(name, _nothing(device), persistent=False)
+    module.register_buffer("accel_scale", None, persistent=False)
+    if grid.bits < 8:
+        module.set_scale(grids.scales(module.weight, module.channels_axis, grid))
+    return module
+
+
+def unbecome(module: QuantizedLayer) -> None:
+    """Make it the layer of torch that it was, in place."""
+    for name in ("accel_range", "accel_seen", "accel_scale"):
+        module._buffers.pop(name, None)
+        module._non_persistent_buffers_set.discard(name)
+    for name in ("accel_grid", "accel_mode", "accel_known"):
+        vars(module).pop(name, None)
+    object.__setattr__(module, "__class__", _PLAIN[type(module)])
+
+
+def leave_fast_paths(model: nn.Module) -> None:
+    """Let encoders of torch call their layers in eval mode too: their fast path reads weights instead."""
+    for module in model.modules():
+        for kind, name, off in _FAST:
+            if isinstance(module, kind) and _FAST_BEFORE not in vars(module) and layers_of(module):
+                vars(module)[_FAST_BEFORE] = getattr(module, name)
+                setattr(module, name, off)
+
+
+def back_to_fast_paths(model: nn.Module) -> None:
+    """Undo `leave_fast_paths` where no quantized layer is left."""
+    for module in model.modules():
+        for kind, name, _ in _FAST:
+            if isinstance(module, kind) and _FAST_BEFORE in vars(module) and not layers_of(module):
+                setattr(module, name, vars(module).pop(_FAST_BEFORE))
+
+
+def layers_of(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the quantized layers of a model by name.
+
+    >>> layers_of(nn.Linear(2, 2))
+    {}
+    """
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def _nothing(device: torch.device) -> Tensor:
+    return torch.tensor([float("inf"), float("-inf")], device=device)
+
+
+@torch.no_grad()
+def _extent(values: Tensor) -> Tensor:
+    low, high = values.detach().aminmax()
+    return torch.stack((low, high)).float()
+
+
+@torch.no_grad()
+def _note(seen: Tensor, values: Tensor) -> None:
+    """Take in a range; taking the same in twice, as a recomputation does, changes nothing."""
+    if values.numel():
+        low, high = _extent(values)
+        seen[0] = torch.minimum(seen[0], low)
+        seen[1] = torch.maximum(seen[1], high)

@@ -1,0 +1,224 @@
+"""A trained network quantized, with a few batches and no training: planned on a copy, and then done.
+
+All that can fail is tried on the copy: which layers are called, what comes into them, how their weights are rounded, and
+what the user's own metric says. The network itself is changed by a last step that only copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_accel.arguments import flag, number, one_of, whole
+from lightning_accel.errors import explain
+from lightning_accel.quantization import choose
+from lightning_accel.quantization import grid as grids
+from lightning_accel.quantization.budget import Metric, measured, outputs_of, sqnr_db, within
+from lightning_accel.quantization.calibration import calls_from, observe
+from lightning_accel.quantization.grid import Grid
+from lightning_accel.quantization.layers import (
+    QuantizedLayer,
+    back_to_fast_paths,
+    become,
+    layers_of,
+    leave_fast_paths,
+    unbecome,
+)
+from lightning_accel.quantization.rounding import refine
+from lightning_accel.quantization.state import become_like, state_of
+from lightning_accel.surgery import Change, Receipt, twin
+from lightning_accel.surgery.acting import nothing_heard
+from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.preserve import preserve_rng
+
+OBSERVERS = ("minmax", "percentile", "mse")
+ROUNDINGS = ("nearest", "least_squares")
+
+
+class Plan(NamedTuple):
+    """How to quantize: what `quantize` takes."""
+
+    grid: Grid
+    select: Any
+    observer: Any
+    rounding: Any
+    correct_bias: bool
+    metric: Metric | None
+    max_drop: float | None
+
+
+def plan_of(
+    *,
+    weights: str,
+    activations: str | None,
+    group: int | None,
+    select: Any,
+    observer: str,
+    rounding: str,
+    correct_bias: bool,
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+) -> Plan:
+    """Check arguments.
+
+    Raises:
+        ValueError: One is out of range, or `max_drop` has nothing to measure.
+        TypeError: One is of another type.
+    """
+    one_of("observer", observer, OBSERVERS)
+    one_of("rounding", rounding, ROUNDINGS)
+    flag("correct_bias", correct_bias)
+    number("max_drop", max_drop, least=0.0, none=True)
+    if max_drop is not None and metric is None:
+        raise ValueError(
+            explain(
+                "`max_drop` is how much a metric may fall",
+                f"max_drop={max_drop} without a metric",
+                "pass `metric`, a function that gives a number for a network",
+            )
+        )
+    grid = grids.check(weights, activations, group)
+    return Plan(grid, select, observer, rounding, correct_bias, metric, max_drop)
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    calibration: Any,
+    weights: str = "int8",
+    activations: str | None = "int8",
+    group: int | None = None,
+    select: Any = None,
+    observer: str = "mse",
+    rounding: str = "least_squares",
+    correct_bias: bool = True,
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+    batches: int = 32,
+) -> Receipt:
+    """Let layers of a trained network compute on integers' grids, in place; `deploy` makes real integers of it.
+
+    The network stays the same modules with the same names, and gives what the integer kernels will give; it is neither
+    smaller nor faster before it is deployed. `unquantize` makes plain layers of them again.
+
+    Args:
+        model: The network; its train flags and random states stay.
+        calibration: A few batches of the training data, as a DataLoader gives them: the first items of each that
+            `forward` takes; a dict of its keywords; or a tensor.
+        weights: "int8", "int4", "int3" or "int2".
+        activations: "int8" for what comes into layers, or `None` for weights alone.
+        group: Inputs of a linear layer that share a scale, for weights alone; `None` is one per output.
+        select: Which layers: a `Select`, a name pattern or several; all by default.
+        observer: The range of what comes in: "minmax", "percentile" (99.99 %), or "mse", of least error.
+        rounding: "nearest", or "least_squares": so that outputs change little (GPTQ). The latter changes the weights.
+        correct_bias: Take the shift of the mean output off the bias.
+        metric: Gives a number for a network, higher is better.
+        max_drop: By how much the metric may fall; layers that cost most stay in floating point until it does not.
+        batches: Of `calibration`, how many are read.
+
+    Raises:
+        NoEffect: No layer is left to quantize.
+        AccelError: The metric falls by more whatever is left in floating point.
+        ValueError: An argument is out of range, or calibration has no batch or values that are not finite.
+        TypeError: An argument is of another type.
+
+    Returns:
+        A receipt: what became of each layer, what was left and why, and what was lost.
+
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> receipt = quantize(net, calibration=[torch.randn(64, 8)])
+    >>> receipt.changes[0].after, type(net[0]).__name__
+    ('int8 weights per output channel, int8 inputs', 'QuantizedLinear')
+    """
+    plan = plan_of(
+        weights=weights,
+        activations=activations,
+        group=group,
+        select=select,
+        observer=observer,
+        rounding=rounding,
+        correct_bias=correct_bias,
+        metric=metric,
+        max_drop=max_drop,
+    )
+    whole("batches", batches)
+    return quantize_by(model, plan, calls_from(model, calibration, batches))
+
+
+def quantize_by(model: nn.Module, plan: Plan, batches: Sequence[Sequence[Call]]) -> Receipt:
+    """Quantize a network by a plan, with calls of its modules to calibrate on."""
+    receipt = choose.require(model, plan.select, plan.grid)
+    with preserve_rng(), nothing_heard(model):
+        copy = twin(model, hooked=True).eval()
+        before = outputs_of(copy, batches)
+        made, left, notes = _planned(copy, plan, batches, [c.name for c in receipt.changes])
+        lost = sqnr_db(before, outputs_of(copy, batches))
+    skipped = (*receipt.skipped, *left)
+    if not made:
+        raise choose.no_effect(model, skipped)
+    _carry_over(copy, model, made)
+    changes = tuple(change for change in receipt.changes if change.name in made)
+    return Receipt(changes, (), skipped, (f"outputs on the calibration: {lost:.1f} dB", *notes))
+
+
+def unquantize(model: nn.Module) -> int:
+    """Make all quantized layers plain ones again, in place, and return how many; weights stay as they are.
+
+    >>> unquantize(nn.Linear(2, 2))
+    0
+    """
+    layers = layers_of(model)
+    for layer in layers.values():
+        unbecome(layer)
+    back_to_fast_paths(model)
+    return len(layers)
+
+
+def _planned(
+    copy: nn.Module, plan: Plan, batches: Sequence[Sequence[Call]], names: list[str]
+) -> tuple[list[str], list[Change], list[str]]:
+    """Quantize a copy; return which layers are, which are left and why, and what else to tell."""
+    before = None if plan.metric is None else measured(plan.metric, copy)
+    layers = {name: become(copy.get_submodule(name), plan.grid, "plain") for name in names}
+    leave_fast_paths(copy)
+    ranges = observe(copy, layers, batches, plan.observer)
+    idle = [name for name in layers if name not in ranges]
+    for name in idle:
+        unbecome(layers.pop(name))
+    for name, range_ in ranges.items():
+        layers[name].set_range(range_)
+        layers[name].fit_scale()
+    wide = refine(copy, layers, batches, rounding=plan.rounding, correct_bias=plan.correct_bias)
+    for layer in layers.values():
+        layer.accel_mode = "quantized"
+    left = [Change(name, "nothing calls it on the calibration batches") for name in idle]
+    notes = [f"{name}: too wide for X^T X, rounded to the nearest" for name in wide]
+    notes += [f"`{n}` saw one single value in all of the calibration" for n in _constant(layers)]
+    if plan.metric is not None and before is not None:
+        found, told = within(copy, layers, plan.metric, before, plan.max_drop, batches)
+        left += found
+        notes.append(told)
+    return [*layers], left, notes
+
+
+def _constant(layers: Mapping[str, QuantizedLayer]) -> list[str]:
+    return [
+        name
+        for name, layer in layers.items()
+        if layer.accel_known and layer.accel_range[0] == layer.accel_range[1]
+    ]
+
+
+def _carry_over(copy: nn.Module, model: nn.Module, names: Sequence[str]) -> None:
+    """Make the layers of the model what those of the copy are."""
+    for name in names:
+        done, layer = copy.get_submodule(name), model.get_submodule(name)
+        assert isinstance(done, QuantizedLayer)
+        become_like(layer, state_of(done))
+        with torch.no_grad():
+            for key, parameter in layer.named_parameters(recurse=False):
+                parameter.copy_(done.get_parameter(key))
+    leave_fast_paths(model)

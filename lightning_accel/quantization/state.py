@@ -1,0 +1,111 @@
+"""A quantized network as plain data, for checkpoints: which layers, their grids, ranges and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.errors import StructureMismatch
+from lightning_accel.quantization import grid as grids
+from lightning_accel.quantization.layers import (
+    KINDS,
+    Mode,
+    QuantizedLayer,
+    become,
+    layers_of,
+    leave_fast_paths,
+)
+
+State = dict[str, Any]
+_MODES = ("plain", "training", "quantized")
+
+
+def state_of(layer: QuantizedLayer) -> State:
+    """Return what a layer has beside its weights, as plain data and tensors on the CPU."""
+    scale, range_ = layer.accel_scale, layer.accel_range.cpu().tolist()
+    return {
+        **layer.accel_grid._asdict(),
+        "mode": layer.accel_mode,
+        "range": range_ if range_[0] <= range_[1] else None,
+        "scale": None if scale is None else scale.detach().cpu(),
+    }
+
+
+def become_like(layer: nn.Module, state: Mapping[str, Any]) -> QuantizedLayer:
+    """Make a layer, plain or quantized, what a state says, in place."""
+    grid = grids.check(state["weights"], state["activations"], state["group"])
+    mode: Mode = state["mode"]
+    if isinstance(layer, QuantizedLayer):
+        layer.accel_grid, layer.accel_mode = grid, mode
+    else:
+        layer = become(layer, grid, mode)
+    device = layer.weight.device
+    if state["range"] is not None:
+        layer.set_range(torch.tensor(state["range"], dtype=torch.float32, device=device))
+    if state["scale"] is not None:
+        layer.set_scale(state["scale"])
+    elif grid.bits < 8:
+        layer.fit_scale()
+    else:
+        layer.accel_scale = None
+    return layer
+
+
+def quantization_of(model: nn.Module) -> dict[str, State]:
+    """Return the state of each quantized layer by name; empty for a network that is not quantized.
+
+    >>> quantization_of(nn.Linear(2, 2))
+    {}
+    """
+    return {name: state_of(layer) for name, layer in layers_of(model).items()}
+
+
+def quantized_as(model: nn.Module, stored: Any) -> None:
+    """Make layers of a network what `quantization_of` said of another one.
+
+    Raises:
+        StructureMismatch: The data are damaged, or of another network.
+    """
+    for name, layer in _checked(model, stored).items():
+        become_like(layer, stored[name])
+    leave_fast_paths(model)
+
+
+def _checked(model: nn.Module, stored: Any) -> dict[str, nn.Module]:
+    """Return the layers that are meant; nothing is changed before all of them fit."""
+    layers = dict(model.named_modules())
+    wrong = [
+        str(name)
+        for name, state in (stored.items() if isinstance(stored, dict) else [("all", None)])
+        if not _fits(layers.get(name), state)
+    ]
+    if wrong:
+        raise StructureMismatch(
+            "the quantization that a checkpoint tells does not fit this network",
+            ", ".join(wrong[:6]),
+            "load it into the class that it was saved from",
+        )
+    return {name: layers[name] for name in stored}
+
+
+def _fits(layer: nn.Module | None, state: Any) -> bool:
+    if not isinstance(layer, (QuantizedLayer, *KINDS)) or not isinstance(state, dict):
+        return False
+    try:
+        grid = grids.check(state["weights"], state["activations"], state["group"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    if not isinstance(layer, QuantizedLayer) and type(layer) not in KINDS:
+        return False
+    range_, scale = state.get("range"), state.get("scale")
+    is_range = range_ is None or (
+        isinstance(range_, list) and len(range_) == 2 and all(type(v) is float for v in range_)
+    )
+    if grid.group is not None and (
+        not isinstance(layer, nn.Linear) or layer.in_features % grid.group
+    ):
+        return False
+    return is_range and state.get("mode") in _MODES and (scale is None or isinstance(scale, Tensor))
