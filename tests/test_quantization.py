@@ -15,6 +15,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import results_of
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
@@ -455,7 +456,12 @@ def test_an_encoder_of_torch_computes_quantized_in_eval_mode_too() -> None:
     mask[0, 3:] = True
     net.eval()
     before = net(x, src_key_padding_mask=mask)
-    few = {"weights": "int2", "activations": None, "rounding": "nearest", "correct_bias": False}
+    few: Any = {
+        "weights": "int2",
+        "activations": None,
+        "rounding": "nearest",
+        "correct_bias": False,
+    }
     quantize(net, calibration=[x], select="*linear*", **few)
     with torch.no_grad():
         fast = net(x, src_key_padding_mask=mask)
@@ -857,3 +863,17 @@ def test_a_fit_ends_with_what_the_verb_gives(trainer_kwargs: dict[str, Any]) -> 
     quantize(plainly.net, calibration=[batch for batch, _ in loader()])
     assert torch.equal(plainly.net(x), made.net(x))
     assert len(callback.receipt.changes) == 2
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_processes_share_ranges_and_what_is_quantized_at_the_end(tmp_path: Path) -> None:
+    first, second = results_of("quantized_ranks.py", tmp_path)
+    assert first["trained"]["ranks"] == second["trained"]["ranks"]
+    alone, ranks = (first["trained"][side] for side in ("alone", "ranks"))
+    for name, range_ in alone["ranges"].items():
+        np.testing.assert_allclose(ranks["ranges"][name], range_, rtol=1e-4)
+    for mine, theirs in zip(ranks["weights"], alone["weights"], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    assert first["after"] == second["after"] and first["after"]["ranks"]["ranges"]
+    assert first["failed"] == second["failed"] and "no layer is left" in first["failed"]["told"]

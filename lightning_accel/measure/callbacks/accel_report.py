@@ -40,6 +40,7 @@ from lightning_accel.measure.subject import (
     restore,
 )
 from lightning_accel.places import free
+from lightning_accel.quantization.layers import layers_of
 from lightning_accel.surgery import Receipt, Stage
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.compiled import is_compiled
@@ -272,6 +273,12 @@ class AccelReport(Paced):
 
     def _measure(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:
         _refuse_sharded(trainer)
+        quantized = [m for m in layers_of(pl_module).values() if m.accel_mode != "plain"]
+        if quantized:
+            report.note(
+                f"{len(quantized)} layers compute as integers would, slowly: their times are those of floating point. "
+                "`deploy` makes integers of them and measures these"
+            )
         with whole(trainer):
             self._measure_whole(report, trainer, pl_module)
 

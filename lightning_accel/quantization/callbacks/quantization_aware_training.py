@@ -142,12 +142,14 @@ class QuantizationAwareTraining(Technique):
     def plainly(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """Give plain layers to those who read or measure the module meanwhile."""
         self.on_model_edit_start(trainer, pl_module)
+        _capture_anew(trainer, pl_module)
         try:
             yield
         finally:
             if self._left_for_edit:  # no edit came of it
                 self._left_for_edit = False
                 self.enter(trainer, pl_module)
+            _capture_anew(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,9 +184,7 @@ class QuantizationAwareTraining(Technique):
             norms = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.training]
             self._norms = [norm.eval() for norm in norms]
         self._share_with_averages(trainer, pl_module)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Technique) and callback.stage is Stage.COMPILE:
-                callback.on_model_edit_end(trainer, pl_module, Receipt())
+        _capture_anew(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -230,6 +230,13 @@ class QuantizationAwareTraining(Technique):
     @staticmethod
     def _is_due(moment: When, trainer: Trainer) -> bool:
         return trainer.current_epoch >= epochs(moment, trainer.max_epochs)[0]
+
+
+def _capture_anew(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Tell those who compiled layers that these compute in another way now."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Technique) and callback.stage is Stage.COMPILE:
+            callback.on_model_edit_end(trainer, pl_module, Receipt())
 
 
 def _averages(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:

@@ -1,0 +1,84 @@
+"""Two processes train quantized layers beside one that gets their batches whole: `quantized_ranks.py FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from results import write_results
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_accel as la
+from lightning_accel.quantization import quantization_of
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+FOLDER = Path(sys.argv[1])
+_X = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch), batch.abs().argmax(1) // 2)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(world: int, callback: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    module = Module()
+    mine = _X if world == 1 else _X.unflatten(1, (2, 4))[:, RANK]
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[callback],
+    )
+    trainer.fit(module, DataLoader([*mine], batch_size=None))
+    state = quantization_of(module)
+    return {
+        "ranges": {name: layer["range"] for name, layer in state.items()},
+        "weights": [p.detach().tolist() for p in module.parameters()],
+    }
+
+
+def trained() -> dict[str, Any]:
+    """Ranges are those of all processes' batches."""
+    both = fit(2, la.QuantizationAwareTraining(when=1, momentum=0.3))
+    return {"alone": fit(1, la.QuantizationAwareTraining(when=1, momentum=0.3)), "ranks": both}
+
+
+def after() -> dict[str, Any]:
+    """All processes end with the quantization of the first."""
+    return {"ranks": fit(2, la.PostTrainingQuantization("int4", None))}
+
+
+def failed() -> dict[str, Any]:
+    """What cannot be quantized is told by all processes, and none waits for another."""
+    try:
+        fit(2, la.PostTrainingQuantization("int4", None, group=5))
+    except la.errors.NoEffect as error:
+        return {"told": str(error)[:40]}
+    return {}
+
+
+write_results({"trained": trained, "after": after, "failed": failed}, [], FOLDER / f"{RANK}.json")
