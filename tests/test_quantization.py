@@ -184,7 +184,9 @@ def test_gradients_pass_where_values_lie_within_the_range() -> None:
     torch.testing.assert_close(layer.weight.grad[0], layer.quantized_input(x.detach())[0])
 
 
-@pytest.mark.parametrize("kind", [*KINDS], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind is not nn.MultiheadAttention], ids=lambda k: k.__name__
+)
 def test_a_layer_stays_the_same_module(kind: Any) -> None:
     made = {nn.Linear: (4, 3), nn.Embedding: (4, 3)}.get(kind, (4, 3, 2))
     layer = kind(*made)
@@ -211,6 +213,47 @@ def test_a_layer_stays_the_same_module(kind: Any) -> None:
         k: v for k, v in before.items() if k[0] != "_"
     }
     assert not layer._non_persistent_buffers_set and not layer._buffers
+
+
+@pytest.mark.parametrize("word", ["int8", "int4"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("apart", [False, True])
+def test_attention_is_that_of_rounded_projections(
+    word: str, batch_first: bool, apart: bool
+) -> None:
+    kwargs: Any = {"kdim": 6, "vdim": 10} if apart else {}
+    layer = nn.MultiheadAttention(8, 2, batch_first=batch_first, **kwargs).eval()
+    x = torch.randn(3, 5, 8)
+    given = (x, torch.randn(3, 5, 6), torch.randn(3, 5, 10)) if apart else (x, x, x)
+    range_ = torch.stack([min(t.min() for t in given), max(t.max() for t in given)])  # type: ignore[type-var]
+    made: Any = become(copy.deepcopy(layer), Grid(word))
+    made.set_range(range_)
+    made.fit_scale()
+    expected = copy.deepcopy(layer)
+    for name, weight in expected.named_parameters():
+        if name.endswith("weight"):
+            scale = (grids.best_scales if word == "int4" else grids.scales)(weight, 0, Grid(word))
+            weight.data = grids.rounded(weight.data, scale, 0, Grid(word))
+    rounded = {id(t): grids.rounded_input(t, range_) for t in given}
+    mask = torch.zeros(3 if batch_first else 5, 5 if batch_first else 3, dtype=torch.bool)
+    mask[:, -1] = True
+    for more in (
+        {},
+        {"need_weights": False},
+        {"key_padding_mask": mask},
+        {"average_attn_weights": False},
+    ):
+        output, weights = made(*given, **more)
+        truth, of_truth = expected(*(rounded[id(t)] for t in given), **more)
+        torch.testing.assert_close(output, truth, rtol=1e-5, atol=1e-6)
+        assert (weights is None) == (of_truth is None)
+        if weights is not None:
+            torch.testing.assert_close(weights, of_truth, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lowered(made)(*given, **more)[0], output, rtol=1e-4, atol=1e-5)
+    alone, _ = made(*(t[0] for t in given))
+    assert alone.shape == (5, 8)
+    assert unquantize(made) == 1 and type(made) is nn.MultiheadAttention
+    torch.testing.assert_close(made(*given)[0], layer(*given)[0])
 
 
 # Rounding and calibration.

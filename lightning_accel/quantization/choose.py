@@ -42,11 +42,13 @@ def _reason(module: nn.Module, grid: Grid) -> str:
     if is_parametrized(module):
         return "its weight is computed from others (torch.nn.utils.parametrize)"
     if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return "its weight is read by the attention around it, which never calls it"
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.EmbeddingBag)):
+        return "its weight is read by the attention around it, and quantized with that"
+    if isinstance(module, (nn.RNNBase, nn.EmbeddingBag)):
         return f"{type(module).__name__} computes on its weights itself"
     if type(module) not in KINDS:
         return f"{type(module).__name__} may compute in a way of its own"
+    if isinstance(module, nn.MultiheadAttention):
+        return "" if grid.group is None else "groups of inputs are those of linear layers"
     weight = getattr(module, "weight", None)
     if weight is None or is_lazy(weight):
         return "its weight is made by its first call"

@@ -42,29 +42,45 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     channels_axis = 0
 
+    def parts(self) -> list[Tensor]:
+        """Return the weights, each with its output channels along `channels_axis`."""
+        return [self.weight]
+
     def weight_scale(self) -> Tensor:
-        """Return the scale of each output channel, or of each group."""
+        """Return the scale of each output channel of all parts, or of each group."""
         if self.accel_scale is not None:
             return self.accel_scale
-        return grids.scales(self.weight, self.channels_axis, self.accel_grid)
+        return _joined([grids.scales(w, self.channels_axis, self.accel_grid) for w in self.parts()])
+
+    def part_scales(self) -> list[Tensor]:
+        """Return the scales of each part."""
+        sizes = [weight.shape[self.channels_axis] for weight in self.parts()]
+        return [*self.weight_scale().split(sizes)]
 
     def fit_scale(self) -> None:
         """Find scales for the present weights where the largest of them should not decide: with few bits."""
         if self.accel_grid.bits < 8:
-            self.set_scale(grids.best_scales(self.weight, self.channels_axis, self.accel_grid))
+            grid, axis = self.accel_grid, self.channels_axis
+            self.set_scale(_joined([grids.best_scales(w, axis, grid) for w in self.parts()]))
 
     def set_scale(self, scale: Tensor) -> None:
         """Say the scale of each output channel, or of each group."""
         if self.accel_scale is None or self.accel_scale.shape != scale.shape:
-            self.accel_scale = scale.to(self.weight.device).clone()
+            self.accel_scale = scale.to(self.accel_range.device).clone()
         else:  # the same tensor, as whoever copies buffers in their order needs it
             self.accel_scale.copy_(scale)
 
-    def quantized_weight(self) -> Tensor:
+    def quantized_parts(self) -> list[Tensor]:
         """Return the weights to compute with."""
         if self.accel_mode in ("plain", "watching"):
-            return self.weight
-        return grids.rounded(self.weight, self.weight_scale(), self.channels_axis, self.accel_grid)
+            return self.parts()
+        grid, axis = self.accel_grid, self.channels_axis
+        pairs = zip(self.parts(), self.part_scales(), strict=True)
+        return [grids.rounded(weight, scale, axis, grid) for weight, scale in pairs]
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight to compute with, of a layer that has one."""
+        return self.quantized_parts()[0]
 
     def quantized_input(self, values: Tensor) -> Tensor:
         """Return what to compute on, and note its range where that is asked for."""
@@ -192,6 +208,65 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         )
 
 
+class QuantizedAttention(QuantizedLayer, nn.MultiheadAttention):
+    """`nn.MultiheadAttention`: queries, keys and values come in on one grid, and all projections have their own.
+
+    The products of attention and what comes into the last projection stay in floating point.
+    """
+
+    def parts(self) -> list[Tensor]:
+        """Return the projections of what comes in, and that of the output."""
+        own = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        return [*(weight for weight in own if weight is not None), self.out_proj.weight]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute as `nn.MultiheadAttention` does, by its function."""
+        turns = self.batch_first and query.dim() == 3
+        made: dict[int, Tensor] = {}  # what is one tensor stays one, which torch asks
+        for given in (query, key, value):
+            if id(given) not in made:
+                turned = given.transpose(0, 1) if turns else given
+                made[id(given)] = self.quantized_input(turned)
+        *own, last = self.quantized_parts()
+        q_weight, k_weight, v_weight = own if len(own) == 3 else (None, None, None)
+        output, weights = F.multi_head_attention_forward(
+            made[id(query)],
+            made[id(key)],
+            made[id(value)],
+            self.embed_dim,
+            self.num_heads,
+            own[0] if len(own) == 1 else None,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            last,
+            self.out_proj.bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=len(own) == 3,
+            q_proj_weight=q_weight,
+            k_proj_weight=k_weight,
+            v_proj_weight=v_weight,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return output.transpose(0, 1) if turns else output, weights
+
+
 KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv1d: QuantizedConv1d,
@@ -201,6 +276,7 @@ KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.ConvTranspose3d: QuantizedConvTranspose3d,
     nn.Embedding: QuantizedEmbedding,
+    nn.MultiheadAttention: QuantizedAttention,
 }
 """By the class itself: what a class derived from it computes is not known."""
 _FAST: tuple[tuple[type[nn.Module], str, Any], ...] = (
@@ -219,12 +295,12 @@ def become(module: nn.Module, grid: Grid, mode: Mode = "quantized") -> Quantized
     if isinstance(module, nn.Embedding):
         grid = grid._replace(activations=None)
     module.accel_grid, module.accel_mode, module.accel_known = grid, mode, False
-    device = module.weight.device
+    device = module.parts()[0].device
     for name in ("accel_range", "accel_seen"):
         module.register_buffer(name, _nothing(device), persistent=False)
     module.register_buffer("accel_scale", None, persistent=False)
     if grid.bits < 8:
-        module.set_scale(grids.scales(module.weight, module.channels_axis, grid))
+        module.set_scale(module.weight_scale())
     return module
 
 
@@ -262,6 +338,10 @@ def layers_of(model: nn.Module) -> dict[str, QuantizedLayer]:
     {}
     """
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def _joined(scales: list[Tensor]) -> Tensor:
+    return scales[0] if len(scales) == 1 else torch.cat(scales)
 
 
 def _nothing(device: torch.device) -> Tensor:

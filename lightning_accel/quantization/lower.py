@@ -31,19 +31,32 @@ LARGEST = 127
 class IntegerLayer(QuantizedLayer):
     """A quantized layer whose weights are stored as integers, and whose scales are numbers."""
 
-    integers: Tensor
-    zeros: Tensor
     input_scale: float | None
     input_zero: int
 
-    def quantized_weight(self) -> Tensor:
+    def stored(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return integers, scales and zeros of each part."""
+        held = self._buffers
+        names = [name for name in held if name.startswith("integers")]
+        return [
+            (
+                held[name],
+                held[name.replace("integers", "scale")],
+                held[name.replace("integers", "zeros")],
+            )  # type: ignore[misc]
+            for name in names
+        ]
+
+    def quantized_parts(self) -> list[Tensor]:
         """Return the weights, read back from integers."""
-        scale = self.weight_scale()
+        return [self._read(*part) for part in self.stored()]
+
+    def _read(self, integers: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
         if self.accel_grid.group is not None:
-            grouped = self.integers.unflatten(1, (-1, self.accel_grid.group)).float()
+            grouped = integers.unflatten(1, (-1, self.accel_grid.group)).float()
             return (grouped * scale[..., None]).flatten(1)
         return torch.ops.quantized_decomposed.dequantize_per_channel.default(
-            self.integers, scale, self.zeros, self.channels_axis, -LARGEST, LARGEST, torch.int8
+            integers, scale, zeros, self.channels_axis, -LARGEST, LARGEST, torch.int8
         )
 
     def quantized_input(self, values: Tensor) -> Tensor:
@@ -60,7 +73,8 @@ class IntegerEmbedding(IntegerLayer, QuantizedEmbedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Look rows up as `nn.Embedding` does."""
-        return self.integers[input].float() * self.weight_scale()[input][..., None]
+        ((integers, scale, _),) = self.stored()
+        return integers[input].float() * scale[input][..., None]
 
 
 _INTEGERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -94,16 +108,22 @@ def lowered(model: ModuleT) -> ModuleT:
 
 @torch.no_grad()
 def _lower(layer: Any) -> None:
-    scale = layer.weight_scale().detach().clone()
-    whole = grids.integers(layer.weight, scale, layer.channels_axis, layer.accel_grid)
+    axis, grid = layer.channels_axis, layer.accel_grid
+    parts = [*zip(layer.parts(), layer.part_scales(), strict=True)]
     step, zero = grids.parameters_of(layer.accel_range)
-    reads = layer.accel_known and layer.accel_grid.activations is not None
+    reads = layer.accel_known and grid.activations is not None
     layer.input_scale, layer.input_zero = (float(step) if reads else None), int(zero)
-    del layer._parameters["weight"]
+    owners = [(layer, name) for name in layer._parameters if name.endswith("weight")]
+    owners += [(m, "weight") for m in layer.children() if "weight" in m._parameters]
+    for owner, name in owners:
+        owner._parameters[name] = None
     for name in ("accel_range", "accel_seen", "accel_scale"):
         del layer._buffers[name]
     layer._non_persistent_buffers_set.clear()
-    layer.register_buffer("integers", whole)
-    layer.register_buffer("accel_scale", scale)
-    layer.register_buffer("zeros", torch.zeros_like(scale.flatten(), dtype=torch.int64))
+    for number, (weight, scale) in enumerate(parts):
+        suffix = f"_{number}" if number else ""
+        layer.register_buffer(f"integers{suffix}", grids.integers(weight, scale, axis, grid))
+        layer.register_buffer(f"scale{suffix}", scale.clone())
+        zeros = torch.zeros_like(scale.flatten(), dtype=torch.int64)
+        layer.register_buffer(f"zeros{suffix}", zeros)
     layer.__class__ = _INTEGERS[type(layer)]

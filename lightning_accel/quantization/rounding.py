@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from lightning_accel.pruning.unfold import like_weight, matrix, patches, pieces, samples
 from lightning_accel.quantization.calibration import in_mode, listening
 from lightning_accel.quantization.grid import rounded
-from lightning_accel.quantization.layers import QuantizedEmbedding, QuantizedLayer
+from lightning_accel.quantization.layers import (
+    QuantizedAttention,
+    QuantizedEmbedding,
+    QuantizedLayer,
+)
 from lightning_accel.surgery.call import Call, run
 
 Rounding = Literal["nearest", "least_squares"]
@@ -159,7 +163,7 @@ def _ordered(tensor: Tensor, order_GI: Tensor, dim: int) -> Tensor:
 
 
 def _has_matrix(layer: QuantizedLayer) -> bool:
-    if isinstance(layer, QuantizedEmbedding) or layer.weight.is_complex():
+    if isinstance(layer, (QuantizedAttention, QuantizedEmbedding)):
         return False
     return not (layer.channels_axis == 1 and int(getattr(layer, "groups", 1)) > 1)
 

@@ -42,7 +42,7 @@ def become_like(layer: nn.Module, state: Mapping[str, Any]) -> QuantizedLayer:
         layer.accel_grid, layer.accel_mode = grid, mode
     else:
         layer = become(layer, grid, mode)
-    device = layer.weight.device
+    device = layer.accel_range.device
     if state["range"] is not None:
         layer.set_range(torch.tensor(state["range"], dtype=torch.float32, device=device))
     if state["scale"] is not None:
