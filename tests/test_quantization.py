@@ -866,11 +866,18 @@ def test_an_average_made_before_the_layers_changed_keeps_its_buffers(
             assert sqnr_db([user.net(x)], [copy.deepcopy(user).net(x)]) == math.inf
 
 
-def test_strategies_that_shard_are_refused() -> None:
-    trainer = Trainer(accelerator="cpu", strategy="accel_fsdp", devices=1, logger=False)
-    for callback in (QuantizationAwareTraining(), PostTrainingQuantization()):
-        with pytest.raises(Unsupported, match="shard"):
-            callback.setup(trainer, Module(), "fit")
+@pytest.mark.parametrize(
+    ("strategy", "callback"),
+    [
+        ("accel_fsdp", PostTrainingQuantization()),
+        ("accel_fsdp", QuantizationAwareTraining("int4", None)),
+        ("accel_tensor", QuantizationAwareTraining()),
+    ],
+)
+def test_parts_of_weights_are_refused(strategy: str, callback: Any) -> None:
+    trainer = Trainer(accelerator="cpu", strategy=strategy, devices=1, logger=False)
+    with pytest.raises(Unsupported, match=r"shard|whole weights"):
+        callback.setup(trainer, Module(), "fit")
 
 
 @pytest.mark.parametrize(
@@ -913,10 +920,11 @@ def test_a_fit_ends_with_what_the_verb_gives(trainer_kwargs: dict[str, Any]) -> 
 def test_processes_share_ranges_and_what_is_quantized_at_the_end(tmp_path: Path) -> None:
     first, second = results_of("quantized_ranks.py", tmp_path)
     assert first["trained"]["ranks"] == second["trained"]["ranks"]
-    alone, ranks = (first["trained"][side] for side in ("alone", "ranks"))
-    for name, range_ in alone["ranges"].items():
-        np.testing.assert_allclose(ranks["ranges"][name], range_, rtol=1e-4)
-    for mine, theirs in zip(ranks["weights"], alone["weights"], strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    for way in ("trained", "sharded"):
+        alone, ranks = (first[way][side] for side in ("alone", "ranks"))
+        for name, range_ in alone["ranges"].items():
+            np.testing.assert_allclose(ranks["ranges"][name], range_, rtol=1e-4)
+        for mine, theirs in zip(ranks["weights"], alone["weights"], strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
     assert first["after"] == second["after"] and first["after"]["ranks"]["ranges"]
     assert first["failed"] == second["failed"] and "no layer is left" in first["failed"]["told"]

@@ -37,21 +37,21 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(world: int, callback: Any) -> dict[str, Any]:
+def fit(world: int, *callbacks: Any, strategy: Any = "ddp") -> dict[str, Any]:
     torch.manual_seed(0)
     module = Module()
     mine = _X if world == 1 else _X.unflatten(1, (2, 4))[:, RANK]
     trainer = Trainer(
         accelerator="cpu",
         devices=world,
-        strategy="ddp" if world > 1 else "auto",
+        strategy=strategy if world > 1 else "auto",
         max_epochs=3,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[callback],
+        callbacks=[*callbacks],
     )
     trainer.fit(module, DataLoader([*mine], batch_size=None))
     state = quantization_of(module)
@@ -72,6 +72,18 @@ def after() -> dict[str, Any]:
     return {"ranks": fit(2, la.PostTrainingQuantization("int4", None))}
 
 
+def sharded() -> dict[str, Any]:
+    """Layers see whole weights, in a fit that prunes too."""
+
+    def both() -> list[Any]:
+        return [
+            la.QuantizationAwareTraining(when=1, momentum=0.3),
+            la.StructuredPruning(ratio=0.5, when=2, compensate=False),
+        ]
+
+    return {"alone": fit(1, *both()), "ranks": fit(2, *both(), strategy="accel_fsdp")}
+
+
 def failed() -> dict[str, Any]:
     """What cannot be quantized is told by all processes, and none waits for another."""
     try:
@@ -81,4 +93,8 @@ def failed() -> dict[str, Any]:
     return {}
 
 
-write_results({"trained": trained, "after": after, "failed": failed}, [], FOLDER / f"{RANK}.json")
+write_results(
+    {"trained": trained, "after": after, "sharded": sharded, "failed": failed},
+    [],
+    FOLDER / f"{RANK}.json",
+)

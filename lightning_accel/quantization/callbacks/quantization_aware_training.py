@@ -15,11 +15,13 @@ from typing_extensions import override
 from lightning_accel.arguments import open_share
 from lightning_accel.bridge import checks
 from lightning_accel.bridge.restore import averages
+from lightning_accel.bridge.strategies import gathers, is_of
 from lightning_accel.bridge.technique import Context, Technique
-from lightning_accel.errors import explain
+from lightning_accel.errors import Unsupported, explain
 from lightning_accel.pruning.schedule import When, epochs, moments, require_reached
 from lightning_accel.quantization import choose
 from lightning_accel.quantization import grid as grids
+from lightning_accel.quantization.grid import Grid
 from lightning_accel.quantization.layers import (
     back_to_fast_paths,
     become,
@@ -55,7 +57,7 @@ class QuantizationAwareTraining(Technique):
         ValueError: An argument is out of range.
         TypeError: An argument is of another type.
         NoEffect: At setup, when no layer is left, with the reason for each.
-        Unsupported: At setup, with a strategy that shards or traces weights.
+        Unsupported: At setup, with a strategy that shards or traces weights; `FSDP2Strategy` goes with eight bits.
 
     >>> QuantizationAwareTraining(when=0.5).grid
     Grid(weights='int8', activations='int8', group=None)
@@ -94,7 +96,7 @@ class QuantizationAwareTraining(Technique):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        checks.refuse_sharded(trainer.strategy, type(self).__name__)
+        _refuse_parts(trainer, self.grid)
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not checks.is_trial(trainer):
             for moment in filter(None, (self._when, self._freeze)):
@@ -230,6 +232,20 @@ class QuantizationAwareTraining(Technique):
     @staticmethod
     def _is_due(moment: When, trainer: Trainer) -> bool:
         return trainer.current_epoch >= epochs(moment, trainer.max_epochs)[0]
+
+
+def _refuse_parts(trainer: Trainer, grid: Grid) -> None:
+    """Raise unless layers see all of their weights where they compute, and where their scales are found."""
+    strategy = trainer.strategy
+    if not is_of(strategy, "TensorParallelStrategy") and gathers(strategy):
+        if grid.bits == 8:
+            return
+        raise Unsupported(
+            f"scales of {grid.weights} weights are found on whole weights",
+            f"{type(strategy).__name__}, which keeps parts of them on each process",
+            "use weights='int8', or strategy='ddp'",
+        )
+    checks.refuse_sharded(strategy, "QuantizationAwareTraining")
 
 
 def _capture_anew(trainer: Trainer, pl_module: LightningModule) -> None:
