@@ -168,8 +168,7 @@ def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
         cut_beside(structure, Structure.from_dict(stored["dense"]))
     for average in copies:
         target.apply(average)
-    if QUANTIZATION in checkpoint:
-        quantized_as(pl_module, checkpoint[QUANTIZATION])
+    quantized_as(pl_module, checkpoint.get(QUANTIZATION, {}))
     users_own(checkpoint)
 
 

@@ -64,13 +64,17 @@ def quantization_of(model: nn.Module) -> dict[str, State]:
 
 
 def quantized_as(model: nn.Module, stored: Any) -> None:
-    """Make layers of a network what `quantization_of` said of another one.
+    """Make layers of a network what `quantization_of` said of another one, and let all others compute as ever.
 
     Raises:
         StructureMismatch: The data are damaged, or of another network.
     """
-    for name, layer in _checked(model, stored).items():
+    layers = _checked(model, stored)
+    for name, layer in layers.items():
         become_like(layer, stored[name])
+    for name, other in layers_of(model).items():
+        if name not in layers:
+            other.accel_mode = "plain"
     leave_fast_paths(model)
 
 
