@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_accel
-from lightning_accel import Bundle, deploy, load_bundle
+from lightning_accel import Bundle, Deploy, load_bundle
+from lightning_accel.cli import main
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.export import backends, gates, manifest, place, speed
 from lightning_accel.export.candidate import Candidate, choose, kept_formats
@@ -30,10 +35,7 @@ from lightning_accel.measure.race import Ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore:no format is faster than the model")
 
-
-@pytest.fixture(autouse=True)
-def short_race(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "RACE_S", 0.01)
+deploy = partial(lightning_accel.deploy, budget_s=0.02)
 
 
 def mlp() -> nn.Module:
@@ -327,9 +329,8 @@ CALLS: dict[str, tuple[Callable[[Bundle], Any], type[Exception], str]] = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(speed, "RACE_S", 0.01)
         return deploy(
             mlp(), torch.randn(4, 6), to=tmp_path_factory.mktemp("b") / "net", formats=FORMATS
         )
@@ -716,7 +717,6 @@ def test_a_bundle_is_replaced_whole_or_not_at_all(
     with pytest.raises(OSError, match="no space"):
         deploy(conv(), torch.randn(4, 3, 5, 5), to=tmp_path / "a", formats="export", overwrite=True)
     monkeypatch.undo()
-    monkeypatch.setattr(speed, "RACE_S", 0.01)
     assert (tmp_path / "a" / "manifest.json").read_bytes() == old
     bundle = deploy(
         conv(), torch.randn(4, 3, 5, 5), to=tmp_path / "a", formats="export", overwrite=True
@@ -763,6 +763,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "drop alone": ({"max_drop": 0.1}, ValueError, "go together"),
     "drop": ({"metric": lambda p: 1.0, "max_drop": -1}, ValueError, "`max_drop`"),
     "speedup": ({"min_speedup": 0}, ValueError, "`min_speedup`"),
+    "budget": ({"budget_s": 0}, ValueError, "`budget_s`"),
     "pre": ({"pre": torch.relu}, TypeError, "`pre` is a module"),
     "overwrite": ({"overwrite": 1}, TypeError, "`overwrite` is true or false"),
 }
@@ -956,6 +957,213 @@ def test_a_file_that_cannot_run_here_gives_way_to_one_that_can(
         load_bundle(written.path, format=best)
 
 
+# The callback.
+
+
+class Lit(LightningModule):
+    """Two networks where `extra` is set, and a `forward` of its own unless `steps_alone`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).softmax(-1)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+
+class StepsAlone(Lit):
+    """Without a `forward`: what is called is its network."""
+
+    forward = LightningModule.forward  # type: ignore[assignment]
+
+
+class Several(Lit):
+    """Its step calls two networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(6, 3)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]) + self.other(batch[0]), batch[1])
+
+
+class Stream(IterableDataset[Any]):
+    """Data that can be read once."""
+
+    def __init__(self) -> None:
+        self.left = [(torch.randn(6), torch.tensor(n % 3)) for n in range(16)]
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.left:
+            yield self.left.pop()
+
+
+def fit(
+    model: LightningModule, folder: Path, *callbacks: Callback, data: Any = None, **kwargs: Any
+) -> Trainer:
+    torch.manual_seed(1)
+    if data is None:
+        data = TensorDataset(torch.randn(16, 6), torch.arange(16) % 3)
+        data = DataLoader(data, 8, shuffle=True)
+    kwargs = {"max_epochs": 2, **kwargs}
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
+    trainer.fit(model, data)
+    return trainer
+
+
+quick = partial(Deploy, formats="export", budget_s=0.02)
+each_fit = pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
+)
+
+
+@each_fit
+def test_a_fit_with_deployment_is_the_fit_without_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = Lit()
+    deployed = copy.deepcopy(plain)
+    fit(plain, tmp_path / "plain")
+    random = torch.get_rng_state()
+    callback = quick()
+    trainer = fit(deployed, tmp_path / "with", callback)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, deployed.state_dict()[name]), name
+    assert deployed.training == plain.training and deployed.trainer is trainer
+    assert callback.bundle is not None and callback.bundle.path == tmp_path / "with" / "bundle"
+    x = torch.randn(5, 6)
+    close(callback.bundle.predict(x), plain.eval()(x))  # its forward, softmax and all
+    fit(copy.deepcopy(plain), tmp_path / "with", quick(), max_epochs=1)
+    assert {p.name for p in (tmp_path / "with").iterdir()} == {"bundle", "bundle-1"}
+
+
+@each_fit
+def test_without_a_forward_the_network_that_a_step_calls_is_deployed(tmp_path: Path) -> None:
+    model, callback = StepsAlone(), quick(tmp_path / "net")
+    fit(model, tmp_path, callback)
+    assert callback.bundle is not None and callback.bundle.path == tmp_path / "net"
+    x = torch.randn(5, 6)
+    close(callback.bundle.predict(x), model.net.eval()(x))
+
+
+@each_fit
+def test_an_example_array_of_the_module_is_used(tmp_path: Path) -> None:
+    model, callback = Lit(), quick()
+    model.example_input_array = torch.randn(3, 6)
+    fit(model, tmp_path, callback)
+    assert callback.bundle is not None
+    assert "3" in callback.bundle.manifest["candidates"][0]["paces"]
+
+
+@each_fit
+def test_a_stream_loses_no_batch_to_the_deployment(tmp_path: Path) -> None:
+    model, callback = StepsAlone(), quick()
+    trainer = fit(model, tmp_path, callback, data=DataLoader(Stream(), 4), max_epochs=1)
+    assert trainer.global_step == 4 and callback.bundle is not None
+
+
+@each_fit
+def test_a_deployment_that_fails_leaves_the_training_and_says_why(tmp_path: Path) -> None:
+    callback = quick()
+    with pytest.warns(UserWarning, match=r"was not deployed.*calls net, other.*`forward`"):
+        trainer = fit(SeveralAlone(), tmp_path, callback)
+    assert trainer.state.finished and callback.bundle is None and not list(tmp_path.iterdir())
+
+
+class SeveralAlone(Several):
+    """Two networks, and no `forward` that says which is meant."""
+
+    forward = LightningModule.forward  # type: ignore[assignment]
+
+
+@each_fit
+def test_a_place_that_is_taken_stops_a_fit_before_it_begins(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("x")
+    model = Lit()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="`to` is taken"):
+        fit(model, tmp_path, quick(tmp_path / "mine"))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@each_fit
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")
+def test_a_trial_run_writes_nothing(tmp_path: Path) -> None:
+    callback = quick()
+    fit(Lit(), tmp_path, callback, fast_dev_run=True)
+    assert callback.bundle is None and not list(tmp_path.iterdir())
+
+
+def test_a_callback_travels_without_what_is_open(tmp_path: Path) -> None:
+    callback = quick(tmp_path)
+    callback.bundle = "open"  # type: ignore[assignment]
+    assert copy.copy(callback).bundle is None and copy.copy(callback).to == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"to": 3}, TypeError, "`to` is a path"),
+        ({"formats": "tflite"}, ValueError, "unknown `formats`"),
+        ({"budget_s": 0}, ValueError, "`budget_s`"),
+        ({"overwrite": "yes"}, TypeError, "`overwrite`"),
+        ({"batch": 0}, ValueError, "`batch`"),
+        ({"dynamic": 3}, TypeError, "`dynamic`"),
+        ({"min_speedup": -1}, ValueError, "`min_speedup`"),
+    ],
+)
+def test_bad_arguments_of_the_callback_are_refused_at_once(
+    given: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        Deploy(**given)
+
+
+# The command line.
+
+
+def test_the_command_writes_a_bundle_and_one_json_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "made_for_export.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def net(): return nn.Linear(6, 3)\n"
+        "def pair(): return nn.Linear(6, 3), torch.ones(2, 6)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--formats", "export", "--budget-s", "0.02"]
+    assert main(["export", "made_for_export:net", "--example", "4,6", "--to", "a", *words]) == 0
+    said = capsys.readouterr()
+    assert "export" in said.out and f"Wrote {tmp_path / 'a'}" in said.out
+    assert load_bundle("a").predict(torch.ones(7, 6)).shape == (7, 3)
+    assert main(["export", "made_for_export:pair", "--to", "b", "--static", "--json", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["path"] == str(tmp_path / "b")
+    assert found["signature"]["inputs"][0]["shape"] == [2, 6]
+    assert main(["export", "made_for_export:net", "--to", "c", *words]) == 2
+    assert "needs an example" in capsys.readouterr().err
+    assert main(["export", "made_for_export:pair", "--to", "b", *words]) == 2
+    assert "`to` is taken" in capsys.readouterr().err
+
+
 def test_nothing_is_said_by_exporters(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     deploy(mlp(), torch.randn(4, 6), to=tmp_path / "a", formats=FORMATS)
     said = capfd.readouterr()
@@ -963,5 +1171,5 @@ def test_nothing_is_said_by_exporters(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 def test_the_verb_is_public() -> None:
-    assert lightning_accel.deploy is deploy and lightning_accel.load_bundle is load_bundle
+    assert lightning_accel.load_bundle is load_bundle
     assert place.free(Path("nowhere"), False).is_absolute()

@@ -51,6 +51,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch", type=int, help="the largest batch that will be passed; any")
     parser.add_argument("--static", action="store_true", help="only the sizes of the example")
     parser.add_argument("--min-speedup", type=float, default=1.0, help="of the best format; 1")
+    parser.add_argument("--budget-s", type=float, default=3.0, help="seconds of measuring; 3")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
                 batch=args.batch,
                 dynamic=not args.static,
                 min_speedup=args.min_speedup,
+                budget_s=args.budget_s,
                 overwrite=args.overwrite,
             )
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:

@@ -18,7 +18,7 @@ from lightning_accel.export.structure import class_name
 
 
 class Bundle:
-    """An opened bundle.
+    """A folder with a network, opened: `predict` answers as the model does.
 
     Attributes:
         path: Its folder.

@@ -136,19 +136,24 @@ def choose(made: Mapping[str, Candidate], size: str) -> tuple[str, bool]:
 
 
 def race(
-    made: Mapping[str, Candidate], network: FlatNetwork, schema: Schema, least: float
+    made: Mapping[str, Candidate],
+    network: FlatNetwork,
+    schema: Schema,
+    least: float,
+    budget_s: float,
 ) -> dict[str, Pace]:
     """Measure who is left at the batch of the example and at 1, and return the times of the model."""
     passed = [c for c in made.values() if c.runner is not None]
     own = {}
-    for size in _race_sizes(network, schema):
+    sizes = _race_sizes(network, schema)
+    for size in sizes:
         itself = _call(network.call, network, schema, size)
         calls = {
             c.name: _call(Predictor(schema, c.runner), network, schema, size)
             for c in passed
             if c.runner is not None
         }
-        found = speed.paces(itself, calls, least=least)
+        found = speed.paces(itself, calls, least=least, budget_s=budget_s / len(sizes))
         own[str(size)] = found[EAGER]
         for candidate in passed:
             candidate.paces[str(size)] = found[candidate.name]

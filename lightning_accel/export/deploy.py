@@ -56,6 +56,7 @@ def deploy(
     metric: Callable[[Callable[..., Any]], float] | None = None,
     max_drop: float | None = None,
     min_speedup: float = 1.0,
+    budget_s: float = 3.0,
     pre: nn.Module | None = None,
     post: nn.Module | None = None,
     overwrite: bool = False,
@@ -78,6 +79,7 @@ def deploy(
         metric: Gets a function that is called as the model is, and returns a number, higher is better.
         max_drop: By how much the metric may fall.
         min_speedup: The gain over the model without a graph, at the example's batch, below which a format is not the best.
+        budget_s: Seconds of measuring; building and proving come on top.
         pre: Put before the model, into the graph, such as a normalisation.
         post: Put behind it, such as a softmax.
         overwrite: Whether a bundle that is at `to` already is replaced.
@@ -99,8 +101,8 @@ def deploy(
     for name, part in (("pre", pre), ("post", post)):
         instance(name, part, nn.Module, "a module", "pass an nn.Module", none=True)
     names = check_formats(formats)
-    _check_numbers(batch, metric, max_drop, min_speedup)
-    _check_dynamic(dynamic)
+    check_arguments(dynamic=dynamic, batch=batch, min_speedup=min_speedup, budget_s=budget_s)
+    _check_metric(metric, max_drop)
     flag("overwrite", overwrite)
     target = place.free(as_path("to", to), overwrite)
     with preserve_rng(), nothing_heard(model), plainly():
@@ -118,7 +120,7 @@ def deploy(
             known = measure_metric(made, network, schema, metric, max_drop)
             refuse_failed(made, names)
             model_itself = Candidate(EAGER, metric=known)
-            model_itself.paces = race(made, network, schema, min_speedup)
+            model_itself.paces = race(made, network, schema, min_speedup, budget_s)
             best, faster = choose(made, str(num_samples(network.example)))
             notes += [*found.notes, *left_out, *said_of_speed(made, best)]
             _write(
@@ -158,20 +160,16 @@ def check_formats(formats: Any) -> tuple[str, ...]:
     return tuple(one_of("formats", name, _NAMES) for name in given)
 
 
-def _check_numbers(batch: Any, metric: Any, max_drop: Any, min_speedup: Any) -> None:
+def check_arguments(*, dynamic: Any, batch: Any, min_speedup: Any, budget_s: Any) -> None:
+    """Raise unless these are such as `deploy` takes.
+
+    Raises:
+        ValueError: One is out of range.
+        TypeError: One is of another kind.
+    """
     whole("batch", batch, none=True)
-    finite("max_drop", max_drop, least=0.0, none=True)
     positive("min_speedup", min_speedup)
-    if metric is not None and not callable(metric):
-        do = "pass one that gets `predict` and returns a number"
-        raise TypeError(explain("`metric` is a function", repr(metric)[:80], do))
-    if (metric is None) != (max_drop is None):
-        found = "only `max_drop`" if metric is None else "only `metric`"
-        what = "`metric` and `max_drop` go together"
-        raise ValueError(explain(what, found, "pass both, or none"))
-
-
-def _check_dynamic(dynamic: Any) -> None:
+    positive("budget_s", budget_s, unit="seconds")
     if isinstance(dynamic, bool):
         return
     do = "pass {'ids': {1: 'length'}}"
@@ -182,6 +180,17 @@ def _check_dynamic(dynamic: Any) -> None:
         for dim, name in named.items():
             whole("dynamic", dim, least=0)
             instance("dynamic", name, str, "names of dimensions", do)
+
+
+def _check_metric(metric: Any, max_drop: Any) -> None:
+    finite("max_drop", max_drop, least=0.0, none=True)
+    if metric is not None and not callable(metric):
+        do = "pass one that gets `predict` and returns a number"
+        raise TypeError(explain("`metric` is a function", repr(metric)[:80], do))
+    if (metric is None) != (max_drop is None):
+        found = "only `max_drop`" if metric is None else "only `metric`"
+        what = "`metric` and `max_drop` go together"
+        raise ValueError(explain(what, found, "pass both, or none"))
 
 
 def _check_runs(network: FlatNetwork, example: Any) -> None:

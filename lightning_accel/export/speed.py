@@ -10,9 +10,6 @@ import torch
 from lightning_accel.measure import race
 from lightning_accel.measure.race import BenchmarkCase, Ratio
 
-RACE_S = 1.5
-"""Seconds of measuring for each batch, after warming up."""
-
 EAGER = "eager"
 _AGAIN = "eager again"
 
@@ -30,7 +27,11 @@ class Pace(NamedTuple):
 
 
 def paces(
-    eager: Callable[[], Any], candidates: Mapping[str, Callable[[], Any]], *, least: float
+    eager: Callable[[], Any],
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    least: float,
+    budget_s: float = 0.5,
 ) -> dict[str, Pace]:
     """Measure candidates beside the model, and the model beside itself, which tells how much is noise.
 
@@ -38,6 +39,7 @@ def paces(
         eager: A call of the model.
         candidates: Calls of the others, by name.
         least: The gain that is asked for.
+        budget_s: Seconds of measuring, after warming up.
 
     Returns:
         By name, with a `verdict` for who is not faster; the model is "eager".
@@ -51,7 +53,7 @@ def paces(
         name: BenchmarkCase(_without_gradients(call), torch.device("cpu"))
         for name, call in calls.items()
     }
-    race.run(lanes, budget_s=RACE_S)
+    race.run(lanes, budget_s=budget_s)
     still = race.speedup(lanes[EAGER], lanes[_AGAIN])
     found = {EAGER: Pace(1e3 * race.p10(lanes[EAGER]), still)}
     for name in candidates:

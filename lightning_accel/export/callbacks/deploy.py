@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
@@ -25,7 +26,7 @@ from lightning_accel.bridge.paced import report_path
 from lightning_accel.bridge.strategies import gathers, holding, whole
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.export.bundle import Bundle
-from lightning_accel.export.deploy import check_formats, deploy
+from lightning_accel.export.deploy import check_arguments, check_formats, deploy
 from lightning_accel.export.place import free
 from lightning_accel.places import free as free_name
 from lightning_accel.places import is_there
@@ -36,8 +37,8 @@ from lightning_accel.surgery.preserve import preserve_rng
 class Deploy(Callback):
     """At the end of a fit, write the trained network as files that run without its code, proved and measured here.
 
-    What is deployed is the LightningModule, called as `forward` is; where it has none, the one network that its
-    training step calls. The fit is as without it, bit for bit, and an error in here becomes a warning: a finished
+    What is deployed is the LightningModule, called as `forward` is, with what its first network receives from a batch;
+    where it has no `forward`, the one network that its training step calls. The fit is as without it, bit for bit, and an error in here becomes a warning: a finished
     training is never lost. Only the first process writes. Nothing is written after `fast_dev_run`.
 
     Args:
@@ -46,7 +47,8 @@ class Deploy(Callback):
         dynamic: As in `deploy`.
         batch: As in `deploy`.
         min_speedup: As in `deploy`.
-        example: Arguments of `forward`; by default `example_input_array`, or what the network receives from a batch.
+        budget_s: As in `deploy`.
+        example: Arguments of `forward`; by default `example_input_array`, or what the first network receives.
         overwrite: Whether a bundle that is at `to` is replaced.
 
     Attributes:
@@ -68,13 +70,16 @@ class Deploy(Callback):
         dynamic: bool | Mapping[str, Mapping[int, str]] = True,
         batch: int | None = None,
         min_speedup: float = 1.0,
+        budget_s: float = 3.0,
         example: Any = None,
         overwrite: bool = False,
     ) -> None:
         super().__init__()
         self.to: Path | None = as_path("to", to, none=True)
+        check_arguments(dynamic=dynamic, batch=batch, min_speedup=min_speedup, budget_s=budget_s)
         self.formats = check_formats(formats)
         self.dynamic, self.batch, self.min_speedup = dynamic, batch, min_speedup
+        self.budget_s = budget_s
         self.example = example
         self.overwrite: bool = flag("overwrite", overwrite)
         self.bundle: Bundle | None = None
@@ -126,7 +131,7 @@ class Deploy(Callback):
         kept, self._at_hand = self._at_hand, None
         device = trainer.strategy.root_device
         at_hand = kept and AtHand(move_data_to_device(kept.batch, device))
-        call = _one(find_example(trainer, pl_module, self.example, at_hand))
+        call = _one(pl_module, find_example(trainer, pl_module, self.example, at_hand))
         if not trainer.is_global_zero:
             return
         network: nn.Module = pl_module.get_submodule(call.name)
@@ -138,6 +143,7 @@ class Deploy(Callback):
             dynamic=self.dynamic,
             batch=self.batch,
             min_speedup=self.min_speedup,
+            budget_s=self.budget_s,
             overwrite=self.overwrite,
         )
         rank_zero_info(f"{self.bundle.table}\n- in {self.bundle.path}")
@@ -148,15 +154,17 @@ class Deploy(Callback):
         return free_name(report_path(trainer).with_name("bundle"), lambda path: not is_there(path))
 
 
-def _one(calls: tuple[Call, ...]) -> Call:
+def _one(pl_module: LightningModule, calls: tuple[Call, ...]) -> Call:
     """Return the call of the module itself, or of the one network that it calls.
 
     Raises:
         AccelError: There are several.
     """
-    own = [call for call in calls if call.name == ""]
-    if len(own or calls) == 1:
-        return (own or list(calls))[0]
+    if is_overridden("forward", pl_module):
+        # A step that calls the networks and not `forward` gives the first of them what `forward` takes.
+        return next((call for call in calls if call.name == ""), calls[0]._replace(name=""))
+    if len(calls) == 1:
+        return calls[0]
     raise AccelError(
         "a deployment is of one network",
         f"the training step calls {', '.join(call.name for call in calls)}",
