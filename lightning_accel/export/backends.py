@@ -79,21 +79,25 @@ def load(name: str, path: Path, schema: Schema) -> Runner:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep back what exporters say about themselves."""
-    said = logging.getLogger("torch.onnx")
-    level = said.level
-    said.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             for phrase in (
                 r"`isinstance\(treespec, LeafSpec\)` is deprecated",
                 "`torch.jit.script",
                 "The given buffer is not writable",
+                "No complete tensor found in the group",  # weights that lie channels last
+                r"The tensor attributes? .*_flat_weights",  # recurrent layers, whose weights stay
             ):
                 warnings.filterwarnings("ignore", phrase)
             warnings.filterwarnings("ignore", module=r"(onnx|onnxscript|torch\.onnx)(\.|$)")
             yield
     finally:
-        said.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:

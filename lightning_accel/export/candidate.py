@@ -33,6 +33,11 @@ class Candidate:
         """Leave it out of the race, and keep the reason."""
         self.verdict, self.runner = self.verdict._replace(reason=reason), None
 
+    @property
+    def mean_gain(self) -> float:
+        """The geometric mean of the gains over the batches measured."""
+        return math.prod(p.gain.ratio for p in self.paces.values()) ** (1 / len(self.paces))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; an infinite ratio, of equal answers, is `None`."""
         found = self.verdict
@@ -121,18 +126,27 @@ def refuse_failed(made: Mapping[str, Candidate], names: Sequence[str]) -> None:
         )
 
 
-def choose(made: Mapping[str, Candidate], size: str) -> tuple[str, bool]:
+def choose(made: Mapping[str, Candidate], size: str, least: float) -> tuple[str, bool]:
     """Return the fastest candidate, and whether it is faster than the model; if none is, the fastest portable one.
+
+    Faster is who gains in the geometric mean over the batches, measurably at one of them, and is not slower at `size`.
 
     Args:
         made: The candidates, those without a runner included.
-        size: The batch that counts.
+        size: The batch of the example.
+        least: The mean gain that is asked for.
     """
     passed = {name: c for name, c in made.items() if c.runner is not None}
-    faster = {name: c for name, c in passed.items() if not c.paces[size].verdict}
+    faster = {
+        name: c
+        for name, c in passed.items()
+        if c.mean_gain >= least
+        and any(not pace.verdict for pace in c.paces.values())
+        and not c.paces[size].verdict.startswith("slower")
+    }
     portable = {name: c for name, c in passed.items() if backends.FORMATS[name].portable}
     among = faster or portable or passed
-    return min(among, key=lambda name: among[name].paces[size].ms), bool(faster)
+    return max(among, key=lambda name: among[name].mean_gain), bool(faster)
 
 
 def race(

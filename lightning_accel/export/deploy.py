@@ -35,7 +35,7 @@ from lightning_accel.export.cases import eager, given, known_answers
 from lightning_accel.export.gates import Case
 from lightning_accel.export.network import FlatNetwork, flat_network, schema_of
 from lightning_accel.export.page import page
-from lightning_accel.export.program import BATCH, Traced, num_samples, plainly, traced
+from lightning_accel.export.program import Traced, num_samples, plainly, traced
 from lightning_accel.export.schema import Schema
 from lightning_accel.export.speed import EAGER
 from lightning_accel.surgery.acting import nothing_heard
@@ -78,7 +78,8 @@ def deploy(
         check: More examples to compare answers on, such as batches of a validation.
         metric: Gets a function that is called as the model is, and returns a number, higher is better.
         max_drop: By how much the metric may fall.
-        min_speedup: The gain over the model without a graph, at the example's batch, below which a format is not the best.
+        min_speedup: The gain over the model without a graph, in the mean of the example's batch and of one sample, below
+            which a format is not called faster.
         budget_s: Seconds of measuring; building and proving come on top.
         pre: Put before the model, into the graph, such as a normalisation.
         post: Put behind it, such as a softmax.
@@ -89,7 +90,7 @@ def deploy(
         TypeError: An argument is of another kind.
         AccelError: The model does not run on the example, no format comes through, or one that was named does not.
 
-    >>> import tempfile, warnings
+    >>> import tempfile, torch, warnings
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
     ...     warnings.simplefilter("ignore")  # so small a network is not faster as a file
@@ -121,7 +122,7 @@ def deploy(
             refuse_failed(made, names)
             model_itself = Candidate(EAGER, metric=known)
             model_itself.paces = race(made, network, schema, min_speedup, budget_s)
-            best, faster = choose(made, str(num_samples(network.example)))
+            best, faster = choose(made, str(num_samples(network.example)), min_speedup)
             notes += [*found.notes, *left_out, *said_of_speed(made, best)]
             _write(
                 work,
@@ -225,8 +226,11 @@ def _check_runs(network: FlatNetwork, example: Any) -> None:
 
 
 def _schema(network: FlatNetwork, found: Traced, cases: Sequence[Case]) -> Schema:
-    at = next((i for i, named in enumerate(found.axes) if named.get(0) == BATCH), None)
-    sizes = [0 if at is None else case.sample.tensors[at].shape[0] for case in cases]
+    sizes = {
+        name: [case.sample.tensors[index].shape[dim] for case in cases]
+        for index, named in enumerate(found.axes)
+        for dim, name in named.items()
+    }
     return schema_of(network, found.axes, [case.wanted for case in cases], sizes, found.most)
 
 

@@ -144,7 +144,7 @@ def schema_of(
     network: FlatNetwork,
     axes: Axes,
     answers: Sequence[Sequence[Tensor]],
-    sizes: Sequence[int],
+    sizes: Mapping[str, Sequence[int]],
     most: Mapping[str, int | None],
 ) -> Schema:
     """Describe what goes in and comes out.
@@ -153,7 +153,7 @@ def schema_of(
         network: Of whom.
         axes: Sizes of inputs that vary.
         answers: Of calls with different sizes; that of the example is the first.
-        sizes: The batch of each.
+        sizes: The named sizes of each.
         most: The largest value of each named size.
     """
     tree = structure.encode(network.answer(network.example), [])
@@ -180,16 +180,18 @@ def schema_of(
 
 
 def _varying(
-    shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]
+    shapes: Sequence[tuple[int, ...]], sizes: Mapping[str, Sequence[int]]
 ) -> tuple[int | str | None, ...]:
-    """Return the sizes that all have, "batch" where they follow the batch, and nothing elsewhere."""
+    """Return the sizes that all have, the name of a size that they follow, and nothing elsewhere."""
     if len({len(shape) for shape in shapes}) > 1:
         return (None,) * len(shapes[0])
     found: list[int | str | None] = []
     for dim, size in enumerate(shapes[0]):
         seen = [shape[dim] for shape in shapes]
-        follows = len(set(sizes)) > 1 and seen == list(sizes)
-        found.append("batch" if follows else size if len(set(seen)) == 1 else None)
+        if len(set(seen)) == 1:
+            found.append(size)
+        else:
+            found.append(next((name for name, known in sizes.items() if list(known) == seen), None))
     return tuple(found)
 
 

@@ -191,5 +191,8 @@ def _check_same(network: FlatNetwork, axes: Axes) -> None:
 
 
 def _line(error: Exception) -> str:
+    """Return the first line of an error, and what it says of sizes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {(lines or [''])[0][:200]}"
+    lines = [line.partition(" For more information, run with")[0] for line in lines]
+    of_sizes = [line.removeprefix("- ") for line in lines[1:] if line.startswith("- ")][:2]
+    return f"{type(error).__name__}: {' '.join([*lines[:1], *of_sizes])[:400]}"
