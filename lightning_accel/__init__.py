@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from lightning_accel.distillation.schedule import Schedule
     from lightning_accel.distillation.teacher import Teacher
     from lightning_accel.distillation.views import SeededViews
+    from lightning_accel.export.bundle import Bundle, load_bundle
+    from lightning_accel.export.callbacks.deploy import Deploy
+    from lightning_accel.export.deploy import deploy
     from lightning_accel.loading.callbacks.fast_loading import FastLoading
     from lightning_accel.loop.callbacks.fused_optimizer import FusedOptimizer
     from lightning_accel.loop.callbacks.lean_loop import LeanLoop
@@ -73,6 +76,8 @@ _HOMES = {
     "AutocastPrecision": "precision.plugins.autocast_precision",
     "Bf16Precision": "precision.plugins.bf16_precision",
     "BlockCompile": "compilation.callbacks.block_compile",
+    "Bundle": "export.bundle",
+    "Deploy": "export.callbacks.deploy",
     "Distillation": "distillation.callbacks.distillation",
     "DistillationModule": "distillation.module",
     "FSDP2Strategy": "parallel.strategies.fsdp2_strategy",
@@ -105,6 +110,8 @@ _HOMES = {
     "WarmStart": "compilation.callbacks.warm_start",
     "WeightMasks": "pruning.callbacks.weight_masks",
     "XlaPrecision": "precision.plugins.xla_precision",
+    "deploy": "export.deploy",
+    "load_bundle": "export.bundle",
     "load_from_checkpoint": "bridge.restore",
     "prune": "pruning.prune",
     "prune_before_sharding": "pruning.module",
@@ -123,6 +130,8 @@ __all__ = [
     "AutocastPrecision",
     "Bf16Precision",
     "BlockCompile",
+    "Bundle",
+    "Deploy",
     "Distillation",
     "DistillationModule",
     "FSDP2Strategy",
@@ -155,6 +164,8 @@ __all__ = [
     "WarmStart",
     "WeightMasks",
     "XlaPrecision",
+    "deploy",
+    "load_bundle",
     "load_from_checkpoint",
     "prune",
     "prune_before_sharding",

@@ -42,7 +42,7 @@ _READ = ("teacher", "source", "checkpoint", "ckpt_path")
 """Arguments that name a file to read, and only as weights: it may lie anywhere."""
 _JOINED = ("name", "version", "filename", "sub_dir", "prefix", "id", "run_id")
 _FOLDERS = ("save_dir", "dir", "dirpath", "root_dir")
-_PLACES = ("path", "cache", "folder", "report", "default_root_dir", "log_dir", *_FOLDERS)
+_PLACES = ("path", "to", "cache", "folder", "report", "default_root_dir", "log_dir", *_FOLDERS)
 _SERVERS = ("base_url", "host", "api_host", "server", "endpoint", "url", "uri", "tracking_uri")
 _WANDB_SETTINGS = (
     *("console", "disable_git", "init_timeout", "login_timeout", "max_end_of_run_history_metrics"),

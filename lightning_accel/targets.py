@@ -12,8 +12,11 @@ from typing import Any
 import lightning_accel
 
 _MORE = {"GreedySwapSelector": "pruning.reconstruction", "TorchPruner": "pruning.spelled"}
+_PARTS = {"Bundle"}
 CLASSES = {
-    name: home for name, home in {**lightning_accel._HOMES, **_MORE}.items() if name[0].isupper()
+    name: home
+    for name, home in {**lightning_accel._HOMES, **_MORE}.items()
+    if name[0].isupper() and name not in _PARTS
 }
 """Each class and the module that defines it; functions are never named in a configuration."""
 

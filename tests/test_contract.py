@@ -34,6 +34,7 @@ from lightning_accel import (
     AttentionBackend,
     AutocastPrecision,
     BlockCompile,
+    Deploy,
     Distillation,
     FrozenPredict,
     FusedOptimizer,
@@ -60,6 +61,7 @@ pytestmark = [
         "ignore:WarmStart had no effect"
     ),  # nothing here compiles by inductor
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
+    pytest.mark.filterwarnings("ignore:no format is faster than the model"),
     pytest.mark.usefixtures("clean_dynamo"),
 ]
 
@@ -138,6 +140,7 @@ ROWS: dict[str, Technique] = {
     "compile+budget": lambda: {
         "callbacks": [BlockCompile(backend="aot_eager"), ActivationBudget(0.5)]
     },
+    "deploy": lambda: {"callbacks": [Deploy(formats="export", budget_s=0.02)]},
     "tuned": lambda: TuneReport(
         Settings(
             precision="bf16-mixed",

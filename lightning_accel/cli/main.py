@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from lightning_accel import __version__
-from lightning_accel.cli import env, plan, tune
+from lightning_accel.cli import env, export, plan, tune
 
-_COMMANDS = (env, plan, tune)
+_COMMANDS = (env, plan, export, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

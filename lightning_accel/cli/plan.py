@@ -31,8 +31,7 @@ from lightning_accel.cli.subject import (
     NamedModel,
     add_subject,
     brings_data,
-    found_in_code,
-    subject_of,
+    checkpoint_subject,
     wrote,
 )
 from lightning_accel.errors import AccelError, explain
@@ -151,7 +150,7 @@ def picture(rows: Sequence[Row], *, share: float, measured: str) -> str:
 
 
 def _named(args: argparse.Namespace) -> PlannedModel:
-    subject = _subject(args)
+    subject = checkpoint_subject(args)
     if args.example:
         subject = subject._replace(example=tuple(tensor(text) for text in args.example), data=None)
     example = subject.example
@@ -173,23 +172,6 @@ def _named(args: argparse.Namespace) -> PlannedModel:
             )
         )
     return _with_data(subject, args.device)
-
-
-def _subject(args: argparse.Namespace) -> NamedModel:
-    if args.checkpoint is None:
-        return subject_of(args)
-    from lightning_accel.bridge.restore import load_from_checkpoint
-
-    found: Any = found_in_code(args.subject) if args.subject and args.config is None else None
-    if not isinstance(found, type) or args.overrides:
-        raise ValueError(
-            explain(
-                "--checkpoint is of a LightningModule class",
-                "--config" if args.config is not None else repr(args.subject),
-                "say mymodels.lit:LitNet --checkpoint last.ckpt",
-            )
-        )
-    return NamedModel(load_from_checkpoint(found, args.checkpoint))
 
 
 def _with_data(subject: NamedModel, device: str) -> PlannedModel:

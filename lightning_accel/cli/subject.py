@@ -69,6 +69,28 @@ def subject_of(args: argparse.Namespace) -> NamedModel:
     return _of_made(args.subject, users_own(f"`{args.subject}` fails when it is called", make))
 
 
+def checkpoint_subject(args: argparse.Namespace) -> NamedModel:
+    """Build what the arguments name, with the weights of `--checkpoint` if it is given.
+
+    Raises:
+        ValueError: As `subject_of`; or a checkpoint is given for what is no class of a LightningModule.
+    """
+    if args.checkpoint is None:
+        return subject_of(args)
+    from lightning_accel.bridge.restore import load_from_checkpoint
+
+    found: Any = found_in_code(args.subject) if args.subject and args.config is None else None
+    if not isinstance(found, type) or args.overrides:
+        raise ValueError(
+            explain(
+                "--checkpoint is of a LightningModule class",
+                "--config" if args.config is not None else repr(args.subject),
+                "say mymodels.lit:LitNet --checkpoint last.ckpt",
+            )
+        )
+    return NamedModel(load_from_checkpoint(found, args.checkpoint))
+
+
 def found_in_code(name: str) -> Callable[..., Any]:
     """Return what MODULE:FUNCTION names, found from the present folder."""
     module, _, attribute = name.partition(":")

@@ -1,0 +1,110 @@
+"""`lightning-accel export`: a network as files that run without its code, proved and measured on this machine.
+
+What to export is named as for every command, and its example may come from the command line:
+
+    lightning-accel export mymodels.nets:resnet --example 32,3,224,224 --to bundle
+    lightning-accel export mymodels.lit:LitNet --checkpoint last.ckpt --example 32,3,224,224 --to bundle
+    lightning-accel export mymodels.nets:bert --example 8,128:int64:30522 --to bundle --formats onnx
+
+`build()` returns a network; or a network and an example of its arguments (a tensor, a tuple of arguments, a dict of
+keywords). Both run the code that they name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning_accel.cli.plan import tensor
+from lightning_accel.cli.subject import NamedModel, add_subject, checkpoint_subject
+from lightning_accel.errors import AccelError, explain
+from lightning_accel.export import deploy
+
+
+def add(commands: Any) -> None:
+    """Add the command to an argparse sub-parser collection."""
+    parser = commands.add_parser(
+        "export",
+        help="write a network as files that run without its code, proved and measured here",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_subject(parser)
+    parser.add_argument(
+        "--example",
+        action="append",
+        metavar="SHAPE[:DTYPE[:BELOW]]",
+        help="an argument of forward, such as 32,3,224,224 or 8,128:int64:1000; may be repeated",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="weights of a LightningModule class")
+    parser.add_argument("--to", required=True, help="a folder that is not there yet")
+    parser.add_argument(
+        "--formats", nargs="+", default=["auto"], help="of export, aoti and onnx; auto: all"
+    )
+    parser.add_argument("--batch", type=int, help="the largest batch that will be passed; any")
+    parser.add_argument("--static", action="store_true", help="only the sizes of the example")
+    parser.add_argument("--min-speedup", type=float, default=1.0, help="of the best format; 1")
+    parser.add_argument("--budget-s", type=float, default=3.0, help="seconds of measuring; 3")
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the candidates; 2 when nothing was written."""
+    try:
+        named = _named(args)
+        with _told():
+            bundle = deploy(
+                named.model,
+                named.example,
+                to=args.to,
+                formats=args.formats,
+                batch=args.batch,
+                dynamic=not args.static,
+                min_speedup=args.min_speedup,
+                budget_s=args.budget_s,
+                overwrite=args.overwrite,
+            )
+    except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
+        print(f"lightning-accel export: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({"path": str(bundle.path), **bundle.manifest}, indent=2))
+    else:
+        print(bundle.table)
+    print(f"Wrote {bundle.path}", file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say warnings in a line each, without the line of code that they come from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
+        yield
+
+
+def _named(args: argparse.Namespace) -> NamedModel:
+    named = checkpoint_subject(args)
+    if args.example:
+        return named._replace(example=tuple(tensor(text) for text in args.example))
+    example = named.example
+    if example is None:
+        example = getattr(named.model, "example_input_array", None)
+    if example is None:
+        raise ValueError(
+            explain(
+                "the network needs an example of its arguments",
+                f"`{args.subject}` gave only the network",
+                "pass --example 32,3,224,224, return (network, example), or set `example_input_array`",
+            )
+        )
+    return named._replace(example=example)
