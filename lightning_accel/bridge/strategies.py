@@ -60,14 +60,17 @@ def sizes_now(structure: Structure, pl_module: LightningModule) -> Structure:
 
 @contextmanager
 def whole(trainer: Trainer) -> Iterator[None]:
-    """Let every process hold whole weights in plain layers within, and optimizer states.
-
-    Weights where the strategy can see to it; layers by callbacks that have `plainly(trainer, pl_module)`.
-    """
+    """Let every process hold whole weights and optimizer states within, where the strategy can see to it."""
     strategy: Any = trainer.strategy
+    with strategy.gathered() if gathers(strategy) else nullcontext():
+        yield
+
+
+@contextmanager
+def plain(trainer: Trainer) -> Iterator[None]:
+    """Let layers that callbacks changed be plain ones within: `plainly(trainer, pl_module)` of those that have it."""
     callbacks = [c for c in trainer.callbacks if hasattr(c, "plainly")]  # type: ignore[attr-defined]
     with ExitStack() as stack:
-        stack.enter_context(strategy.gathered() if gathers(strategy) else nullcontext())
         for callback in callbacks:
             stack.enter_context(callback.plainly(trainer, trainer.lightning_module))
         yield
@@ -78,7 +81,8 @@ def on_whole(method: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        with whole(next(arg for arg in args if isinstance(arg, Trainer))):
+        trainer = next(arg for arg in args if isinstance(arg, Trainer))
+        with whole(trainer), plain(trainer):
             return method(*args, **kwargs)
 
     return run

@@ -61,7 +61,12 @@ class Candidate:
 
 
 def tried(
-    names: Sequence[str], found: Traced, schema: Schema, cases: Sequence[Case], work: Path
+    names: Sequence[str],
+    found: Traced,
+    schema: Schema,
+    cases: Sequence[Case],
+    work: Path,
+    floor_db: float = gates.FLOOR_DB,
 ) -> dict[str, Candidate]:
     """Build, open and try every format that is asked for."""
     made = {}
@@ -76,7 +81,7 @@ def tried(
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             candidate.refuse(f"{type(error).__name__}: {(lines or [''])[0][:200]}")
             continue
-        candidate.verdict = gates.proved(candidate.runner, cases)
+        candidate.verdict = gates.proved(candidate.runner, cases, floor_db)
         if candidate.verdict.reason:
             candidate.refuse(candidate.verdict.reason)
     return made

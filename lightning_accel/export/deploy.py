@@ -19,7 +19,7 @@ from torch import nn
 from lightning_accel.arguments import finite, flag, instance, one_of, positive, whole
 from lightning_accel.arguments import path as as_path
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.export import backends, gates, manifest, place, structure
+from lightning_accel.export import backends, gates, integers, manifest, place, structure
 from lightning_accel.export.bundle import Bundle, opened
 from lightning_accel.export.candidate import (
     Candidate,
@@ -59,6 +59,8 @@ def deploy(
     budget_s: float = 3.0,
     pre: nn.Module | None = None,
     post: nn.Module | None = None,
+    quantize: str | None = None,
+    calibration: Any = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Write a model as files that run without its code, proved and measured here, and open the best of them.
@@ -83,6 +85,9 @@ def deploy(
         budget_s: Seconds of measuring; building and proving come on top.
         pre: Put before the model, into the graph, such as a normalisation.
         post: Put behind it, such as a softmax.
+        quantize: "int8" for integers of eight bits; "int4" and less are of weights alone, which are smaller and not faster. A
+            model that is quantized already stays so, with its own ranges.
+        calibration: For `quantize`, a few batches of the training data.
         overwrite: Whether a bundle that is at `to` already is replaced.
 
     Raises:
@@ -104,11 +109,13 @@ def deploy(
     names = check_formats(formats)
     check_arguments(dynamic=dynamic, batch=batch, min_speedup=min_speedup, budget_s=budget_s)
     _check_metric(metric, max_drop)
+    integers.check(quantize, calibration)
     flag("overwrite", overwrite)
     target = place.free(as_path("to", to), overwrite)
     with preserve_rng(), nothing_heard(model), plainly():
         network, notes = flat_network(model, example, pre, post)
         _check_runs(network, example)
+        notes += integers.quantized(network, quantize, calibration)
         found = traced(network, dynamic, batch)
         for note in found.notes:
             do = "keep sizes out of `forward`, or pass dynamic=False if that is meant"
@@ -117,11 +124,12 @@ def deploy(
         schema = _schema(network, found, cases)
         cases += given(network, check, schema)
         with place.working_folder(target) as work:
-            made = tried(names, found, schema, cases, work)
-            known = measure_metric(made, network, schema, metric, max_drop)
+            made = tried(names, found, schema, cases, work, integers.floor_db(network))
+            itself = integers.floating(network)
+            known = measure_metric(made, itself, schema, metric, max_drop)
             refuse_failed(made, names)
             model_itself = Candidate(EAGER, metric=known)
-            model_itself.paces = race(made, network, schema, min_speedup, budget_s)
+            model_itself.paces = race(made, itself, schema, min_speedup, budget_s)
             best, faster = choose(made, str(num_samples(network.example)), min_speedup)
             notes += [*found.notes, *left_out, *said_of_speed(made, best)]
             _write(

@@ -57,8 +57,8 @@ class Verdict(NamedTuple):
     agreement: float | None = None
 
 
-def proved(runner: Runner, cases: Sequence[Case]) -> Verdict:
-    """Try a back end on all cases.
+def proved(runner: Runner, cases: Sequence[Case], floor_db: float = FLOOR_DB) -> Verdict:
+    """Try a back end on all cases; below the floor of floating point, single elements may be off as integers are.
 
     >>> x = torch.ones(2, 3)
     >>> case = Case(Sample("ones", [x]), (2 * x,))
@@ -72,7 +72,7 @@ def proved(runner: Runner, cases: Sequence[Case]) -> Verdict:
     for case in cases:
         found, reason = answered(runner, case.sample.tensors)
         reason = reason or same_kind(case.wanted, found)
-        reason = reason or same_numbers(case, found, scale)
+        reason = reason or same_numbers(case, found, scale, floor_db)
         if reason:
             return Verdict(f"{reason} ({case.sample.kind})", len(cases), lowest, largest)
         for wanted, answer in zip(case.wanted, found, strict=True):
@@ -120,9 +120,11 @@ def same_kind(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> str:
     return ""
 
 
-def same_numbers(case: Case, found: Sequence[Tensor], scale: Sequence[float]) -> str:
+def same_numbers(
+    case: Case, found: Sequence[Tensor], scale: Sequence[float], floor_db: float = FLOOR_DB
+) -> str:
     """Return how an answer differs from the model's more than it may, or nothing; whole numbers are left out."""
-    floor = FLOOR_DB if case.sample.usual else min(FLOOR_DB, case.own_db - _ALLOWED_DB)
+    floor = floor_db if case.sample.usual else min(floor_db, case.own_db - _ALLOWED_DB)
     for wanted, answer, typical_size in zip(case.wanted, found, scale, strict=True):
         if not is_real(wanted):
             continue

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.export import structure
 from lightning_accel.export.backends import quiet
+from lightning_accel.export.integers import folded, storing_integers
 from lightning_accel.export.network import Axes, FlatNetwork, batch_axes, batch_size, grown
 
 BATCH = "batch"
@@ -165,9 +166,11 @@ def _exported(
     network: FlatNetwork, example: Sequence[Tensor], axes: Axes, most: Mapping[str, int | None]
 ) -> torch.export.ExportedProgram:
     dims = {name: _dim(name, bound) for name, bound in most.items()}
-    shapes = tuple({dim: dims[name] for dim, name in named.items()} for named in axes)
+    shapes = (tuple({dim: dims[name] for dim, name in named.items()} for named in axes),)
     with quiet():
-        return torch.export.export(network, tuple(example), dynamic_shapes=(shapes,), strict=False)
+        made = storing_integers(network)
+        program = torch.export.export(made, tuple(example), dynamic_shapes=shapes, strict=False)
+        return program if made is network else folded(program, example, shapes[0])
 
 
 def _dim(name: str, most: int | None) -> Any:

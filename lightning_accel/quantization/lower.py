@@ -111,7 +111,7 @@ def _lower(layer: Any) -> None:
     axis, grid = layer.channels_axis, layer.accel_grid
     parts = [*zip(layer.parts(), layer.part_scales(), strict=True)]
     step, zero = grids.parameters_of(layer.accel_range)
-    reads = layer.accel_known and grid.activations is not None
+    reads = grid.activations is not None and bool(layer.accel_range[0] <= layer.accel_range[1])
     layer.input_scale, layer.input_zero = (float(step) if reads else None), int(zero)
     owners = [(layer, name) for name in layer._parameters if name.endswith("weight")]
     owners += [(m, "weight") for m in layer.children() if "weight" in m._parameters]

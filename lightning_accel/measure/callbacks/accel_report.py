@@ -28,7 +28,7 @@ from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.objective import bring, logged
 from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine, register
-from lightning_accel.bridge.strategies import gathers, holding, whole
+from lightning_accel.bridge.strategies import gathers, holding, plain, whole
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.measure.dashboard import to_wandb
 from lightning_accel.measure.flops import preserve_buffers
@@ -279,7 +279,7 @@ class AccelReport(Paced):
                 f"{len(quantized)} layers compute as integers would, slowly: their times are those of floating point. "
                 "`deploy` makes integers of them and measures these"
             )
-        with whole(trainer):
+        with whole(trainer), plain(trainer):
             self._measure_whole(report, trainer, pl_module)
 
     def _measure_whole(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:

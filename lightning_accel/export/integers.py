@@ -1,0 +1,137 @@
+"""A quantized network on its way into files: quantized where that is asked for, exported as integers, measured against floats.
+
+Candidates have to answer as the quantized network does, which computes in floating point what integers give. Both round, and
+where a value lies in the middle of two integers the last bit decides: so less of a signal is asked for than of formats in
+floating point. Their speed, and a metric, are compared with the network in floating point.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.errors import explain
+from lightning_accel.export import structure
+from lightning_accel.export.gates import FLOOR_DB
+from lightning_accel.export.network import FlatNetwork
+from lightning_accel.export.schema import bound
+from lightning_accel.quantization.budget import outputs_of, sqnr_db
+from lightning_accel.quantization.calibration import calls_from
+from lightning_accel.quantization.fold import fold_norms
+from lightning_accel.quantization.grid import WEIGHTS
+from lightning_accel.quantization.layers import layers_of
+from lightning_accel.quantization.lower import lowered
+from lightning_accel.quantization.post_training import plan_of, quantize_by, unquantize
+from lightning_accel.surgery.call import Call
+
+QUANTIZED_FLOOR_DB = 35.0
+"""Signal to noise that integers have to reach against the quantized network."""
+_BATCHES = 32
+
+
+def check(quantize: Any, calibration: Any) -> None:
+    """Raise unless the two go together.
+
+    Raises:
+        ValueError: The word is unknown, or there is nothing to calibrate on.
+    """
+    if quantize is None:
+        if calibration is not None:
+            do = "pass quantize='int8', or leave it out"
+            raise ValueError(explain("`calibration` goes with `quantize`", "no `quantize`", do))
+        return
+    if quantize not in WEIGHTS:
+        known = f"pass one of {', '.join(map(repr, WEIGHTS))}"
+        raise ValueError(explain("unknown `quantize`", repr(quantize), known))
+    if calibration is None:
+        do = "pass a few batches of the training data, as the model takes them"
+        raise ValueError(explain("`quantize` needs `calibration`", "none", do))
+
+
+def quantized(network: FlatNetwork, word: str | None, calibration: Any) -> list[str]:
+    """Quantize a network in place where that is asked for, and return what is to be said of it.
+
+    Eight bits are those of weights and of what comes in; fewer are of weights alone.
+    """
+    if word is not None:
+        plan = plan_of(
+            weights=word,
+            activations="int8" if word == "int8" else None,
+            group=None,
+            select=None,
+            observer="mse",
+            rounding="least_squares",
+            correct_bias=True,
+        )
+        receipt = quantize_by(network, plan, _flat_calls(network, calibration))
+        left = [f"`{c.name}` stays in floating point: {c.what}" for c in receipt.skipped]
+        return [f"quantized to {plan.grid}; {'; '.join(receipt.notes)}", *left]
+    if not is_quantized(network):
+        return []
+    sample = [[Call("", tuple(network.example), {})]]
+    lost = sqnr_db(outputs_of(floating(network), sample), outputs_of(network, sample))
+    return [f"quantized: {lost:.1f} dB on the example against the same weights in floating point"]
+
+
+def is_quantized(network: nn.Module) -> bool:
+    """Whether some layer computes on a grid."""
+    return any(
+        layer.accel_mode in ("training", "quantized") for layer in layers_of(network).values()
+    )
+
+
+def floor_db(network: nn.Module) -> float:
+    """Return the signal to noise that a candidate has to reach."""
+    return QUANTIZED_FLOOR_DB if is_quantized(network) else FLOOR_DB
+
+
+def floating(network: FlatNetwork) -> FlatNetwork:
+    """Return the network with plain layers: itself where it has no others."""
+    if not is_quantized(network):
+        return network
+    made = copy.deepcopy(network)
+    unquantize(made)
+    return made
+
+
+def storing_integers(network: FlatNetwork) -> FlatNetwork:
+    """Return what to export: a copy that stores integers where the network is quantized."""
+    return lowered(network) if is_quantized(network) else network
+
+
+def folded(program: Any, example: Sequence[Tensor], shapes: Any) -> Any:
+    """Return a program without the batch norms behind layers of integers."""
+    graph = program.module()
+    if not fold_norms(graph):
+        return program
+    return torch.export.export(graph, tuple(example), dynamic_shapes=shapes, strict=False)
+
+
+def _flat_calls(network: FlatNetwork, calibration: Any) -> list[list[Call]]:
+    entry = network.model if network.pre is None else network.pre
+    batches = calls_from(entry, calibration, _BATCHES)
+    return [[Call("", tuple(_leaves(network, call)), {}) for call in calls] for calls in batches]
+
+
+def _leaves(network: FlatNetwork, call: Call) -> list[Tensor]:
+    """Return the tensors of a call in their order.
+
+    Raises:
+        TypeError: The call has others than the example.
+    """
+    leaves: list[Tensor] = []
+    tree = structure.encode(bound(network.parameter_names, call.args, call.kwargs), leaves)
+    given, wanted = (list(structure.names(node)) for node in (tree, network.arguments))
+    if given != wanted:
+        raise TypeError(
+            explain(
+                "batches of `calibration` have the tensors of the example",
+                f"{', '.join(map(repr, given))} instead of {', '.join(map(repr, wanted))}",
+                "pass them as the model takes them",
+            )
+        )
+    return leaves
