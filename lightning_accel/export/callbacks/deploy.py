@@ -31,7 +31,6 @@ from lightning_accel.export.place import free
 from lightning_accel.places import free as free_name
 from lightning_accel.places import is_there
 from lightning_accel.surgery.call import Call
-from lightning_accel.surgery.preserve import preserve_rng
 
 
 class Deploy(Callback):
@@ -115,7 +114,7 @@ class Deploy(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        with preserve_rng(), _told_not_raised("the trained network was not deployed"):
+        with _told_not_raised("the trained network was not deployed"):
             strategy = trainer.strategy
             if holding(strategy) not in ("whole", "replicated") and not gathers(strategy):
                 raise Unsupported(
