@@ -55,6 +55,9 @@ class IntegerLayer(QuantizedLayer):
         if self.accel_grid.group is not None:
             grouped = integers.unflatten(1, (-1, self.accel_grid.group)).float()
             return (grouped * scale[..., None]).flatten(1)
+        if _is_miscompiled(self):
+            shape = [-1 if dim == self.channels_axis else 1 for dim in range(integers.dim())]
+            return integers.float() * scale.view(shape)
         return torch.ops.quantized_decomposed.dequantize_per_channel.default(
             integers, scale, zeros, self.channels_axis, -LARGEST, LARGEST, torch.int8
         )
@@ -66,6 +69,15 @@ class IntegerLayer(QuantizedLayer):
         how = (self.input_scale, self.input_zero, 0, grids.TOP, torch.uint8)
         whole = torch.ops.quantized_decomposed.quantize_per_tensor.default(values.float(), *how)
         return torch.ops.quantized_decomposed.dequantize_per_tensor.default(whole, *how)
+
+
+def _is_miscompiled(layer: Any) -> bool:
+    """Whether torch's compiler makes a wrong integer product of a layer, which then stays one of floating point.
+
+    Inductor of torch 2.13 takes transposed convolutions for plain ones, and gives the output of a convolution of one channel
+    another layout than those who read it expect, where the batch is open.
+    """
+    return layer.channels_axis == 1 or getattr(layer, "in_channels", 2) == 1
 
 
 class IntegerEmbedding(IntegerLayer, QuantizedEmbedding):
