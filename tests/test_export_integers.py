@@ -192,6 +192,16 @@ def test_an_error_of_one_percent_is_refused() -> None:
     assert "another answer" in proved(runner(spoiled), [case(made, x)], floor).reason
 
 
+def test_a_small_answer_does_not_hide_behind_a_large_one() -> None:
+    x = torch.randn(64, 8)
+    one = Case(Sample("the example", [x]), (x * 1000, x))
+
+    def runner(tensors: Any) -> Any:
+        return tensors[0] * 1000, tensors[0] * 1.02
+
+    assert "on all usual inputs" in proved(runner, [one], integers.QUANTIZED_FLOOR_DB).reason
+
+
 class Lit(LightningModule):
     def __init__(self) -> None:
         super().__init__()
