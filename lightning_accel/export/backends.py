@@ -128,10 +128,18 @@ def _load_export(path: Path, schema: Schema) -> Runner:
 def _build_aoti(program: Any, example: Sequence[Tensor], schema: Schema, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package
 
+    # Freezing would make floats of weights that are integers alone, and the file four times as large.
+    freezes = not _of_integer_weights_alone(program)
     with torch.no_grad():
         aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"freezing": True}
+            program, package_path=str(path), inductor_configs={"freezing": freezes}
         )
+
+
+def _of_integer_weights_alone(program: Any) -> bool:
+    operators = {str(node.target) for node in program.graph.nodes}
+    reads = any("dequantize_per_channel" in name for name in operators)
+    return reads and not any("quantize_per_tensor" in name for name in operators)
 
 
 def _load_aoti(path: Path, schema: Schema) -> Runner:
@@ -155,7 +163,38 @@ def _build_onnx(program: Any, example: Sequence[Tensor], schema: Schema, path: P
         output_names=[spec.name for spec in schema.outputs],
     )
     assert made is not None
+    _multiply_integers(made.model.graph)
     made.save(path)
+
+
+def _multiply_integers(graph: Any) -> None:
+    """Store biases as ONNX Runtime needs them for products of integers: integers of 32 bits, in steps of both scales.
+
+    Such a step is some 1e-5 of what a product gives, so nothing is lost. Without it `Gemm` stays one of floating point.
+    """
+    import numpy
+    import onnx_ir
+
+    for node in [n for n in graph if n.op_type in ("Gemm", "Conv") and not n.domain]:
+        makers = [one.producer() if one is not None else None for one in node.inputs[:2]]
+        if any(maker is None or maker.op_type != "DequantizeLinear" for maker in makers):
+            continue
+        held = [node.inputs[2] if len(node.inputs) > 2 else None]
+        held += [maker.inputs[1] for maker in makers if maker is not None]
+        if any(one is None or one.const_value is None for one in held):
+            continue
+        bias, *steps = (one.const_value.numpy() for one in held if one is not None)
+        step = numpy.float32(steps[0]) * steps[1].astype(numpy.float32)
+        whole = (bias / step).round().clip(-(2**31) + 1, 2**31 - 1).astype(numpy.int32)
+        parts = [
+            onnx_ir.Value(name=f"{node.name}_{name}", const_value=onnx_ir.tensor(value))
+            for name, value in (("bias", whole), ("step", step), ("zero", numpy.zeros_like(whole)))
+        ]
+        for part in parts:
+            graph.register_initializer(part)
+        read = onnx_ir.node("DequantizeLinear", parts, attributes={"axis": 0})
+        graph.insert_before(node, read)
+        node.replace_input_with(2, read.outputs[0])
 
 
 def _load_onnx(path: Path, schema: Schema) -> Runner:

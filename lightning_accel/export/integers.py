@@ -30,6 +30,7 @@ from lightning_accel.surgery.call import Call
 
 QUANTIZED_FLOOR_DB = 42.0
 """Signal to noise that integers have to reach against the quantized network: an error of one percent leaves 40 dB."""
+_ABOVE_DB, _LEAST_DB = 6.0, 25.0
 _BATCHES = 32
 
 
@@ -72,8 +73,7 @@ def quantized(network: FlatNetwork, word: str | None, calibration: Any) -> list[
         return [f"quantized to {plan.grid}; {'; '.join(receipt.notes)}", *left]
     if not is_quantized(network):
         return []
-    sample = [[Call("", tuple(network.example), {})]]
-    lost = sqnr_db(outputs_of(floating(network), sample), outputs_of(network, sample))
+    lost = _own_db(network)
     return [f"quantized: {lost:.1f} dB on the example against the same weights in floating point"]
 
 
@@ -84,9 +84,21 @@ def is_quantized(network: nn.Module) -> bool:
     )
 
 
-def floor_db(network: nn.Module) -> float:
-    """Return the signal to noise that a candidate has to reach."""
-    return QUANTIZED_FLOOR_DB if is_quantized(network) else FLOOR_DB
+def floor_db(network: FlatNetwork) -> float:
+    """Return the signal to noise that a candidate has to reach.
+
+    Where quantization itself leaves little, as in deep networks of small weights, values that are rounded the other way cost
+    nearly as much: there it is some decibels above what quantization leaves.
+    """
+    if not is_quantized(network):
+        return FLOOR_DB
+    return min(QUANTIZED_FLOOR_DB, max(_own_db(network) + _ABOVE_DB, _LEAST_DB))
+
+
+def _own_db(network: FlatNetwork) -> float:
+    """Return what quantization leaves of the answer to the example."""
+    sample = [[Call("", tuple(network.example), {})]]
+    return sqnr_db(outputs_of(floating(network), sample), outputs_of(network, sample))
 
 
 def floating(network: FlatNetwork) -> FlatNetwork:
