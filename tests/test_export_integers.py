@@ -23,6 +23,7 @@ from lightning_accel import Deploy, PostTrainingQuantization, QuantizationAwareT
 from lightning_accel.errors import NoEffect
 from lightning_accel.export import backends, integers
 from lightning_accel.export.gates import Case, proved
+from lightning_accel.export.network import flat_network
 from lightning_accel.export.samples import Sample
 from lightning_accel.quantization.budget import sqnr_db
 from lightning_accel.quantization.layers import layers_of
@@ -175,7 +176,7 @@ def test_an_error_of_one_percent_is_refused() -> None:
     made = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
     x = torch.randn(64, 32)
     quantize(made, calibration=x)
-    floor = integers.floor_db(made)
+    floor = integers.QUANTIZED_FLOOR_DB
 
     def runner(net: nn.Module) -> Any:
         return lambda tensors: (net(*backends.copies(tensors)).detach(),)
@@ -267,3 +268,36 @@ def test_a_network_without_layers_to_quantize_is_refused(tmp_path: Path) -> None
             quantize="int8",
             calibration=images(),
         )
+
+
+def test_less_is_asked_where_quantization_leaves_less() -> None:
+    """Values between two integers that are rounded the other way cost as much as quantization did, in a deep network."""
+    x = torch.randn(64, 8)
+    floors = {}
+    for word in ("int8", "int2"):
+        network, _ = flat_network(nn.Sequential(nn.Linear(8, 8)).eval(), x, None, None)
+        assert integers.floor_db(network) == 60.0
+        quantize(network, calibration=x, weights=word)
+        floors[word] = integers.floor_db(network)
+    assert floors["int8"] == integers.QUANTIZED_FLOOR_DB > floors["int2"] >= 25.0
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_onnx_runtime_multiplies_integers(tmp_path: Path, dims: int) -> None:
+    """It has no integer kernel for `Gemm` with a bias in floating point, and computes in floats without a word."""
+    import onnx
+    import onnxruntime
+
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    x = torch.randn(*[8] * dims, 16)
+    deploy(made, x, to=tmp_path / "net", formats="onnx", quantize="int8", calibration=x)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(
+        str(tmp_path / "net" / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    kernels = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert sum(kind in ("QGemm", "MatMulIntegerToFloat") for kind in kernels) == 2, kernels
+    assert not {"Gemm", "MatMul"} & set(kernels)
