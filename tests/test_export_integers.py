@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel
 from lightning_accel import Deploy, PostTrainingQuantization, QuantizationAwareTraining, quantize
-from lightning_accel.errors import NoEffect
+from lightning_accel.errors import AccelError, NoEffect
 from lightning_accel.export import backends, integers
 from lightning_accel.export.gates import Case, proved
 from lightning_accel.export.network import flat_network
@@ -270,15 +270,33 @@ def test_a_network_without_layers_to_quantize_is_refused(tmp_path: Path) -> None
         )
 
 
+def test_a_metric_is_compared_with_the_network_before_it_was_quantized(tmp_path: Path) -> None:
+    """Rounding by least squares changes weights, so that the same weights in floating point are no measure."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    x = torch.randn(64, 16)
+    wanted = made(x).detach()
+
+    def nearness(predict: Any) -> float:
+        return -float((predict(x) - wanted).square().mean())
+
+    arguments: Any = {"quantize": "int2", "calibration": x, "formats": "export"}
+    with pytest.raises(AccelError, match="the metric falls from"):
+        deploy(made, x, to=tmp_path / "net", metric=nearness, max_drop=1e-6, **arguments)
+    bundle = deploy(made, x, to=tmp_path / "net", metric=nearness, max_drop=10.0, **arguments)
+    rows = {row["format"]: row["metric"] for row in bundle.manifest["candidates"]}
+    assert rows["eager"] == 0.0 > rows["export"]
+
+
 def test_less_is_asked_where_quantization_leaves_less() -> None:
     """Values between two integers that are rounded the other way cost as much as quantization did, in a deep network."""
     x = torch.randn(64, 8)
     floors = {}
     for word in ("int8", "int2"):
         network, _ = flat_network(nn.Sequential(nn.Linear(8, 8)).eval(), x, None, None)
-        assert integers.floor_db(network) == 60.0
-        quantize(network, calibration=x, weights=word)
-        floors[word] = integers.floor_db(network)
+        assert integers.floor_db(network, network) == 60.0
+        itself, _ = integers.quantized(network, word, [x])
+        floors[word] = integers.floor_db(network, itself)
     assert floors["int8"] == integers.QUANTIZED_FLOOR_DB > floors["int2"] >= 25.0
 
 

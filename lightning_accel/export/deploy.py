@@ -115,7 +115,8 @@ def deploy(
     with preserve_rng(), nothing_heard(model), plainly():
         network, notes = flat_network(model, example, pre, post)
         _check_runs(network, example)
-        notes += integers.quantized(network, quantize, calibration)
+        itself, said = integers.quantized(network, quantize, calibration)
+        notes += said
         found = traced(network, dynamic, batch)
         for note in found.notes:
             do = "keep sizes out of `forward`, or pass dynamic=False if that is meant"
@@ -124,8 +125,7 @@ def deploy(
         schema = _schema(network, found, cases)
         cases += given(network, check, schema)
         with place.working_folder(target) as work:
-            made = tried(names, found, schema, cases, work, integers.floor_db(network))
-            itself = integers.floating(network)
+            made = tried(names, found, schema, cases, work, integers.floor_db(network, itself))
             known = measure_metric(made, itself, schema, metric, max_drop)
             refuse_failed(made, names)
             model_itself = Candidate(EAGER, metric=known)

@@ -53,12 +53,16 @@ def check(quantize: Any, calibration: Any) -> None:
         raise ValueError(explain("`quantize` needs `calibration`", "none", do))
 
 
-def quantized(network: FlatNetwork, word: str | None, calibration: Any) -> list[str]:
-    """Quantize a network in place where that is asked for, and return what is to be said of it.
+def quantized(
+    network: FlatNetwork, word: str | None, calibration: Any
+) -> tuple[FlatNetwork, list[str]]:
+    """Quantize a network in place where that is asked for; return it in floating point, and what is to be said.
 
-    Eight bits are those of weights and of what comes in; fewer are of weights alone.
+    Eight bits are those of weights and of what comes in; fewer are of weights alone. Of a network that was quantized before
+    nobody knows what its weights were: in floating point it has those that it has.
     """
     if word is not None:
+        itself = copy.deepcopy(network)
         plan = plan_of(
             weights=word,
             activations="int8" if word == "int8" else None,
@@ -70,11 +74,15 @@ def quantized(network: FlatNetwork, word: str | None, calibration: Any) -> list[
         )
         receipt = quantize_by(network, plan, _flat_calls(network, calibration))
         left = [f"`{c.name}` stays in floating point: {c.what}" for c in receipt.skipped]
-        return [f"quantized to {plan.grid}; {'; '.join(receipt.notes)}", *left]
+        return itself, [f"quantized to {plan.grid}; {'; '.join(receipt.notes)}", *left]
     if not is_quantized(network):
-        return []
-    lost = _own_db(network)
-    return [f"quantized: {lost:.1f} dB on the example against the same weights in floating point"]
+        return network, []
+    itself = copy.deepcopy(network)
+    unquantize(itself)
+    lost = _own_db(network, itself)
+    return itself, [
+        f"quantized: {lost:.1f} dB on the example against the same weights in floating point"
+    ]
 
 
 def is_quantized(network: nn.Module) -> bool:
@@ -84,7 +92,7 @@ def is_quantized(network: nn.Module) -> bool:
     )
 
 
-def floor_db(network: FlatNetwork) -> float:
+def floor_db(network: FlatNetwork, itself: FlatNetwork) -> float:
     """Return the signal to noise that a candidate has to reach.
 
     Where quantization itself leaves little, as in deep networks of small weights, values that are rounded the other way cost
@@ -92,22 +100,13 @@ def floor_db(network: FlatNetwork) -> float:
     """
     if not is_quantized(network):
         return FLOOR_DB
-    return min(QUANTIZED_FLOOR_DB, max(_own_db(network) + _ABOVE_DB, _LEAST_DB))
+    return min(QUANTIZED_FLOOR_DB, max(_own_db(network, itself) + _ABOVE_DB, _LEAST_DB))
 
 
-def _own_db(network: FlatNetwork) -> float:
+def _own_db(network: FlatNetwork, itself: FlatNetwork) -> float:
     """Return what quantization leaves of the answer to the example."""
     sample = [[Call("", tuple(network.example), {})]]
-    return sqnr_db(outputs_of(floating(network), sample), outputs_of(network, sample))
-
-
-def floating(network: FlatNetwork) -> FlatNetwork:
-    """Return the network with plain layers: itself where it has no others."""
-    if not is_quantized(network):
-        return network
-    made = copy.deepcopy(network)
-    unquantize(made)
-    return made
+    return sqnr_db(outputs_of(itself, sample), outputs_of(network, sample))
 
 
 def storing_integers(network: FlatNetwork) -> FlatNetwork:
