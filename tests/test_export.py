@@ -1251,3 +1251,16 @@ def test_nothing_is_said_by_exporters(
 def test_the_verb_is_public() -> None:
     assert lightning_accel.load_bundle is load_bundle
     assert place.free(Path("nowhere"), False).is_absolute()
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4,), (1, 1)])
+def test_inputs_and_answers_of_one_number_each(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """A tensor of one number counts as contiguous whatever its stride is, and then has no bytes to look at."""
+
+    class Column(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, x.reshape(x.shape[0], -1)[:, 0]
+
+    bundle = deploy(Column(), torch.randn(shape), to=tmp_path / "net", formats=["export", "onnx"])
+    x = torch.randn(3, *shape[1:])
+    close(bundle.predict(x)[0], x * 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
 import zipfile
 from functools import partial
@@ -319,3 +321,45 @@ def test_onnx_runtime_multiplies_integers(tmp_path: Path, dims: int) -> None:
     kernels = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert sum(kind in ("QGemm", "MatMulIntegerToFloat") for kind in kernels) == 2, kernels
     assert not {"Gemm", "MatMul"} & set(kernels)
+
+
+def test_a_program_of_integers_opens_in_a_fresh_process(tmp_path: Path) -> None:
+    """Its operators are torch's, and yet unknown until somebody imports where they are."""
+    made = nn.Sequential(nn.Linear(6, 8)).eval()
+    x = torch.randn(4, 6)
+    deploy(made, x, to=tmp_path / "net", formats="export", quantize="int8", calibration=x)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, lightning_accel\n"
+        "bundle = lightning_accel.load_bundle(sys.argv[1])\n"
+        "print(bundle.predict(torch.ones(2, 6)).shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "net")], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "torch.Size([2, 8])" in done.stdout, done.stderr[-2000:]
+
+
+def test_weights_that_are_used_outside_of_their_layers(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.body = nn.Embedding(12, 8), nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found = self.body(self.words(ids).to(self.body.weight.dtype))
+            return F.linear(found, self.words.weight)
+
+    torch.manual_seed(0)
+    made, x = Tied().eval(), torch.randint(0, 12, (4, 6))
+    quantize(made, calibration=x)
+    bundle = deploy(made, x, to=tmp_path / "net", formats=["export", "onnx"])
+    for row in bundle.manifest["candidates"][1:]:
+        assert row["sqnr_db"] is None or row["sqnr_db"] > 60
+
+
+def test_what_is_quantized_already_is_not_quantized_again(tmp_path: Path) -> None:
+    made, x = nn.Sequential(nn.Linear(6, 8)).eval(), torch.randn(4, 6)
+    quantize(made, calibration=x)
+    bundle = deploy(made, x, to=tmp_path / "net", formats="export", quantize="int4", calibration=x)
+    assert any("had nothing to do" in note for note in bundle.manifest["notes"])

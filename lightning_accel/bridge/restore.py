@@ -168,7 +168,8 @@ def _load(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]
         cut_beside(structure, Structure.from_dict(stored["dense"]))
     for average in copies:
         target.apply(average)
-    quantized_as(pl_module, checkpoint.get(QUANTIZATION, {}))
+    for module in (pl_module, *copies):
+        quantized_as(module, checkpoint.get(QUANTIZATION, {}))
     users_own(checkpoint)
 
 

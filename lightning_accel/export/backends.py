@@ -116,6 +116,8 @@ def _build_export(program: Any, example: Sequence[Tensor], schema: Schema, path:
 
 
 def _load_export(path: Path, schema: Schema) -> Runner:
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401  (operators of integers)
+
     module = torch.export.load(path).module()
 
     def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -256,7 +256,9 @@ def _parts(tensor: Tensor) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    # A tensor of one number counts as contiguous whatever its stride, and then has no bytes to view.
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return flat.copy_(tensor.detach().reshape(-1)).view(torch.uint8)
 
 
 def _largest_error(wanted: Tensor, found: Tensor) -> float:

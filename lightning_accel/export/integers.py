@@ -61,7 +61,7 @@ def quantized(
     Eight bits are those of weights and of what comes in; fewer are of weights alone. Of a network that was quantized before
     nobody knows what its weights were: in floating point it has those that it has.
     """
-    if word is not None:
+    if word is not None and not is_quantized(network):
         itself = copy.deepcopy(network)
         plan = plan_of(
             weights=word,
@@ -80,9 +80,13 @@ def quantized(
     itself = copy.deepcopy(network)
     unquantize(itself)
     lost = _own_db(network, itself)
-    return itself, [
-        f"quantized: {lost:.1f} dB on the example against the same weights in floating point"
-    ]
+    notes = [f"quantized: {lost:.1f} dB on the example against the same weights in floating point"]
+    if word is not None:
+        notes.append(f"was quantized already, and so quantize={word!r} had nothing to do")
+    idle = [name for name, layer in layers_of(network).items() if is_idle(layer)]
+    if idle:
+        notes.append(f"nothing ever came into {', '.join(idle)}: what does stays in floating point")
+    return itself, notes
 
 
 def is_quantized(network: nn.Module) -> bool:
@@ -109,9 +113,19 @@ def _own_db(network: FlatNetwork, itself: FlatNetwork) -> float:
     return sqnr_db(outputs_of(itself, sample), outputs_of(network, sample))
 
 
+@torch.no_grad()
 def storing_integers(network: FlatNetwork) -> FlatNetwork:
-    """Return what to export: a copy that stores integers where the network is quantized."""
-    return lowered(network) if is_quantized(network) else network
+    """Return what to export: a copy that stores integers where the network is quantized.
+
+    Where the network computes with weights outside of their layers, it keeps these in floating point too.
+    """
+    if not is_quantized(network):
+        return network
+    made = lowered(network)
+    sample = [[Call("", tuple(network.example), {})]]
+    if sqnr_db(outputs_of(network, sample), outputs_of(made, sample)) < FLOOR_DB:
+        return lowered(network, keep=True)
+    return made
 
 
 def folded(program: Any, example: Sequence[Tensor], shapes: Any) -> Any:

@@ -86,6 +86,8 @@ def _call(model: nn.Module, batch: Any) -> Call:
         return Call("", (), dict(batch)) if by_name else Call("", (batch,), {})
     if not isinstance(batch, (list, tuple)):
         return Call("", (batch,), {})
+    if any(p.kind is Parameter.VAR_POSITIONAL for p in takes.values()):
+        return Call("", tuple(batch), {})
     plain = [p for p in takes.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = sum(p.default is Parameter.empty for p in plain)
     return Call("", tuple(batch[: max(needed, 1)]), {})

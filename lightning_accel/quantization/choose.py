@@ -49,7 +49,9 @@ def _reason(module: nn.Module, grid: Grid) -> str:
         return f"{type(module).__name__} may compute in a way of its own"
     if isinstance(module, nn.MultiheadAttention):
         return "" if grid.group is None else "groups of inputs are those of linear layers"
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")
+    if weight is None and hasattr(module, "weight"):
+        return "its weight is computed from others before each call"
     if weight is None or is_lazy(weight):
         return "its weight is made by its first call"
     if not weight.is_floating_point():

@@ -86,12 +86,15 @@ class QuantizedLayer(nn.Module):
         """Return what to compute on, and note its range where that is asked for."""
         if self.accel_mode == "plain" or self.accel_grid.activations is None:
             return values
-        if self.accel_mode == "watching" or (self.accel_mode == "training" and self.training):
+        learns = self.accel_mode == "training" and self.training
+        if self.accel_mode == "watching" or learns:
             _note(self.accel_seen, values)
         if self.accel_mode == "watching":
             return values
         if self.accel_known:
-            return grids.rounded_input(values, self.accel_range)
+            made = grids.rounded_input(values, self.accel_range)
+            # No integer stands for NaN, and who looks for it in a loss has to find it.
+            return torch.where(values.isfinite(), made, values) if learns else made
         if self.accel_mode == "quantized":
             return values
         # Before anything is known of what comes in, it passes as it is; no one waits for the answer here.
@@ -312,6 +315,12 @@ def unbecome(module: QuantizedLayer) -> None:
     for name in ("accel_grid", "accel_mode", "accel_known"):
         vars(module).pop(name, None)
     object.__setattr__(module, "__class__", _PLAIN[type(module)])
+
+
+def is_idle(layer: QuantizedLayer) -> bool:
+    """Whether a layer whose inputs were to be quantized saw none."""
+    reads = layer.accel_grid.activations is not None
+    return reads and bool(layer.accel_range[0] > layer.accel_range[1])
 
 
 def leave_fast_paths(model: nn.Module) -> None:

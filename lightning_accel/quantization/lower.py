@@ -34,6 +34,12 @@ class IntegerLayer(QuantizedLayer):
     input_scale: float | None
     input_zero: int
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight, for those who ask for its type or size, or compute with it themselves."""
+        kept = self._buffers.get("kept")
+        return self.quantized_parts()[0] if kept is None else kept
+
     def stored(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return integers, scales and zeros of each part."""
         held = self._buffers
@@ -80,7 +86,7 @@ def _is_miscompiled(layer: Any) -> bool:
     return layer.channels_axis == 1 or getattr(layer, "in_channels", 2) == 1
 
 
-class IntegerEmbedding(IntegerLayer, QuantizedEmbedding):
+class IntegerEmbedding(IntegerLayer, QuantizedEmbedding):  # type: ignore[override]
     """Of an embedding only the rows that are asked for are read back."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -96,10 +102,14 @@ _INTEGERS: dict[type[nn.Module], type[nn.Module]] = {
 _INTEGERS[QuantizedEmbedding] = IntegerEmbedding
 
 
-def lowered(model: ModuleT) -> ModuleT:
+def lowered(model: ModuleT, *, keep: bool = False) -> ModuleT:
     """Return a copy in eval mode and in float32 whose quantized layers store integers; others stay.
 
     Layers in the modes "plain" and "watching" compute in floating point, and so they do in the copy.
+
+    Args:
+        model: The network.
+        keep: Keep weights in floating point beside integers, for networks that compute with them outside of their layers.
 
     >>> net = nn.Sequential(nn.Linear(4, 4))
     >>> lowered(net)
@@ -114,12 +124,12 @@ def lowered(model: ModuleT) -> ModuleT:
         if layer.accel_mode in ("plain", "watching"):
             unbecome(layer)
         else:
-            _lower(layer)
+            _lower(layer, keep)
     return copy
 
 
 @torch.no_grad()
-def _lower(layer: Any) -> None:
+def _lower(layer: Any, keep: bool) -> None:
     axis, grid = layer.channels_axis, layer.accel_grid
     parts = [*zip(layer.parts(), layer.part_scales(), strict=True)]
     step, zero = grids.parameters_of(layer.accel_range)
@@ -128,7 +138,7 @@ def _lower(layer: Any) -> None:
     owners = [(layer, name) for name in layer._parameters if name.endswith("weight")]
     owners += [(m, "weight") for m in layer.children() if "weight" in m._parameters]
     for owner, name in owners:
-        owner._parameters[name] = None
+        del owner._parameters[name]
     for name in ("accel_range", "accel_seen", "accel_scale"):
         del layer._buffers[name]
     layer._non_persistent_buffers_set.clear()
@@ -138,4 +148,5 @@ def _lower(layer: Any) -> None:
         layer.register_buffer(f"scale{suffix}", scale.clone())
         zeros = torch.zeros_like(scale.flatten(), dtype=torch.int64)
         layer.register_buffer(f"zeros{suffix}", zeros)
+    layer.register_buffer("kept", parts[0][0].detach() if keep else None)
     layer.__class__ = _INTEGERS[type(layer)]

@@ -23,6 +23,7 @@ from lightning_accel.quantization.layers import (
     QuantizedLayer,
     back_to_fast_paths,
     become,
+    is_idle,
     layers_of,
     leave_fast_paths,
     unbecome,
@@ -185,16 +186,16 @@ def _planned(
     layers = {name: become(copy.get_submodule(name), plan.grid, "plain") for name in names}
     leave_fast_paths(copy)
     ranges = observe(copy, layers, batches, plan.observer)
-    idle = [name for name in layers if name not in ranges]
-    for name in idle:
-        unbecome(layers.pop(name))
     for name, range_ in ranges.items():
         layers[name].set_range(range_)
         layers[name].fit_scale()
+    idle = [name for name, layer in layers.items() if name not in ranges or is_idle(layer)]
+    for name in idle:
+        unbecome(layers.pop(name))
     wide = refine(copy, layers, batches, rounding=plan.rounding, correct_bias=plan.correct_bias)
     for layer in layers.values():
         layer.accel_mode = "quantized"
-    left = [Change(name, "nothing calls it on the calibration batches") for name in idle]
+    left = [Change(name, "nothing comes into it on the calibration batches") for name in idle]
     notes = [f"{name}: too wide for X^T X, rounded to the nearest" for name in wide]
     notes += [f"`{n}` saw one single value in all of the calibration" for n in _constant(layers)]
     if plan.metric is not None and before is not None:

@@ -91,7 +91,6 @@ def test_a_test_of_a_file_from_before_the_quantization_gives_what_the_file_holds
     class Saves(PostTrainingQuantization):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             trainer.save_checkpoint(saved)
-            super().on_train_end(trainer, pl_module)
 
     trainer = Trainer(**trainer_kwargs | {"max_epochs": 2}, callbacks=[Saves("int2", None)])
     trainer.fit(module, data(), data())

@@ -122,6 +122,9 @@ class Deploy(Callback):
                     type(strategy).__name__,
                     "load the checkpoint on one device, and call `deploy`",
                 )
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if hasattr(callback, "before_deployment"):
+                    callback.before_deployment(trainer, pl_module)
             with whole(trainer):
                 self._deploy(trainer, pl_module)
 

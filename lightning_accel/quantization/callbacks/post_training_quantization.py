@@ -14,8 +14,14 @@ from lightning_accel.arguments import whole
 from lightning_accel.bridge import checks
 from lightning_accel.bridge.example import batches_of
 from lightning_accel.bridge.technique import Technique
+from lightning_accel.errors import AccelError
 from lightning_accel.quantization.layers import layers_of
-from lightning_accel.quantization.post_training import Metric, plan_of, quantize_by
+from lightning_accel.quantization.post_training import (
+    Metric,
+    plan_of,
+    quantize_by,
+    unquantize,
+)
 from lightning_accel.quantization.state import quantization_of, quantized_as
 from lightning_accel.surgery import Receipt, Select, Stage
 
@@ -78,14 +84,36 @@ class PostTrainingQuantization(Technique):
             max_drop=max_drop,
         )
         self.batches = whole("batches", batches)
+        self._is_done = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         checks.refuse_sharded(trainer.strategy, type(self).__name__)
+        others = [c for c in trainer.callbacks if getattr(c, "name", "") == self.name]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise AccelError(
+                "a network is quantized once, in training or after it",
+                ", ".join(type(other).__name__ for other in others),
+                "pass one of them",
+            )
         super().setup(trainer, pl_module, stage)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._is_done = False
+        if unquantize(pl_module):
+            rank_zero_info("Plain layers again until the end of this fit, which quantizes anew.")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.before_deployment(trainer, pl_module)
+
+    def before_deployment(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize, once: when averages are in the module, and before whoever deploys it."""
+        if self._is_done:
+            return
+        self._is_done = True
         made: Any = None
         if trainer.is_global_zero:
             try:

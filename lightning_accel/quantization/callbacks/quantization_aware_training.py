@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
@@ -17,14 +17,16 @@ from lightning_accel.bridge import checks
 from lightning_accel.bridge.restore import averages
 from lightning_accel.bridge.strategies import gathers, is_of
 from lightning_accel.bridge.technique import Context, Technique
-from lightning_accel.errors import Unsupported, explain
-from lightning_accel.pruning.schedule import When, epochs, moments, require_reached
+from lightning_accel.errors import AccelError, Unsupported, explain
+from lightning_accel.pruning.schedule import When, epochs, moments
 from lightning_accel.quantization import choose
 from lightning_accel.quantization import grid as grids
 from lightning_accel.quantization.grid import Grid
 from lightning_accel.quantization.layers import (
+    QuantizedLayer,
     back_to_fast_paths,
     become,
+    is_idle,
     layers_of,
     leave_fast_paths,
     unbecome,
@@ -88,6 +90,7 @@ class QuantizationAwareTraining(Technique):
         self._norms: list[nn.Module] = []  # that were put into eval mode
         self._turned_in = (-1, 0)  # this epoch of this Trainer
         self._gives_all_back = False
+        self._told_idle = False
 
     @property
     def when(self) -> float:
@@ -98,9 +101,10 @@ class QuantizationAwareTraining(Technique):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse_parts(trainer, self.grid)
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not checks.is_trial(trainer):
-            for moment in filter(None, (self._when, self._freeze)):
-                require_reached(epochs(moment, trainer.max_epochs), trainer.max_epochs)
+        if stage == "fit":
+            self._told_idle = False
+            if not checks.is_trial(trainer):
+                _check_moments(self._when, self._freeze, trainer.max_epochs)
 
     @override
     @contextmanager
@@ -108,12 +112,16 @@ class QuantizationAwareTraining(Technique):
         module = context.module
         there = layers_of(module)
         receipt = Receipt() if there else choose.require(module, self.select, self.grid)
-        copies = [] if context.is_copy else _averages(context.trainer, module)
-        for one in (module, *copies):
-            for change in receipt.changes:
-                layer = become(one.get_submodule(change.name), self.grid, "plain")
-                if change.name in self._states:
-                    become_like(layer, {**self._states[change.name], "scale": None})
+        if context.stage == "fit" and not self._states:
+            self._refuse_others(there)
+        names = [*there] if there else [change.name for change in receipt.changes]
+        for one in (module, *([] if context.is_copy else _averages(context.trainer, module))):
+            for name in names:
+                layer = one.get_submodule(name)
+                if not isinstance(layer, QuantizedLayer):
+                    layer = become(layer, self.grid, "plain")
+                if name in self._states:
+                    become_like(layer, {**self._states[name], "scale": None})
             leave_fast_paths(one)
         self._states = {}
         try:
@@ -121,8 +129,25 @@ class QuantizationAwareTraining(Technique):
         finally:
             if self._gives_all_back:
                 self._states = {name: state_of(layer) for name, layer in layers_of(module).items()}
-            for one in (module, *copies):
+            for one in (module, *([] if context.is_copy else _averages(context.trainer, module))):
                 self._end(one)
+
+    def _refuse_others(self, there: Mapping[str, QuantizedLayer]) -> None:
+        """Raise where layers were quantized before in another way, which would go on."""
+        others = {name: layer.accel_grid for name, layer in there.items()}
+        grid = self.grid
+        wrong = [
+            f"`{name}`: {other}"
+            for name, other in others.items()
+            if other
+            != (grid._replace(activations=None) if isinstance(there[name], nn.Embedding) else grid)
+        ]
+        if wrong:
+            raise AccelError(
+                f"the module is quantized already, and not to {grid}",
+                "; ".join(wrong[:4]),
+                "pass the arguments that it was quantized with, or call `lightning_accel.unquantize(module)` first",
+            )
 
     def _end(self, module: nn.Module) -> None:
         for layer in layers_of(module).values():
@@ -156,7 +181,7 @@ class QuantizationAwareTraining(Technique):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_due(self._when, trainer):
-            self._turn(trainer, pl_module)
+            self._turn(trainer, pl_module, begins=True)
 
     @override
     def on_train_batch_start(
@@ -164,23 +189,27 @@ class QuantizationAwareTraining(Technique):
     ) -> None:
         for norm in self._norms:
             norm.eval()
-        # Lightning leaves out the epoch's start after a resume from the last step of an epoch.
-        if batch_idx == 0:
-            self.on_train_epoch_start(trainer, pl_module)
+        # Lightning leaves out the epoch's start after a resume, from within an epoch or from its last step.
+        if self._is_due(self._when, trainer):
+            self._turn(trainer, pl_module, begins=batch_idx == 0)
 
-    def _turn(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to quantize, or to leave ranges as they are; and find scales anew in each epoch."""
+    def _turn(self, trainer: Trainer, pl_module: LightningModule, *, begins: bool) -> None:
+        """Begin to quantize, or to leave ranges as they are; and find scales anew where an epoch begins."""
         if self._turned_in == (trainer.current_epoch, id(trainer)):
             return
         self._turned_in = (trainer.current_epoch, id(trainer))
         frozen = self._freeze is not None and self._is_due(self._freeze, trainer)
         layers = layers_of(pl_module)
+        reads = [layer for layer in layers.values() if layer.accel_grid.activations is not None]
+        if reads and all(map(is_idle, reads)):
+            frozen = False  # in a trial run, or a fit from plain weights: ranges are found first
         if any(layer.accel_mode == "plain" for layer in layers.values()):
             rank_zero_info(f"Quantizing {len(layers)} layers from here on: {self.grid}.")
         for layer in layers.values():
+            starts = begins or layer.accel_mode == "plain"
             layer.accel_mode = "quantized" if frozen else "training"
             layer.settle()
-            if not frozen:
+            if not frozen and starts:
                 layer.fit_scale()
         if frozen and not self._norms:
             norms = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.training]
@@ -201,6 +230,20 @@ class QuantizationAwareTraining(Technique):
         if watched:
             move_ranges(watched, self.momentum, shared=trainer.world_size > 1)
             self._share_with_averages(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layers = layers_of(pl_module)
+        idle = [n for n, m in layers.items() if m.accel_mode != "plain" and is_idle(m)]
+        if idle and not self._told_idle:
+            self._told_idle = True
+            rank_zero_warn(
+                explain(
+                    "inputs of layers stay in floating point, because nothing came into them in training",
+                    ", ".join(f"`{name}`" for name in idle[:6]),
+                    "leave them out by `select`, or call them in `training_step`",
+                )
+            )
 
     @staticmethod
     def _share_with_averages(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,6 +275,28 @@ class QuantizationAwareTraining(Technique):
     @staticmethod
     def _is_due(moment: When, trainer: Trainer) -> bool:
         return trainer.current_epoch >= epochs(moment, trainer.max_epochs)[0]
+
+
+def _check_moments(when: When, freeze: When | None, max_epochs: int | None) -> None:
+    """Raise unless the fit comes to both, and ranges have an epoch to be found in."""
+    first = epochs(when, max_epochs)[0]
+    last = first if freeze is None else epochs(freeze, max_epochs)[0]
+    if max_epochs is not None and 0 <= max_epochs <= max(first, last):
+        raise ValueError(
+            explain(
+                "`when` and `freeze` are epochs that this fit reaches",
+                f"epoch {max(first, last)}, counted from 0, with max_epochs={max_epochs}",
+                f"quantize from epoch {max_epochs - 1} at the latest, or raise max_epochs",
+            )
+        )
+    if freeze is not None and last <= first:
+        raise ValueError(
+            explain(
+                "`freeze` comes after `when`, so that ranges are found first",
+                f"epoch {last} after epoch {first}",
+                "pass a later `freeze`, or None",
+            )
+        )
 
 
 def _refuse_parts(trainer: Trainer, grid: Grid) -> None:
