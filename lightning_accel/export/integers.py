@@ -23,7 +23,7 @@ from lightning_accel.quantization.budget import outputs_of, sqnr_db
 from lightning_accel.quantization.calibration import calls_from
 from lightning_accel.quantization.fold import fold_norms
 from lightning_accel.quantization.grid import WEIGHTS
-from lightning_accel.quantization.layers import layers_of
+from lightning_accel.quantization.layers import is_idle, layers_of
 from lightning_accel.quantization.lower import lowered
 from lightning_accel.quantization.post_training import plan_of, quantize_by, unquantize
 from lightning_accel.surgery.call import Call
