@@ -46,6 +46,7 @@ from lightning_accel import (
     LeanLoop,
     MatmulPrecision,
     MemoryFormat,
+    QuantizationAwareTraining,
     SparsityTraining,
     StepMeter,
     StructuredPruning,
@@ -107,6 +108,7 @@ TRIAL = ("fast_dev_run",)  # in which planned edits act at once, so that they ar
 TECHNIQUES: dict[str, Technique] = {
     "prune": alone(lambda: StructuredPruning(ratio=0.5, when=LATER), apart=TRIAL),
     "masks": alone(lambda: WeightMasks(amount=0.5, when=LATER), apart=TRIAL),
+    "quantize": alone(lambda: QuantizationAwareTraining(when=LATER), apart=TRIAL),
     "sparsity": alone(lambda: SparsityTraining(strength=1e-300)),  # far below the last bit
     "distill": alone(lambda: Distillation(teacher(), {"kd": 0.0}, student="net")),
     "loading": alone(lambda: FastLoading(budget_s=0.01)),
@@ -549,7 +551,7 @@ IMPOSSIBLE = {("bulk sampler", "overfitted")}
 TEAMS = (
     ("prune", "distill itself", "rows", "compile", "matmul", "use bf16"),
     ("masks", "measure", "budget", "format"),
-    ("sparsity", "lean", "tune, too short", "warm"),
+    ("sparsity", "lean", "tune, too short", "warm", "quantize"),
     ("distill", "optimizer", "tune, no gain", "fp32"),
     ("loading", "checkpointing", "attention", "bf16"),
 )

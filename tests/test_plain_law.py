@@ -110,6 +110,8 @@ ALWAYS_ACT = {
     "Bf16Precision": "has short weights from the start",
     "XlaPrecision": "is of another device",
     "ConfiguredCallbacks": "is added by Lightning itself, and only where a configuration asks for it",
+    "PostTrainingQuantization": "acts at the end of a fit: the fit is compared in test_quantization.py",
+    "Deploy": "acts after the fit, which is compared in test_export.py",
     "Objective": "is compared with a plain fit in test_objective.py: here, nothing logs its metric",
 }
 

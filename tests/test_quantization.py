@@ -1164,3 +1164,20 @@ def test_weights_that_are_asked_for_their_type_and_used_elsewhere() -> None:
     with torch.no_grad():
         assert sqnr_db([net(x)], [lowered(net, keep=True)(x)]) > 100
         assert 20 < sqnr_db([net(x)], [lowered(net)(x)]) < 60
+
+
+def test_a_fit_that_is_quantized_at_its_end_is_the_plain_one(
+    trainer_kwargs: dict[str, Any],
+) -> None:
+    class Looks(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            state = {k: v.clone() for k, v in pl_module.state_dict().items()}
+            momenta = copy.deepcopy(trainer.optimizers[0].state_dict())
+            self.seen = [state, momenta, plain.chance(), dict(trainer.callback_metrics)]
+
+    seen = []
+    for more in ([], [PostTrainingQuantization(batches=2)]):
+        looks = Looks()
+        fitted(trainer_kwargs, *more, looks)
+        seen.append(looks.seen)
+    plain.assert_same(seen[1], seen[0])

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from lightning_accel import attach
 from lightning_accel._hydra_plugins import LightningAccelSearchPath, register
+from lightning_accel.quantization import quantization_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "accel").glob("*.yaml"))
@@ -165,6 +166,8 @@ CHEAP = {  # what a part of a preset is given here, so that a test takes a secon
         "+callbacks.tuning.techniques=memory_format",
     ],
     "prune": [],
+    "int8": ["callbacks.quantization.when=1"],
+    "deploy": ["+callbacks.deploy.formats=[export]", "+callbacks.deploy.min_speedup=0.001"],
     "none": [],
 }
 
@@ -193,6 +196,8 @@ def test_every_preset_acts_in_a_project_of_the_template(
     assert {"ModelCheckpoint", "EarlyStopping"} <= names, "the project's own stay"
     assert ("BlockCompile" in names) == ("compile" in parts)
     assert ("AutoTune" in names) == ("auto" in parts)
+    assert bool(quantization_of(model)) == ("int8" in parts)
+    assert ("Deploy" in names) == ("deploy" in parts)
     if parts == ["distill"]:
         assert not torch.equal(model.net[0].weight, plain.net[0].weight)
     trainer.test(model, rows(), ckpt_path="best", weights_only=True)

@@ -162,7 +162,7 @@ def check_formats(formats: Any) -> tuple[str, ...]:
         TypeError: They are no names.
     """
     given = (formats,) if isinstance(formats, str) else formats
-    if not isinstance(given, (tuple, list)) or not given:
+    if not isinstance(given, Sequence) or not given:
         raise TypeError(
             explain("`formats` is a list of names", repr(formats), f"pass some of {_NAMES}")
         )

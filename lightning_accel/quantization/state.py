@@ -55,12 +55,13 @@ def become_like(layer: nn.Module, state: Mapping[str, Any]) -> QuantizedLayer:
 
 
 def quantization_of(model: nn.Module) -> dict[str, State]:
-    """Return the state of each quantized layer by name; empty for a network that is not quantized.
+    """Return the state of each layer that computes quantized, by name; empty where none does.
 
     >>> quantization_of(nn.Linear(2, 2))
     {}
     """
-    return {name: state_of(layer) for name, layer in layers_of(model).items()}
+    layers = layers_of(model).items()
+    return {name: state_of(layer) for name, layer in layers if layer.accel_mode != "plain"}
 
 
 def quantized_as(model: nn.Module, stored: Any) -> None:

@@ -21,7 +21,7 @@ from lightning_accel.quantization import quantization_of
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
-FOLDER = Path(sys.argv[1])
+FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 _X = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(1))
 
 
@@ -93,8 +93,6 @@ def failed() -> dict[str, Any]:
     return {}
 
 
-write_results(
-    {"trained": trained, "after": after, "sharded": sharded, "failed": failed},
-    [],
-    FOLDER / f"{RANK}.json",
-)
+if __name__ == "__main__":
+    functions = {"trained": trained, "after": after, "sharded": sharded, "failed": failed}
+    write_results(functions, [], FOLDER / f"{RANK}.json")
