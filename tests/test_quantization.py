@@ -363,14 +363,16 @@ def test_a_bias_takes_up_the_shift_of_the_mean() -> None:
 
 def test_outliers_do_not_decide_a_range() -> None:
     x = torch.randn(4096, 8)
-    x[0, 0] = 400.0
+    x[0, 0], x[1, 1] = 400.0, -300.0
     found = {}
     for observer in ("minmax", "percentile", "mse"):
         net = nn.Linear(8, 4)
         quantize(net, calibration=x, observer=observer, rounding="nearest")
-        found[observer] = layers_of(net)[""].accel_range[1].item()
-    assert found["minmax"] == 400.0
-    assert 3 < found["percentile"] < 8 and found["mse"] < 400
+        found[observer] = layers_of(net)[""].accel_range.tolist()
+    assert found["minmax"] == [-300.0, 400.0]
+    low, high = found["percentile"]  # to a bin of 2,048
+    assert -8 < low < -3 and 3 < high < 8
+    assert found["mse"][0] > -300 and found["mse"][1] < 400
 
 
 def test_the_range_of_least_error_is_that_of_a_search() -> None:
@@ -1181,3 +1183,46 @@ def test_a_fit_that_is_quantized_at_its_end_is_the_plain_one(
         fitted(trainer_kwargs, *more, looks)
         seen.append(looks.seen)
     plain.assert_same(seen[1], seen[0])
+
+
+def test_frozen_norms_stay_so_whatever_a_module_does_with_its_modes(
+    trainer_kwargs: dict[str, Any],
+) -> None:
+    class Wakes(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3))
+            self.means: list[Tensor] = []
+
+        def on_train_epoch_start(self) -> None:
+            self.train()
+
+        def on_train_epoch_end(self) -> None:
+            self.means.append(self.net[1].running_mean.clone())  # type: ignore[operator, union-attr]
+
+    torch.manual_seed(0)
+    user = Wakes()
+    callbacks = [QuantizationAwareTraining(when=1, freeze=2)]
+    Trainer(**trainer_kwargs | {"max_epochs": 4}, callbacks=callbacks).fit(user, loader())
+    assert not torch.equal(user.means[0], user.means[1])
+    assert torch.equal(user.means[1], user.means[2]) and torch.equal(user.means[2], user.means[3])
+    assert user.net[1].training
+
+
+def test_an_average_that_is_seldom_updated_is_evaluated_with_the_ranges_of_training(
+    trainer_kwargs: dict[str, Any],
+) -> None:
+    class Looks(Module):
+        seen: list[Any] = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                self.seen.append([m.accel_range.tolist() for m in layers_of(self).values()])
+
+    torch.manual_seed(0)
+    user = Looks()
+    seldom = EMAWeightAveraging(decay=0.9, update_every_n_steps=10**6)
+    callbacks = [QuantizationAwareTraining(when=1), seldom]
+    Trainer(**trainer_kwargs | {"max_epochs": 3}, callbacks=callbacks).fit(user, loader(), loader())
+    finite = [all(math.isfinite(v) for range_ in one for v in range_) for one in user.seen]
+    assert finite == [False, True, True]
