@@ -248,6 +248,7 @@ def test_a_fit_ends_with_a_bundle_of_what_it_trained(
     [
         ({"quantize": "int8"}, ValueError, "needs `calibration`"),
         ({"quantize": "int7", "calibration": [1]}, ValueError, "unknown `quantize`"),
+        ({"quantize": ["int8"], "calibration": [1]}, TypeError, "`quantize` is a name"),
         ({"calibration": [1]}, ValueError, "goes with `quantize`"),
         ({"quantize": "int8", "calibration": []}, ValueError, "holds no batch"),
         ({"quantize": "int8", "calibration": [{"y": torch.ones(2)}]}, Exception, "Do: "),

@@ -564,6 +564,9 @@ def test_calibration_takes_batches_as_loaders_give_them() -> None:
         ({"max_drop": -1, "metric": float}, ValueError, "`max_drop`"),
         ({"metric": lambda net: math.nan}, ValueError, "finite number"),
         ({"batches": 0}, ValueError, "`batches`"),
+        ({"metric": "x"}, TypeError, "`metric` is a function"),
+        ({"calibration": "x"}, TypeError, "DataLoader"),
+        ({"calibration": {"x": torch.ones(2, 4)}}, TypeError, "DataLoader"),
         ({"select": "nowhere"}, NoEffect, "nowhere"),
     ],
 )
@@ -1226,3 +1229,9 @@ def test_an_average_that_is_seldom_updated_is_evaluated_with_the_ranges_of_train
     Trainer(**trainer_kwargs | {"max_epochs": 3}, callbacks=callbacks).fit(user, loader(), loader())
     finite = [all(math.isfinite(v) for range_ in one for v in range_) for one in user.seen]
     assert finite == [False, True, True]
+
+
+@pytest.mark.parametrize("verb", [unquantize, lambda model: quantize(model, calibration=[1])])
+def test_what_is_no_module_is_refused(verb: Any) -> None:
+    with pytest.raises(TypeError, match="`model` is a module"):
+        verb(None)

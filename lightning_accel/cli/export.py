@@ -18,11 +18,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from lightning_accel.cli.plan import tensor
-from lightning_accel.cli.subject import NamedModel, add_subject, checkpoint_subject
+from lightning_accel.cli.subject import NamedModel, add_example, add_subject, checkpoint_subject
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.export import deploy
 
@@ -37,13 +36,7 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
     )
     add_subject(parser)
-    parser.add_argument(
-        "--example",
-        action="append",
-        metavar="SHAPE[:DTYPE[:BELOW]]",
-        help="an argument of forward, such as 32,3,224,224 or 8,128:int64:1000; may be repeated",
-    )
-    parser.add_argument("--checkpoint", type=Path, help="weights of a LightningModule class")
+    add_example(parser)
     parser.add_argument("--to", required=True, help="a folder that is not there yet")
     parser.add_argument(
         "--formats", nargs="+", default=["auto"], help="of export, aoti and onnx; auto: all"

@@ -29,6 +29,7 @@ from torch import nn
 from lightning_accel.cli.devices import add_devices, run_devices, run_parallel
 from lightning_accel.cli.subject import (
     NamedModel,
+    add_example,
     add_subject,
     brings_data,
     checkpoint_subject,
@@ -63,13 +64,7 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
     )
     add_subject(parser)
-    parser.add_argument(
-        "--example",
-        action="append",
-        metavar="SHAPE[:DTYPE[:BELOW]]",
-        help="an argument of forward, such as 32,3,224,224 or 8,128:int64:1000; may be repeated",
-    )
-    parser.add_argument("--checkpoint", type=Path, help="weights of a LightningModule class")
+    add_example(parser)
     parser.add_argument("--share", type=float, default=0.5, help="of each layer's units; 0.5")
     parser.add_argument("--importance", default="magnitude")
     parser.add_argument("--select", action="append", help="pattern of layers to look at")

@@ -47,6 +47,17 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_example(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what a subject is called with, and where its weights are."""
+    parser.add_argument(
+        "--example",
+        action="append",
+        metavar="SHAPE[:DTYPE[:BELOW]]",
+        help="an argument of forward, such as 32,3,224,224 or 8,128:int64:1000; may be repeated",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="weights of a LightningModule class")
+
+
 def subject_of(args: argparse.Namespace) -> NamedModel:
     """Build what the arguments name.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.arguments import one_of
 from lightning_accel.errors import explain
 from lightning_accel.export import structure
 from lightning_accel.export.gates import FLOOR_DB
@@ -45,9 +46,7 @@ def check(quantize: Any, calibration: Any) -> None:
             do = "pass quantize='int8', or leave it out"
             raise ValueError(explain("`calibration` goes with `quantize`", "no `quantize`", do))
         return
-    if quantize not in WEIGHTS:
-        known = f"pass one of {', '.join(map(repr, WEIGHTS))}"
-        raise ValueError(explain("unknown `quantize`", repr(quantize), known))
+    one_of("quantize", quantize, tuple(WEIGHTS))
     if calibration is None:
         do = "pass a few batches of the training data, as the model takes them"
         raise ValueError(explain("`quantize` needs `calibration`", "none", do))

@@ -51,6 +51,8 @@ def calls_from(model: nn.Module, calibration: Any, limit: int) -> list[list[Call
     """
     batches: Iterable[Any] = [calibration] if isinstance(calibration, Tensor) else calibration
     try:
+        if isinstance(batches, (str, bytes, Mapping)):
+            raise TypeError
         read = list(islice(batches, limit))
     except TypeError:
         raise TypeError(

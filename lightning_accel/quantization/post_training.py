@@ -6,13 +6,13 @@ what the user's own metric says. The network itself is changed by a last step th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from lightning_accel.arguments import flag, number, one_of, whole
+from lightning_accel.arguments import flag, instance, number, one_of, whole
 from lightning_accel.errors import explain
 from lightning_accel.quantization import choose
 from lightning_accel.quantization import grid as grids
@@ -73,6 +73,8 @@ def plan_of(
     one_of("rounding", rounding, ROUNDINGS)
     flag("correct_bias", correct_bias)
     number("max_drop", max_drop, least=0.0, none=True)
+    do = "pass one that gets a network and returns a number"
+    instance("metric", metric, Callable, "a function", do, none=True)
     if max_drop is not None and metric is None:
         raise ValueError(
             explain(
@@ -146,6 +148,7 @@ def quantize(
         max_drop=max_drop,
     )
     whole("batches", batches)
+    _require_module(model)
     return quantize_by(model, plan, calls_from(model, calibration, batches))
 
 
@@ -171,11 +174,17 @@ def unquantize(model: nn.Module) -> int:
     >>> unquantize(nn.Linear(2, 2))
     0
     """
+    _require_module(model)
     layers = layers_of(model)
     for layer in layers.values():
         unbecome(layer)
     back_to_fast_paths(model)
     return len(layers)
+
+
+def _require_module(model: Any) -> None:
+    do = "pass a LightningModule or any other nn.Module"
+    instance("model", model, nn.Module, "a module", do)
 
 
 def _planned(
