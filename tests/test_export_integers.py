@@ -131,6 +131,7 @@ def test_files_hold_integers_and_are_smaller(tmp_path: Path, word: str) -> None:
         bundle = deploy(made, x[:8], to=tmp_path / name, formats="onnx", **given)
         sizes[name] = (tmp_path / name / "model.onnx").stat().st_size
     assert sizes["made"] < 0.3 * sizes["plain"]
+    assert b"site-packages" not in (tmp_path / "made" / "model.onnx").read_bytes()
 
     import onnx
 

@@ -166,6 +166,8 @@ def _build_onnx(program: Any, example: Sequence[Tensor], schema: Schema, path: P
     )
     assert made is not None
     _multiply_integers(made.model.graph)
+    for node in made.model.graph:
+        node.metadata_props.clear()  # lines of the user's code, and where it lies
     made.save(path)
 
 
