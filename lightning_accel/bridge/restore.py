@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -28,6 +29,7 @@ from lightning_accel.quantization.state import quantization_of, quantized_as
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.bypass import is_under, whole_tensors
 from lightning_accel.surgery.structure import named_tensors, text
+from lightning_accel.surgery.twin import twin
 
 ModuleT = TypeVar("ModuleT", bound=LightningModule)
 
@@ -133,6 +135,22 @@ def load_from_checkpoint(
             kwargs = {**kwargs, **as_values(cls, path, kwargs)}
         loaded: ModuleT = once.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
     return loaded
+
+
+def as_saved(pl_module: ModuleT, path: str | Path) -> ModuleT:
+    """Return a copy of a module with shapes, kinds and weights of one of its checkpoints.
+
+    Raises:
+        StructureMismatch: The checkpoint is of another network.
+        UnsafeFile: It holds objects besides tensors and plain data.
+    """
+    with weights_alone(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    made = twin(pl_module).cpu()
+    vars(made).pop(_BESIDE, None)  # what lies beside the module is not copied, and stays as it is
+    _load(made, lambda checkpoint: None, checkpoint)
+    made.load_state_dict(checkpoint["state_dict"])
+    return made
 
 
 def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]) -> None:

@@ -128,7 +128,9 @@ def test_padded_places_are_those_of_training_and_this_is_said_pytorch_86120_9711
     bundle = deploy(net, (x, mask), to=tmp_path / "net", formats="export")
     assert any("fast path" in note for note in bundle.manifest["notes"])
     with torch.no_grad():
-        assert not net(x, mask)[1, 3].any()  # the fast path answers with zeros where the mask leaves out
+        assert not net(x, mask)[
+            1, 3
+        ].any()  # the fast path answers with zeros where the mask leaves out
     net.train()
     for layer in net.modules():
         if isinstance(layer, nn.Dropout):
