@@ -189,7 +189,7 @@ def check(node: Any, num_leaves: int, depth: int = 0) -> None:
         check(item, num_leaves, depth + 1)
 
 
-def _fields_of(cls: type) -> tuple[str, ...]:
+def _fields_of(cls: Any) -> tuple[str, ...]:
     found: tuple[str, ...] = getattr(cls, "_fields", ())
     return found or (cls.__match_args__ if hasattr(cls, "n_sequence_fields") else ())
 
