@@ -28,13 +28,14 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import XLAAccelerator
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_roots, typed_words, walk
 from lightning_accel.arguments import instance
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.bridge.technique import place_of
+from lightning_accel.entry import VARIABLE
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.job import refuse_nan, seed_of
 from lightning_accel.places import written_whole
@@ -115,6 +116,9 @@ def _built(
     _refuse_remote(tree)
     for key in ("trainer", "model", *(["data"] if tree.get("data") else [])):
         _check_node(tree.get(key), key)
+    if os.environ.get(VARIABLE):
+        what = f"{VARIABLE} is for scripts without a configuration, and does nothing here"
+        rank_zero_warn(explain(what, repr(os.environ[VARIABLE]), "say `+accel=...`"))
     places = (allow,) if isinstance(allow, str) else tuple(allow)
     check_nodes(tree, places, outputs)
     _refuse_partials(tree)
