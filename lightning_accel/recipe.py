@@ -37,7 +37,7 @@ from lightning_accel.bridge.objective import Objective
 from lightning_accel.bridge.technique import place_of
 from lightning_accel.entry import VARIABLE
 from lightning_accel.errors import AccelError, Unsupported, explain
-from lightning_accel.job import refuse_nan, seed_of
+from lightning_accel.job import begin_logging, refuse_nan, seed_of
 from lightning_accel.places import written_whole
 from lightning_accel.provenance import withheld
 from lightning_accel.redact import below_secrets, redacted, unsaid
@@ -133,7 +133,7 @@ def _built(
     for logger in trainer.loggers:
         # Lightning itself logs the hyper-parameters of model and data when a fit starts.
         logger.log_hyperparams = partial(_log_redacted, logger.log_hyperparams, secrets)  # type: ignore[method-assign]
-        logger.log_hyperparams(config)
+        begin_logging(logger, config)
     return Run(trainer, model, data, tree.get("ckpt_path"), config)
 
 
