@@ -14,6 +14,7 @@ from functools import partial
 from math import prod
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from lightning_accel.bridge.checks import refuse_lazy
 from lightning_accel.bridge.hyper import as_values
 from lightning_accel.bridge.strategies import sizes_now
 from lightning_accel.errors import StructureMismatch, explain, weights_alone
+from lightning_accel.parallel import folders
 from lightning_accel.quantization.state import quantization_of, quantized_as
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.bypass import is_under, whole_tensors
@@ -95,7 +97,7 @@ def load_from_checkpoint(
 
     Args:
         cls: The user's LightningModule class, which needs to know nothing of this package.
-        path: The checkpoint, pruned or not.
+        path: The checkpoint, pruned or not; of a sharded training the folder, which this process then reads whole.
         weights_only: Keep `True` for files whose origin you do not control.
         kwargs: What `Cls.load_from_checkpoint` takes: `map_location`, `strict`, hyper-parameters.
 
@@ -123,6 +125,12 @@ def load_from_checkpoint(
                 "there is no such checkpoint", str(path), "check the path and the present folder"
             )
         )
+
+    if folders.is_folder(Path(path)):
+        with TemporaryDirectory() as place:
+            file = Path(place) / "gathered.ckpt"
+            torch.save(folders.gathered(Path(path)), file)
+            return load_from_checkpoint(cls, file, weights_only=weights_only, **kwargs)
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.__class__ = cls
