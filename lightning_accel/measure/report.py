@@ -134,6 +134,14 @@ class Report:
             ["", "dense", "final", "gain"], rows, title, tuple(self.extra.get("notes", ()))
         )
 
+    def _repr_html_(self) -> str:
+        """Show it in a notebook.
+
+        >>> "2.00x" in Report(Side(params=2), Side(params=1), Ratios(params=2.0))._repr_html_()
+        True
+        """
+        return self.table().to_html()
+
     def gains(self) -> dict[str, float]:
         """Return every gain that is given, by the name of its row.
 

@@ -25,9 +25,7 @@ def widths(before: Mapping[str, Sequence[int]], module: nn.Module) -> list[dict[
     6
     """
     layers = dict(module.named_modules())
-    params = {
-        name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)
-    }
+    params = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     rows = []
     for layer, tensors in _by_layer({**params, **before}).items():
         was = {own: shape for own in tensors if (shape := before.get(_join(layer, own)))}

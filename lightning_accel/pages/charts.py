@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning_accel.pages.drawing import Box, Dot, Drawing, Label, Line, Mark, Scale, number, short
 
-_ROW, _WIDE, _NAMES, _VALUES = 26, 720, 220, 130
+_ROW, _WIDE, _NAMES, _VALUES = 26, 840, 240, 150
 
 
 class Gain(NamedTuple):
@@ -36,7 +36,7 @@ def bars(labels: Sequence[str], panels: Mapping[str, Sequence[float]], *, title:
     marks: list[Mark] = []
     for row, label in enumerate(labels):
         text = short(label, 36)
-        marks.append(Label(_NAMES - 10, _middle(top, row), text, anchor="end", tip=label))
+        marks.append(Label(0, _middle(top, row), text, tip=label))
     for column, (heading, values) in enumerate(panels.items()):
         left, role = _NAMES + column * (wide + gap), f"series-{column % 6}"
         marks.append(Label(left, 16, heading, role, is_strong=True))
@@ -60,7 +60,7 @@ def gains(rows: Sequence[Gain], *, title: str = "Gains") -> Drawing:
     reach = min(max([2.2, *known, *(1 / v for v in known)]), 64)
     least = min([1 / 1.6, *(max(v / 1.1, 1 / reach) for v in known)])
     x = Scale(least, reach * 1.05, _NAMES, _WIDE - _VALUES, is_log=True)
-    marks = _grid_x([v for v in _powers_of_two(least, reach * 1.05)], x, len(rows), "x")
+    marks = _grid_x(_powers_of_two(least, reach * 1.05), x, len(rows), "x")
     one = x(1.0)
     marks.append(Line(((one, 22), (one, 30 + _ROW * len(rows))), "axis"))
     for row, gain in enumerate(rows):
@@ -79,7 +79,9 @@ def gains(rows: Sequence[Gain], *, title: str = "Gains") -> Drawing:
         role = "soft" if gain.value is None else role if role == "worse" else "ink"
         marks.append(Label(_WIDE - _VALUES + 16, y + 4, text, role, is_strong=True))
         if role == "worse":
-            marks.append(Label(_WIDE - 62, y + 4, "slower" if _is_time(gain.name) else "more", role))
+            marks.append(
+                Label(_WIDE - 62, y + 4, "slower" if _is_time(gain.name) else "more", role)
+            )
     return Drawing(title, _WIDE, 34 + _ROW * len(rows), marks, _summary(rows))
 
 
@@ -116,6 +118,7 @@ def history(
             marks.append(Label(x(epoch), high - 16, f"{epoch:g}", "soft", "middle"))
     marks.append(Line(((left, high - bottom), (wide - right, high - bottom)), "axis"))
     marks.append(Label(wide - right, high - 2, "epochs done", "soft", "end"))
+    marks += [Label(left, high - 2, "logarithmic", "soft")] if is_log else []
     for epoch in edits:
         tip = f"edited after epoch {epoch:g}"
         marks.append(Line(((x(epoch), top), (x(epoch), high - bottom)), "edit", tip))
@@ -135,7 +138,7 @@ def latencies(spread: Mapping[str, Mapping[str, Any]], *, title: str = "Latency"
     """
     rows = [
         (name, which, found)
-        for name, sides in spread.items()
+        for name, sides in sorted(spread.items(), key=lambda item: _by_size(item[0]))
         for which in ("dense", "final")
         if (found := _percentiles(sides.get(which)))
     ]
@@ -150,7 +153,8 @@ def latencies(spread: Mapping[str, Mapping[str, Any]], *, title: str = "Latency"
         tip = f"{which}: median {number(median)} ms, 10 % below {number(p10)}, 90 % below {number(p90)}"
         marks.append(_name(f"{_spelled(name)}, {which}", y))
         is_dense = which == "dense"
-        marks.append(Box(x(p10), y - 5, max(x(p90) - x(p10), 1.5), 10, which, tip, is_dense))
+        role = "dense" if is_dense else "band"
+        marks.append(Box(x(p10), y - 5, max(x(p90) - x(p10), 1.5), 10, role, tip, is_dense))
         marks.append(Dot(x(median), y, 4, which, tip, is_dense))
         marks.append(Label(_WIDE - _VALUES + 16, y + 4, f"{number(median)} ms", tip=tip))
     return Drawing(title, _WIDE, 34 + _ROW * len(rows), marks)
@@ -161,9 +165,9 @@ def layers(rows: Sequence[Mapping[str, Any]], *, title: str = "Width of each lay
 
     >>> drawing = layers([{"layer": "fc", "kind": "Linear", "before": 8, "after": 4}])
     >>> [mark.width for mark in drawing.marks if isinstance(mark, Box)]
-    [370.0, 185.0]
+    [450.0, 225.0]
     """
-    size = 20 if len(rows) <= 60 else 13
+    size = 20 if len(rows) <= 60 else 17
     widest = max([max(row["before"], row["after"]) for row in rows] + [1])
     x = Scale(0, widest, _NAMES, _WIDE - _VALUES)
     marks: list[Mark] = []
@@ -182,12 +186,14 @@ def layers(rows: Sequence[Mapping[str, Any]], *, title: str = "Width of each lay
     return Drawing(title, _WIDE, size * len(rows) + 10, marks, f"{num} of {len(rows)} changed")
 
 
-def waterfall(steps: Sequence[Mapping[str, Any]], *, title: str = "Milliseconds per step") -> Drawing:
+def waterfall(
+    steps: Sequence[Mapping[str, Any]], *, title: str = "Milliseconds per step"
+) -> Drawing:
     """Draw the tuner's way from plain to what it chose: how each step shortens the time.
 
     >>> steps = [{"label": "plain", "step_ms": 8.0, "ratio": 1.0}, {"label": "+ bf16", "step_ms": 4.0, "ratio": 2.0}]
     >>> [mark.width for mark in waterfall(steps).marks if isinstance(mark, Box)]
-    [370.0, 185.0, 185.0]
+    [450.0, 225.0, 225.0]
     """
     longest = max([step["step_ms"] for step in steps] + [1e-9])
     x = Scale(0, longest, _NAMES, _WIDE - _VALUES)
@@ -223,7 +229,7 @@ def scatter(points: Sequence[Point], *, x_name: str, y_name: str, title: str) ->
     >>> [mark.link for mark in drawing.marks if isinstance(mark, Dot)]
     ['', '#a']
     """
-    wide, high, left, top, bottom, right = 720, 360, 70, 16, 48, 24
+    wide, high, left, top, bottom, right = 900, 400, 70, 16, 48, 24
     xs, ys = [p.x for p in points], [p.y for p in points]
     x = Scale(*_padded(xs), left, wide - right)
     y = Scale(*_padded(ys), high - bottom, top)
@@ -281,7 +287,7 @@ def _powers_of_two(low: float, high: float) -> list[float]:
 
 
 def _name(name: str, y: float, tip: str = "") -> Label:
-    return Label(_NAMES - 12, y + 4, short(name, 32), "ink", "end", tip or name)
+    return Label(0, y + 4, short(name, 34), "ink", "start", tip or name)
 
 
 def _middle(top: float, row: int) -> float:
@@ -317,11 +323,17 @@ def _percentiles(side: Any) -> tuple[float, float, float] | None:
     """Read one side; older reports have no ninetieth percentile, and end at the median."""
     if not isinstance(side, Mapping):
         return None
-    p10, median = side.get("p10_ms"), side.get("median_ms")
-    p90 = side.get("p90_ms")
-    if not (_is_real(p10) and _is_real(median) and p10 > 0):
+    p10, median, p90 = (side.get(f"{name}_ms") for name in ("p10", "median", "p90"))
+    if not (_is_real(p10) and _is_real(median)) or float(p10 or 0) <= 0:
         return None
-    return p10, median, p90 if _is_real(p90) else median
+    last = p90 if _is_real(p90) else median
+    return float(p10 or 0), float(median or 0), float(last or 0)
+
+
+def _by_size(name: str) -> tuple[bool, int, str]:
+    """Sort batch 1 before batch 64, and both before a training step."""
+    size = name.rpartition("_")[2]
+    return (not size.isdigit(), int(size) if size.isdigit() else 0, name)
 
 
 def _spelled(name: str) -> str:

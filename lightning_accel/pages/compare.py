@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from lightning_accel.errors import explain
+from lightning_accel.measure.progress import thinned
 from lightning_accel.pages import charts
 from lightning_accel.pages.charts import Point
 from lightning_accel.pages.drawing import Drawing
@@ -16,7 +17,7 @@ from lightning_accel.pages.pareto import is_lower_better, pareto_front
 from lightning_accel.pages.runs import Run
 from lightning_accel.pages.views import metric_rank
 
-_MOST_METRICS = 4
+_MOST_METRICS, _MOST_CURVES = 4, 6
 
 
 class Row(NamedTuple):
@@ -38,6 +39,7 @@ class Comparison:
     x: str = ""
     y: str = ""
     said: str = ""
+    histories: list[tuple[str, list[str], Drawing]] = field(default_factory=list)
 
 
 class Axis(NamedTuple):
@@ -86,9 +88,20 @@ def compare(
         for i, (run, link, n) in enumerate(zip(runs, links, numbers, strict=True))
     ]
     found.rows = _sorted(rows, found.columns, second or first)
+    found.histories = list(_histories(found, runs))
     if first and second and len(places) > 1:
         _draw(found, runs, links, numbers, places, front, (first, second))
     return found
+
+
+def _histories(found: Comparison, runs: Sequence[Run]) -> Iterator[Any]:
+    """Draw the first metrics of the best runs over each other."""
+    by_name = {run.name: run.history() for run in runs}
+    best = [row.name for row in found.rows if by_name[row.name]][:_MOST_CURVES]
+    names = {name for run in best for name in by_name[run]}
+    for metric in sorted(names, key=metric_rank)[:2] if len(best) > 1 else ():
+        series = {run: thinned(by_name[run][metric]) for run in best if metric in by_name[run]}
+        yield metric, list(series), charts.history(series, title=metric)
 
 
 def _draw(
@@ -114,7 +127,9 @@ def _draw(
     )
     found.said = f"Filled points are on the Pareto front: no other run has {better} at once."
     if missing := len(runs) - len(places):
-        found.said += f" {missing} of {len(runs)} runs lack one of the two numbers and are not drawn."
+        found.said += (
+            f" {missing} of {len(runs)} runs lack one of the two numbers and are not drawn."
+        )
 
 
 def spelled(name: str) -> str:
@@ -183,7 +198,9 @@ def _found(asked: str, known: Sequence[str]) -> str:
     for matches in (
         [n for n in known if asked in (n, spelled(n))],
         [n for n in known if n in (f"final_{asked}", f"final_metrics_{asked}")],
-        sorted((n for n in known if asked in n and n.startswith("final_")), key=lambda n: -_size(n)),
+        sorted(
+            (n for n in known if asked in n and n.startswith("final_")), key=lambda n: -_size(n)
+        ),
         [n for n in known if asked in n],
     ):
         if matches:

@@ -1,7 +1,7 @@
 """A chart as plain shapes, each with a role that says its colour; as SVG with nothing to install, as PNG by matplotlib.
 
-What is drawn is computed once, in pixels from the top left. Colours are those of Okabe and Ito, which people with any
-kind of colour vision tell apart; dense and final differ in form as well.
+What is drawn is computed once, in pixels from the top left. Colours follow Okabe and Ito, so that people with any
+kind of colour vision tell them apart; dense and final differ in form as well.
 """
 
 from __future__ import annotations
@@ -12,20 +12,51 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 LIGHT = {
-    **{"paper": "#ffffff", "ink": "#1d2430", "soft": "#5b6675", "grid": "#e3e7ec"},
-    **{"axis": "#aab3bf", "dense": "#98a2b0", "final": "#0072b2", "worse": "#c44e00"},
-    **{"band": "#cfe3f1", "edit": "#a23b72", "front": "#0072b2"},
-    **{"series-0": "#0072b2", "series-1": "#c44e00", "series-2": "#00805e"},
-    **{"series-3": "#a23b72", "series-4": "#8a6d00", "series-5": "#3a9ad9"},
+    "paper": "#ffffff",
+    "ink": "#1d2430",
+    "soft": "#5b6675",
+    "grid": "#e3e7ec",
+    "axis": "#aab3bf",
+    "dense": "#98a2b0",
+    "final": "#0072b2",
+    "worse": "#c44e00",
+    "band": "#cfe3f1",
+    "edit": "#a23b72",
+    "front": "#0072b2",
+    "series-0": "#0072b2",
+    "series-1": "#c44e00",
+    "series-2": "#00805e",
+    "series-3": "#a23b72",
+    "series-4": "#8a6d00",
+    "series-5": "#3a9ad9",
 }
 DARK = {
-    **{"paper": "#14181f", "ink": "#e8ecf1", "soft": "#a3adba", "grid": "#2a313b"},
-    **{"axis": "#5b6675", "dense": "#7f8a99", "final": "#56b4e9", "worse": "#f0904d"},
-    **{"band": "#1f3a4d", "edit": "#e29cc2", "front": "#56b4e9"},
-    **{"series-0": "#56b4e9", "series-1": "#f0904d", "series-2": "#3fc99f"},
-    **{"series-3": "#e29cc2", "series-4": "#e6c84b", "series-5": "#9ad0f5"},
+    "paper": "#14181f",
+    "ink": "#e8ecf1",
+    "soft": "#a3adba",
+    "grid": "#2a313b",
+    "axis": "#5b6675",
+    "dense": "#7f8a99",
+    "final": "#56b4e9",
+    "worse": "#f0904d",
+    "band": "#1f3a4d",
+    "edit": "#e29cc2",
+    "front": "#56b4e9",
+    "series-0": "#56b4e9",
+    "series-1": "#f0904d",
+    "series-2": "#3fc99f",
+    "series-3": "#e29cc2",
+    "series-4": "#e6c84b",
+    "series-5": "#9ad0f5",
 }
-DASHES = {"edit": "3 3", "even": "4 3", "series-1": "6 3", "series-2": "2 2", "series-3": "8 3 2 3"}
+DASHES = {
+    "edit": "3 3",
+    "series-1": "6 3",
+    "series-2": "2 2",
+    "series-3": "8 3 2 3",
+    "series-4": "10 3",
+    "series-5": "3 2 8 2",
+}
 """Lines that differ in form too."""
 
 
@@ -89,6 +120,11 @@ class Drawing:
     height: float
     marks: Sequence[Mark] = field(default_factory=tuple)
     summary: str = ""
+
+    @property
+    def leads_on(self) -> bool:
+        """Whether something in it can be clicked."""
+        return any(isinstance(mark, Dot) and mark.link for mark in self.marks)
 
     def to_svg(self) -> str:
         """Return a file that stands by itself, in light and dark.
@@ -157,11 +193,19 @@ def _powers(low: float, high: float, most: int) -> Iterator[float]:
 
 
 def short(text: str, most: int = 34) -> str:
-    """Shorten a name in its middle: what layers are called differs at both ends.
+    """Shorten a name: of a dotted one its longest words first, so that numbers of blocks stay; then in the middle.
 
-    >>> short("encoder.blocks.11.attention.output.dense", 21)
-    'encoder.bl…tput.dense'
+    >>> short("encoder.blocks.11.attention.output.dense", 34), short("a" * 50, 9)
+    ('encod….blocks.11.att….output.dense', 'aaaa…aaaa')
     """
+    words = text.split(".")
+    while len(".".join(words)) > most:
+        place = max(range(len(words)), key=lambda i: len(words[i]))
+        if len(words[place]) < 6:
+            break
+        over = len(".".join(words)) - most
+        words[place] = f"{words[place][: max(3, len(words[place]) - over - 1)]}…"
+    text = ".".join(words) if len(words) > 1 else text
     if len(text) <= most:
         return text
     half = (most - 1) // 2

@@ -25,7 +25,7 @@ def render(
     *,
     title: str = "",
     states: Sequence[str] = (),
-    live: str = "",
+    live: Any = None,
     **axes: Any,
 ) -> str:
     """Return a page as text.
@@ -34,7 +34,7 @@ def render(
         runs: What to show; of very many, those after the fortieth are in the table alone.
         title: Heading; by default the name of the only run, or how many there are.
         states: What is said of each run at its head; by default what its files say.
-        live: Address that a page asks whether something is new; empty for a page that stands by itself.
+        live: `address` and `version` for a page that asks whether something is new.
         axes: As `compare` takes them.
 
     Raises:
@@ -59,15 +59,15 @@ def render(
     )
 
 
-def write_page(report: Path) -> Path:
-    """Write the page of one run beside its report, and return where it is.
+def write_page(report: Path, again: Path | None = None) -> Path:
+    """Write the page of one run beside its report, or where it was written before, and return where it is.
 
     A page of ours that is there is replaced; any other file stays, and a number comes to the name.
 
     Raises:
         OSError: There is no place to write.
     """
-    target = free(report.with_suffix(".html"), is_free)
+    target = again or free(report.with_suffix(".html"), is_free)
     run = read_run(report)
     run.progress = {}  # the fit has ended, and its file goes
     replace(target, render([run]))
@@ -98,7 +98,7 @@ def _page(
     views: Sequence[RunView],
     together: Comparison | None,
     num_left: int,
-    live: str,
+    live: Any,
 ) -> str:
     script = text_of("page.js").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -29,8 +29,11 @@ def pareto_front(
     [0, 1]
     """
     signs = [1.0 if low else -1.0 for low in lower]
-    known = [(signs[0] * x, signs[1] * y, i) for i, (x, y) in enumerate(points) if x == x and y == y]
-    best, found = float("inf"), []
+    known = [
+        (signs[0] * x, signs[1] * y, i) for i, (x, y) in enumerate(points) if x == x and y == y
+    ]
+    best = float("inf")
+    found: list[int] = []
     at: tuple[float, float] | None = None
     for x, y, place in sorted(known):  # by x; whoever comes later must be better in y
         if y < best or (x, y) == at or not found:

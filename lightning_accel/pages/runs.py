@@ -41,6 +41,11 @@ class Run:
     bundle: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def place(self) -> str:
+        """Where it is, without the folders above, which are nobody's business."""
+        return "/".join(part for part in (self.file or self.folder).parts[-2:] if part != "/")
+
     def sides(self) -> Report:
         """Return the report, with what is damaged left out."""
         plain: dict[str, Any] = {"dense": {}, "final": {}, "ratios": {}}
@@ -76,15 +81,15 @@ class Run:
 
     def timeline(self) -> list[dict[str, Any]]:
         """Return what was done, in order."""
-        found = self.report.get("timeline") or self.progress.get("timeline") or []
-        return [entry for entry in found if isinstance(entry, dict)] if _is_list(found) else []
+        found = self.report.get("timeline") or self.progress.get("timeline")
+        return objects(found)
 
     def edits(self) -> list[float]:
         """Return the epochs before which the network was edited."""
-        given = self.report.get("edits")
-        found = [mapping(edit).get("epoch") for edit in given] if _is_list(given) else []
+        found = [edit.get("epoch") for edit in objects(self.report.get("edits"))]
         found += [e.get("epoch") for e in self.timeline() if e.get("num_changes") and e.get("step")]
-        return sorted({float(epoch) for epoch in found if real(epoch) is not None})
+        known = (real(epoch) for epoch in found)
+        return sorted({float(epoch) for epoch in known if epoch is not None})
 
 
 def read_run(path: str | Path, root: Path | None = None) -> Run:
@@ -133,6 +138,23 @@ def find_runs(folder: str | Path) -> list[Run]:
         run.name = inner if inner != "." else root.resolve().name
     name_apart(runs)
     return runs
+
+
+def gather(paths: Sequence[str | Path]) -> list[Run]:
+    """Read the runs that somebody named: each a run, or a folder with runs in it.
+
+    Raises:
+        ValueError: There is none in one of them.
+    """
+    found: list[Run] = []
+    for path in map(Path, paths):
+        inner = find_runs(path) if path.is_dir() else []
+        if not inner:  # says what is wrong, and reads a report of another name
+            inner = [read_run(path)]
+        found += inner
+    unique = list({run.file or run.folder: run for run in found}.values())
+    name_apart(unique)
+    return unique
 
 
 def name_apart(runs: Sequence[Run]) -> None:
@@ -195,6 +217,15 @@ def texts(value: Any) -> list[str]:
     (['a', '3'], [])
     """
     return [str(item) for item in value] if _is_list(value) else []
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list.
+
+    >>> objects([{"a": 1}, 3]), objects("x")
+    ([{'a': 1}], [])
+    """
+    return [item for item in value if isinstance(item, dict)] if _is_list(value) else []
 
 
 def _files(path: Path) -> tuple[Path | None, Path | None]:
@@ -267,9 +298,7 @@ def _is_within(path: Path, root: Path | None) -> bool:
 
 def _folders(root: Path) -> Iterator[Path]:
     """Yield the folders with a run in them; a bundle, checkpoints and hidden folders have none."""
-    looked = 0
-    for folder, inner, files in os.walk(root, followlinks=False):
-        looked += 1
+    for looked, (folder, inner, files) in enumerate(os.walk(root, followlinks=False)):
         inner[:] = [n for n in inner if n not in _SKIPPED and not n.startswith(".")]
         if looked > _MOST_FOLDERS:
             return

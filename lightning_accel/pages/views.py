@@ -13,7 +13,7 @@ from lightning_accel.measure.table import Table, show
 from lightning_accel.pages import charts
 from lightning_accel.pages.charts import Gain
 from lightning_accel.pages.drawing import Drawing
-from lightning_accel.pages.runs import Run, mapping, real, reals, texts
+from lightning_accel.pages.runs import Run, mapping, objects, real, reals, texts
 
 _MOST_CHARTS = 12
 _MOST_LAYERS = 1000
@@ -63,7 +63,6 @@ class RunView:
     memory: list[tuple[str, str]] = field(default_factory=list)
     environment: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
 
     def drawings(self) -> dict[str, Drawing]:
         """Return every chart by a name that a file can have."""
@@ -98,8 +97,7 @@ def view(run: Run, id: str, state: str = "") -> RunView:
     _show_sensitivity(found)
     found.formats = _formats(run)
     found.memory, found.environment = list(_memory(run)), list(_environment(run))
-    found.notes = [*run.problems, *dict.fromkeys(_notes(run))]
-    found.refusals = list(dict.fromkeys(_refusals(run)))
+    found.notes = list(dict.fromkeys(_notes(run)))
     return found
 
 
@@ -124,7 +122,7 @@ def _card(gain: Gain, run: Run) -> Card:
     if "latency" in gain.name:
         under += " ms"
     if gain.value is None:
-        return Card(gain.name, "withheld" if gain.low is not None else "–", under, "soft")
+        return Card(gain.name, "withheld" if gain.low is not None else "-", under, "soft")
     tone = "worse" if gain.value < 0.95 else "" if abs(gain.value - 1) > 0.005 else "soft"
     return Card(gain.name, f"{gain.value:.2f}x", under, tone)
 
@@ -188,19 +186,16 @@ def _kind(name: str) -> str:
 
 
 def _show_tuning(found: RunView) -> None:
-    bars = found.run.tuning.get("bars")
     steps = [
         {**bar, "label": str(bar.get("label", "")), "ratio": real(bar.get("ratio")) or 1.0}
-        for bar in (bars if isinstance(bars, list) else [])
-        if isinstance(bar, dict) and real(bar.get("step_ms")) is not None
+        for bar in objects(found.run.tuning.get("bars"))
+        if real(bar.get("step_ms")) is not None
     ]
     if steps:
         found.waterfall = charts.waterfall(steps, title="A training step, tuned")
-    trials = found.run.tuning.get("trials")
     rows: list[Any] = [
         [str(t.get("technique")), str(t.get("value")), str(t.get("verdict")), _times(t), _why(t)]
-        for t in (trials if isinstance(trials, list) else [])
-        if isinstance(t, dict)
+        for t in objects(found.run.tuning.get("trials"))
     ]
     if rows:
         found.trials = Table(["technique", "value", "verdict", "gain", "why"], rows)
@@ -216,7 +211,6 @@ def _why(trial: Mapping[str, Any]) -> str:
 
 
 def _show_layers(found: RunView) -> None:
-    given = found.run.report.get("widths")
     rows: list[dict[str, Any]] = [
         {
             "layer": str(row.get("layer") or "the network itself"),
@@ -226,8 +220,7 @@ def _show_layers(found: RunView) -> None:
                 for key in ("before", "after", "params_before", "params_after")
             },
         }
-        for row in (given if isinstance(given, list) else [])[:_MOST_LAYERS]
-        if isinstance(row, dict)
+        for row in objects(found.run.report.get("widths"))[:_MOST_LAYERS]
     ]
     if not rows:
         return
@@ -238,8 +231,7 @@ def _show_layers(found: RunView) -> None:
 
 
 def _show_sensitivity(found: RunView) -> None:
-    groups = found.run.plan.get("groups")
-    rows = [row for row in (groups if isinstance(groups, list) else []) if isinstance(row, dict)]
+    rows = objects(found.run.plan.get("groups"))
     if not rows:
         return
     of = str(found.run.plan.get("change_of", "output"))
@@ -256,13 +248,12 @@ def _show_sensitivity(found: RunView) -> None:
 
 def _formats(run: Run) -> Table | None:
     rows: list[Any] = []
-    for row in run.bundle.get("candidates") or []:
-        if isinstance(row, dict):
-            paces = mapping(row.get("paces"))
-            told = [f"batch {size}: {show(real(mapping(p).get('ms')))} ms" for size, p in paces.items()]
-            size = real(row.get("bytes"))
-            said = str(row.get("reason") or row.get("said") or "")
-            rows.append([str(row.get("format")), ", ".join(told), size and _bytes(size), said])
+    for row in objects(run.bundle.get("candidates")):
+        paces = mapping(row.get("paces"))
+        told = [f"batch {n}: {show(real(mapping(p).get('ms')))} ms" for n, p in paces.items()]
+        size = real(row.get("bytes"))
+        said = str(row.get("reason") or row.get("said") or "")
+        rows.append([str(row.get("format")), ", ".join(told), size and _bytes(size), said])
     return Table(["format", "time", "size", ""], rows) if rows else None
 
 
@@ -310,25 +301,17 @@ def _environment(run: Run) -> Iterator[tuple[str, str]]:
 
 def _notes(run: Run) -> Iterator[str]:
     yield from texts(run.report.get("notes"))
-    for entry in run.timeline():
-        yield from (f"{entry.get('technique')}: {note}" for note in texts(entry.get("notes")))
     yield from (f"tuner: {note}" for note in texts(run.tuning.get("notes")))
     yield from (f"bundle: {note}" for note in texts(run.bundle.get("notes")))
-
-
-def _refusals(run: Run) -> Iterator[str]:
-    for entry in run.timeline():
-        for line in texts(entry.get("left_alone")):
-            yield f"{entry.get('technique')} left alone {line}"
-    for row in run.bundle.get("candidates") or []:
-        if isinstance(row, dict) and row.get("reason"):
+    for row in objects(run.bundle.get("candidates")):
+        if row.get("reason"):
             yield f"{row.get('format')} was refused: {row['reason']}"
 
 
 def _state(run: Run) -> str:
     said = run.progress
     if not said:
-        return "" if run.report else "nothing could be read"
+        return "" if run.report or run.problems else "nothing was written down"
     epoch, last = real(said.get("epoch")), real(said.get("max_epochs"))
     step, steps = real(said.get("step")), real(said.get("max_steps"))
     done = f"epoch {show(epoch)}" + (f" of {show(last)}" if last is not None else "")

@@ -181,7 +181,7 @@ class FitLog:
             "packages": dict(_versions()),
         }
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            found = getattr(callback, "report", None)
+            found: Any = getattr(callback, "report", None)
             if hasattr(found, "waterfall") and hasattr(found, "to_dict"):  # a tuner's
                 report.extra["tuning"] = found.to_dict()
 
