@@ -80,8 +80,13 @@ class Browser:
         """Load a page to its end."""
         self._events.clear()
         self.call("Page.navigate", url=url)
+        self.wait_for_load()
+
+    def wait_for_load(self) -> None:
+        """Wait until a page has loaded, also one that loads itself anew."""
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._note(self._read())
+        self._events.clear()
 
     def ask(self, expression: str) -> Any:
         """Return what an expression gives in the page."""

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 
-def report(seed: int = 0, *, layers: int = 6, epochs: int = 8, share: float = 0.5) -> dict[str, Any]:
+def report(
+    seed: int = 0, *, layers: int = 6, epochs: int = 8, share: float = 0.5
+) -> dict[str, Any]:
     """Return the report of a fit that was pruned to a share of its channels before the third epoch."""
     chance = random.Random(seed)
     names = [f"encoder.blocks.{i}.attention.output.dense" for i in range(layers - 1)] + ["head"]
@@ -27,7 +29,12 @@ def report(seed: int = 0, *, layers: int = 6, epochs: int = 8, share: float = 0.
     acc = [1 - 0.6 * math.exp(-0.5 * e) - 0.1 * share * (e == 3) for e in range(1, epochs + 1)]
     slower = 1.0 + chance.random()
     gain = 0.85 / share
-    side = {"p10_ms": 10 * slower, "median_ms": 12.0 * slower, "p90_ms": 20 * slower, "num_calls": 9}
+    side = {
+        "p10_ms": 10 * slower,
+        "median_ms": 12.0 * slower,
+        "p90_ms": 20 * slower,
+        "num_calls": 9,
+    }
     faster = {k: v / gain if k.endswith("ms") else v for k, v in side.items()}
     spread = {"dense": side, "final": faster, "ratio_low": gain * 0.9, "ratio_high": gain * 1.1}
     spread |= {"busy": 1.0, "left": 1.0, "spread_ms": 1.0}

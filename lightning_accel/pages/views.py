@@ -326,7 +326,7 @@ def _state(run: Run) -> str:
 def _tone(run: Run) -> str:
     if not run.progress:
         return "" if run.report else "worse"
-    return "" if run.progress.get("state") == "running" else "worse"
+    return "" if run.progress.get("state") in ("running", "measuring") else "worse"
 
 
 def _bytes(value: float) -> str:

@@ -156,6 +156,7 @@ class FitLog:
         self.collect(trainer)
         self.look(trainer)
         device = trainer.strategy.root_device
+        self.tell(trainer, "measuring")
         known = device.type == "cuda" and torch.cuda.is_initialized()
         self.device_peak_bytes = torch.cuda.max_memory_allocated(device) if known else None
 

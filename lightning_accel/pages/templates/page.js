@@ -39,10 +39,19 @@
   const where = document.body.dataset.live, status = document.getElementById("live");
   if (where) {
     const known = document.body.dataset.version;
+    const before = JSON.parse(sessionStorage.getItem("open") || "[]");
+    for (const each of document.querySelectorAll("details.run > summary")) {
+      if (before.includes(each.textContent)) each.parentNode.open = true;
+    }
     const ask = async () => {
       try {
         const answer = await (await fetch(where, { cache: "no-store" })).json();
-        if (answer.version !== known) { location.reload(); return; }
+        if (answer.version !== known) {
+          const open = [...document.querySelectorAll("details.run[open] > summary")];
+          sessionStorage.setItem("open", JSON.stringify(open.map((each) => each.textContent)));
+          location.reload();
+          return;
+        }
         status.textContent = "live";
       } catch { status.textContent = "the board does not answer"; }
       setTimeout(ask, 2000);
