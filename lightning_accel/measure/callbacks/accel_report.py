@@ -110,7 +110,6 @@ class AccelReport(Paced):
         self.report: Report | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._saved_at: Path | None = None
-        self._page_at: Path | None = None
         self._edits: list[dict[str, Any]] = []
         self._before: dict[str, Any] = {}
         self._latest: dict[str, float] = {}
@@ -148,7 +147,7 @@ class AccelReport(Paced):
         if not self._is_of(pl_module):
             self._module = weakref.ref(pl_module)
             self._edits, self._before, self._latest, self.report = [], {}, {}, None
-            self._validated, self._saved_at, self._page_at, self._log = {}, None, None, FitLog()
+            self._validated, self._saved_at, self._log = {}, None, FitLog()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,7 +164,7 @@ class AccelReport(Paced):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        self._log.collect(trainer)  # not at the end of an epoch, when the module may still log
+        self._log.begin_epoch(trainer)
 
     @override
     def on_train_batch_end(
@@ -174,6 +173,13 @@ class AccelReport(Paced):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._log.is_due():
             self._log.tell(trainer, steps_per_s=self.pace.steps_per_s)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        self._log.save(trainer, checkpoint, self.state_key)
 
     @override
     def on_exception(
@@ -382,7 +388,7 @@ class AccelReport(Paced):
             self._log.leave()
         with self._told_not_raised("the page of the report could not be written"):
             if self._saved_at is not None:
-                self._page(self._saved_at)
+                self._log.write_page(self._saved_at)
         with self._told_not_raised("the report could not be logged"):
             for logger in trainer.loggers:
                 logger.log_metrics(self.report.flat(), step=trainer.global_step)
@@ -396,14 +402,6 @@ class AccelReport(Paced):
         written = report.save(self._saved_at)
         if not known:
             rank_zero_info("Wrote " + " and ".join(map(str, written)))
-
-    def _page(self, path: Path) -> None:
-        from lightning_accel.pages import write_page
-
-        is_new = self._page_at is None
-        self._page_at = write_page(path, self._page_at)
-        if is_new:
-            rank_zero_info(f"Wrote {self._page_at}")
 
     @contextmanager
     def _told_not_raised(self, what: str) -> Iterator[None]:

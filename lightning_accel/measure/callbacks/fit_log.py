@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_accel.bridge.objective import is_brought
 from lightning_accel.bridge.restore import pristine
@@ -45,7 +45,8 @@ class FitLog:
         self.progress: Progress | None = None
         self.device_peak_bytes: int | None = None
         self._held: dict[str, Any] = {}
-        self._steps: dict[str, int] = {}
+        self._at = 0, 0
+        self._page: Path | None = None
         self._before_s = 0.0
         self._began: float | None = None
 
@@ -80,22 +81,30 @@ class FitLog:
         """Count no more seconds."""
         self._before_s, self._began = self.seconds, None
 
-    def collect(self, trainer: Trainer) -> None:
+    def begin_epoch(self, trainer: Trainer) -> None:
+        """Note what the epoch before logged: not at its own end, when the module may still log."""
+        self.collect(trainer, int(trainer.current_epoch))
+        self._at = int(trainer.current_epoch), int(trainer.global_step)
+
+    def collect(self, trainer: Trainer, epoch: int) -> None:
         """Note what was logged since the last look, under the number of epochs that are done."""
-        step = int(trainer.global_step)
         for name, value in trainer.callback_metrics.items():
             if self._held.get(name) is value or is_brought(trainer, name):
                 continue
             self._held[name] = value
             points = self.history.setdefault(str(name), [])
-            epoch: float = int(trainer.current_epoch)
             if points and points[-1][0] >= epoch:
-                if step == self._steps.get(name):
-                    points.pop()
-                else:  # stopped within an epoch
-                    epoch = round(points[-1][0] + 0.5, 3)
+                points.pop()
             points.append([epoch, value])
-            self._steps[name] = step
+
+    def save(self, trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
+        """Put into a checkpoint at the end of an epoch what that has logged."""
+        states = checkpoint.get("callbacks", {})
+        if key not in states or trainer.state.fn != "fit":
+            return
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self.collect(trainer, int(trainer.current_epoch) + 1)
+            states[key]["log"] = self.state_dict()
 
     def look(self, trainer: Trainer) -> None:
         """Note what techniques did since the last look."""
@@ -153,7 +162,9 @@ class FitLog:
     def end(self, trainer: Trainer) -> None:
         """Take a last look, when the fit has ended and before anything is measured."""
         self.stop()
-        self.collect(trainer)
+        at = int(trainer.current_epoch), int(trainer.global_step)
+        is_within = at[0] == self._at[0] and at[1] > self._at[1]  # an epoch that was begun counts
+        self.collect(trainer, at[0] + is_within)
         self.look(trainer)
         device = trainer.strategy.root_device
         self.tell(trainer, "measuring")
@@ -164,6 +175,15 @@ class FitLog:
         """Take the file of progress away, where a report stands in its place."""
         if self.progress is not None:
             self.progress.end()
+
+    def write_page(self, report: Path) -> None:
+        """Write the page of a report, or write it anew."""
+        from lightning_accel.pages import write_page
+
+        is_new = self._page is None
+        self._page = write_page(report, self._page)
+        if is_new:
+            rank_zero_info(f"Wrote {self._page}")
 
     def fill(self, report: Report, trainer: Trainer) -> None:
         """Put all that was written down into a report."""
