@@ -103,7 +103,8 @@ def test_a_report_tells_what_was_done_when_and_what_was_logged(
     acted = [e for e in found["timeline"] if e.get("num_changes")]
     assert [(e["technique"], e["epoch"], e["step"]) for e in acted] == [("StructuredPruning", 2, 4)]
     assert acted[0]["num_changes"] == len(prune.receipt.changes)
-    assert found["timeline"][0]["settings"]["ratio"] == 0.5
+    settings = found["timeline"][0]["settings"]
+    assert (settings["ratio"], settings["when"]) == (0.5, [2]) and "importance" not in settings
     after = {name: m.out_features for name, m in module.named_modules() if hasattr(m, "weight")}
     rows = {row["layer"]: row for row in found["widths"]}
     assert {name: row["before"] for name, row in rows.items()} == before

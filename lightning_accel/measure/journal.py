@@ -96,11 +96,13 @@ def line(change: Change) -> str:
 def settings_of(made: Any) -> dict[str, Any]:
     """Return the arguments that an object was made with, where they are plain values kept under their names.
 
+    What is as it is by default is left out.
+
     >>> class Prune:
-    ...     def __init__(self, ratio, *, when=1, teacher=None):
-    ...         self.ratio, self.when, self.teacher = ratio, when, print
+    ...     def __init__(self, ratio, *, when=1, scope="local", teacher=None):
+    ...         self.ratio, self.when, self.scope, self.teacher = ratio, 3, scope, print
     >>> settings_of(Prune(0.5))
-    {'ratio': 0.5, 'when': 1}
+    {'ratio': 0.5, 'when': 3}
     """
     try:
         names = inspect.signature(type(made)).parameters
@@ -108,16 +110,36 @@ def settings_of(made: Any) -> dict[str, Any]:
         return {}
     kept = _attributes(made)
     for inner in list(kept.values()):  # some keep what they were asked for in one checked object
-        if type(inner).__module__.startswith("lightning_accel."):
+        if _is_ours(inner):
             kept = {**_attributes(inner), **kept}
-    found = {name: _plain(kept[name]) for name in names if kept.get(name) is not None}
-    return {name: value for name, value in found.items() if value is not None}
+    found = {name: kept[name] for name, p in names.items() if _is_said(kept.get(name), p.default)}
+    plain = {name: _plain(value) for name, value in found.items()}
+    return {name: value for name, value in plain.items() if value is not None}
 
 
 def _attributes(made: Any) -> dict[str, Any]:
     if hasattr(made, "_asdict"):
         return dict(made._asdict())
-    return dict(vars(made)) if hasattr(made, "__dict__") else {}
+    if not hasattr(made, "__dict__"):
+        return {}
+    computed = {n: getattr(made, n) for n, v in vars(type(made)).items() if isinstance(v, property)}
+    return {**computed, **vars(made)}
+
+
+def _is_said(value: Any, default: Any) -> bool:
+    """Tell whether a value is worth saying: it is there, and no default."""
+    if value is None:
+        return False
+    if _is_ours(value):
+        try:
+            return bool(default is not None or value != type(value)())
+        except TypeError:  # it cannot be made of nothing, and so is no default
+            return True
+    return _plain(value) != _plain(default)
+
+
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.startswith("lightning_accel.")
 
 
 def _plain(value: Any) -> Any:
@@ -129,7 +151,7 @@ def _plain(value: Any) -> Any:
         return value if len(value) < 200 else None
     if isinstance(value, (bool, int, float)):
         return value
-    words = repr(value) if type(value).__module__.startswith("lightning_accel.") else ""
+    words = repr(value) if _is_ours(value) else ""
     return words if 0 < len(words) < 120 and " at 0x" not in words and "\n" not in words else None
 
 
