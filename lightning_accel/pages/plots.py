@@ -75,8 +75,8 @@ def _figure(drawing: Drawing, path: Path) -> Any:
     axes.set_xlim(-12, width - 12)
     axes.set_ylim(height - 34, -34)
     axes.axis("off")
-    for mark in drawing.marks:
-        _draw(axes, mark)
+    for order, mark in enumerate(drawing.marks):
+        _draw(axes, mark, order)
     axes.text(0, -12, drawing.title, fontsize=9, fontweight="bold", color=LIGHT["ink"], **_PLAIN)
     return figure
 
@@ -84,27 +84,35 @@ def _figure(drawing: Drawing, path: Path) -> Any:
 _PLAIN: dict[str, Any] = {"parse_math": False, "clip_on": False}  # a `$` in a name is a `$`
 
 
-def _draw(axes: Any, mark: Any) -> None:
+def _draw(axes: Any, mark: Any, order: int) -> None:
     from matplotlib.patches import Circle, Rectangle
 
     colour = LIGHT.get(mark.role, LIGHT["soft"])
+    above: dict[str, Any] = {"zorder": order}  # by itself, matplotlib draws lines over bars
     if isinstance(mark, Line):
         dash = DASHES.get(mark.role)
         style: Any = (0, tuple(map(float, dash.split()))) if dash else "-"
         thin = mark.role in ("grid", "axis", "ink")
         xs, ys = zip(*mark.points, strict=True)
-        axes.plot(xs, ys, color=colour, linewidth=0.7 if thin else 1.3, linestyle=style)
+        axes.plot(xs, ys, color=colour, linewidth=0.7 if thin else 1.3, linestyle=style, **above)
     elif isinstance(mark, Box):
         face = "none" if mark.is_hollow else colour
         edge = colour if mark.is_hollow else "none"
         place = (mark.x, mark.y)
-        axes.add_patch(Rectangle(place, mark.width, mark.height, fc=face, ec=edge, lw=0.9))
+        axes.add_patch(Rectangle(place, mark.width, mark.height, fc=face, ec=edge, lw=0.9, **above))
     elif isinstance(mark, Dot):
         face = LIGHT["paper"] if mark.is_hollow else colour
         place = (mark.x, mark.y)
-        axes.add_patch(Circle(place, mark.radius, fc=face, ec=colour, lw=1.2, zorder=3))
+        axes.add_patch(Circle(place, mark.radius, fc=face, ec=colour, lw=1.2, **above))
     elif isinstance(mark, Label):
         side = {"start": "left", "middle": "center", "end": "right"}[mark.anchor]
         weight = "bold" if mark.is_strong else "normal"
-        words = {"ha": side, "fontweight": weight, "color": colour, "fontsize": 8.5, **_PLAIN}
+        words = {
+            "ha": side,
+            "fontweight": weight,
+            "color": colour,
+            "fontsize": 8.5,
+            **_PLAIN,
+            **above,
+        }
         axes.text(mark.x, mark.y, mark.text, va="baseline", **words)

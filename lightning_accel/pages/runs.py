@@ -165,7 +165,7 @@ def name_apart(runs: Sequence[Run]) -> None:
     >>> [run.name for run in runs]
     ['x/a', 'y/a', 'y/a (2)']
     """
-    swept = [" ".join(sorted(set(run.overrides) - _shared(runs))) for run in runs]
+    swept = _swept(runs)
     if len(runs) > 1 and all(swept) and len(set(swept)) == len(runs):
         for run, words in zip(runs, swept, strict=True):
             run.name = words
@@ -311,9 +311,20 @@ def _natural(path: Path) -> list[Any]:
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.parts]
 
 
-def _shared(runs: Sequence[Run]) -> set[str]:
-    sets = [set(run.overrides) for run in runs]
-    return set.intersection(*sets) if sets else set()
+def _swept(runs: Sequence[Run]) -> list[str]:
+    """Return the overrides in which each run differs, by the last word of their keys where that tells them apart."""
+    given = [dict.fromkeys(run.overrides) for run in runs]
+    shared = set.intersection(*map(set, given)) if given else set()
+    differing = [[word for word in words if word not in shared] for words in given]
+    keys = {word.partition("=")[0] for words in differing for word in words}
+    ends = {key: key.lstrip("+~").rpartition(".")[2] for key in keys}
+    short = ends if len(set(ends.values())) == len(keys) else {key: key for key in keys}
+
+    def spelled(word: str) -> str:
+        key, equals, value = word.partition("=")
+        return f"{short[key]}{equals}{value}"
+
+    return [" ".join(map(spelled, words)) for words in differing]
 
 
 def _epoch(point: Any) -> float | None:

@@ -69,7 +69,13 @@ class RunView:
         named = {"gains": self.gains, "waterfall": self.waterfall, "latency": self.latencies}
         named |= {"layers": self.layers, "sensitivity": self.sensitivity}
         named |= {f"history-{name}": drawing for name, _, drawing in self.histories}
-        return {_file_name(name): drawn for name, drawn in named.items() if drawn is not None}
+        found: dict[str, Drawing] = {}
+        for name, drawn in named.items():
+            if drawn is not None:
+                plain = _file_name(name)
+                again = sum(known.partition("~")[0] == plain for known in found)
+                found[f"{plain}~{again + 1}" if again else plain] = drawn
+        return found
 
 
 def view(run: Run, id: str, state: str = "") -> RunView:
