@@ -15,7 +15,6 @@ from browser import CHROMIUM, Browser
 
 from lightning_accel.cli import main
 from lightning_accel.measure.progress import Progress
-from lightning_accel.pages import live
 from lightning_accel.pages.live import Board
 
 NOW = 1_000_000.0
@@ -30,8 +29,7 @@ def progress(folder: Path, epoch: int, **more: object) -> Progress:
 
 
 @pytest.fixture
-def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
-    monkeypatch.setattr(live, "_FRESH_S", 0.0)
+def board(tmp_path: Path) -> Iterator[Board]:
     reports.sweep(tmp_path / "runs", 2)
     progress(tmp_path / "runs" / "new", 3)
     server = Board(tmp_path / "runs", clock=lambda: NOW + 1)
@@ -138,7 +136,7 @@ def test_ctrl_c_ends_it_quietly(
 def test_a_page_in_a_browser_renews_itself(board: Board, tmp_path: Path) -> None:
     with Browser(tmp_path / "home") as browser:
         browser.open(board.address)
-        head = "document.querySelector('#run-3 .state').textContent"
+        head = "document.querySelector('#run-3 summary .state').textContent"
         assert browser.ask(head) == "running: epoch 3 of 9, step 21, 3.5 steps/s"
         browser.ask("document.querySelector('#run-3').open = true")
         progress(board.folder / "new", 8)

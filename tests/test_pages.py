@@ -267,6 +267,12 @@ def test_what_is_better_can_be_said(tmp_path: Path) -> None:
     assert {row.name for row in together.rows if row.is_on_front} == best
 
 
+def test_no_secret_of_a_command_line_comes_onto_a_page(tmp_path: Path) -> None:
+    words = ["logger.api_key=hunter2hunter2", "lr=0.1"]
+    text = render([read_run(reports.written(tmp_path, reports.report(), words))])
+    assert "hunter2" not in text and "logger.api_key=***" in text and "lr=0.1" in text
+
+
 def test_runs_of_one_name_and_of_odd_names_stay_apart(tmp_path: Path) -> None:
     names = ["a/run", "b/run", "c/it's “odd” & ünï", "c/50% #1?", "d/-x"]
     folders = [reports.written(tmp_path / name, reports.report(i)) for i, name in enumerate(names)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +19,10 @@ from urllib.parse import urlsplit
 
 from lightning_accel.errors import explain
 from lightning_accel.pages.page import render
-from lightning_accel.pages.runs import Run, find_runs, real
+from lightning_accel.pages.runs import Run, find_runs, real, signature
 
 _OWN = "127.0.0.1"
 _STALE_S = 120.0
-_FRESH_S = 1.0
 _HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -64,9 +64,14 @@ class Board(ThreadingHTTPServer):
             )
         self.folder, self.clock, self.axes = folder, clock, axes
         self._lock = threading.Lock()
-        self._read: tuple[float, list[Run]] | None = None
+        self._read: tuple[tuple[Any, ...], list[Run]] | None = None
         self.render()  # what was asked for wrongly is said before anybody looks
         super().__init__((_OWN, port), _Answers)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing when a browser hangs up; anything else is told."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:
@@ -74,10 +79,10 @@ class Board(ThreadingHTTPServer):
         return f"http://{_OWN}:{self.server_port}/"
 
     def runs(self) -> list[Run]:
-        """Read all runs, at most once a second."""
+        """Return all runs; they are read again where a file of theirs is new."""
         with self._lock:
-            now = time.monotonic()
-            if self._read is None or now - self._read[0] > _FRESH_S:
+            now = signature(self.folder)
+            if self._read is None or now != self._read[0]:
                 self._read = now, find_runs(self.folder)
             return self._read[1]
 
@@ -92,8 +97,8 @@ class Board(ThreadingHTTPServer):
 
     def version(self, runs: Sequence[Run]) -> str:
         """Return a word that changes when anything that is shown does."""
-        said = [(run.name, run.report, run.progress, self.state(run)) for run in runs]
-        return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:16]
+        said = (self._read and self._read[0], [self.state(run) for run in runs])
+        return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
     def state(self, run: Run) -> str:
         """Return what is said at the head of a run whose files cannot say it: that a fit fell silent."""

@@ -110,6 +110,7 @@ def _page(
         together=together,
         num_left=num_left,
         live=live,
+        states={shown.run.name: shown.state for shown in views},
         script=script,
         digest=digest,
         spelled=spelled,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from lightning_accel.errors import explain
 from lightning_accel.measure.progress import ENDING, KEY
 from lightning_accel.measure.report import Report
+from lightning_accel.redact import redacted
 
 _LARGEST = 64 * 2**20
 _MOST_FOLDERS = 20_000
@@ -138,6 +140,17 @@ def find_runs(folder: str | Path) -> list[Run]:
         run.name = inner if inner != "." else root.resolve().name
     name_apart(runs)
     return runs
+
+
+def signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what changes when a run below a folder does: names, times and sizes of its files, none of them read."""
+    found = []
+    for inner in _folders(folder):
+        for path in (*inner.glob("*.json"), *inner.glob("bundle/manifest.json")):
+            with suppress(OSError):  # it may go while we look
+                known = path.stat()
+                found.append((str(path), known.st_mtime_ns, known.st_size))
+    return tuple(sorted(found))
 
 
 def gather(paths: Sequence[str | Path]) -> list[Run]:
@@ -269,7 +282,8 @@ def _overrides(path: Path, root: Path | None) -> list[str]:
     import yaml
 
     try:
-        return texts(yaml.safe_load(path.read_text(encoding="utf-8")))
+        words: list[str] = redacted(texts(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        return words  # pages are sent to others
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return []
 

@@ -85,6 +85,8 @@ class FitLog:
         """Note what the epoch before logged: not at its own end, when the module may still log."""
         self.collect(trainer, int(trainer.current_epoch))
         self._at = int(trainer.current_epoch), int(trainer.global_step)
+        if trainer.current_epoch % _EVERY == 0:
+            self._numbers()  # tensors on a device take more room than numbers
 
     def collect(self, trainer: Trainer, epoch: int) -> None:
         """Note what was logged since the last look, under the number of epochs that are done."""
@@ -218,12 +220,20 @@ class FitLog:
     def _numbers(self) -> dict[str, list[list[Any]]]:
         for points in self.history.values():
             for point in points:
-                if isinstance(point[1], torch.Tensor):
-                    point[1] = float(point[1])
+                point[1] = _number(point[1])
         return {name: [list(p) for p in points] for name, points in self.history.items()}
 
 
 _NOTHING = Receipt()
+_EVERY = 64
+
+
+def _number(value: Any) -> float | None:
+    """Return a metric as a number; what a callback put among metrics may be anything."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _parts(trainer: Trainer) -> Iterator[tuple[str, str, Any]]:

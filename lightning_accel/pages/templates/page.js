@@ -40,15 +40,15 @@
   if (where) {
     const known = document.body.dataset.version;
     const before = JSON.parse(sessionStorage.getItem("open") || "[]");
-    for (const each of document.querySelectorAll("details.run > summary")) {
-      if (before.includes(each.textContent)) each.parentNode.open = true;
+    for (const each of document.querySelectorAll("details.run")) {
+      if (before.includes(each.dataset.name)) each.open = true;
     }
     const ask = async () => {
       try {
         const answer = await (await fetch(where, { cache: "no-store" })).json();
         if (answer.version !== known) {
-          const open = [...document.querySelectorAll("details.run[open] > summary")];
-          sessionStorage.setItem("open", JSON.stringify(open.map((each) => each.textContent)));
+          const open = [...document.querySelectorAll("details.run[open]")];
+          sessionStorage.setItem("open", JSON.stringify(open.map((each) => each.dataset.name)));
           location.reload();
           return;
         }
