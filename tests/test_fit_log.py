@@ -13,8 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_accel import AccelReport, StructuredPruning
+from lightning_accel import AccelReport, LeanLoop, StructuredPruning
 from lightning_accel.measure.callbacks import fit_log
+from lightning_accel.measure.journal import settings_of
 from lightning_accel.measure.report import Report, Side
 from lightning_accel.measure.widths import widths
 from lightning_accel.pages import page, read_run, render
@@ -188,6 +189,34 @@ def test_a_page_that_fails_is_told_and_the_report_is_there(
     with pytest.warns(UserWarning, match="the page of the report could not be written.*no room"):
         fit(trainer_kwargs, Module(), AccelReport(tmp_path / "report.json", budget_s=0.01))
     assert (tmp_path / "report.json").exists() and not (tmp_path / "report.html").exists()
+
+
+class Touchy(LeanLoop):
+    """A technique of the user's, with what raises when looked at."""
+
+    def __init__(self, odd: Any) -> None:
+        super().__init__()
+        self.reprs = odd
+
+    @property
+    def odd(self) -> Any:
+        raise AssertionError("nobody has to look at this")
+
+    @property
+    def receipt(self) -> Any:  # type: ignore[override]
+        raise ArithmeticError("nor at this")
+
+    @receipt.setter
+    def receipt(self, value: Any) -> None:
+        pass
+
+
+def test_nothing_of_a_log_ends_a_fit(trainer_kwargs: dict[str, Any], tmp_path: Path) -> None:
+    log, trainer = fit_log.FitLog(), Trainer(**trainer_kwargs, callbacks=[Touchy(3)])
+    with pytest.warns(UserWarning, match="something of this fit is missing.*nor at this") as said:  # noqa: PT031
+        log.look(trainer)
+        log.look(trainer)
+    assert len(said) == 1 and settings_of(Touchy(3)) == {}
 
 
 def test_only_the_first_process_writes(

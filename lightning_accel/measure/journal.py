@@ -15,6 +15,7 @@ from lightning_accel.surgery.receipt import Change, Receipt
 _MOST_LINES = 400
 """Of one entry; a network of thousands of layers is not read line by line."""
 _LONGEST = 2000
+_OURS = "lightning_accel."
 
 
 class Journal:
@@ -39,7 +40,7 @@ class Journal:
         *,
         epoch: int,
         step: int,
-        settings: Mapping[str, Any] | None = None,
+        settings: Callable[[], Mapping[str, Any]] = dict,
         key: str = "",
     ) -> None:
         """Note what is new since the last look.
@@ -49,7 +50,7 @@ class Journal:
             receipt: What it has done so far.
             epoch: Epochs that are done.
             step: Optimizer steps that are done.
-            settings: How it was set.
+            settings: Tells how it was set; asked for once.
             key: Tells two techniques of one name apart.
         """
         key = key or technique
@@ -62,7 +63,7 @@ class Journal:
         if not is_first and not (new or new.skipped or new.notes):
             return
         entry = {"key": key, "technique": technique, "epoch": epoch, "step": step}
-        entry |= {"settings": dict(settings or {})} if is_first else {}
+        entry |= {"settings": dict(settings())} if is_first else {}
         entry |= in_words(new)
         if before is None and any(_same(entry, other) for other in self.entries):
             return  # a fit that goes on enters anew what it had entered
@@ -112,7 +113,8 @@ def settings_of(made: Any) -> dict[str, Any]:
     for inner in list(kept.values()):  # some keep what they were asked for in one checked object
         if _is_ours(inner):
             kept = {**_attributes(inner), **kept}
-    found = {name: kept[name] for name, p in names.items() if _is_said(kept.get(name), p.default)}
+    kept = {name: kept[name] if name in kept else _computed(made, name) for name in names}
+    found = {name: kept[name] for name, p in names.items() if _is_said(kept[name], p.default)}
     plain = {name: _plain(value) for name, value in found.items()}
     return {name: value for name, value in plain.items() if value is not None}
 
@@ -120,10 +122,14 @@ def settings_of(made: Any) -> dict[str, Any]:
 def _attributes(made: Any) -> dict[str, Any]:
     if hasattr(made, "_asdict"):
         return dict(made._asdict())
-    if not hasattr(made, "__dict__"):
-        return {}
-    computed = {n: getattr(made, n) for n, v in vars(type(made)).items() if isinstance(v, property)}
-    return {**computed, **vars(made)}
+    return dict(vars(made)) if hasattr(made, "__dict__") else {}
+
+
+def _computed(made: Any, name: str) -> Any:
+    """Return what a property of ours says, named as an argument; those of the user's may do anything."""
+    told = inspect.getattr_static(type(made), name, None)
+    is_ours = isinstance(told, property) and (told.fget.__module__ or "").startswith(_OURS)
+    return getattr(made, name) if is_ours else None
 
 
 def _is_said(value: Any, default: Any) -> bool:
@@ -139,7 +145,7 @@ def _is_said(value: Any, default: Any) -> bool:
 
 
 def _is_ours(value: Any) -> bool:
-    return type(value).__module__.startswith("lightning_accel.")
+    return type(value).__module__.startswith(_OURS)
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,9 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ class FitLog:
         self.device_peak_bytes: int | None = None
         self._held: dict[str, Any] = {}
         self._at = 0, 0
+        self._has_told = False
         self._page: Path | None = None
         self._before_s = 0.0
         self._began: float | None = None
@@ -83,10 +86,11 @@ class FitLog:
 
     def begin_epoch(self, trainer: Trainer) -> None:
         """Note what the epoch before logged: not at its own end, when the module may still log."""
-        self.collect(trainer, int(trainer.current_epoch))
-        self._at = int(trainer.current_epoch), int(trainer.global_step)
-        if trainer.current_epoch % _EVERY == 0:
-            self._numbers()  # tensors on a device take more room than numbers
+        with self._told_once():
+            self.collect(trainer, int(trainer.current_epoch))
+            self._at = int(trainer.current_epoch), int(trainer.global_step)
+            if trainer.current_epoch % _EVERY == 0:
+                self._numbers()  # tensors on a device take more room than numbers
 
     def collect(self, trainer: Trainer, epoch: int) -> None:
         """Note what was logged since the last look, under the number of epochs that are done."""
@@ -104,18 +108,20 @@ class FitLog:
         states = checkpoint.get("callbacks", {})
         if key not in states or trainer.state.fn != "fit":
             return
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self.collect(trainer, int(trainer.current_epoch) + 1)
-            states[key]["log"] = self.state_dict()
+        with self._told_once():
+            if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+                self.collect(trainer, int(trainer.current_epoch) + 1)
+                states[key]["log"] = self.state_dict()
 
     def look(self, trainer: Trainer) -> None:
         """Note what techniques did since the last look."""
         at = {"epoch": int(trainer.current_epoch), "step": int(trainer.global_step)}
-        for name, key, part in _parts(trainer):
-            receipt = getattr(part, "receipt", None)
-            receipt = receipt if isinstance(receipt, Receipt) else _NOTHING
-            settings = redacted(settings_of(part))
-            self.journal.look(name, receipt, **at, settings=settings, key=key)
+        with self._told_once():
+            for name, key, part in _parts(trainer):
+                receipt = getattr(part, "receipt", None)
+                receipt = receipt if isinstance(receipt, Receipt) else _NOTHING
+                told = partial(_settings, part)
+                self.journal.look(name, receipt, **at, settings=told, key=key)
 
     def is_due(self) -> bool:
         """Whether the file of progress is to be written."""
@@ -140,6 +146,22 @@ class FitLog:
         self.stop()
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         self.tell(trainer, state, error=type(error).__name__)
+
+    @contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """Let no error of ours end a fit."""
+        try:
+            yield
+        except Exception as error:
+            if not self._has_told:
+                self._has_told = True
+                rank_zero_warn(
+                    explain(
+                        "something of this fit is missing in its report",
+                        f"{type(error).__name__}: {error}",
+                        "nothing for this training; please report this",
+                    )
+                )
 
     def _write(self, trainer: Trainer, state: str, **more: Any) -> None:
         if self.progress is None:
@@ -166,7 +188,8 @@ class FitLog:
         self.stop()
         at = int(trainer.current_epoch), int(trainer.global_step)
         is_within = at[0] == self._at[0] and at[1] > self._at[1]  # an epoch that was begun counts
-        self.collect(trainer, at[0] + is_within)
+        with self._told_once():
+            self.collect(trainer, at[0] + is_within)
         self.look(trainer)
         device = trainer.strategy.root_device
         self.tell(trainer, "measuring")
@@ -234,6 +257,11 @@ def _number(value: Any) -> float | None:
         return None if value is None else float(value)
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    clean: dict[str, Any] = redacted(settings_of(part))
+    return clean
 
 
 def _parts(trainer: Trainer) -> Iterator[tuple[str, str, Any]]:
