@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -295,8 +296,8 @@ def test_two_callbacks_give_the_same_without_hydra(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_notebook_shows_receipts_and_reports_and_writes_a_page(tmp_path: Path) -> None:
     script = (ROOT / "examples/05_notebook.py").read_text()
-    cells = script.split("# %%")[1:]
-    assert len(cells) == 8 and all(ast.parse(f"#{cell}") for cell in cells)
+    cells = re.split(r"^# %%.*$", script, flags=re.MULTILINE)[1:]
+    assert len(cells) == 8 and all(ast.parse(cell) for cell in cells)
     said = run(cwd=tmp_path, script="examples/05_notebook.py")
     assert "0.weight: pruned, 256x32 -> 128x32" in said and "charts: gains, history-acc" in said
     report = json.loads((tmp_path / "notebook" / "report.json").read_text())
