@@ -24,6 +24,7 @@ from lightning_accel.pages.compare import compare
 from lightning_accel.pages.drawing import Scale
 from lightning_accel.pages.page import drawings, is_free, write_page
 from lightning_accel.pages.runs import gather
+from lightning_accel.pages.views import view
 
 EVIL = "val/<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
@@ -75,7 +76,14 @@ def test_a_page_says_what_the_report_says(tmp_path: Path) -> None:
         assert all(show(value) in seen.text for value in found[side]["metrics"].values())
     assert "4.00x" in seen.text and "1.70x" in seen.text
     assert "0.80x" in seen.text and "slower" in seen.text, "a loss is told"
-    assert "withheld" in seen.text, "a gain that was not told is not shown"
+    cards = {card.label: (card.value, card.tone) for card in view(read_run(folder), "").cards}
+    assert (
+        cards["latency, batch 1"] == ("0.80x", "worse") and cards["MACs per sample"][0] == "4.00x"
+    )
+    assert cards["training steps/s"] == ("withheld", "soft"), (
+        "a gain that was not told is not shown"
+    )
+    assert seen.text.count("withheld") == 2
     first, second = (seen.text.index(name) for name in ("AutocastPrecision", "StructuredPruning"))
     assert first < second and "epoch 2" in seen.text and "ratio 0.5, when 2" in seen.text
     for entry in found["timeline"]:

@@ -90,7 +90,7 @@ def view(run: Run, id: str, state: str = "") -> RunView:
     report = run.sides()
     gains = list(_gains(run))
     found.cards = [_card(gain, run) for gain in gains] + list(_metric_cards(run))
-    found.table = report.table("Before and after") if run.report else None
+    found.table = report.table("Before and after") if report.flat() else None
     shown = [gain for gain in gains if gain.value is not None or gain.low is not None]
     found.gains = charts.gains(shown, title="Gains, dense by final") if shown else None
     found.entries = [_entry(entry) for entry in run.timeline()]
@@ -317,7 +317,8 @@ def _notes(run: Run) -> Iterator[str]:
 def _state(run: Run) -> str:
     said = run.progress
     if not said:
-        return "" if run.report or run.problems else "nothing was written down"
+        is_known = run.problems or run.numbers()
+        return "" if is_known else "nothing was measured"
     epoch, last = real(said.get("epoch")), real(said.get("max_epochs"))
     step, steps = real(said.get("step")), real(said.get("max_steps"))
     done = f"epoch {show(epoch)}" + (f" of {show(last)}" if last is not None else "")
