@@ -83,7 +83,7 @@ def test_a_page_says_what_the_report_says(tmp_path: Path) -> None:
     assert cards["training steps/s"] == ("withheld", "soft"), (
         "a gain that was not told is not shown"
     )
-    assert seen.text.count("withheld") == 2
+    assert "withheld" in seen.text
     first, second = (seen.text.index(name) for name in ("AutocastPrecision", "StructuredPruning"))
     assert first < second and "epoch 2" in seen.text and "ratio 0.5, when 2" in seen.text
     for entry in found["timeline"]:
