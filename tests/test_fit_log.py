@@ -219,6 +219,18 @@ def test_nothing_of_a_log_ends_a_fit(trainer_kwargs: dict[str, Any], tmp_path: P
     assert len(said) == 1 and settings_of(Touchy(3)) == {}
 
 
+def test_a_logger_that_does_not_know_its_folder_ends_no_fit(
+    trainer_kwargs: dict[str, Any],
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("no folder yet")
+
+    log = fit_log.FitLog()
+    with pytest.warns(UserWarning, match="something of this fit is missing.*no folder yet"):
+        log.start(Trainer(**{**trainer_kwargs, "fast_dev_run": False}), unknown)
+    assert log.progress is None and not log.is_due()
+
+
 def test_only_the_first_process_writes(
     trainer_kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,7 +78,9 @@ class FitLog:
         self._began = time.perf_counter()
         self._held = dict(trainer.callback_metrics)
         is_written = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        self.progress = Progress(path()) if is_written else None
+        self.progress = None
+        with self._told_once():  # what a user's logger says of its folder may be an error
+            self.progress = Progress(path()) if is_written else None
 
     def stop(self) -> None:
         """Count no more seconds."""
