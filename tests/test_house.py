@@ -44,7 +44,7 @@ FLOOR = {"surgery": 1, "measure": 1, "pages": 1, "bridge": 3, "tuning": 4, "cli"
 """Floors of the folders; every other folder is a technique on floor 2, its adapters on floor 3.
 Tuning chooses among all techniques, and so stands above them."""
 TOP = {name for name, floor in FLOOR.items() if floor == 4}
-ROOFS = {"attach", "entry", "job", "recipe", "unread"}
+ROOFS = {"attach", "entry", "job", "recipe", "sweep", "unread"}
 """Single files on floor 4; the other single files are floor 0."""
 LATE = (
     "torch_pruning",
