@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         if args.devices is not None:
             return run_devices(args)
         _check_picture(args.picture)
-        _check_device(args.device)
+        check_device(args.device)
         named = _named(args)
         rows = sensitivity(
             named.model,
@@ -123,7 +123,12 @@ def _check_picture(path: Path | None) -> None:
         raise ValueError(explain("a picture is drawn as SVG", str(path), "end the name in .svg"))
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raise where there is no such device.
+
+    Raises:
+        ValueError: There is none.
+    """
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:  # which of them depends on how torch was built
