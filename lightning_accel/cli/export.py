@@ -22,6 +22,7 @@ from typing import Any
 
 from lightning_accel.cli.plan import tensor
 from lightning_accel.cli.subject import NamedModel, add_example, add_subject, checkpoint_subject
+from lightning_accel.cli.terminal import FINE, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.export import deploy
 
@@ -53,8 +54,9 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the candidates; 2 when nothing was written."""
     try:
-        named = _named(args)
-        with _told():
+        with progress(args, "export") as say, _told():
+            named = _named(args)
+            say("building, proving and measuring each format")
             bundle = deploy(
                 named.model,
                 named.example,
@@ -67,14 +69,13 @@ def run(args: argparse.Namespace) -> int:
                 overwrite=args.overwrite,
             )
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
-        print(f"lightning-accel export: {error}", file=sys.stderr)
-        return 2
+        return complain(args, error)
     if args.json:
         print(json.dumps({"path": str(bundle.path), **bundle.manifest}, indent=2))
     else:
         print(bundle.table)
     print(f"Wrote {bundle.path}", file=sys.stderr if args.json else sys.stdout)
-    return 0
+    return FINE
 
 
 @contextmanager

@@ -192,16 +192,24 @@ def _fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Let Lightning say nothing about a fit that does not train."""
-    loggers = [logging.getLogger(f"{root}.pytorch") for root in ("lightning", "pytorch_lightning")]
-    loggers += [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero",)]
+    """Let Lightning say nothing of a fit that does not train, and nobody warn of it."""
+    with without_banner(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def without_banner() -> Iterator[None]:
+    """Keep out what Lightning says of each Trainer: devices, tips."""
+    loggers = [
+        logging.getLogger(f"{root}.pytorch.utilities.rank_zero")
+        for root in ("lightning", "pytorch_lightning")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

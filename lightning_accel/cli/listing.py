@@ -15,6 +15,7 @@ import argparse
 import ast
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +133,7 @@ def chosen(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
 def tables(entries: Sequence[Entry]) -> Iterator[Table]:
     """Yield a table for what one chooses on the command line of a Hydra app, and one for what one builds in Python."""
     both = [e for e in entries if e.kind in ("preset", "variant")]
-    several = len({entry.whose for entry in both}) > 1
+    several = any(entry.whose != OURS for entry in both)
     for kind, title in (
         ("preset", "Presets: python train.py +accel=NAME, or +accel=[ONE,OTHER]"),
         ("variant", "One technique: python train.py +accel/TECHNIQUE=VARIANT"),
@@ -169,6 +170,7 @@ def _first_comment(path: Path) -> str:
     return first or _NO_COMMENT
 
 
+@cache
 def _defined(name: str, home: str) -> ast.ClassDef | ast.FunctionDef:
     path = Path(lightning_accel.__file__).parent.joinpath(*home.split(".")).with_suffix(".py")
     for node in ast.parse(path.read_text(encoding="utf-8")).body:

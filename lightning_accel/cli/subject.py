@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and 
     from lightning.pytorch import Trainer
 
 
+_IN_PYTHON = "allow it in Python if you trust it: build(cfg, allow=('package.',))"
+_BY_ALLOW = "if you trust it, say `--allow models.`, with what its name begins with"
 _ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 
 
@@ -141,6 +143,8 @@ def users_own(what: str, run: Callable[[], Any]) -> Any:
     except AccelError:
         raise
     except Exception as error:
+        if isinstance(error, (ValueError, TypeError)) and " Do: " in str(error):
+            raise  # one of this package's, which says it all
         said = (str(error).strip().splitlines() or [""])[0]
         frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this function
         ours = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
@@ -218,7 +222,10 @@ def _from_config(path: Path, overrides: list[str], allow: list[str], alone: bool
     if alone and isinstance(trainer, dict):
         wanted["trainer"] = {**trainer, **{k: v for k, v in _ALONE.items() if k in trainer}}
     with unsaid(secrets):
-        made = build(wanted, allow=tuple(allow))
+        try:
+            made = build(wanted, allow=tuple(allow))
+        except ValueError as error:
+            raise ValueError(str(error).replace(_IN_PYTHON, _BY_ALLOW)) from error
     if made.data is None:
         raise ValueError(explain("the configuration has no data", str(path), "choose a `data`"))
     return NamedModel(made.model, data=made.data, trainer=made.trainer)
@@ -244,7 +251,7 @@ def composed(path: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any
         raise ValueError(
             explain(
                 "this configuration cannot be composed",
-                " ".join(str(cause).split()),
+                " ".join(str(cause).partition("Config search path")[0].split()),
                 "correct the file or the overrides; `lightning-accel list` shows all presets",
             )
         ) from error
