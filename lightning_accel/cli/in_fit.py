@@ -178,8 +178,12 @@ def _fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
 
     try:
         users_own("this training fails before its first batch", fit)
-    except SystemExit:  # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        what = "this training ends the process before its first batch is done"
+        do = "leave out what calls `exit`"
+        raise ValueError(explain(what, f"SystemExit({error.code})", do)) from error
     if refused:
         raise ValueError(
             explain(

@@ -102,17 +102,20 @@ def parts(facts: Facts) -> Table:
     ]
     rows.append(["from batch to batch", 1000 * times.total, "100%"])
     notes = [_about(facts), *facts.notes]
+    notes += [
+        f"tried beside it: {n}: {lane.verdict}" for n, lane in facts.lanes.items() if lane.verdict
+    ]
     return Table(["", "ms", "share"], rows, f"A step on {facts.device}", notes)
 
 
 def _about(facts: Facts) -> str:
-    from lightning_accel.cli.doctor.findings import rounded
+    from lightning_accel.cli.doctor.findings import fits
 
     memory, loader = facts.memory, facts.loader
     said = [f"{facts.times.steps} steps", f"batch {facts.batch_size}", f"precision {facts.precision}",
             f"{facts.threads} threads on {facts.cores} cores", f"{loader.kind}(num_workers={loader.num_workers})"]  # fmt: skip
     if memory is not None and memory.largest is not None:
-        said.append(f"memory for a batch of about {rounded(memory.largest)}")
+        said.append(f"memory for {fits(facts)}")
     return ", ".join(said)
 
 

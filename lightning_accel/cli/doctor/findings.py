@@ -195,6 +195,8 @@ def _syncs(facts: Facts) -> Iterator[Finding]:
 
 
 def _do_for_sync(sync: Sync) -> str:
+    if sync.where.endswith("(in torchmetrics)"):
+        return "pass validate_args=False to the metric, which looks at the values of each batch otherwise"
     if sync.call in ("[mask]", ".nonzero()", ".argwhere()", ".masked_select()", ".unique()"):
         return "use `torch.where` or a weight of 0, whose shapes do not depend on values"
     if sync.call == "as text":
@@ -266,7 +268,7 @@ def _larger(facts: Facts) -> Iterator[Finding]:
         return
     if largest is not None and largest < 2 * size:
         return
-    room = f"; there is memory for about {rounded(largest)}" if largest else ""
+    room = f"; there is memory for {fits(facts)}" if largest else ""
     work = facts.times.work / facts.times.total
     yield Finding(
         "a larger batch trains more samples a second",
@@ -320,6 +322,16 @@ def _others(facts: Facts) -> Iterator[Finding]:
 
 def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms"
+
+
+def fits(facts: Facts) -> str:
+    """Say for how large a batch there is memory; beyond a thousand times this one the number says nothing."""
+    memory = facts.memory
+    if memory is None or memory.batch is None or memory.largest is None:
+        return "a batch of unknown size"
+    if memory.largest > 1000 * memory.batch:
+        return "a batch more than 1,000 times as large"
+    return f"a batch of about {rounded(memory.largest)}"
 
 
 def rounded(number: int) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from itertools import islice
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ _FEWEST, _MOST = 5, 300
 _KEPT = 8
 """Batches that are kept, as they came, to capture graphs on."""
 _CONTENDED = "other work took the processor ({load}): measured again in one thread"
+_USUAL = 3
+"""Batches in which dynamo may compile anew: it learns which sizes and numbers change."""
 _SLOW_DATA = 0.05
 """Share of a step from which on it is asked what making a batch consists of."""
 
@@ -172,7 +174,7 @@ class Look:
             )
         counting = found[min(_WARMUP + ahead, max(0, len(found) - 1)) :]
         host = self._host(replica) if replica.device.type != "cpu" else None
-        return _times(counting, host), source.about(), kept, since
+        return _times(counting, host, ahead > 0), source.about(), kept, since
 
     def _one(
         self,
@@ -315,11 +317,12 @@ def _batches(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         return [placed(trainer, copy, batch) for batch, _, _ in found]
 
 
-def _times(rows: list[dict[str, float]], host: float | None) -> Times:
+def _times(rows: list[dict[str, float]], host: float | None, in_bursts: bool) -> Times:
     if not rows:
         raise AccelError("there is no training batch to look at", "none", "pass data with batches")
-    # The mean of what waits: workers hand over several batches at once and then none for a while.
-    data = sum(row["data"] for row in rows) / len(rows)
+    # Workers hand over several batches at once and then none for a while.
+    average = mean if in_bursts else median
+    data = average(row["data"] for row in rows)
     middle = {name: median(row[name] for row in rows) for name in ("move", *NAMES, "rest")}
     return Times(data=data, **middle, host=host, steps=len(rows))
 
@@ -337,13 +340,14 @@ def _captured(build: Any, kept: list[Any], compiled: bool, since: Captured) -> C
     if since.recompilations or since.graphs:
         return since  # the training compiles by itself, and was seen to
     replica: Replica = build(Settings(), kept)
-    before = _compile_seconds()
+    before, usual = _compile_seconds(), 0
     try:
         with redirect_stdout(io.StringIO()), replica.around():
             compile_blocks(replica.module, itself=False, backend="eager", check_every_n_calls=None)
             for index in range(len(kept)):
-                if index == 2:
+                if index == _USUAL:
                     before = _compile_seconds()
+                    usual = sum(len(capture.recompilations) for capture in captures(replica.module))
                 replica.step()
     except Exception as error:  # dynamo has many ways to give up; each is told
         line = (str(error).strip().splitlines() or [""])[0]
@@ -353,9 +357,9 @@ def _captured(build: Any, kept: list[Any], compiled: bool, since: Captured) -> C
         is_compiled=compiled,
         graphs=sum(capture.graphs for capture in found),
         breaks={at: why for capture in found for at, why in capture.breaks.items()},
-        recompilations=tuple(why for capture in found for why in capture.recompilations),
+        recompilations=tuple(why for capture in found for why in capture.recompilations)[usual:],
         seconds=_compile_seconds() - before,
-        steps=max(1, len(kept) - 2),
+        steps=max(1, len(kept) - _USUAL),
     )
 
 

@@ -111,16 +111,19 @@ def users_line() -> str:
     Where only an installed package is there, its line.
     """
     frame: Any = sys._getframe(1)
-    foreign = ""
+    foreign, package = "", ""
     while frame is not None and frame.f_code.co_filename != _STEP:
         file = frame.f_code.co_filename
         if file.startswith(_OPTIMIZERS):
             return ""  # what an optimizer reads of its own counters
         kind = _kind(file)
         if kind == "users":
-            return _said(file, frame.f_lineno)
+            return _said(file, frame.f_lineno) + (f" (in {package})" if package else "")
         if kind == "foreign" and not foreign:
             foreign = _said(file, frame.f_lineno)
+            package = (
+                Path(file).relative_to(next(f for f in _FOREIGN if file.startswith(f))).parts[0]
+            )
         frame = frame.f_back
     return foreign if frame is not None else ""
 
