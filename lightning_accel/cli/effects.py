@@ -148,16 +148,17 @@ def _quantized(name: str, callback: Any, pl_module: LightningModule) -> Effect:
 
 
 def _counted(receipt: Receipt) -> str:
-    kinds = dict.fromkeys((change.what, change.after) for change in receipt.changes)
-    counts = [
-        f"{sum((c.what, c.after) == kind for c in receipt.changes)} x {kind[0]}: {kind[1]}".rstrip(": ")
-        for kind in kinds
-    ]  # fmt: skip
-    return "; ".join(_cut_short(counts))
+    """Say the changes, alike ones by their number."""
+    names: dict[str, list[str]] = {}
+    for change in receipt.changes:
+        kind = f"{change.what}: {change.after}" if change.after else change.what
+        names.setdefault(kind, []).append(change.name or "the whole")
+    said = [f"{len(n)} x {kind}" if len(n) > 1 else f"{n[0]} {kind}" for kind, n in names.items()]
+    return "; ".join(_cut_short(said))
 
 
 def _details(receipt: Receipt) -> tuple[str, ...]:
-    changes = [f"{change.name or 'the whole'}: {change.before} -> {change.after}" for change in receipt.changes]  # fmt: skip
+    changes = [f"{c.name or 'the whole'}: {c.before} -> {c.after}" for c in receipt.changes if c.after]  # fmt: skip
     left = [f"left alone: {change.name}: {change.what}" for change in receipt.skipped]
     return (*_cut_short(changes), *_cut_short([*left, *receipt.notes]))
 

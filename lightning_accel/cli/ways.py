@@ -168,18 +168,21 @@ def _int8(made: Made, device: torch.device) -> None:
     from lightning_accel.export import deploy
 
     call = made.calls[0]
+    example: Any = call.args if not call.kwargs else dict(call.kwargs)
+    if call.args and call.kwargs:
+        raise Unsupported("arguments by place and by name at once cannot be calibrated on")
     folder = tempfile.TemporaryDirectory(prefix="accel_bench_")
     made.held.append(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not faster is what the table tells
         bundle = deploy(
             made.network,
-            call,
+            example,
             to=Path(folder.name, "bundle"),
             formats="onnx",
             dynamic=False,
             quantize="int8",
-            calibration=[call],
+            calibration=[example],
             budget_s=0.1,
         )
     made.answer = lambda: bundle.predict(*call.args, **call.kwargs)
