@@ -251,6 +251,21 @@ def test_a_heavy_collate_without_workers_is_told_from_a_slow_dataset(
     assert found.saves == pytest.approx(0.12 / 0.155) and "`collate`" in found.do
 
 
+class Begins:
+    """Two batches, which are there at once when a second of preparation is over."""
+
+    def __iter__(self) -> Any:
+        CLOCK.now += 1.0
+        return iter([torch.ones(16, 8)] * 2)
+
+
+def test_the_beginning_of_an_epoch_is_no_waiting_in_its_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = look(monkeypatch, Lit(), Begins())
+    assert seen.times.data == 0.0 and seen.loader.first_s == pytest.approx(1.0)
+
+
 def test_lines_that_read_and_print_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = look(monkeypatch, Reads(), DataLoader(Numbers(), batch_size=16))
     (sync,), (line,) = seen.syncs, seen.prints
