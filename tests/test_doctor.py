@@ -252,11 +252,11 @@ def test_a_heavy_collate_without_workers_is_told_from_a_slow_dataset(
 
 
 class Begins:
-    """Two batches, which are there at once when a second of preparation is over."""
+    """One batch, which is there at once when a second of preparation is over."""
 
     def __iter__(self) -> Any:
         CLOCK.now += 1.0
-        return iter([torch.ones(16, 8)] * 2)
+        return iter([torch.ones(16, 8)])
 
 
 def test_the_beginning_of_an_epoch_is_no_waiting_in_its_steps(
