@@ -143,6 +143,17 @@ def test_the_real_ways_act_on_a_convolutional_network(monkeypatch: pytest.Monkey
     assert network.stem[0].out_channels == 8  # type: ignore[union-attr]
 
 
+def test_a_step_that_is_measured_moves_no_weight_and_leaves_no_gradient() -> None:
+    network = nn.Linear(8, 2)
+    before = network.weight.clone()
+    made = ways.plain(network, [as_call(torch.randn(4, 8))], TRAINING)
+    for _ in range(3):
+        made.train()
+    assert torch.equal(network.weight, before) and network.weight.grad is None
+    made.backward()
+    assert network.weight.grad is not None
+
+
 def test_a_short_product_is_set_around_the_clock_and_put_back() -> None:
     made = Made(nn.Linear(2, 2), [as_call(torch.ones(1, 2))])
     ways._matmul(made, torch.device("cpu"))

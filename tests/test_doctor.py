@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_accel.cli import main
-from lightning_accel.cli.doctor import command, lanes, looking
+from lightning_accel.cli.doctor import command, lanes, looking, syncs
 from lightning_accel.cli.doctor.facts import Captured, Facts, Lane, Loader, Memory, Sync, Times
 from lightning_accel.cli.doctor.findings import findings
 from lightning_accel.cli.doctor.looking import Look
@@ -275,6 +275,15 @@ def test_lines_that_read_and_print_are_named(monkeypatch: pytest.MonkeyPatch) ->
         assert said in lines[number - 1] and "test_doctor.py" in found.where
     assert sync.call == ".item()" and sync.per_step == 1.0 and line.per_step < 1.0
     assert [f.costs for f in findings(seen)] == [False, False]
+
+
+def test_what_stands_outside_of_a_step_is_nobodys_line() -> None:
+    def called() -> str:
+        return syncs.users_line()
+
+    assert "test_doctor.py" in called()
+    called.__code__ = called.__code__.replace(co_filename=syncs._STEP)
+    assert called() == ""
 
 
 @pytest.mark.slow
