@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and 
 
 
 _IN_PYTHON = "allow it in Python if you trust it: build(cfg, allow=('package.',))"
-_BY_ALLOW = "if you trust it, say `--allow models.`, with what its name begins with"
+_BY_ALLOW = "if you trust it, say `--allow {}.`, with what its name begins with"
 _ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 
 
@@ -223,9 +224,12 @@ def _from_config(path: Path, overrides: list[str], allow: list[str], alone: bool
         wanted["trainer"] = {**trainer, **{k: v for k, v in _ALONE.items() if k in trainer}}
     with unsaid(secrets):
         try:
-            made = build(wanted, allow=tuple(allow))
+            what = "this configuration cannot be built"
+            made = users_own(what, lambda: build(wanted, allow=tuple(allow)))
         except ValueError as error:
-            raise ValueError(str(error).replace(_IN_PYTHON, _BY_ALLOW)) from error
+            named = re.search(r"_target_: (\w+)", str(error))
+            allowed = _BY_ALLOW.format(named[1] if named else "models")
+            raise ValueError(str(error).replace(_IN_PYTHON, allowed)) from error
     if made.data is None:
         raise ValueError(explain("the configuration has no data", str(path), "choose a `data`"))
     return NamedModel(made.model, data=made.data, trainer=made.trainer)
