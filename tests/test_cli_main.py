@@ -82,10 +82,12 @@ def test_progress_shows_what_is_done_on_the_error_output_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(terminal, "is_quiet", lambda _: False)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal, and draws
     with terminal.progress(argparse.Namespace(), "doctor", 60.0) as say:
         say("reading batches")
         print("an answer")
-    assert capsys.readouterr().out == "an answer\n"
+    said = capsys.readouterr()
+    assert said.out == "an answer\n" and "reading batches" in said.err
 
 
 @pytest.mark.parametrize(
