@@ -30,6 +30,13 @@ def network():
 
 def example():
     return BoringModel(), BoringModel().layer.weight
+
+class Raises(BoringModel):
+    def training_step(self, batch, batch_idx):
+        return 1 / 0
+
+def raises():
+    return Raises()
 """
 
 
@@ -90,11 +97,15 @@ def test_json_is_one_object(code: str, capsys: pytest.CaptureFixture[str]) -> No
         (["users_lit:build", "--budget-s", "0"], "above 0"),
         (["users_lit:build", "--accelerator", "nonsense"], "`accelerator='nonsense'`"),
         (["--config", "nowhere.yaml"], "no such configuration"),
+        (["users_lit:raises", "--no-cache"], "ZeroDivisionError: division by zero"),
+        (["--config", "CONFIG", "model=nothing"], "Could not find 'model/nothing'"),
+        (["--config", "CONFIG", "--allow", "models."], "say `--allow data.`"),
     ],
 )
 def test_what_cannot_be_meant_is_said_before_anything_runs(
-    code: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    code: str, words: list[str], said: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = [word.replace("CONFIG", str(root / "conf" / "config.yaml")) for word in words]
     assert main(["tune", *words]) == 2
     assert said in capsys.readouterr().err
 

@@ -11,11 +11,11 @@ Nothing is written, nothing else of the folder is shown, and other machines are 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from lightning_accel.cli.report import add_axes, axes_of
+from lightning_accel.cli.terminal import FINE, complain
 from lightning_accel.errors import AccelError, explain
 
 
@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         board = Board(args.folder, port=_port(args.port), **axes_of(args))
     except (AccelError, ValueError, OSError) as error:
-        print(f"lightning-accel board: {error}", file=sys.stderr)
-        return 2
+        return complain(args, error)
     print(f"{args.folder} is at {board.address} until Ctrl-C", flush=True)
     try:
         board.serve_forever()
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         pass  # that is how it ends
     finally:
         board.server_close()
-    return 0
+    return FINE
 
 
 def _port(port: int) -> int:

@@ -1,5 +1,8 @@
 """`lightning-accel env`: this machine, the versions on it, and everything that does not fit together.
 
+    lightning-accel env
+    lightning-accel env --device cuda --json
+
 Versions are read from the metadata of the installed packages, without importing them: importing the
 two malicious releases of Lightning is what runs their payload. Torch alone is imported here;
 torchvision and torch_xla, which may take the interpreter down, are tried in a process of their own.
@@ -62,7 +65,13 @@ class Facts(NamedTuple):
 def add(commands: Any) -> None:
     """Add the command to an argparse sub-parser collection."""
     said = "describe this machine and what does not fit on it"
-    parser = commands.add_parser("env", help=said, allow_abbrev=False)
+    parser = commands.add_parser(
+        "env",
+        help=said,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--device", help="device to describe; the accelerator or the CPU by default"

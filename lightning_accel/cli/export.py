@@ -30,6 +30,7 @@ from lightning_accel.cli.subject import (
     checkpoint_subject,
     train_loader,
 )
+from lightning_accel.cli.terminal import FINE, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.export import deploy
 from lightning_accel.quantization.calibration import calls_from
@@ -67,8 +68,9 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the candidates; 2 when nothing was written."""
     try:
-        named = _named(args)
-        with _told():
+        with progress(args, "export") as say, _told():
+            named = _named(args)
+            say("building, proving and measuring each format")
             bundle = deploy(
                 named.model,
                 named.example,
@@ -83,14 +85,13 @@ def run(args: argparse.Namespace) -> int:
                 overwrite=args.overwrite,
             )
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
-        print(f"lightning-accel export: {error}", file=sys.stderr)
-        return 2
+        return complain(args, error)
     if args.json:
         print(json.dumps({"path": str(bundle.path), **bundle.manifest}, indent=2))
     else:
         print(bundle.table)
     print(f"Wrote {bundle.path}", file=sys.stderr if args.json else sys.stdout)
-    return 0
+    return FINE
 
 
 def _batches(named: NamedModel) -> Any:

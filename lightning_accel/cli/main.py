@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from lightning_accel import __version__
-from lightning_accel.cli import board, env, export, plan, report, tune
+from lightning_accel.cli import (
+    bench,
+    board,
+    completion,
+    doctor,
+    env,
+    export,
+    listing,
+    plan,
+    report,
+    show,
+    tune,
+)
+from lightning_accel.cli.terminal import EXIT_CODES, FINE, INTERRUPTED, rank
 
-_COMMANDS = (env, plan, export, tune, report, board)
+_COMMANDS = (
+    env,
+    listing,
+    show,
+    doctor,
+    bench,
+    tune,
+    plan,
+    export,
+    report,
+    board,
+)
+
+_ABOUT = """Make the training you already have with Lightning faster and its model smaller, and measure it.
+
+Where to begin:
+    lightning-accel doctor mymodels.lit:build     what slows this training, with numbers, in a minute
+    lightning-accel tune mymodels.lit:build       what makes its step faster here
+    lightning-accel bench mymodels.nets:build --example 32,3,224,224     the same of any network
+    lightning-accel list                          presets for `python train.py +accel=NAME`
+    lightning-accel show +accel=amp_prune         what a preset adds, and does"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,18 +52,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if "run" not in args:
         parser.print_help()
-        return 0
-    code: int = args.run(args)
-    return code
+        return FINE
+    if rank() > 0:
+        return FINE  # the first process answers for all
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(f"lightning-accel {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-accel",
-        description="Make the training you already have with Lightning faster, and measure it.",
+        description=_ABOUT,
+        epilog=f"{EXIT_CODES}. Each command has --help with examples, and --json.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(metavar="command")
+    commands = parser.add_subparsers(metavar="command", dest="command")
     for command in _COMMANDS:
         command.add(commands)
+    completion.adder(_parser)(commands)
+    for name in commands.choices:
+        commands.choices[name].epilog = commands.choices[name].epilog or EXIT_CODES
     return parser

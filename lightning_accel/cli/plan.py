@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,8 +33,10 @@ from lightning_accel.cli.subject import (
     add_subject,
     brings_data,
     checkpoint_subject,
+    users_own,
     wrote,
 )
+from lightning_accel.cli.terminal import FINE, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import finite
 from lightning_accel.pages.charts import bars
@@ -89,23 +91,13 @@ def run(args: argparse.Namespace) -> int:
             return run_devices(args)
         if args.picture:
             check_ending(args.picture)
-        _check_device(args.device)
-        named = _named(args)
-        rows = sensitivity(
-            named.model,
-            named.calls,
-            share=args.share,
-            importance=args.importance,
-            select=Select.of(args.select),
-            loss=named.loss,
-            budget_s=args.budget_s,
-        )
+        check_device(args.device)
+        named, rows = _rows(args)
         measured = "output" if named.loss is None else "loss"
         if args.picture:
             save(picture(rows, share=args.share, measured=measured), args.picture)
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
-        print(f"lightning-accel plan: {error}", file=sys.stderr)
-        return 2
+        return complain(args, error)
     table = as_table(rows, share=args.share, device=args.device, measured=measured)
     if args.json:
         plain = {
@@ -119,10 +111,34 @@ def run(args: argparse.Namespace) -> int:
         print(table.to_text())
     if args.picture:
         wrote(args.picture, args)
-    return 0
+    return FINE
 
 
-def _check_device(name: str) -> None:
+def _rows(args: argparse.Namespace) -> tuple[PlannedModel, list[Row]]:
+    from lightning_accel.cli.in_fit import without_banner
+
+    with progress(args, "plan", args.budget_s) as say, without_banner():
+        say("building")
+        named = _named(args)
+        say("cutting one layer at a time, on copies")
+        rows = sensitivity(
+            named.model,
+            named.calls,
+            share=args.share,
+            importance=args.importance,
+            select=Select.of(args.select),
+            loss=named.loss,
+            budget_s=args.budget_s,
+        )
+    return named, rows
+
+
+def check_device(name: str) -> None:
+    """Raise where there is no such device.
+
+    Raises:
+        ValueError: There is none.
+    """
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:  # which of them depends on how torch was built
@@ -186,7 +202,16 @@ def _with_data(subject: NamedModel, device: str) -> PlannedModel:
         part.prepare_data()
         part.setup("fit")
     loader = CombinedLoader(trainer.fit_loop._data_source.dataloader(), "max_size_cycle")
-    batch = next(iter(loader))[0]
+    batch = next(iter(loader), (None,))[0]
+    if batch is None:
+        raise AccelError(
+            "there is no training batch to look at",
+            type(subject.data or module).__name__,
+            "pass data with batches, or --example 32,3,224,224",
+        )
+    # A step by hand asks for its optimizers.
+    made = users_own("`configure_optimizers` fails", partial(_optimizers, trainer, module))
+    trainer.strategy.optimizers = made
     model = module.to(device)
     calls = next(calls_of(trainer, model, [batch]))
 
@@ -195,7 +220,14 @@ def _with_data(subject: NamedModel, device: str) -> PlannedModel:
             output = run_step(trainer, copy, batch, 0)
         return float((output["loss"] if isinstance(output, dict) else output).detach())
 
-    return PlannedModel(model, calls, loss)
+    # A step that optimizes by itself need not give its loss.
+    return PlannedModel(model, calls, loss if module.automatic_optimization else None)
+
+
+def _optimizers(trainer: Trainer, module: Any) -> list[Any]:
+    from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+
+    return _init_optimizers_and_lr_schedulers(module)[0]
 
 
 def quiet_trainer() -> Trainer:

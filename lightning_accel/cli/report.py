@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning_accel.cli.terminal import FINE, complain
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import finite
 
@@ -77,18 +78,17 @@ def run(args: argparse.Namespace) -> int:
         pictures = _draw(args, found)
         replace(target, text)
     except (AccelError, ValueError, OSError) as error:
-        print(f"lightning-accel report: {error}", file=sys.stderr)
-        return 2
+        return complain(args, error)
     if args.json:
         numbers = [{"name": r.name, "path": str(r.folder), **finite(r.numbers())} for r in found]
         print(json.dumps({"page": str(target), "pictures": pictures, "runs": numbers}, indent=2))
-        return 0
+        return FINE
     for each in found:
         for problem in each.problems:
             print(f"{each.name}: {problem}", file=sys.stderr)
     beside = f" and {len(pictures)} pictures in {args.pictures}" if pictures else ""
     print(f"Wrote {target}{beside}")
-    return 0
+    return FINE
 
 
 def _target(args: argparse.Namespace, num_runs: int) -> Path:

@@ -13,19 +13,25 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_accel.errors import explain
+from lightning_accel.errors import AccelError, explain
 
 if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and so import none
     from lightning.pytorch import Trainer
+
+
+_IN_PYTHON = "allow it in Python if you trust it: build(cfg, allow=('package.',))"
+_BY_ALLOW = "if you trust it, say `--allow {}.`, with what its name begins with"
+_ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 
 
 class NamedModel(NamedTuple):
@@ -58,8 +64,12 @@ def add_example(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="weights of a LightningModule class")
 
 
-def subject_of(args: argparse.Namespace) -> NamedModel:
+def subject_of(args: argparse.Namespace, *, alone: bool = False) -> NamedModel:
     """Build what the arguments name.
+
+    Args:
+        args: Of `add_subject`.
+        alone: Whether a Trainer of a configuration is given one device, whatever it asks for.
 
     Raises:
         ValueError: They name nothing, or nothing that can be found.
@@ -67,7 +77,7 @@ def subject_of(args: argparse.Namespace) -> NamedModel:
     """
     if args.config is not None:
         words = [word for word in (args.subject, *args.overrides) if word is not None]
-        return _from_config(args.config, words, args.allow)
+        return _from_config(args.config, words, args.allow, alone)
     if not args.subject or args.overrides:
         raise ValueError(
             explain(
@@ -127,10 +137,15 @@ def users_own(what: str, run: Callable[[], Any]) -> Any:
 
     Raises:
         ValueError: The code raised something.
+        AccelError: This package did.
     """
     try:
         return run()
+    except AccelError:
+        raise
     except Exception as error:
+        if isinstance(error, (ValueError, TypeError)) and " Do: " in str(error):
+            raise  # one of this package's, which says it all
         said = (str(error).strip().splitlines() or [""])[0]
         frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this function
         ours = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
@@ -208,33 +223,65 @@ def _said(made: Any) -> str:
     return type(made).__name__
 
 
-def _from_config(path: Path, overrides: list[str], allow: list[str]) -> NamedModel:
+def _from_config(path: Path, overrides: list[str], allow: list[str], alone: bool) -> NamedModel:
     from lightning_accel.recipe import build
     from lightning_accel.redact import unsaid
 
-    config, secrets = _composed(path, overrides)
+    config, secrets = composed(path, overrides)
+    wanted = {key: v for key, v in config.items() if key not in ("callbacks", "logger")}
+    trainer = wanted.get("trainer")
+    if alone and isinstance(trainer, dict):
+        wanted["trainer"] = {**trainer, **{k: v for k, v in _ALONE.items() if k in trainer}}
     with unsaid(secrets):
-        made = build(config, allow=tuple(allow))
+        try:
+            what = "this configuration cannot be built"
+            made = users_own(what, lambda: build(wanted, allow=tuple(allow)))
+        except ValueError as error:
+            named = re.search(r"_target_: (\w+)", str(error))
+            allowed = _BY_ALLOW.format(named[1] if named else "models")
+            raise ValueError(str(error).replace(_IN_PYTHON, allowed)) from error
     if made.data is None:
         raise ValueError(explain("the configuration has no data", str(path), "choose a `data`"))
     return NamedModel(made.model, data=made.data, trainer=made.trainer)
 
 
-def _composed(path: Path, overrides: list[str]) -> tuple[dict[Any, Any], set[str]]:
-    """Compose a configuration as a script would, but without callbacks and loggers: nothing is trained.
+def composed(path: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """Compose a configuration as a script would; without a file, of what the overrides bring alone.
 
     Also returned is what must not be said of it.
+
+    Raises:
+        ValueError: There is no such file, or Hydra or OmegaConf refuse.
     """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if path is not None and not path.is_file():
+        raise ValueError(explain("there is no such configuration", str(path), "pass a yaml file"))
+    try:
+        return _composed(path, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if str(error) == "None" and error.__cause__ else error
+        raise ValueError(
+            explain(
+                "this configuration cannot be composed",
+                " ".join(str(cause).partition("Config search path")[0].split()),
+                "correct the file or the overrides; `lightning-accel list` shows all presets",
+            )
+        ) from error
+
+
+def _composed(path: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
 
     from lightning_accel.provenance import withheld
 
-    if not path.is_file():
-        raise ValueError(explain("there is no such configuration", str(path), "pass a yaml file"))
-    with initialize_config_dir(version_base="1.3", config_dir=str(path.resolve().parent)):
-        config = compose(path.stem, overrides, return_hydra_config=True)
+    folder = Path.cwd() if path is None else path.resolve().parent
+    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        name = None if path is None else path.stem
+        config = compose(name, list(overrides), return_hydra_config=True)
     known = HydraConfig.instance()
     before = known.cfg
     with open_dict(config):
@@ -247,5 +294,4 @@ def _composed(path: Path, overrides: list[str]) -> tuple[dict[Any, Any], set[str
         finally:
             known.cfg = before
     assert isinstance(plain, dict)
-    wanted = {key: v for key, v in plain.items() if key not in ("hydra", "callbacks", "logger")}
-    return wanted, secrets
+    return {str(key): value for key, value in plain.items() if key != "hydra"}, secrets

@@ -13,10 +13,10 @@ has its own `train_dataloader`. Both run the code that they name. The preset is 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
-from lightning_accel.cli.subject import add_subject, brings_data, subject_of, wrote
+from lightning_accel.cli.subject import add_subject, subject_of, users_own, wrote
+from lightning_accel.cli.terminal import FINE, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.tuning.numerics import TIERS
 
@@ -63,10 +63,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         report = _report(args)
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
-        print(f"lightning-accel tune: {error}", file=sys.stderr)
-        return 2
+        return complain(args, error)
     print(report.to_json() if args.json else report.to_text())
-    return 0
+    return FINE
 
 
 def _report(args: argparse.Namespace) -> TuneReport:
@@ -89,32 +88,33 @@ def _report(args: argparse.Namespace) -> TuneReport:
 def _tuned(args: argparse.Namespace, arguments: dict[str, Any]) -> TuneReport:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from lightning_accel.cli.in_fit import require_training, without_banner
     from lightning_accel.tuning import AutoTune, tune
     from lightning_accel.tuning.api import tune_in
 
-    model, example, data, trainer = subject_of(args)
-    if example is not None or not brings_data(model, data):
-        beside = "" if example is None else " and an example"
-        raise TypeError(
-            explain(
-                f"`{args.subject}` gives no LightningModule with data, and only a training can be tuned",
-                type(model).__name__ + beside,
-                "return (module, data), with data a DataLoader or a LightningDataModule",
-            )
-        )
-    module: Any = model
-    if trainer is None:
-        where = {} if args.accelerator is None else {"accelerator": args.accelerator}
+    def run() -> TuneReport:
+        if subject.trainer is None:
+            where = {} if args.accelerator is None else {"accelerator": args.accelerator}
+            return tune(module, subject.data, steps=args.steps, **arguments, **where)
+        tuning = AutoTune(**arguments, budget_share=float("inf"))
+        tuning.steps = args.steps
+        return tune_in(subject.trainer, module, subject.data, tuning)
+
+    with progress(args, "tune", args.budget_s) as say, without_banner():
+        subject = subject_of(args)
+        require_training(subject, args.subject, "only a training can be tuned")
+        module: Any = subject.model
+        say("measuring copies side by side")
         try:
-            return tune(module, data, steps=args.steps, **arguments, **where)
-        except MisconfigurationException as error:
+            report: TuneReport = users_own("this training fails", run)
+        except ValueError as error:
+            if not isinstance(error.__cause__, MisconfigurationException):
+                raise
             raise ValueError(
                 explain(
                     "Lightning refuses this training",
-                    str(error),
+                    str(error.__cause__),
                     "pass another --accelerator, or correct the module and its data",
                 )
             ) from error
-    tuning = AutoTune(**arguments, budget_share=float("inf"))
-    tuning.steps = args.steps
-    return tune_in(trainer, module, data, tuning)
+        return report

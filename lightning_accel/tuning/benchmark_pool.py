@@ -43,6 +43,7 @@ class BenchmarkPool:
         self.compile_s: dict[Settings, float] = {}
         self.step_s = 0.0
         self._clock = "wall"
+        self._baseline: str | None = BASELINE
         self._made: dict[Settings, tuple[BenchmarkCase, Replica]] = {}
         self._second: tuple[Settings, BenchmarkCase] | None = None
         self._threads = torch.get_num_threads()
@@ -118,11 +119,19 @@ class BenchmarkPool:
             replica.step, self.device, around=replica.around, warmup=0, block_s=_BLOCK_S
         )
 
-    def race(self, cases: dict[str, BenchmarkCase], share_s: float) -> dict[str, str]:
+    def race(
+        self, cases: dict[str, BenchmarkCase], share_s: float, *, drops: bool = True
+    ) -> dict[str, str]:
         """Measure lanes, `BASELINE` among them, and return why those failed that did.
 
         If the first rounds see a busy machine twice, the rest is in one thread and processor time.
+
+        Args:
+            cases: By name.
+            share_s: About how long.
+            drops: Whether lanes that are hopelessly slower leave after some rounds.
         """
+        self._baseline = BASELINE if drops else None
         self._failed: dict[str, str] = {}
         for attempt in ("first", "again"):
             left = {name: case for name, case in cases.items() if name not in self._failed}
@@ -159,7 +168,7 @@ class BenchmarkPool:
         return run(
             cases,
             budget_s=share_s,
-            baseline=BASELINE,
+            baseline=self._baseline,
             fewest_rounds=fewest,
             most_rounds=_MOST_ROUNDS,
             clock=self._clock,

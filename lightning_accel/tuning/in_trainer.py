@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,7 +89,7 @@ def tune_within(
         asked = asked._replace(steps=steps_left(trainer))
     start = time.perf_counter()
     with preserve_trainer(trainer):
-        data = _draw(trainer, pl_module)
+        data = draw(trainer, pl_module)
         key = _key(trainer, pl_module, data, asked)
         known = store.load(folder, key) if folder is not None else None
         if known is not None:
@@ -111,11 +111,7 @@ def _search(
     trainer: Trainer, pl_module: LightningModule, data: list[Any], asked: TuneConfig
 ) -> TuneReport:
     assert asked.steps is not None
-    modes = _modes(trainer, pl_module, data)
-
-    def build(settings: Settings, other: list[Any] | None = None) -> Replica:
-        return Replica(trainer, pl_module, data if other is None else other, settings, **modes)
-
+    build = builder(trainer, pl_module, data)
     attention = "attention" in asked.techniques and uses_attention(
         lambda: build(Settings()).gradients(0)
     )
@@ -173,7 +169,7 @@ def refuse(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
-def _draw(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
+def draw(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
     """Return batches as the step gets them; what the data draws its random numbers from stays where it is."""
     combined = trainer.fit_loop._combined_loader
     loaders = combined.flattened if combined is not None else []
@@ -182,6 +178,18 @@ def _draw(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         drawn = [batch[0] for batch in drawn]  # one loader after the other, so the first
     copy = copied(trainer, pl_module)
     return [placed(trainer, copy, batch) for batch in drawn]
+
+
+def builder(
+    trainer: Trainer, pl_module: LightningModule, data: list[Any]
+) -> Callable[..., Replica]:
+    """Try a step, and return what makes copies of the module under settings, on these or other batches."""
+    modes = _modes(trainer, pl_module, data)
+
+    def build(settings: Settings, other: list[Any] | None = None) -> Replica:
+        return Replica(trainer, pl_module, data if other is None else other, settings, **modes)
+
+    return build
 
 
 def _modes(trainer: Trainer, pl_module: LightningModule, data: list[Any]) -> dict[str, bool]:

@@ -260,7 +260,7 @@ class Replica:
             raise AccelError(
                 "a step that gives no loss can be neither run nor compared",
                 f"`training_step` returned {type(output).__name__}",
-                "return the loss for every batch, or leave AutoTune out",
+                "return the loss for every batch",
             )
         if len(self.losses) < _REMEMBERED:
             self.losses.append(loss.detach().float().clone())
@@ -346,7 +346,7 @@ def copied(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
         raise Unsupported(
             "the module cannot be copied, and nothing is measured on the original",
             f"{type(error).__name__}: {error}",
-            "keep what cannot be copied outside of the module, or leave AutoTune out",
+            "keep what cannot be copied outside of the module",
         ) from error
 
 
