@@ -26,6 +26,7 @@ from lightning_accel.quantization.fold import fold_norms
 from lightning_accel.quantization.grid import WEIGHTS
 from lightning_accel.quantization.layers import is_idle, layers_of
 from lightning_accel.quantization.lower import lowered
+from lightning_accel.quantization.merge import merge_roundings
 from lightning_accel.quantization.post_training import plan_of, quantize_by, unquantize
 from lightning_accel.surgery.call import Call
 
@@ -128,9 +129,9 @@ def storing_integers(network: FlatNetwork) -> FlatNetwork:
 
 
 def folded(program: Any, example: Sequence[Tensor], shapes: Any) -> Any:
-    """Return a program without the batch norms behind layers of integers."""
+    """Return a program without the batch norms behind layers of integers, and without roundings that change nothing."""
     graph = program.module()
-    if not fold_norms(graph):
+    if not fold_norms(graph) + merge_roundings(graph):
         return program
     return torch.export.export(graph, tuple(example), dynamic_shapes=shapes, strict=False)
 

@@ -21,6 +21,7 @@ from lightning_accel.quantization.layers import (
     layers_of,
     unbecome,
 )
+from lightning_accel.quantization.sums import outputs_rounded
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import ModuleT
 
@@ -70,10 +71,12 @@ class IntegerLayer(QuantizedLayer):
 
     def quantized_input(self, values: Tensor) -> Tensor:
         """Return what comes in, made integers and read back."""
+        # A cast that changes nothing would be a second reader in the graph, and keep compilers from fusing both.
+        values = values if values.dtype is torch.float32 else values.float()
         if self.input_scale is None:
-            return values.float()
+            return values
         how = (self.input_scale, self.input_zero, 0, grids.TOP, torch.uint8)
-        whole = torch.ops.quantized_decomposed.quantize_per_tensor.default(values.float(), *how)
+        whole = torch.ops.quantized_decomposed.quantize_per_tensor.default(values, *how)
         return torch.ops.quantized_decomposed.dequantize_per_tensor.default(whole, *how)
 
 
@@ -125,6 +128,8 @@ def lowered(model: ModuleT, *, keep: bool = False) -> ModuleT:
             unbecome(layer)
         else:
             _lower(layer, keep)
+    for hook in outputs_rounded(copy).values():
+        hook.is_lowered = True
     return copy
 
 

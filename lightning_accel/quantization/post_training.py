@@ -17,7 +17,7 @@ from lightning_accel.errors import explain
 from lightning_accel.quantization import choose
 from lightning_accel.quantization import grid as grids
 from lightning_accel.quantization.budget import Metric, measured, outputs_of, sqnr_db, within
-from lightning_accel.quantization.calibration import calls_from, observe
+from lightning_accel.quantization.calibration import OBSERVERS, calls_from, observe
 from lightning_accel.quantization.grid import Grid
 from lightning_accel.quantization.layers import (
     QuantizedLayer,
@@ -30,12 +30,17 @@ from lightning_accel.quantization.layers import (
 )
 from lightning_accel.quantization.rounding import refine
 from lightning_accel.quantization.state import become_like, state_of
+from lightning_accel.quantization.sums import (
+    carry_over_outputs,
+    leave_output,
+    outputs_rounded,
+    round_sums,
+)
 from lightning_accel.surgery import Change, Receipt, twin
 from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
 
-OBSERVERS = ("minmax", "percentile", "mse")
 ROUNDINGS = ("nearest", "least_squares")
 
 
@@ -47,6 +52,7 @@ class Plan(NamedTuple):
     observer: Any
     rounding: Any
     correct_bias: bool
+    sums: bool
     metric: Metric | None
     max_drop: float | None
 
@@ -60,13 +66,14 @@ def plan_of(
     observer: str,
     rounding: str,
     correct_bias: bool,
+    sums: bool = False,
     metric: Metric | None = None,
     max_drop: float | None = None,
 ) -> Plan:
     """Check arguments.
 
     Raises:
-        ValueError: One is out of range, or `max_drop` has nothing to measure.
+        ValueError: One is out of range, `max_drop` has nothing to measure, or `sums` no integers to add.
         TypeError: One is of another type.
     """
     one_of("observer", observer, OBSERVERS)
@@ -84,7 +91,10 @@ def plan_of(
             )
         )
     grid = grids.check(weights, activations, group)
-    return Plan(grid, select, observer, rounding, correct_bias, metric, max_drop)
+    if flag("sums", sums) and activations is None:
+        do = "pass activations='int8', or leave out `sums`"
+        raise ValueError(explain("`sums` of integers need integers", "activations=None", do))
+    return Plan(grid, select, observer, rounding, correct_bias, sums, metric, max_drop)
 
 
 def quantize(
@@ -98,6 +108,7 @@ def quantize(
     observer: str = "mse",
     rounding: str = "least_squares",
     correct_bias: bool = True,
+    sums: bool = False,
     metric: Metric | None = None,
     max_drop: float | None = None,
     batches: int = 32,
@@ -118,6 +129,7 @@ def quantize(
         observer: The range of what comes in: "minmax", "percentile" (99.99 %), or "mse", of least error.
         rounding: "nearest", or "least_squares": so that outputs change little (GPTQ). The latter changes the weights.
         correct_bias: Take the shift of the mean output off the bias.
+        sums: Round what is added to outputs of layers as well, so that kernels add integers.
         metric: Gives a number for a network, higher is better.
         max_drop: By how much the metric may fall; layers that cost most stay in floating point until it does not.
         batches: Of `calibration`, how many are read.
@@ -144,6 +156,7 @@ def quantize(
         observer=observer,
         rounding=rounding,
         correct_bias=correct_bias,
+        sums=sums,
         metric=metric,
         max_drop=max_drop,
     )
@@ -178,6 +191,8 @@ def unquantize(model: nn.Module) -> int:
     layers = layers_of(model)
     for layer in layers.values():
         unbecome(layer)
+    for module in model.modules():
+        leave_output(module)
     back_to_fast_paths(model)
     return len(layers)
 
@@ -204,6 +219,7 @@ def _planned(
     wide = refine(copy, layers, batches, rounding=plan.rounding, correct_bias=plan.correct_bias)
     for layer in layers.values():
         layer.accel_mode = "quantized"
+    added = round_sums(copy, layers, batches, plan.observer) if plan.sums else {}
     left = [Change(name, "nothing comes into it on the calibration batches") for name in idle]
     notes = [f"{name}: too wide for X^T X, rounded to the nearest" for name in wide]
     notes += [f"`{n}` saw one single value in all of the calibration" for n in _constant(layers)]
@@ -211,6 +227,10 @@ def _planned(
         found, told = within(copy, layers, plan.metric, before, plan.max_drop, batches)
         left += found
         notes.append(told)
+    if plan.sums:
+        for name in [name for name, place in added.items() if not place.needs <= {*layers}]:
+            leave_output(copy.get_submodule(name))
+        notes.append(f"sums of integers: {len(outputs_rounded(copy))}")
     return [*layers], left, notes
 
 
@@ -231,4 +251,5 @@ def _carry_over(copy: nn.Module, model: nn.Module, names: Sequence[str]) -> None
         with torch.no_grad():
             for key, parameter in layer.named_parameters(recurse=False):
                 parameter.copy_(done.get_parameter(key))
+    carry_over_outputs(copy, model)
     leave_fast_paths(model)

@@ -41,6 +41,7 @@ class PostTrainingQuantization(Technique):
         observer: "minmax", "percentile" or "mse".
         rounding: "nearest" or "least_squares".
         correct_bias: Take the shift of the mean output off the bias.
+        sums: Round what is added to outputs of layers as well, so that kernels add integers.
         metric: Gives a number for a copy of the module, higher is better.
         max_drop: By how much the metric may fall; layers that cost most stay in floating point until it does not.
         batches: Training batches to calibrate on.
@@ -68,6 +69,7 @@ class PostTrainingQuantization(Technique):
         observer: str = "mse",
         rounding: str = "least_squares",
         correct_bias: bool = True,
+        sums: bool = False,
         metric: Metric | None = None,
         max_drop: float | None = None,
         batches: int = 16,
@@ -80,6 +82,7 @@ class PostTrainingQuantization(Technique):
             observer=observer,
             rounding=rounding,
             correct_bias=correct_bias,
+            sums=sums,
             metric=metric,
             max_drop=max_drop,
         )

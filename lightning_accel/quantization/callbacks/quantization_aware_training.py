@@ -32,6 +32,7 @@ from lightning_accel.quantization.layers import (
     unbecome,
 )
 from lightning_accel.quantization.state import State, become_like, state_of
+from lightning_accel.quantization.sums import outputs_rounded
 from lightning_accel.quantization.watch import make_alike, move_ranges
 from lightning_accel.surgery import Receipt, Select, Stage
 
@@ -113,7 +114,7 @@ class QuantizationAwareTraining(Technique):
         there = layers_of(module)
         receipt = Receipt() if there else choose.require(module, self.select, self.grid)
         if context.stage == "fit" and not self._states:
-            self._refuse_others(there)
+            self._refuse_others(module, there)
         names = [*there] if there else [change.name for change in receipt.changes]
         for one in (module, *([] if context.is_copy else _averages(context.trainer, module))):
             for name in names:
@@ -132,8 +133,14 @@ class QuantizationAwareTraining(Technique):
             for one in (module, *([] if context.is_copy else _averages(context.trainer, module))):
                 self._end(one)
 
-    def _refuse_others(self, there: Mapping[str, QuantizedLayer]) -> None:
+    def _refuse_others(self, module: nn.Module, there: Mapping[str, QuantizedLayer]) -> None:
         """Raise where layers were quantized before in another way, which would go on."""
+        if outputs_rounded(module):
+            raise AccelError(
+                "sums of integers (`sums=True`) are made after training",
+                f"ranges of outputs at {', '.join(f'`{n}`' for n in [*outputs_rounded(module)][:4])}",
+                "call `lightning_accel.unquantize(module)` first",
+            )
         others = {name: layer.accel_grid for name, layer in there.items()}
         grid = self.grid
         wrong = [
