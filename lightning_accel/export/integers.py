@@ -58,7 +58,7 @@ def quantized(
 ) -> tuple[FlatNetwork, list[str]]:
     """Quantize a network in place where that is asked for; return it in floating point, and what is to be said.
 
-    Eight bits are those of weights and of what comes in; fewer are of weights alone. Of a network that was quantized before
+    Eight bits are those of weights, of what comes in and of sums; fewer are of weights alone. Of a network that was quantized before
     nobody knows what its weights were: in floating point it has those that it has.
     """
     if word is not None and not is_quantized(network):
@@ -71,6 +71,7 @@ def quantized(
             observer="mse",
             rounding="least_squares",
             correct_bias=True,
+            sums=word == "int8",
         )
         receipt = quantize_by(network, plan, _flat_calls(network, calibration))
         left = [f"`{c.name}` stays in floating point: {c.what}" for c in receipt.skipped]

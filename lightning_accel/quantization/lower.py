@@ -73,11 +73,21 @@ class IntegerLayer(QuantizedLayer):
         """Return what comes in, made integers and read back."""
         # A cast that changes nothing would be a second reader in the graph, and keep compilers from fusing both.
         values = values if values.dtype is torch.float32 else values.float()
+        if self.accel_grid.activations == "dynamic":
+            return _read_on_its_own_range(values)
         if self.input_scale is None:
             return values
         how = (self.input_scale, self.input_zero, 0, grids.TOP, torch.uint8)
         whole = torch.ops.quantized_decomposed.quantize_per_tensor.default(values, *how)
         return torch.ops.quantized_decomposed.dequantize_per_tensor.default(whole, *how)
+
+
+def _read_on_its_own_range(values: Tensor) -> Tensor:
+    ops, how = torch.ops.quantized_decomposed, (0, grids.TOP, torch.uint8)
+    smallest = torch.finfo(torch.float32).tiny
+    scale, zero = ops.choose_qparams.tensor(values, 0, grids.TOP, smallest, torch.uint8)
+    whole = ops.quantize_per_tensor.tensor(values, scale, zero, *how)
+    return ops.dequantize_per_tensor.tensor(whole, scale, zero, *how)
 
 
 def _is_miscompiled(layer: Any) -> bool:
@@ -138,7 +148,7 @@ def _lower(layer: Any, keep: bool) -> None:
     axis, grid = layer.channels_axis, layer.accel_grid
     parts = [*zip(layer.parts(), layer.part_scales(), strict=True)]
     step, zero = grids.parameters_of(layer.accel_range)
-    reads = grid.activations is not None and bool(layer.accel_range[0] <= layer.accel_range[1])
+    reads = grid.has_range and bool(layer.accel_range[0] <= layer.accel_range[1])
     layer.input_scale, layer.input_zero = (float(step) if reads else None), int(zero)
     owners = [(layer, name) for name in layer._parameters if name.endswith("weight")]
     owners += [(m, "weight") for m in layer.children() if "weight" in m._parameters]

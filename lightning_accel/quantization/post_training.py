@@ -56,6 +56,12 @@ class Plan(NamedTuple):
     metric: Metric | None
     max_drop: float | None
 
+    @property
+    def reads(self) -> bool:
+        """Whether anything is found by calibration."""
+        finds = self.grid.has_range or self.rounding != "nearest"
+        return finds or self.correct_bias or self.metric is not None
+
 
 def plan_of(
     *,
@@ -91,9 +97,9 @@ def plan_of(
             )
         )
     grid = grids.check(weights, activations, group)
-    if flag("sums", sums) and activations is None:
+    if flag("sums", sums) and not grid.has_range:
         do = "pass activations='int8', or leave out `sums`"
-        raise ValueError(explain("`sums` of integers need integers", "activations=None", do))
+        raise ValueError(explain("`sums` of integers need integers", f"activations={activations!r}", do))
     return Plan(grid, select, observer, rounding, correct_bias, sums, metric, max_drop)
 
 
@@ -121,9 +127,11 @@ def quantize(
     Args:
         model: The network; its train flags and random states stay.
         calibration: A few batches of the training data, as a DataLoader gives them: the first items of each that
-            `forward` takes; a dict of its keywords; or a tensor.
+            `forward` takes; a dict of its keywords; or a tensor. `None` where nothing is found by them: without "int8"
+            activations, with rounding="nearest", correct_bias=False and no metric.
         weights: "int8", "int4", "int3" or "int2".
-        activations: "int8" for what comes into layers, or `None` for weights alone.
+        activations: "int8" for what comes into layers, on ranges found here; "dynamic", on that of each call, for linear
+            layers: an answer depends on what else is in its batch then; or `None` for weights alone.
         group: Inputs of a linear layer that share a scale, for weights alone; `None` is one per output.
         select: Which layers: a `Select`, a name pattern or several; all by default.
         observer: The range of what comes in: "minmax", "percentile" (99.99 %), or "mse", of least error.
@@ -162,6 +170,8 @@ def quantize(
     )
     whole("batches", batches)
     _require_module(model)
+    if calibration is None and not plan.reads:
+        return quantize_by(model, plan, [])
     return quantize_by(model, plan, calls_from(model, calibration, batches))
 
 
@@ -178,7 +188,8 @@ def quantize_by(model: nn.Module, plan: Plan, batches: Sequence[Sequence[Call]])
         raise choose.no_effect(model, skipped)
     _carry_over(copy, model, made)
     changes = tuple(change for change in receipt.changes if change.name in made)
-    return Receipt(changes, (), skipped, (f"outputs on the calibration: {lost:.1f} dB", *notes))
+    told = [f"outputs on the calibration: {lost:.1f} dB"] if batches else []
+    return Receipt(changes, (), skipped, (*told, *notes))
 
 
 def unquantize(model: nn.Module) -> int:
@@ -211,9 +222,11 @@ def _planned(
     leave_fast_paths(copy)
     ranges = observe(copy, layers, batches, plan.observer)
     for name, range_ in ranges.items():
-        layers[name].set_range(range_)
-        layers[name].fit_scale()
-    idle = [name for name, layer in layers.items() if name not in ranges or is_idle(layer)]
+        if plan.grid.has_range:
+            layers[name].set_range(range_)
+    for layer in layers.values():
+        layer.fit_scale()
+    idle = [n for n, layer in layers.items() if batches and (n not in ranges or is_idle(layer))]
     for name in idle:
         unbecome(layers.pop(name))
     wide = refine(copy, layers, batches, rounding=plan.rounding, correct_bias=plan.correct_bias)

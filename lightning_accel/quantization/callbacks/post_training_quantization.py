@@ -35,7 +35,8 @@ class PostTrainingQuantization(Technique):
 
     Args:
         weights: "int8", "int4", "int3" or "int2".
-        activations: "int8" for what comes into layers, or `None` for weights alone.
+        activations: "int8" for what comes into layers, "dynamic" for ranges of each call, of linear layers; or `None` for
+            weights alone.
         group: Inputs of a linear layer that share a scale, for weights alone; `None` is one scale per output.
         select: Which layers: a `Select`, a name pattern or several; all by default.
         observer: "minmax", "percentile" or "mse".

@@ -49,7 +49,8 @@ class QuantizationAwareTraining(Technique):
 
     Args:
         weights: "int8", "int4", "int3" or "int2".
-        activations: "int8" for what comes into layers, or `None` for weights alone.
+        activations: "int8" for what comes into layers, "dynamic" for ranges of each call, of linear layers; or `None` for
+            weights alone.
         group: Inputs of a linear layer that share a scale, for weights alone; `None` is one scale per output.
         when: Epoch from which to quantize, counted from 0; or the share of the fit (0.4 of 20 epochs is epoch 8).
         freeze: The same for when ranges stay as they are and batch norms use their running statistics; `None` is never.
@@ -207,7 +208,7 @@ class QuantizationAwareTraining(Technique):
         self._turned_in = (trainer.current_epoch, id(trainer))
         frozen = self._freeze is not None and self._is_due(self._freeze, trainer)
         layers = layers_of(pl_module)
-        reads = [layer for layer in layers.values() if layer.accel_grid.activations is not None]
+        reads = [layer for layer in layers.values() if layer.accel_grid.has_range]
         if reads and all(map(is_idle, reads)):
             frozen = False  # in a trial run, or a fit from plain weights: ranges are found first
         if any(layer.accel_mode == "plain" for layer in layers.values()):
