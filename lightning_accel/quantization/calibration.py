@@ -169,6 +169,28 @@ def observe_outputs(
     return _narrowed(model, listen, batches, extents, observer)
 
 
+@torch.no_grad()
+def observe_channels(
+    model: nn.Module, layer: nn.Module, batches: Sequence[Sequence[Call]], dim: int
+) -> Tensor:
+    """Return the largest absolute value of each channel of what comes into a layer.
+
+    >>> net = nn.Linear(2, 1)
+    >>> observe_channels(net, net, [[Call("", (torch.tensor([[1.0, -3.0], [2.0, 0.0]]),), {})]], -1)
+    tensor([2., 3.])
+    """
+    found: list[Tensor] = []
+
+    def take(_: str, values: Any) -> None:
+        rows = values.detach().float().abs().movedim(dim, 0).flatten(1)
+        found.append(rows.amax(1))
+
+    with listening({"": layer}, take):
+        for calls in batches:
+            run(model, calls)
+    return torch.stack(found).amax(0)
+
+
 def _narrowed(
     model: nn.Module,
     listen: Callable[[Callable[[str, Any], Any]], AbstractContextManager[None]],

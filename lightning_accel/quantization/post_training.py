@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from lightning_accel.arguments import flag, instance, number, one_of, whole
-from lightning_accel.errors import explain
+from lightning_accel.errors import NoEffect, explain
 from lightning_accel.quantization import choose
 from lightning_accel.quantization import grid as grids
 from lightning_accel.quantization.budget import Metric, measured, outputs_of, sqnr_db, within
 from lightning_accel.quantization.calibration import OBSERVERS, calls_from, observe
+from lightning_accel.quantization.equalize import EQUALIZE, NORMS, equalize
 from lightning_accel.quantization.grid import Grid
 from lightning_accel.quantization.layers import (
     QuantizedLayer,
@@ -53,13 +54,14 @@ class Plan(NamedTuple):
     rounding: Any
     correct_bias: bool
     sums: bool
+    equalize: Any
     metric: Metric | None
     max_drop: float | None
 
     @property
     def reads(self) -> bool:
         """Whether anything is found by calibration."""
-        finds = self.grid.has_range or self.rounding != "nearest"
+        finds = self.grid.has_range or self.rounding != "nearest" or self.equalize is not None
         return finds or self.correct_bias or self.metric is not None
 
 
@@ -73,6 +75,7 @@ def plan_of(
     rounding: str,
     correct_bias: bool,
     sums: bool = False,
+    equalize: str | None = None,
     metric: Metric | None = None,
     max_drop: float | None = None,
 ) -> Plan:
@@ -100,7 +103,8 @@ def plan_of(
     if flag("sums", sums) and not grid.has_range:
         do = "pass activations='int8', or leave out `sums`"
         raise ValueError(explain("`sums` of integers need integers", f"activations={activations!r}", do))
-    return Plan(grid, select, observer, rounding, correct_bias, sums, metric, max_drop)
+    one_of("equalize", equalize, EQUALIZE, none=True)
+    return Plan(grid, select, observer, rounding, correct_bias, sums, equalize, metric, max_drop)
 
 
 def quantize(
@@ -115,6 +119,7 @@ def quantize(
     rounding: str = "least_squares",
     correct_bias: bool = True,
     sums: bool = False,
+    equalize: str | None = None,
     metric: Metric | None = None,
     max_drop: float | None = None,
     batches: int = 32,
@@ -138,6 +143,8 @@ def quantize(
         rounding: "nearest", or "least_squares": so that outputs change little (GPTQ). The latter changes the weights.
         correct_bias: Take the shift of the mean output off the bias.
         sums: Round what is added to outputs of layers as well, so that kernels add integers.
+        equalize: Make channels alike first: "cross_layer", the weights on both sides of a layer's output, or "smoothquant",
+            what comes from norms and the weights that read it. Both change weights, not what the network computes.
         metric: Gives a number for a network, higher is better.
         max_drop: By how much the metric may fall; layers that cost most stay in floating point until it does not.
         batches: Of `calibration`, how many are read.
@@ -165,6 +172,7 @@ def quantize(
         rounding=rounding,
         correct_bias=correct_bias,
         sums=sums,
+        equalize=equalize,
         metric=metric,
         max_drop=max_drop,
     )
@@ -220,6 +228,7 @@ def _planned(
     before = None if plan.metric is None else measured(plan.metric, copy)
     layers = {name: become(copy.get_submodule(name), plan.grid, "plain") for name in names}
     leave_fast_paths(copy)
+    told = [] if plan.equalize is None else _equalized(copy, layers, batches, plan)
     ranges = observe(copy, layers, batches, plan.observer)
     for name, range_ in ranges.items():
         if plan.grid.has_range:
@@ -234,17 +243,36 @@ def _planned(
         layer.accel_mode = "quantized"
     added = round_sums(copy, layers, batches, plan.observer) if plan.sums else {}
     left = [Change(name, "nothing comes into it on the calibration batches") for name in idle]
-    notes = [f"{name}: too wide for X^T X, rounded to the nearest" for name in wide]
+    notes = told + [f"{name}: too wide for X^T X, rounded to the nearest" for name in wide]
     notes += [f"`{n}` saw one single value in all of the calibration" for n in _constant(layers)]
     if plan.metric is not None and before is not None:
-        found, told = within(copy, layers, plan.metric, before, plan.max_drop, batches)
+        found, measures = within(copy, layers, plan.metric, before, plan.max_drop, batches)
         left += found
-        notes.append(told)
+        notes.append(measures)
     if plan.sums:
         for name in [name for name, place in added.items() if not place.needs <= {*layers}]:
             leave_output(copy.get_submodule(name))
         notes.append(f"sums of integers: {len(outputs_rounded(copy))}")
     return [*layers], left, notes
+
+
+def _equalized(
+    copy: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Any, plan: Plan
+) -> list[str]:
+    """Equalize channels of a copy; return what to tell.
+
+    Raises:
+        NoEffect: There is nothing to equalize.
+    """
+    made, left = equalize(copy, layers, batches, plan.equalize)
+    if not made:
+        raise NoEffect(
+            f"equalize={plan.equalize!r} has nothing to act on",
+            "; ".join(left[:4])
+            or "no norm (or layer, for cross_layer) whose outputs reach layers alone, past ReLU and the like",
+            "leave `equalize` out",
+        )
+    return [f"{len(made)} outputs equalized ({plan.equalize})", *left]
 
 
 def _constant(layers: Mapping[str, QuantizedLayer]) -> list[str]:
@@ -264,5 +292,12 @@ def _carry_over(copy: nn.Module, model: nn.Module, names: Sequence[str]) -> None
         with torch.no_grad():
             for key, parameter in layer.named_parameters(recurse=False):
                 parameter.copy_(done.get_parameter(key))
+    with torch.no_grad():  # of norms, whose channels were equalized
+        for name, module in copy.named_modules():
+            if isinstance(module, NORMS):
+                for key, parameter in module._parameters.items():
+                    old = model.get_submodule(name)._parameters[key]
+                    if old is not None and parameter is not None and not torch.equal(old, parameter):
+                        old.copy_(parameter)
     carry_over_outputs(copy, model)
     leave_fast_paths(model)

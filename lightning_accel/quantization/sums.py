@@ -8,14 +8,11 @@ on that of a range observed as for layers. A hook does it, which copies keep; wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_accel.arguments import instance, one_of, whole
 from lightning_accel.errors import NoEffect
@@ -25,20 +22,15 @@ from lightning_accel.quantization.calibration import (
     OBSERVERS,
     Observer,
     calls_from,
+    in_mode,
     observe_outputs,
 )
-from lightning_accel.quantization.layers import QuantizedEmbedding, QuantizedLayer, layers_of
+from lightning_accel.quantization.flow import Flow, Key, flow
+from lightning_accel.quantization.layers import QuantizedLayer, layers_of
 from lightning_accel.surgery import Change, Receipt, twin
 from lightning_accel.surgery.acting import nothing_heard
-from lightning_accel.surgery.call import Call, run
+from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
-
-_ADDS = ("add", "__add__", "__radd__", "add_", "__iadd__")
-Key = tuple[int, int]
-"""Which tensor, and how often it was changed in place."""
-_PASSES = ("batch_norm",)
-"""Functions between a layer and a sum that the layer takes in when it is deployed."""
-
 
 class RoundedOutput:
     """A forward hook that rounds what a module gives to integers of eight bits.
@@ -197,9 +189,8 @@ def places(
     A sum counts whose other summand comes from a layer too, or is read by one: the rest of a network that adds in floating
     point, as transformers do between norms, gains nothing.
     """
-    seen = _Trace(layers)
-    with torch.no_grad(), _watching(model, layers, seen), seen:
-        run(model, calls)
+    with in_mode(layers, "plain"):
+        seen = flow(model, layers, calls)
     found: dict[str, Place] = {}
     for pair in seen.sums:
         for place in _places(seen, pair):
@@ -207,84 +198,16 @@ def places(
     return [*found.values()]
 
 
-class _Trace(TorchFunctionMode):
-    """Who gave which tensor, who read it, and what was added: by what tensors held."""
-
-    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
-        super().__init__()
-        self.layers = layers
-        self.kept: list[Tensor] = []
-        self.givers: dict[Key, list[str]] = {}  # the innermost module first
-        self.readers: dict[Key, str] = {}
-        self.origins: dict[Key, str] = {}  # the layer that a tensor comes from, past norms
-        self.calls: dict[str, int] = {}
-        self.sums: list[tuple[Key, Key]] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        pair = [a for a in args[:2] if isinstance(a, Tensor)]
-        if name in _ADDS and len(pair) == 2 and pair[0].shape == pair[1].shape:
-            self.sums.append((self.key(pair[0]), self.key(pair[1])))
-        origin = self.origins.get(self.key(pair[0])) if pair and name in _PASSES else None
-        made = func(*args, **(kwargs or {}))
-        if origin and isinstance(made, Tensor):
-            self.origins[self.key(made)] = origin
-        return made
-
-    def key(self, value: Tensor) -> Key:
-        """Return the identity of what a tensor holds now; it is kept alive so that no other one gets it."""
-        self.kept.append(value)
-        return id(value), value._version
-
-    def given(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        """Note what a module gave."""
-        self.calls[name] = self.calls.get(name, 0) + 1
-        if isinstance(output, Tensor) and output.is_floating_point():
-            self.givers.setdefault(self.key(output), []).append(name)
-            if name in self.layers and not isinstance(module, QuantizedEmbedding):
-                self.origins[self.key(output)] = name
-
-    def read(self, name: str, module: nn.Module, args: Any) -> None:
-        """Note what a layer reads."""
-        if args and isinstance(args[0], Tensor):
-            self.readers.setdefault(self.key(args[0]), name)
-
-    def giver(self, key: Key) -> str:
-        """Return the innermost module that gave a tensor and no other one, or nothing."""
-        return next((name for name in self.givers.get(key, []) if self.calls[name] == 1), "")
-
-
-@contextmanager
-def _watching(
-    model: nn.Module, layers: Mapping[str, QuantizedLayer], seen: _Trace
-) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(partial(seen.given, name))
-        for name, module in model.named_modules()
-        if name
-    ]
-    handles += [
-        layer.register_forward_pre_hook(partial(seen.read, name)) for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _places(seen: _Trace, pair: tuple[Key, Key]) -> list[Place]:
+def _places(seen: Flow, pair: tuple[Key, Key]) -> list[Place]:
     """Return whose outputs to round so that integers can be added, both or none."""
     of_layers = {key for key in pair if key in seen.origins}
     others = {*pair} - of_layers
     if not of_layers or not all(key in seen.readers for key in others):
         return []
     names = [seen.giver(key) for key in (*of_layers, *others)]
-    needs = {seen.origins[key] for key in of_layers} | {seen.readers[key] for key in others}
+    needs = {seen.origins[key] for key in of_layers} | {seen.readers[key][0] for key in others}
     places = [
-        Place(name, seen.readers.get(key, ""), frozenset(needs))
+        Place(name, seen.readers.get(key, [""])[0], frozenset(needs))
         for name, key in zip(names, (*of_layers, *others), strict=True)
     ]
     return places if all(names) else []
