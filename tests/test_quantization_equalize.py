@@ -104,6 +104,14 @@ def test_what_would_compute_something_else_is_put_back(monkeypatch: pytest.Monke
         quantize(net, calibration=torch.randn(32, 4), equalize="cross_layer")
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert type(net[0]) is nn.Linear
+    monkeypatch.setattr(flow, "_HOMOGENEOUS", ("gelu", "relu"))
+    both = nn.Sequential(*net, nn.ReLU(), nn.Linear(4, 4))
+    wanted = both(x := torch.randn(32, 4)).detach()
+    receipt = quantize(both, calibration=x, equalize="cross_layer", **PLAINLY)
+    assert "1 outputs equalized (cross_layer)" in receipt.notes
+    assert "`0` is not equalized: the network would compute something else" in receipt.notes
+    unquantize(both)
+    assert sqnr_db([wanted], [both(x).detach()]) > 100
 
 
 def tied() -> nn.Module:
