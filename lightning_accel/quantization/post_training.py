@@ -29,7 +29,7 @@ from lightning_accel.quantization.layers import (
     leave_fast_paths,
     unbecome,
 )
-from lightning_accel.quantization.rounding import refine
+from lightning_accel.quantization.rounding import ROUNDINGS, refine
 from lightning_accel.quantization.state import become_like, state_of
 from lightning_accel.quantization.sums import (
     carry_over_outputs,
@@ -42,7 +42,6 @@ from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
 
-ROUNDINGS = ("nearest", "least_squares")
 
 
 class Plan(NamedTuple):
