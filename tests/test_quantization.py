@@ -283,7 +283,9 @@ def test_rounding_by_outputs_comes_near_the_best_of_all() -> None:
         return (x @ (made - rows).mT).square().sum((1, 2))
 
     every = torch.tensor([*itertools.product(range(-3, 4), repeat=4)], dtype=torch.float64)
-    best = torch.stack([errors((every[i] * scale[:, 0])[:, None]) for i in range(len(every))]).amin(0)
+    best = torch.stack([errors((every[i] * scale[:, 0])[:, None]) for i in range(len(every))]).amin(
+        0
+    )
 
     def ratio(made: Tensor) -> float:
         assert torch.equal((made / scale).round(), (made / scale).round(decimals=6))

@@ -25,7 +25,11 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
-        self.up, self.norm, self.c = nn.ConvTranspose2d(4, 5, 2), nn.BatchNorm2d(5), nn.Conv2d(5, 8, 1)
+        self.up, self.norm, self.c = (
+            nn.ConvTranspose2d(4, 5, 2),
+            nn.BatchNorm2d(5),
+            nn.Conv2d(5, 8, 1),
+        )
         self.beside = nn.Linear(8, 8)
         self.layer_norm, self.q, self.k = nn.LayerNorm(8), nn.Linear(8, 7), nn.Linear(8, 7)
 
@@ -43,7 +47,9 @@ def net() -> Net:
     made = Net().eval()
     with torch.no_grad():
         for parameter in made.parameters():  # channels that differ by orders of magnitude
-            parameter *= torch.logspace(-1, 1, len(parameter)).view(-1, *[1] * (parameter.dim() - 1))
+            parameter *= torch.logspace(-1, 1, len(parameter)).view(
+                -1, *[1] * (parameter.dim() - 1)
+            )
         made.layer_norm.weight[2] = -40
         made.norm.running_mean.normal_()  # type: ignore[union-attr]
     return made

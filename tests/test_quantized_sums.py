@@ -174,9 +174,9 @@ def test_copies_files_and_fits_know_of_them(
         else:
             assert len(outputs_rounded(other)) == 5
     with pytest.raises(AccelError, match="are made after training"):
-        Trainer(
-            **trainer_kwargs | {"max_epochs": 1}, callbacks=[QuantizationAwareTraining()]
-        ).fit(net, data)
+        Trainer(**trainer_kwargs | {"max_epochs": 1}, callbacks=[QuantizationAwareTraining()]).fit(
+            net, data
+        )
     stored = quantization_of(net)
     stored["blocks.0:output"] = {"range": [0.0, "1"]}
     with pytest.raises(StructureMismatch, match="blocks.0:output"):
@@ -204,7 +204,9 @@ def test_values_are_rounded_once_and_the_graph_gives_the_same(net: Net) -> None:
         graph: Any = torch.export.export(lowered(net), (x,)).module()
         fold_norms(graph)
         before = graph(x)
-        assert merge_roundings(graph) == 7  # a maximum; values and integers: two layers that read sums, two layers that read one map
+        assert (
+            merge_roundings(graph) == 7
+        )  # a maximum; values and integers: two layers that read sums, two layers that read one map
         assert torch.equal(graph(x), before)
         assert sqnr_db([net(x)], [before]) > 42
     nodes = [*graph.graph.nodes]

@@ -176,7 +176,6 @@ def _build_onnx(program: Any, example: Sequence[Tensor], schema: Schema, path: P
 def _translations() -> dict[Any, Any]:
     """Return how to say ranges that each call finds, which the exporter does not know."""
     from onnxscript import opset18 as op
-
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (operators of integers)
 
     def choose(x: Any, low: Any, high: Any, smallest: Any, dtype: Any) -> Any:

@@ -14,7 +14,7 @@ Pairs are found in one forward, and the network has to compute as before: what d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,7 @@ SAME_DB = 80.0
 _PASSES = 10
 _SMOOTHED = 0.5
 _LARGEST = 1e3
-NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
-)
+NORMS = (*(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),)
 
 
 class Pair(NamedTuple):
@@ -74,8 +72,12 @@ def equalize(
                 continue
             for parameter, old in zip(_touched(model, pair), kept, strict=True):
                 parameter.copy_(old)
-            left.append(f"`{pair.giver}` is not equalized: the network would compute something else")
-        for _ in range(_PASSES if how == "cross_layer" else 0):  # a layer between two pairs is of both
+            left.append(
+                f"`{pair.giver}` is not equalized: the network would compute something else"
+            )
+        for _ in range(
+            _PASSES if how == "cross_layer" else 0
+        ):  # a layer between two pairs is of both
             for pair in made:
                 _divide(model, pair, _factors(model, pair, batches, how))
         return made, left
@@ -129,11 +131,10 @@ def _shared(model: nn.Module) -> set[int]:
 
 
 def _touched(model: nn.Module, pair: Pair) -> list[Tensor]:
-    giver = model.get_submodule(pair.giver)
-    own = [p for p in (giver.weight, giver.bias if hasattr(giver, "bias") else None)]
-    return [p for p in own if isinstance(p, Tensor)] + [
-        model.get_submodule(name).weight for name in pair.readers  # type: ignore[misc]
-    ]
+    giver: Any = model.get_submodule(pair.giver)
+    readers: list[Any] = [model.get_submodule(name) for name in pair.readers]
+    held = [giver.weight, getattr(giver, "bias", None), *(reader.weight for reader in readers)]
+    return [one for one in held if isinstance(one, Tensor)]
 
 
 def _factors(
@@ -143,7 +144,9 @@ def _factors(
     weights = torch.stack([_largest(_columns(model, name)) for name in pair.readers]).amax(0)
     if how == "smoothquant":
         reader = model.get_submodule(pair.readers[0])
-        inputs = observe_channels(model, reader, batches, 1 if hasattr(reader, "kernel_size") else -1)
+        inputs = observe_channels(
+            model, reader, batches, 1 if hasattr(reader, "kernel_size") else -1
+        )
         found = inputs**_SMOOTHED / weights ** (1 - _SMOOTHED)
     else:
         giver = model.get_submodule(pair.giver)
@@ -153,26 +156,32 @@ def _factors(
 
 
 def _divide(model: nn.Module, pair: Pair, factor: Tensor) -> None:
-    giver = model.get_submodule(pair.giver)
+    giver: Any = model.get_submodule(pair.giver)
     rows = _rows(giver)
     rows /= factor.view(-1, *[1] * (rows.dim() - 1)).to(rows.dtype)
     if isinstance(getattr(giver, "bias", None), Tensor):
-        giver.bias /= factor.to(giver.bias.dtype)  # type: ignore[operator, union-attr]
+        giver.bias /= factor.to(giver.bias.dtype)
     for name in pair.readers:
         columns = _columns(model, name)
         columns *= factor.view(-1, *[1] * (columns.dim() - 1)).to(columns.dtype)
 
 
-def _rows(module: nn.Module) -> Tensor:
+def _rows(module: Any) -> Tensor:
     """Return a view of the weight whose first dimension is that of the outputs."""
-    return module.weight.transpose(0, getattr(module, "channels_axis", 0))  # type: ignore[operator, union-attr, return-value]
+    weight: Tensor = module.weight
+    return weight.transpose(0, getattr(module, "channels_axis", 0))
 
 
 def _columns(model: nn.Module, name: str) -> Tensor:
     """Return a view of the weight whose first dimension is that of the inputs."""
-    layer = model.get_submodule(name)
-    return layer.weight.transpose(0, 1 - layer.channels_axis)  # type: ignore[operator, union-attr, return-value]
+    layer: Any = model.get_submodule(name)
+    weight: Tensor = layer.weight
+    return weight.transpose(0, 1 - layer.channels_axis)
 
 
 def _largest(rows: Tensor) -> Tensor:
-    return rows.detach().float().abs().flatten(1).amax(1) if rows.dim() > 1 else rows.detach().float().abs()
+    return (
+        rows.detach().float().abs().flatten(1).amax(1)
+        if rows.dim() > 1
+        else rows.detach().float().abs()
+    )

@@ -24,7 +24,16 @@ _ADDS = ("add", "__add__", "__radd__", "add_", "__iadd__")
 _NORMS = ("batch_norm",)
 """Functions between a layer and a sum that the layer takes in when it is deployed."""
 _HOMOGENEOUS = (
-    *("relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "max_pool1d", "max_pool2d", "max_pool3d"),
+    *(
+        "relu",
+        "relu_",
+        "leaky_relu",
+        "leaky_relu_",
+        "dropout",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+    ),
     *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
 )
 """Functions that give a channel times a positive factor where they get it."""
@@ -60,7 +69,13 @@ class Flow(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         kwargs = kwargs or {}
         held = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        held += [a for given in args if isinstance(given, (list, tuple)) for a in given if isinstance(a, Tensor)]
+        held += [
+            a
+            for given in args
+            if isinstance(given, (list, tuple))
+            for a in given
+            if isinstance(a, Tensor)
+        ]
         if self.inside or name == "__get__":
             return func(*args, **kwargs)
         keys = [self.key(value) for value in held]

@@ -43,7 +43,6 @@ from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
 
 
-
 class Plan(NamedTuple):
     """How to quantize: what `quantize` takes."""
 
@@ -101,7 +100,9 @@ def plan_of(
     grid = grids.check(weights, activations, group)
     if flag("sums", sums) and not grid.has_range:
         do = "pass activations='int8', or leave out `sums`"
-        raise ValueError(explain("`sums` of integers need integers", f"activations={activations!r}", do))
+        raise ValueError(
+            explain("`sums` of integers need integers", f"activations={activations!r}", do)
+        )
     one_of("equalize", equalize, EQUALIZE, none=True)
     return Plan(grid, select, observer, rounding, correct_bias, sums, equalize, metric, max_drop)
 
@@ -139,7 +140,8 @@ def quantize(
         group: Inputs of a linear layer that share a scale, for weights alone; `None` is one per output.
         select: Which layers: a `Select`, a name pattern or several; all by default.
         observer: The range of what comes in: "minmax", "percentile" (99.99 %), or "mse", of least error.
-        rounding: "nearest", or "least_squares": so that outputs change little (GPTQ). The latter changes the weights.
+        rounding: "nearest"; "least_squares": so that outputs change little (GPTQ, and descent after it); or "adaround": up
+            or down as learned for that, which takes some thirty times as long. The latter two change the weights.
         correct_bias: Take the shift of the mean output off the bias.
         sums: Round what is added to outputs of layers as well, so that kernels add integers.
         equalize: Make channels alike first: "cross_layer", the weights on both sides of a layer's output, or "smoothquant",
@@ -294,9 +296,9 @@ def _carry_over(copy: nn.Module, model: nn.Module, names: Sequence[str]) -> None
     with torch.no_grad():  # of norms, whose channels were equalized
         for name, module in copy.named_modules():
             if isinstance(module, NORMS):
-                for key, parameter in module._parameters.items():
+                for key, given in module._parameters.items():
                     old = model.get_submodule(name)._parameters[key]
-                    if old is not None and parameter is not None and not torch.equal(old, parameter):
-                        old.copy_(parameter)
+                    if old is not None and given is not None and not torch.equal(old, given):
+                        old.copy_(given)
     carry_over_outputs(copy, model)
     leave_fast_paths(model)

@@ -3,7 +3,7 @@
 Rounding each weight to the nearest integer is the best choice for the weights, and not for what the layer computes. With
 X^T X of what comes in, the columns of the weight matrix are rounded one after another, and what each rounding does wrong is
 made up for by those that are not rounded yet (GPTQ, Frantar et al. 2023, arXiv:2210.17323; its ancestor is Optimal Brain
-Surgeon, Hassibi and Stork 1993). What is left of a shift of the mean output is taken off the bias (Nagel et al. 2019,
+Surgeon, Hassibi and Stork 1993). Then each integer is set to the best one beside the others, a few times over. What is left of a shift of the mean output is taken off the bias (Nagel et al. 2019,
 arXiv:1906.04721).
 
 Names of tensors end in their dimensions: G groups of a layer, N positions, I inputs x kernel, O outputs.
@@ -105,7 +105,12 @@ def _refine(layer: QuantizedLayer, sums: Sums, rounding: Rounding, correct_bias:
     rows_GOI = matrix(layer, layer.weight)
     if sums.gram_GII is not None:
         round_ = adaround if rounding == "adaround" else by_products
-        held = (rows_GOI, _pulled(sums.gram_GII), _scale_of_each(layer, scale), layer.accel_grid.top)
+        held = (
+            rows_GOI,
+            _pulled(sums.gram_GII),
+            _scale_of_each(layer, scale),
+            layer.accel_grid.top,
+        )
         made_GOI = descended(round_(*held), *held)
         layer.set_scale(scale)
         layer.weight.copy_(like_weight(layer, made_GOI))

@@ -32,6 +32,7 @@ from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
 
+
 class RoundedOutput:
     """A forward hook that rounds what a module gives to integers of eight bits.
 

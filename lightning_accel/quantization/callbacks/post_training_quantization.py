@@ -41,7 +41,7 @@ class PostTrainingQuantization(Technique):
         group: Inputs of a linear layer that share a scale, for weights alone; `None` is one scale per output.
         select: Which layers: a `Select`, a name pattern or several; all by default.
         observer: "minmax", "percentile" or "mse".
-        rounding: "nearest" or "least_squares".
+        rounding: "nearest", "least_squares" or "adaround".
         correct_bias: Take the shift of the mean output off the bias.
         sums: Round what is added to outputs of layers as well, so that kernels add integers.
         equalize: Make channels alike first, "cross_layer" or "smoothquant".
