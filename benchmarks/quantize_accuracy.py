@@ -1,7 +1,8 @@
 """What each number of bits costs in accuracy: after training, with better rounding, trained for it, and with a teacher.
 
 A ResNet on handwritten digits, small enough that bits count. Every seed trains one dense network; all ways begin with it.
-*rounded*: nearest integers, whole ranges. *calibrated*: ranges of least error, rounding by least squares, biases corrected.
+*rounded*: nearest integers, whole ranges. *calibrated*: ranges of least error, rounding by least squares, biases corrected;
+and the same with sums of integers, with channels equalized first, and with roundings that are learned (AdaRound).
 *trained*: some more epochs of quantization-aware training. *taught*: the same, with the dense network as teacher. As many
 epochs of plain training are the control. For eight bits ONNX Runtime's own static quantization is measured beside them.
 
@@ -42,6 +43,13 @@ GRIDS: dict[str, dict[str, Any]] = {
     "W4A32": {"weights": "int4", "activations": None},
     "W2A8": {"weights": "int2"},
     "W2A32": {"weights": "int2", "activations": None},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "rounded": {"observer": "minmax", "rounding": "nearest", "correct_bias": False},
+    "calibrated": {},
+    "calibrated, sums of integers": {"sums": True},
+    "calibrated, cross-layer equalized": {"equalize": "cross_layer"},
+    "adaround": {"rounding": "adaround"},
 }
 DENSE_EPOCHS, MORE_EPOCHS = 12, 6
 
@@ -127,8 +135,9 @@ def one_seed(seed: int, width: int) -> dict[str, float]:
         "W8A8 by ONNX Runtime": of_onnxruntime(dense, calibration, images, labels),
     }
     for name, grid in GRIDS.items():
-        plainly = {"observer": "minmax", "rounding": "nearest", "correct_bias": False}
-        for way, options in (("rounded", plainly), ("calibrated", {})):
+        for way, options in WAYS.items():
+            if "sums" in options and "activations" in grid:
+                continue
             made = copy.deepcopy(dense)
             quantize(made, calibration=calibration, **grid, **options)  # type: ignore[arg-type]
             found[f"{name} {way}"] = accuracy(lowered(made), images, labels)

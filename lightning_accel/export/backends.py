@@ -163,12 +163,47 @@ def _build_onnx(program: Any, example: Sequence[Tensor], schema: Schema, path: P
         verbose=False,
         input_names=[spec.name for spec in schema.inputs],
         output_names=[spec.name for spec in schema.outputs],
+        custom_translation_table=_translations(),
     )
     assert made is not None
+    _say_types_of_ranges(made.model.graph)
     _multiply_integers(made.model.graph)
     for node in made.model.graph:
         node.metadata_props.clear()  # lines of the user's code, and where it lies
     made.save(path)
+
+
+def _translations() -> dict[Any, Any]:
+    """Return how to say ranges that each call finds, which the exporter does not know."""
+    from onnxscript import opset18 as op
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401  (operators of integers)
+
+    def choose(x: Any, low: Any, high: Any, smallest: Any, dtype: Any) -> Any:
+        _, scale, zero = op.DynamicQuantizeLinear(x)
+        return scale, zero
+
+    def whole(x: Any, scale: Any, zero: Any, low: Any, high: Any, dtype: Any) -> Any:
+        return op.QuantizeLinear(x, scale, zero)
+
+    def read(x: Any, scale: Any, zero: Any, low: Any, high: Any, dtype: Any) -> Any:
+        return op.DequantizeLinear(x, scale, zero)
+
+    ops: Any = torch.ops.quantized_decomposed
+    return {
+        ops.choose_qparams.tensor: choose,
+        ops.quantize_per_tensor.tensor: whole,
+        ops.dequantize_per_tensor.tensor: read,
+    }
+
+
+def _say_types_of_ranges(graph: Any) -> None:
+    """Say what ONNX gives where torch has scales of 64 bits and zero points that are long."""
+    import onnx_ir
+
+    for node in graph:
+        if node.op_type == "DynamicQuantizeLinear":
+            node.outputs[1].dtype = onnx_ir.DataType.FLOAT
+            node.outputs[2].dtype = onnx_ir.DataType.UINT8
 
 
 def _multiply_integers(graph: Any) -> None:

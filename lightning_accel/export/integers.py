@@ -26,6 +26,7 @@ from lightning_accel.quantization.fold import fold_norms
 from lightning_accel.quantization.grid import WEIGHTS
 from lightning_accel.quantization.layers import is_idle, layers_of
 from lightning_accel.quantization.lower import lowered
+from lightning_accel.quantization.merge import merge_roundings
 from lightning_accel.quantization.post_training import plan_of, quantize_by, unquantize
 from lightning_accel.surgery.call import Call
 
@@ -57,7 +58,7 @@ def quantized(
 ) -> tuple[FlatNetwork, list[str]]:
     """Quantize a network in place where that is asked for; return it in floating point, and what is to be said.
 
-    Eight bits are those of weights and of what comes in; fewer are of weights alone. Of a network that was quantized before
+    Eight bits are those of weights, of what comes in and of sums; fewer are of weights alone. Of a network that was quantized before
     nobody knows what its weights were: in floating point it has those that it has.
     """
     if word is not None and not is_quantized(network):
@@ -70,6 +71,7 @@ def quantized(
             observer="mse",
             rounding="least_squares",
             correct_bias=True,
+            sums=word == "int8",
         )
         receipt = quantize_by(network, plan, _flat_calls(network, calibration))
         left = [f"`{c.name}` stays in floating point: {c.what}" for c in receipt.skipped]
@@ -128,9 +130,9 @@ def storing_integers(network: FlatNetwork) -> FlatNetwork:
 
 
 def folded(program: Any, example: Sequence[Tensor], shapes: Any) -> Any:
-    """Return a program without the batch norms behind layers of integers."""
+    """Return a program without the batch norms behind layers of integers, and without roundings that change nothing."""
     graph = program.module()
-    if not fold_norms(graph):
+    if not fold_norms(graph) + merge_roundings(graph):
         return program
     return torch.export.export(graph, tuple(example), dynamic_shapes=shapes, strict=False)
 

@@ -6,6 +6,7 @@ from lightning_accel.lazy import lazily
 from lightning_accel.quantization.lower import lowered
 from lightning_accel.quantization.post_training import quantize, unquantize
 from lightning_accel.quantization.state import quantization_of
+from lightning_accel.quantization.sums import quantize_sums
 
 if TYPE_CHECKING:
     from lightning_accel.quantization.callbacks.post_training_quantization import (
@@ -21,6 +22,7 @@ __all__ = [
     "lowered",
     "quantization_of",
     "quantize",
+    "quantize_sums",
     "unquantize",
 ]
 

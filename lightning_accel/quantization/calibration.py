@@ -9,7 +9,7 @@ over the extent that the first time gave.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import Parameter, signature
 from itertools import islice
@@ -25,6 +25,7 @@ from lightning_accel.quantization.layers import QuantizedLayer
 from lightning_accel.surgery.call import Call, run
 
 Observer = Literal["minmax", "percentile", "mse"]
+OBSERVERS = ("minmax", "percentile", "mse")
 _BINS = 2048
 _CLIPPED = 1e-4
 """Share of the values that "percentile" leaves outside, half on each side."""
@@ -136,16 +137,78 @@ def observe(
                 "look at the data and the weights, or leave these layers out by `select`",
             )
         )
-    if observer == "minmax":
+    with in_mode(layers, "plain"):
+        return _narrowed(model, partial(listening, layers), batches, extents, observer)
+
+
+@torch.no_grad()
+def observe_outputs(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Sequence[Call]],
+    observer: Observer = "minmax",
+) -> dict[str, Tensor]:
+    """Return the range of what modules give, of shape (2,); the model must be in eval mode.
+
+    >>> observe_outputs(nn.Sequential(nn.ReLU()), ["0"], [[Call("", (torch.tensor([-1.0, 3.0]),), {})]])
+    {'0': tensor([0., 3.])}
+    """
+    modules = {name: model.get_submodule(name) for name in names}
+    extents: dict[str, Tensor] = {}
+
+    def widen(name: str, values: Any) -> None:
+        if isinstance(values, Tensor) and values.numel():
+            new = torch.stack(values.aminmax()).float()
+            both = torch.stack((new, extents.get(name, new)))
+            extents[name] = torch.stack((both[:, 0].amin(), both[:, 1].amax()))
+
+    listen = partial(listening, modules, outputs=True)
+    with listen(widen):
+        for calls in batches if names else ():
+            run(model, calls)
+    return _narrowed(model, listen, batches, extents, observer)
+
+
+@torch.no_grad()
+def observe_channels(
+    model: nn.Module, layer: nn.Module, batches: Sequence[Sequence[Call]], dim: int
+) -> Tensor:
+    """Return the largest absolute value of each channel of what comes into a layer.
+
+    >>> net = nn.Linear(2, 1)
+    >>> observe_channels(net, net, [[Call("", (torch.tensor([[1.0, -3.0], [2.0, 0.0]]),), {})]], -1)
+    tensor([2., 3.])
+    """
+    found: list[Tensor] = []
+
+    def take(_: str, values: Any) -> None:
+        rows = values.detach().float().abs().movedim(dim, 0).flatten(1)
+        found.append(rows.amax(1))
+
+    with listening({"": layer}, take):
+        for calls in batches:
+            run(model, calls)
+    return torch.stack(found).amax(0)
+
+
+def _narrowed(
+    model: nn.Module,
+    listen: Callable[[Callable[[str, Any], Any]], AbstractContextManager[None]],
+    batches: Sequence[Sequence[Call]],
+    extents: dict[str, Tensor],
+    observer: Observer,
+) -> dict[str, Tensor]:
+    """Return ranges by what is heard in a second run."""
+    if observer == "minmax" or not extents:
         return extents
-    histograms = _histograms(model, layers, batches, extents)
+    histograms = _histograms(model, listen, batches, extents)
     choose = _percentile if observer == "percentile" else _least_error
     return {name: choose(histograms[name], extent) for name, extent in extents.items()}
 
 
 def _histograms(
     model: nn.Module,
-    layers: Mapping[str, QuantizedLayer],
+    listen: Callable[[Callable[[str, Any], Any]], AbstractContextManager[None]],
     batches: Sequence[Sequence[Call]],
     extents: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
@@ -157,17 +220,21 @@ def _histograms(
             binned = torch.histc(values.detach().float().cpu(), _BINS, low, high)
             counts[name] += binned.double()
 
-    with in_mode(layers, "plain"), listening(layers, count):
+    with listen(count):
         for calls in batches:
             run(model, calls)
     return counts
 
 
 @contextmanager
-def listening(layers: Mapping[str, nn.Module], told: Callable[[str, Any], Any]) -> Iterator[None]:
-    """Tell what comes into layers, by their names."""
+def listening(
+    layers: Mapping[str, nn.Module], told: Callable[[str, Any], Any], *, outputs: bool = False
+) -> Iterator[None]:
+    """Tell what comes into layers, or what they give, by their names."""
     handles = [
-        layer.register_forward_pre_hook(partial(_tell, told, name), with_kwargs=True)
+        layer.register_forward_hook(lambda _, __, given, name=name: told(name, given))
+        if outputs
+        else layer.register_forward_pre_hook(partial(_tell, told, name), with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:

@@ -47,6 +47,8 @@ def _reason(module: nn.Module, grid: Grid) -> str:
         return f"{type(module).__name__} computes on its weights itself"
     if type(module) not in KINDS:
         return f"{type(module).__name__} may compute in a way of its own"
+    if grid.activations == "dynamic" and isinstance(module, _ConvNd):
+        return "no kernel of convolutions finds ranges as it is called"
     if isinstance(module, nn.MultiheadAttention):
         return "" if grid.group is None else "groups of inputs are those of linear layers"
     weight = module._parameters.get("weight")

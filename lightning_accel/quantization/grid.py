@@ -21,7 +21,8 @@ from lightning_accel.arguments import one_of, whole
 from lightning_accel.errors import explain
 
 WEIGHTS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
-ACTIVATIONS = {"int8": 8}
+ACTIVATIONS = {"int8": 8, "dynamic": 8}
+"""Of what comes in: on a range found before, or on that of each call."""
 TOP = 255
 """The largest integer of what comes in: eight bits without a sign."""
 _SHRINKS = tuple(1.0 - 0.02 * step for step in range(36))
@@ -33,7 +34,7 @@ class Grid(NamedTuple):
 
     Attributes:
         weights: A word of `WEIGHTS`.
-        activations: "int8", or `None`: what comes in stays as it is.
+        activations: "int8", on ranges found before; "dynamic", on that of each call; or `None`: what comes in stays.
         group: Inputs of one output that share a scale; `None` is all of them.
     """
 
@@ -51,6 +52,15 @@ class Grid(NamedTuple):
         return WEIGHTS[self.weights]
 
     @property
+    def has_range(self) -> bool:
+        """Whether what comes in lies on a range that has to be known.
+
+        >>> Grid().has_range, Grid(activations="dynamic").has_range
+        (True, False)
+        """
+        return self.activations == "int8"
+
+    @property
     def top(self) -> int:
         """The largest integer of a weight; the smallest is the same below zero."""
         return 2 ** (self.bits - 1) - 1
@@ -63,7 +73,8 @@ class Grid(NamedTuple):
         """
         weights = f"{self.weights} weights"
         weights += f" in groups of {self.group}" if self.group else " per output channel"
-        return weights if self.activations is None else f"{weights}, {self.activations} inputs"
+        inputs = {"int8": ", int8 inputs", "dynamic": ", int8 inputs on the range of each call"}
+        return weights + inputs.get(self.activations or "", "")
 
 
 def check(weights: Any, activations: Any, group: Any) -> Grid:

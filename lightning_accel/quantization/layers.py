@@ -86,6 +86,8 @@ class QuantizedLayer(nn.Module):
         """Return what to compute on, and note its range where that is asked for."""
         if self.accel_mode == "plain" or self.accel_grid.activations is None:
             return values
+        if self.accel_grid.activations == "dynamic":
+            return values if self.accel_mode == "watching" else _rounded_by_itself(values)
         learns = self.accel_mode == "training" and self.training
         if self.accel_mode == "watching" or learns:
             _note(self.accel_seen, values)
@@ -319,8 +321,7 @@ def unbecome(module: QuantizedLayer) -> None:
 
 def is_idle(layer: QuantizedLayer) -> bool:
     """Whether a layer whose inputs were to be quantized saw none."""
-    reads = layer.accel_grid.activations is not None
-    return reads and bool(layer.accel_range[0] > layer.accel_range[1])
+    return layer.accel_grid.has_range and bool(layer.accel_range[0] > layer.accel_range[1])
 
 
 def leave_fast_paths(model: nn.Module) -> None:
@@ -361,6 +362,14 @@ def _nothing(device: torch.device) -> Tensor:
 def _extent(values: Tensor) -> Tensor:
     low, high = values.detach().aminmax()
     return torch.stack((low, high)).float()
+
+
+def _rounded_by_itself(values: Tensor) -> Tensor:
+    """Return values on the grid of their own extent; what is no finite number stays."""
+    if not values.numel():
+        return values
+    made = grids.rounded_input(values, _extent(values).nan_to_num())
+    return torch.where(values.isfinite(), made, values)
 
 
 @torch.no_grad()

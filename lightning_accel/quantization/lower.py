@@ -21,6 +21,7 @@ from lightning_accel.quantization.layers import (
     layers_of,
     unbecome,
 )
+from lightning_accel.quantization.sums import outputs_rounded
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import ModuleT
 
@@ -70,11 +71,23 @@ class IntegerLayer(QuantizedLayer):
 
     def quantized_input(self, values: Tensor) -> Tensor:
         """Return what comes in, made integers and read back."""
+        # A cast that changes nothing would be a second reader in the graph, and keep compilers from fusing both.
+        values = values if values.dtype is torch.float32 else values.float()
+        if self.accel_grid.activations == "dynamic":
+            return _read_on_its_own_range(values)
         if self.input_scale is None:
-            return values.float()
+            return values
         how = (self.input_scale, self.input_zero, 0, grids.TOP, torch.uint8)
-        whole = torch.ops.quantized_decomposed.quantize_per_tensor.default(values.float(), *how)
+        whole = torch.ops.quantized_decomposed.quantize_per_tensor.default(values, *how)
         return torch.ops.quantized_decomposed.dequantize_per_tensor.default(whole, *how)
+
+
+def _read_on_its_own_range(values: Tensor) -> Tensor:
+    ops, how = torch.ops.quantized_decomposed, (0, grids.TOP, torch.uint8)
+    smallest = torch.finfo(torch.float32).tiny
+    scale, zero = ops.choose_qparams.tensor(values, 0, grids.TOP, smallest, torch.uint8)
+    whole = ops.quantize_per_tensor.tensor(values, scale, zero, *how)
+    return ops.dequantize_per_tensor.tensor(whole, scale, zero, *how)
 
 
 def _is_miscompiled(layer: Any) -> bool:
@@ -125,6 +138,8 @@ def lowered(model: ModuleT, *, keep: bool = False) -> ModuleT:
             unbecome(layer)
         else:
             _lower(layer, keep)
+    for hook in outputs_rounded(copy).values():
+        hook.is_lowered = True
     return copy
 
 
@@ -133,7 +148,7 @@ def _lower(layer: Any, keep: bool) -> None:
     axis, grid = layer.channels_axis, layer.accel_grid
     parts = [*zip(layer.parts(), layer.part_scales(), strict=True)]
     step, zero = grids.parameters_of(layer.accel_range)
-    reads = grid.activations is not None and bool(layer.accel_range[0] <= layer.accel_range[1])
+    reads = grid.has_range and bool(layer.accel_range[0] <= layer.accel_range[1])
     layer.input_scale, layer.input_zero = (float(step) if reads else None), int(zero)
     owners = [(layer, name) for name in layer._parameters if name.endswith("weight")]
     owners += [(m, "weight") for m in layer.children() if "weight" in m._parameters]

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from lightning_accel.arguments import flag, instance, number, one_of, whole
-from lightning_accel.errors import explain
+from lightning_accel.errors import NoEffect, explain
 from lightning_accel.quantization import choose
 from lightning_accel.quantization import grid as grids
 from lightning_accel.quantization.budget import Metric, measured, outputs_of, sqnr_db, within
-from lightning_accel.quantization.calibration import calls_from, observe
+from lightning_accel.quantization.calibration import OBSERVERS, calls_from, observe
+from lightning_accel.quantization.equalize import EQUALIZE, NORMS, equalize
 from lightning_accel.quantization.grid import Grid
 from lightning_accel.quantization.layers import (
     QuantizedLayer,
@@ -28,15 +29,18 @@ from lightning_accel.quantization.layers import (
     leave_fast_paths,
     unbecome,
 )
-from lightning_accel.quantization.rounding import refine
+from lightning_accel.quantization.rounding import ROUNDINGS, refine
 from lightning_accel.quantization.state import become_like, state_of
+from lightning_accel.quantization.sums import (
+    carry_over_outputs,
+    leave_output,
+    outputs_rounded,
+    round_sums,
+)
 from lightning_accel.surgery import Change, Receipt, twin
 from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
-
-OBSERVERS = ("minmax", "percentile", "mse")
-ROUNDINGS = ("nearest", "least_squares")
 
 
 class Plan(NamedTuple):
@@ -47,8 +51,16 @@ class Plan(NamedTuple):
     observer: Any
     rounding: Any
     correct_bias: bool
+    sums: bool
+    equalize: Any
     metric: Metric | None
     max_drop: float | None
+
+    @property
+    def reads(self) -> bool:
+        """Whether anything is found by calibration."""
+        finds = self.grid.has_range or self.rounding != "nearest" or self.equalize is not None
+        return finds or self.correct_bias or self.metric is not None
 
 
 def plan_of(
@@ -60,13 +72,15 @@ def plan_of(
     observer: str,
     rounding: str,
     correct_bias: bool,
+    sums: bool = False,
+    equalize: str | None = None,
     metric: Metric | None = None,
     max_drop: float | None = None,
 ) -> Plan:
     """Check arguments.
 
     Raises:
-        ValueError: One is out of range, or `max_drop` has nothing to measure.
+        ValueError: One is out of range, `max_drop` has nothing to measure, or `sums` no integers to add.
         TypeError: One is of another type.
     """
     one_of("observer", observer, OBSERVERS)
@@ -84,7 +98,13 @@ def plan_of(
             )
         )
     grid = grids.check(weights, activations, group)
-    return Plan(grid, select, observer, rounding, correct_bias, metric, max_drop)
+    if flag("sums", sums) and not grid.has_range:
+        do = "pass activations='int8', or leave out `sums`"
+        raise ValueError(
+            explain("`sums` of integers need integers", f"activations={activations!r}", do)
+        )
+    one_of("equalize", equalize, EQUALIZE, none=True)
+    return Plan(grid, select, observer, rounding, correct_bias, sums, equalize, metric, max_drop)
 
 
 def quantize(
@@ -98,6 +118,8 @@ def quantize(
     observer: str = "mse",
     rounding: str = "least_squares",
     correct_bias: bool = True,
+    sums: bool = False,
+    equalize: str | None = None,
     metric: Metric | None = None,
     max_drop: float | None = None,
     batches: int = 32,
@@ -110,14 +132,20 @@ def quantize(
     Args:
         model: The network; its train flags and random states stay.
         calibration: A few batches of the training data, as a DataLoader gives them: the first items of each that
-            `forward` takes; a dict of its keywords; or a tensor.
+            `forward` takes; a dict of its keywords; or a tensor. `None` where nothing is found by them: without "int8"
+            activations, with rounding="nearest", correct_bias=False and no metric.
         weights: "int8", "int4", "int3" or "int2".
-        activations: "int8" for what comes into layers, or `None` for weights alone.
+        activations: "int8" for what comes into layers, on ranges found here; "dynamic", on that of each call, for linear
+            layers: an answer depends on what else is in its batch then; or `None` for weights alone.
         group: Inputs of a linear layer that share a scale, for weights alone; `None` is one per output.
         select: Which layers: a `Select`, a name pattern or several; all by default.
         observer: The range of what comes in: "minmax", "percentile" (99.99 %), or "mse", of least error.
-        rounding: "nearest", or "least_squares": so that outputs change little (GPTQ). The latter changes the weights.
+        rounding: "nearest"; "least_squares": so that outputs change little (GPTQ, and descent after it); or "adaround": up
+            or down as learned for that, which takes some thirty times as long. The latter two change the weights.
         correct_bias: Take the shift of the mean output off the bias.
+        sums: Round what is added to outputs of layers as well, so that kernels add integers.
+        equalize: Make channels alike first: "cross_layer", the weights on both sides of a layer's output, or "smoothquant",
+            what comes from norms and the weights that read it. Both change weights, not what the network computes.
         metric: Gives a number for a network, higher is better.
         max_drop: By how much the metric may fall; layers that cost most stay in floating point until it does not.
         batches: Of `calibration`, how many are read.
@@ -144,11 +172,15 @@ def quantize(
         observer=observer,
         rounding=rounding,
         correct_bias=correct_bias,
+        sums=sums,
+        equalize=equalize,
         metric=metric,
         max_drop=max_drop,
     )
     whole("batches", batches)
     _require_module(model)
+    if calibration is None and not plan.reads:
+        return quantize_by(model, plan, [])
     return quantize_by(model, plan, calls_from(model, calibration, batches))
 
 
@@ -165,7 +197,8 @@ def quantize_by(model: nn.Module, plan: Plan, batches: Sequence[Sequence[Call]])
         raise choose.no_effect(model, skipped)
     _carry_over(copy, model, made)
     changes = tuple(change for change in receipt.changes if change.name in made)
-    return Receipt(changes, (), skipped, (f"outputs on the calibration: {lost:.1f} dB", *notes))
+    told = [f"outputs on the calibration: {lost:.1f} dB"] if batches else []
+    return Receipt(changes, (), skipped, (*told, *notes))
 
 
 def unquantize(model: nn.Module) -> int:
@@ -178,6 +211,8 @@ def unquantize(model: nn.Module) -> int:
     layers = layers_of(model)
     for layer in layers.values():
         unbecome(layer)
+    for module in model.modules():
+        leave_output(module)
     back_to_fast_paths(model)
     return len(layers)
 
@@ -194,24 +229,51 @@ def _planned(
     before = None if plan.metric is None else measured(plan.metric, copy)
     layers = {name: become(copy.get_submodule(name), plan.grid, "plain") for name in names}
     leave_fast_paths(copy)
+    told = [] if plan.equalize is None else _equalized(copy, layers, batches, plan)
     ranges = observe(copy, layers, batches, plan.observer)
     for name, range_ in ranges.items():
-        layers[name].set_range(range_)
-        layers[name].fit_scale()
-    idle = [name for name, layer in layers.items() if name not in ranges or is_idle(layer)]
+        if plan.grid.has_range:
+            layers[name].set_range(range_)
+    for layer in layers.values():
+        layer.fit_scale()
+    idle = [n for n, layer in layers.items() if batches and (n not in ranges or is_idle(layer))]
     for name in idle:
         unbecome(layers.pop(name))
     wide = refine(copy, layers, batches, rounding=plan.rounding, correct_bias=plan.correct_bias)
     for layer in layers.values():
         layer.accel_mode = "quantized"
+    added = round_sums(copy, layers, batches, plan.observer) if plan.sums else {}
     left = [Change(name, "nothing comes into it on the calibration batches") for name in idle]
-    notes = [f"{name}: too wide for X^T X, rounded to the nearest" for name in wide]
+    notes = told + [f"{name}: too wide for X^T X, rounded to the nearest" for name in wide]
     notes += [f"`{n}` saw one single value in all of the calibration" for n in _constant(layers)]
     if plan.metric is not None and before is not None:
-        found, told = within(copy, layers, plan.metric, before, plan.max_drop, batches)
+        found, measures = within(copy, layers, plan.metric, before, plan.max_drop, batches)
         left += found
-        notes.append(told)
+        notes.append(measures)
+    if plan.sums:
+        for name in [name for name, place in added.items() if not place.needs <= {*layers}]:
+            leave_output(copy.get_submodule(name))
+        notes.append(f"sums of integers: {len(outputs_rounded(copy))}")
     return [*layers], left, notes
+
+
+def _equalized(
+    copy: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Any, plan: Plan
+) -> list[str]:
+    """Equalize channels of a copy; return what to tell.
+
+    Raises:
+        NoEffect: There is nothing to equalize.
+    """
+    made, left = equalize(copy, layers, batches, plan.equalize)
+    if not made:
+        raise NoEffect(
+            f"equalize={plan.equalize!r} has nothing to act on",
+            "; ".join(left[:4])
+            or "no norm (or layer, for cross_layer) whose outputs reach layers alone, past ReLU and the like",
+            "leave `equalize` out",
+        )
+    return [f"{len(made)} outputs equalized ({plan.equalize})", *left]
 
 
 def _constant(layers: Mapping[str, QuantizedLayer]) -> list[str]:
@@ -231,4 +293,12 @@ def _carry_over(copy: nn.Module, model: nn.Module, names: Sequence[str]) -> None
         with torch.no_grad():
             for key, parameter in layer.named_parameters(recurse=False):
                 parameter.copy_(done.get_parameter(key))
+    with torch.no_grad():  # of norms, whose channels were equalized
+        for name, module in copy.named_modules():
+            if isinstance(module, NORMS):
+                for key, given in module._parameters.items():
+                    old = model.get_submodule(name)._parameters[key]
+                    if old is not None and given is not None and not torch.equal(old, given):
+                        old.copy_(given)
+    carry_over_outputs(copy, model)
     leave_fast_paths(model)

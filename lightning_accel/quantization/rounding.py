@@ -3,7 +3,7 @@
 Rounding each weight to the nearest integer is the best choice for the weights, and not for what the layer computes. With
 X^T X of what comes in, the columns of the weight matrix are rounded one after another, and what each rounding does wrong is
 made up for by those that are not rounded yet (GPTQ, Frantar et al. 2023, arXiv:2210.17323; its ancestor is Optimal Brain
-Surgeon, Hassibi and Stork 1993). What is left of a shift of the mean output is taken off the bias (Nagel et al. 2019,
+Surgeon, Hassibi and Stork 1993). Then each integer is set to the best one beside the others, a few times over. What is left of a shift of the mean output is taken off the bias (Nagel et al. 2019,
 arXiv:1906.04721).
 
 Names of tensors end in their dimensions: G groups of a layer, N positions, I inputs x kernel, O outputs.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.pruning.unfold import like_weight, matrix, patches, pieces, samples
+from lightning_accel.quantization.adaround import adaround
 from lightning_accel.quantization.calibration import in_mode, listening
 from lightning_accel.quantization.grid import rounded
 from lightning_accel.quantization.layers import (
@@ -27,11 +28,13 @@ from lightning_accel.quantization.layers import (
 )
 from lightning_accel.surgery.call import Call, run
 
-Rounding = Literal["nearest", "least_squares"]
+Rounding = Literal["nearest", "least_squares", "adaround"]
+ROUNDINGS = ("nearest", "least_squares", "adaround")
 WIDE = 4096
 """Inputs x kernel of a layer up to which X^T X is made (134 MB)."""
 _TOGETHER = 2**27
 """Numbers of such matrices that are held at a time (1 GB)."""
+_SWEEPS = 4
 _PULL = 0.01
 """Share of the mean squared input that is added to each, so that few samples do not decide too much."""
 
@@ -78,7 +81,7 @@ def refine(
     """
     wide: list[str] = []
     for chunk in _chunks({name: layer for name, layer in layers.items() if _has_matrix(layer)}):
-        products = rounding == "least_squares"
+        products = rounding != "nearest"
         sums = {name: Sums(layer, products=products) for name, layer in chunk.items()}
 
         def add(name: str, values: Any, sums: dict[str, Sums] = sums) -> None:
@@ -91,19 +94,24 @@ def refine(
         for name, layer in chunk.items():
             if not sums[name].count:
                 continue
-            if rounding == "least_squares" and sums[name].gram_GII is None:
+            if products and sums[name].gram_GII is None:
                 wide.append(name)
-            _refine(layer, sums[name], correct_bias)
+            _refine(layer, sums[name], rounding, correct_bias)
     return wide
 
 
-def _refine(layer: QuantizedLayer, sums: Sums, correct_bias: bool) -> None:
+def _refine(layer: QuantizedLayer, sums: Sums, rounding: Rounding, correct_bias: bool) -> None:
     scale = layer.weight_scale()
     rows_GOI = matrix(layer, layer.weight)
     if sums.gram_GII is not None:
-        made_GOI = by_products(
-            rows_GOI, sums.gram_GII, _scale_of_each(layer, scale), layer.accel_grid.top
+        round_ = adaround if rounding == "adaround" else by_products
+        held = (
+            rows_GOI,
+            _pulled(sums.gram_GII),
+            _scale_of_each(layer, scale),
+            layer.accel_grid.top,
         )
+        made_GOI = descended(round_(*held), *held)
         layer.set_scale(scale)
         layer.weight.copy_(like_weight(layer, made_GOI))
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
@@ -130,19 +138,17 @@ def by_products(rows_GOI: Tensor, gram_GII: Tensor, scale_GOI: Tensor, top: int)
 
     Args:
         rows_GOI: Float64.
-        gram_GII: X^T X.
+        gram_GII: X^T X, of full rank.
         scale_GOI: Of each weight.
         top: The largest integer.
 
-    >>> rows, gram = torch.tensor([[[0.4, 0.4]]]).double(), torch.ones(1, 2, 2).double()
+    >>> rows, gram = torch.tensor([[[0.4, 0.4]]]).double(), torch.tensor([[[1.01, 1.0], [1.0, 1.01]]]).double()
     >>> by_products(rows, gram, torch.ones(1, 1, 2).double(), 7)  # of two equal inputs, one takes it all
     tensor([[[0., 1.]]], dtype=torch.float64)
     """
     energy_GI = gram_GII.diagonal(dim1=-2, dim2=-1)
     order_GI = energy_GI.argsort(dim=-1, descending=True, stable=True)
-    pull_G = _PULL * energy_GI.mean(-1).clamp_min(1e-30)
-    system = gram_GII + torch.diag_embed(pull_G[:, None].expand_as(energy_GI))
-    system = _ordered(_ordered(system, order_GI, -1), order_GI, -2)
+    system = _ordered(_ordered(gram_GII, order_GI, -1), order_GI, -2)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
     upper_GII = torch.linalg.cholesky(inverse, upper=True)
     left_GOI, scale_GOI = _ordered(rows_GOI, order_GI, -1), _ordered(scale_GOI, order_GI, -1)
@@ -155,6 +161,37 @@ def by_products(rows_GOI: Tensor, gram_GII: Tensor, scale_GOI: Tensor, top: int)
         after = upper_GII[:, None, column, column + 1 :]
         left_GOI[..., column + 1 :] -= error_GO[..., None] * after
     return _ordered(made_GOI, order_GI.argsort(dim=-1), -1)
+
+
+def descended(
+    made_GOI: Tensor, rows_GOI: Tensor, gram_GII: Tensor, scale_GOI: Tensor, top: int
+) -> Tensor:
+    """Return rows on their grid whose error is no larger: each integer is set to the best one beside the others, some times.
+
+    It is coordinate descent (QuantEase, Behdin et al. 2023, arXiv:2309.01885).
+
+    >>> rows, gram = torch.tensor([[[0.4, 0.4]]]).double(), torch.ones(1, 2, 2).double()
+    >>> descended(torch.zeros(1, 1, 2).double(), rows, gram, torch.ones(1, 1, 2).double(), 7)
+    tensor([[[1., 0.]]], dtype=torch.float64)
+    """
+    made_GOI = made_GOI.clone()
+    change_GOI = made_GOI - rows_GOI
+    for _ in range(_SWEEPS):
+        for column in range(made_GOI.shape[-1]):
+            slope_GO = (change_GOI * gram_GII[:, column, None, :]).sum(-1)
+            best_GO = made_GOI[..., column] - slope_GO / gram_GII[:, column, column, None]
+            scale_GO = scale_GOI[..., column]
+            best_GO = (best_GO / scale_GO).round().clamp(-top, top) * scale_GO
+            change_GOI[..., column] += best_GO - made_GOI[..., column]
+            made_GOI[..., column] = best_GO
+    return made_GOI
+
+
+def _pulled(gram_GII: Tensor) -> Tensor:
+    """Return X^T X with a share of the mean squared input added to each."""
+    energy_GI = gram_GII.diagonal(dim1=-2, dim2=-1)
+    pull_G = _PULL * energy_GI.mean(-1).clamp_min(1e-30)
+    return gram_GII + torch.diag_embed(pull_G[:, None].expand_as(energy_GI))
 
 
 def _ordered(tensor: Tensor, order_GI: Tensor, dim: int) -> Tensor:

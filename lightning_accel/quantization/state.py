@@ -18,8 +18,11 @@ from lightning_accel.quantization.layers import (
     layers_of,
     leave_fast_paths,
 )
+from lightning_accel.quantization.sums import leave_output, outputs_rounded, round_output
 
 State = dict[str, Any]
+_OUTPUT = ":output"
+"""After the name of a module whose output is rounded, and not only what comes in."""
 _MODES = ("plain", "training", "quantized")
 
 
@@ -61,7 +64,9 @@ def quantization_of(model: nn.Module) -> dict[str, State]:
     {}
     """
     layers = layers_of(model).items()
-    return {name: state_of(layer) for name, layer in layers if layer.accel_mode != "plain"}
+    found = {name: state_of(layer) for name, layer in layers if layer.accel_mode != "plain"}
+    outputs = outputs_rounded(model).items()
+    return found | {f"{name}{_OUTPUT}": {"range": hook.range} for name, hook in outputs}
 
 
 def quantized_as(model: nn.Module, stored: Any) -> None:
@@ -71,8 +76,13 @@ def quantized_as(model: nn.Module, stored: Any) -> None:
         StructureMismatch: The data are damaged, or of another network.
     """
     layers = _checked(model, stored)
+    for module in model.modules():
+        leave_output(module)
     for name, layer in layers.items():
-        become_like(layer, stored[name])
+        if name.endswith(_OUTPUT):
+            round_output(layer, torch.tensor(stored[name]["range"]))
+        else:
+            become_like(layer, stored[name])
     for name, other in layers_of(model).items():
         if name not in layers:
             other.accel_mode = "plain"
@@ -85,7 +95,9 @@ def _checked(model: nn.Module, stored: Any) -> dict[str, nn.Module]:
     wrong = [
         str(name)
         for name, state in (stored.items() if isinstance(stored, dict) else [("all", None)])
-        if not _fits(layers.get(name), state)
+        if not (_output_fits if str(name).endswith(_OUTPUT) else _fits)(
+            layers.get(str(name).removesuffix(_OUTPUT)), state
+        )
     ]
     if wrong:
         raise StructureMismatch(
@@ -93,7 +105,15 @@ def _checked(model: nn.Module, stored: Any) -> dict[str, nn.Module]:
             ", ".join(wrong[:6]),
             "load it into the class that it was saved from",
         )
-    return {name: layers[name] for name in stored}
+    return {name: layers[name.removesuffix(_OUTPUT)] for name in stored}
+
+
+def _output_fits(module: nn.Module | None, state: Any) -> bool:
+    return module is not None and isinstance(state, dict) and _is_range(state.get("range"))
+
+
+def _is_range(range_: Any) -> bool:
+    return isinstance(range_, list) and len(range_) == 2 and all(type(v) is float for v in range_)
 
 
 def _fits(layer: nn.Module | None, state: Any) -> bool:
@@ -106,9 +126,7 @@ def _fits(layer: nn.Module | None, state: Any) -> bool:
     if not isinstance(layer, QuantizedLayer) and type(layer) not in KINDS:
         return False
     range_, scale = state.get("range"), state.get("scale")
-    is_range = range_ is None or (
-        isinstance(range_, list) and len(range_) == 2 and all(type(v) is float for v in range_)
-    )
+    is_range = range_ is None or _is_range(range_)
     if grid.group is not None and (
         not isinstance(layer, nn.Linear) or layer.in_features % grid.group
     ):

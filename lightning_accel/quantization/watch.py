@@ -20,7 +20,7 @@ def move_ranges(layers: Collection[QuantizedLayer], momentum: float, *, shared: 
         momentum: Weight of the new range.
         shared: Whether to take in what other processes saw: all of them must call.
     """
-    watched = [layer for layer in layers if layer.accel_grid.activations is not None]
+    watched = [layer for layer in layers if layer.accel_grid.has_range]
     if not watched:
         return
     seen = torch.stack([layer.take_seen() for layer in watched])  # (layers, 2)

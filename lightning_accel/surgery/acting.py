@@ -157,13 +157,18 @@ def attend(model: nn.Module, made: nn.Module, *, hooked: bool) -> None:
 def users_hooks(
     model: nn.Module, registries: Sequence[str] = FORWARD
 ) -> Iterator[tuple[dict[int, Any], int]]:
-    """Yield the registry and the key of each hook that is not torch's own."""
+    """Yield the registry and the key of each hook that is neither torch's own nor a part of the network."""
     for module in model.modules():
         for name in registries:
             hooks = module.__dict__.get(name, {})
             for key, hook in list(hooks.items()):
-                if not is_of_torch(hook):
+                if not is_of_torch(hook) and not is_part(hook):
                     yield hooks, key
+
+
+def is_part(hook: Any) -> bool:
+    """Whether a hook of this package says that it is a part of the network, and copied as its layers are."""
+    return getattr(hook, "is_part_of_network", False) is True
 
 
 def is_of_torch(hook: Any) -> bool:

@@ -19,6 +19,7 @@ from lightning_accel.surgery.acting import (
     attend,
     copied,
     is_of_torch,
+    is_part,
     rebound,
     sort_out,
     users_hooks,
@@ -79,4 +80,4 @@ def _attached_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _stays(hook: Any) -> bool:
-    return isinstance(hook, Acting) or is_of_torch(hook)
+    return isinstance(hook, Acting) or is_of_torch(hook) or is_part(hook)

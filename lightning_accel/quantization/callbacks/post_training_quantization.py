@@ -15,7 +15,8 @@ from lightning_accel.bridge import checks
 from lightning_accel.bridge.example import batches_of
 from lightning_accel.bridge.technique import Technique
 from lightning_accel.errors import AccelError
-from lightning_accel.quantization.layers import layers_of
+from lightning_accel.quantization.equalize import NORMS
+from lightning_accel.quantization.layers import QuantizedLayer
 from lightning_accel.quantization.post_training import (
     Metric,
     plan_of,
@@ -35,12 +36,15 @@ class PostTrainingQuantization(Technique):
 
     Args:
         weights: "int8", "int4", "int3" or "int2".
-        activations: "int8" for what comes into layers, or `None` for weights alone.
+        activations: "int8" for what comes into layers, "dynamic" for ranges of each call, of linear layers; or `None` for
+            weights alone.
         group: Inputs of a linear layer that share a scale, for weights alone; `None` is one scale per output.
         select: Which layers: a `Select`, a name pattern or several; all by default.
         observer: "minmax", "percentile" or "mse".
-        rounding: "nearest" or "least_squares".
+        rounding: "nearest", "least_squares" or "adaround".
         correct_bias: Take the shift of the mean output off the bias.
+        sums: Round what is added to outputs of layers as well, so that kernels add integers.
+        equalize: Make channels alike first, "cross_layer" or "smoothquant".
         metric: Gives a number for a copy of the module, higher is better.
         max_drop: By how much the metric may fall; layers that cost most stay in floating point until it does not.
         batches: Training batches to calibrate on.
@@ -68,6 +72,8 @@ class PostTrainingQuantization(Technique):
         observer: str = "mse",
         rounding: str = "least_squares",
         correct_bias: bool = True,
+        sums: bool = False,
+        equalize: str | None = None,
         metric: Metric | None = None,
         max_drop: float | None = None,
         batches: int = 16,
@@ -80,6 +86,8 @@ class PostTrainingQuantization(Technique):
             observer=observer,
             rounding=rounding,
             correct_bias=correct_bias,
+            sums=sums,
+            equalize=equalize,
             metric=metric,
             max_drop=max_drop,
         )
@@ -138,8 +146,9 @@ class PostTrainingQuantization(Technique):
 def _weights_of(pl_module: LightningModule) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": parameter.detach().cpu()
-        for name, layer in layers_of(pl_module).items()
-        for key, parameter in layer.named_parameters(recurse=False)
+        for name, module in pl_module.named_modules()
+        if isinstance(module, (QuantizedLayer, *NORMS))  # norms are equalized with layers
+        for key, parameter in module.named_parameters(recurse=False)
     }
 
 

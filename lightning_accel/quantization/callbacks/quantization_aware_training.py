@@ -32,6 +32,7 @@ from lightning_accel.quantization.layers import (
     unbecome,
 )
 from lightning_accel.quantization.state import State, become_like, state_of
+from lightning_accel.quantization.sums import outputs_rounded
 from lightning_accel.quantization.watch import make_alike, move_ranges
 from lightning_accel.surgery import Receipt, Select, Stage
 
@@ -48,7 +49,8 @@ class QuantizationAwareTraining(Technique):
 
     Args:
         weights: "int8", "int4", "int3" or "int2".
-        activations: "int8" for what comes into layers, or `None` for weights alone.
+        activations: "int8" for what comes into layers, "dynamic" for ranges of each call, of linear layers; or `None` for
+            weights alone.
         group: Inputs of a linear layer that share a scale, for weights alone; `None` is one scale per output.
         when: Epoch from which to quantize, counted from 0; or the share of the fit (0.4 of 20 epochs is epoch 8).
         freeze: The same for when ranges stay as they are and batch norms use their running statistics; `None` is never.
@@ -113,7 +115,7 @@ class QuantizationAwareTraining(Technique):
         there = layers_of(module)
         receipt = Receipt() if there else choose.require(module, self.select, self.grid)
         if context.stage == "fit" and not self._states:
-            self._refuse_others(there)
+            self._refuse_others(module, there)
         names = [*there] if there else [change.name for change in receipt.changes]
         for one in (module, *([] if context.is_copy else _averages(context.trainer, module))):
             for name in names:
@@ -132,8 +134,14 @@ class QuantizationAwareTraining(Technique):
             for one in (module, *([] if context.is_copy else _averages(context.trainer, module))):
                 self._end(one)
 
-    def _refuse_others(self, there: Mapping[str, QuantizedLayer]) -> None:
+    def _refuse_others(self, module: nn.Module, there: Mapping[str, QuantizedLayer]) -> None:
         """Raise where layers were quantized before in another way, which would go on."""
+        if outputs_rounded(module):
+            raise AccelError(
+                "sums of integers (`sums=True`) are made after training",
+                f"ranges of outputs at {', '.join(f'`{n}`' for n in [*outputs_rounded(module)][:4])}",
+                "call `lightning_accel.unquantize(module)` first",
+            )
         others = {name: layer.accel_grid for name, layer in there.items()}
         grid = self.grid
         wrong = [
@@ -200,7 +208,7 @@ class QuantizationAwareTraining(Technique):
         self._turned_in = (trainer.current_epoch, id(trainer))
         frozen = self._freeze is not None and self._is_due(self._freeze, trainer)
         layers = layers_of(pl_module)
-        reads = [layer for layer in layers.values() if layer.accel_grid.activations is not None]
+        reads = [layer for layer in layers.values() if layer.accel_grid.has_range]
         if reads and all(map(is_idle, reads)):
             frozen = False  # in a trial run, or a fit from plain weights: ranges are found first
         if any(layer.accel_mode == "plain" for layer in layers.values()):

@@ -1,0 +1,187 @@
+"""Channels made alike before they are rounded, without a change of what the network computes.
+
+A channel that is large where others are small takes the grid from them. Between a layer or a norm and the layers that alone
+read it, each channel may be divided by a factor that the readers' weights are multiplied with: functions like ReLU pass
+factors on. Two choices of factors:
+
+- "cross_layer" (Nagel et al. 2019, arXiv:1906.04721): the weights of both sides get equal ranges per channel.
+- "smoothquant" (Xiao et al. 2022, arXiv:2211.10438): s = max|X|^a / max|W|^(1-a) with a = 0.5, which moves outliers of
+  what comes into layers over to their weights.
+
+Pairs are found in one forward, and the network has to compute as before: what does not is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.quantization.budget import outputs_of, sqnr_db
+from lightning_accel.quantization.calibration import in_mode, observe_channels
+from lightning_accel.quantization.flow import Flow, flow
+from lightning_accel.quantization.layers import (
+    QuantizedAttention,
+    QuantizedEmbedding,
+    QuantizedLayer,
+)
+from lightning_accel.surgery.call import Call
+
+Equalize = Literal["cross_layer", "smoothquant"]
+EQUALIZE = ("cross_layer", "smoothquant")
+SAME_DB = 80.0
+"""Signal to noise against the network before, which a right factor keeps: float32 leaves some 120 dB."""
+_PASSES = 10
+_SMOOTHED = 0.5
+_LARGEST = 1e3
+NORMS = (*(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),)
+
+
+class Pair(NamedTuple):
+    """A module whose outputs have channels, and the layers that alone read them."""
+
+    giver: str
+    readers: tuple[str, ...]
+
+
+@torch.no_grad()
+def equalize(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    batches: Sequence[Sequence[Call]],
+    how: Equalize,
+) -> tuple[list[Pair], list[str]]:
+    """Change weights in place; return the pairs that are changed, and those that are left with the reason.
+
+    Args:
+        model: In eval mode.
+        layers: Its layers, which compute plainly.
+        batches: To run it on.
+        how: A word of `EQUALIZE`.
+    """
+    with in_mode(layers, "plain"):
+        before = outputs_of(model, batches)
+        made, left = [], []
+        for pair in pairs(model, layers, batches[0], how):
+            kept = [p.clone() for p in _touched(model, pair)]
+            _divide(model, pair, _factors(model, pair, batches, how))
+            if sqnr_db(before, outputs_of(model, batches)) >= SAME_DB:
+                made.append(pair)
+                continue
+            for parameter, old in zip(_touched(model, pair), kept, strict=True):
+                parameter.copy_(old)
+            left.append(
+                f"`{pair.giver}` is not equalized: the network would compute something else"
+            )
+        for _ in range(
+            _PASSES if how == "cross_layer" else 0
+        ):  # a layer between two pairs is of both
+            for pair in made:
+                _divide(model, pair, _factors(model, pair, batches, how))
+        return made, left
+
+
+def pairs(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    calls: Sequence[Call],
+    how: Equalize,
+) -> list[Pair]:
+    """Return the modules that only layers read, each called once and with weights of its own."""
+    seen = flow(model, layers, calls)
+    shared = _shared(model)
+    found = []
+    for key, names in seen.givers.items():
+        giver, readers = names[0], tuple(dict.fromkeys(seen.readers_alone(key)))
+        if not readers or not all(_is_reader(seen, layers[name]) for name in readers):
+            continue
+        pair = Pair(giver, readers)
+        if any(seen.calls[name] > 1 for name in (giver, *readers)):
+            continue
+        if _is_giver(model.get_submodule(giver), how) and not any(
+            id(p) in shared for p in _touched(model, pair)
+        ):
+            found.append(pair)
+    return found
+
+
+def _is_reader(seen: Flow, layer: QuantizedLayer) -> bool:
+    if isinstance(layer, (QuantizedAttention, QuantizedEmbedding)):
+        return False
+    return int(getattr(layer, "groups", 1)) == 1
+
+
+def _is_giver(module: nn.Module, how: Equalize) -> bool:
+    if isinstance(module, NORMS):
+        one_axis = len(getattr(module, "normalized_shape", (0,))) == 1
+        return isinstance(module.weight, Tensor) and one_axis
+    if how == "smoothquant":
+        return False
+    plain = not isinstance(module, (QuantizedAttention, QuantizedEmbedding))
+    grouped = getattr(module, "groups", 1) > 1 and getattr(module, "channels_axis", 0) == 1
+    return isinstance(module, QuantizedLayer) and plain and not grouped
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Return the parameters that several modules hold."""
+    held = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
+    return {one for one in held if held.count(one) > 1}
+
+
+def _touched(model: nn.Module, pair: Pair) -> list[Tensor]:
+    giver: Any = model.get_submodule(pair.giver)
+    readers: list[Any] = [model.get_submodule(name) for name in pair.readers]
+    held = [giver.weight, getattr(giver, "bias", None), *(reader.weight for reader in readers)]
+    return [one for one in held if isinstance(one, Tensor)]
+
+
+def _factors(
+    model: nn.Module, pair: Pair, batches: Sequence[Sequence[Call]], how: Equalize
+) -> Tensor:
+    """Return by how much each channel is divided."""
+    weights = torch.stack([_largest(_columns(model, name)) for name in pair.readers]).amax(0)
+    if how == "smoothquant":
+        reader = model.get_submodule(pair.readers[0])
+        inputs = observe_channels(
+            model, reader, batches, 1 if hasattr(reader, "kernel_size") else -1
+        )
+        found = inputs**_SMOOTHED / weights ** (1 - _SMOOTHED)
+    else:
+        giver = model.get_submodule(pair.giver)
+        found = (_largest(_rows(giver)) / weights).sqrt()
+    usable = found.isfinite() & (found > 0)
+    return torch.where(usable, found.clamp(1 / _LARGEST, _LARGEST), 1.0)
+
+
+def _divide(model: nn.Module, pair: Pair, factor: Tensor) -> None:
+    giver: Any = model.get_submodule(pair.giver)
+    rows = _rows(giver)
+    rows /= factor.view(-1, *[1] * (rows.dim() - 1)).to(rows.dtype)
+    if isinstance(getattr(giver, "bias", None), Tensor):
+        giver.bias /= factor.to(giver.bias.dtype)
+    for name in pair.readers:
+        columns = _columns(model, name)
+        columns *= factor.view(-1, *[1] * (columns.dim() - 1)).to(columns.dtype)
+
+
+def _rows(module: Any) -> Tensor:
+    """Return a view of the weight whose first dimension is that of the outputs."""
+    weight: Tensor = module.weight
+    return weight.transpose(0, getattr(module, "channels_axis", 0))
+
+
+def _columns(model: nn.Module, name: str) -> Tensor:
+    """Return a view of the weight whose first dimension is that of the inputs."""
+    layer: Any = model.get_submodule(name)
+    weight: Tensor = layer.weight
+    return weight.transpose(0, 1 - layer.channels_axis)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return (
+        rows.detach().float().abs().flatten(1).amax(1)
+        if rows.dim() > 1
+        else rows.detach().float().abs()
+    )
