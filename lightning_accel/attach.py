@@ -29,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel.bridge.checks import refuse_mirror
+from lightning_accel.devices.settle import settle, trainer_being_built
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.unread import attach_of
@@ -42,9 +43,14 @@ _served: list[weakref.ref[Any]] = []  # configurations whose callbacks some Trai
 def factory() -> list[Callback]:
     """Return what Lightning adds to a Trainer that is being built: nothing, unless callbacks are asked for.
 
+    What the Trainer computes on is looked at by the way: nobody else asks us while it can be changed.
+
     >>> factory()
     []
     """
+    trainer = trainer_being_built()
+    if trainer is not None:
+        settle(trainer)
     nodes = _nodes_in_use() if "omegaconf" in sys.modules else []
     asking = [node for node in nodes if _asked(node._get_root())]
     if not asking:

@@ -1,0 +1,94 @@
+"""A Trainer computes where and how it was asked to: on the device of its accelerator, in the precision of its flag.
+
+Lightning 2.6.6 knows CPU, CUDA, MPS and torch_xla. With any other accelerator, one device means the CPU, and
+`precision="bf16-mixed"` autocasts for CUDA, which has no effect elsewhere; of both it says nothing. Lightning asks each
+installed package for callbacks while a Trainer is being built (`attach.py`), and then both can still be put right.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_accel.devices.torch_accelerator import TorchAccelerator
+from lightning_accel.precision.plugins.autocast_precision import AutocastPrecision
+
+_KNOWN = ("cpu", "cuda", "mps")
+"""What Lightning gives a device and autocast by itself."""
+
+
+def trainer_being_built() -> Trainer | None:
+    """Return the Trainer whose constructor asks for callbacks.
+
+    >>> trainer_being_built() is None
+    True
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found = getattr(frame.f_locals.get("self"), "trainer", None)
+        if frame.f_code.co_name == "on_trainer_init" and isinstance(found, Trainer):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def settle(trainer: Trainer) -> None:
+    """See to it that a Trainer is on its accelerator's device, and that its autocast is for that device.
+
+    >>> trainer = Trainer(accelerator="cpu", precision="bf16-mixed", logger=False, enable_checkpointing=False)
+    >>> settle(trainer)
+    >>> trainer.precision_plugin.device
+    'cpu'
+    """
+    ours = isinstance(trainer.accelerator, TorchAccelerator)
+    moved, cast = _place(trainer), _autocast(trainer)
+    if ours:
+        trainer.accelerator.settled = True  # type: ignore[attr-defined]
+    elif moved or cast:
+        rank_zero_warn(
+            f"With {type(trainer.accelerator).__name__}, Lightning would have "
+            f"{' and '.join(filter(None, (moved, cast)))}; this was put right."
+        )
+    _say_unused(trainer)
+
+
+def _place(trainer: Trainer) -> str:
+    """Put one device to what its accelerator said; Lightning says "cpu" of what it does not know."""
+    strategy: Any = trainer.strategy
+    planned: Any = trainer._accelerator_connector._parallel_devices
+    if type(strategy) is not SingleDeviceStrategy or strategy.root_device.type != "cpu":
+        return ""
+    if len(planned) != 1 or not isinstance(planned[0], torch.device) or planned[0].type == "cpu":
+        return ""
+    strategy._root_device = planned[0]
+    return f"trained on the CPU instead of {planned[0]}"
+
+
+def _autocast(trainer: Trainer) -> str:
+    """Put an autocast that is for another device than the Trainer's to one that has an effect."""
+    plugin, kind = trainer.precision_plugin, trainer.strategy.root_device.type
+    if type(plugin) is not MixedPrecision or plugin.device == kind:
+        return ""
+    own = AutocastPrecision(plugin.precision)
+    trainer.strategy.precision_plugin = own
+    trainer._accelerator_connector.precision_plugin = own
+    return f"computed in float32 instead of {plugin.precision}"
+
+
+def _say_unused(trainer: Trainer) -> None:
+    """Say what Lightning says of GPUs only: that there is a device beside the CPU in use."""
+    if trainer.strategy.root_device.type != "cpu":
+        return
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is not None and found.type not in _KNOWN:
+        rank_zero_warn(
+            f"{torch.accelerator.device_count()} {found.type} available and not used: Lightning does not know them. "
+            "Do: Trainer(accelerator='accel')."
+        )
