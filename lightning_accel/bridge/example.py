@@ -210,8 +210,15 @@ def placed(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
         return batch._replace(batch=placed(trainer, copy, batch.batch))
     batch = trainer.precision_plugin.convert_input(batch)
     batch = _hook(trainer, copy, "on_before_batch_transfer")(batch, 0)
-    batch = _hook(trainer, copy, "transfer_batch_to_device")(batch, trainer.strategy.root_device, 0)
+    batch = _hook(trainer, copy, "transfer_batch_to_device")(batch, _device_of(trainer, copy), 0)
     return _hook(trainer, copy, "on_after_batch_transfer")(batch, 0)
+
+
+def _device_of(trainer: Trainer, copy: LightningModule) -> torch.device:
+    """Return where a step of the copy runs: at the end of a fit Lightning has moved its module to the CPU."""
+    root = trainer.strategy.root_device
+    kinds = {p.device.type: p.device for p in copy.parameters() if p.device.type != "meta"}
+    return root if not kinds or root.type in kinds else next(iter(kinds.values()))
 
 
 def run_placed(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_accel.devices.torch_accelerator import TorchAccelerator
+from lightning_accel.errors import Unsupported
 from lightning_accel.precision.plugins.autocast_precision import AutocastPrecision
 
 _KNOWN = ("cpu", "cuda", "mps")
@@ -48,6 +49,8 @@ def settle(trainer: Trainer) -> None:
     'cpu'
     """
     ours = isinstance(trainer.accelerator, TorchAccelerator)
+    if ours:
+        _refuse(trainer)
     moved, cast = _place(trainer), _autocast(trainer)
     if ours:
         trainer.accelerator.settled = True  # type: ignore[attr-defined]
@@ -57,6 +60,16 @@ def settle(trainer: Trainer) -> None:
             f"{' and '.join(filter(None, (moved, cast)))}; this was put right."
         )
     _say_unused(trainer)
+
+
+def _refuse(trainer: Trainer) -> None:
+    kind = trainer._accelerator_connector._parallel_devices[0].type  # type: ignore[union-attr]
+    if type(trainer.strategy) is DDPStrategy and kind not in _KNOWN:
+        raise Unsupported(
+            "Lightning's DDP opens streams of CUDA, and sends by gloo what is not on CUDA",
+            f"strategy 'ddp', which Lightning chose or was asked for, on {kind}",
+            "pass strategy='accel_ddp' or 'accel_fsdp'",
+        )
 
 
 def _place(trainer: Trainer) -> str:

@@ -69,19 +69,19 @@ class TorchAccelerator(Accelerator):
     @override
     def parse_devices(devices: Any) -> list[int]:
         """Return indices: of a number of devices, of a list, or of text such as "2", "0,1" and "-1" for all."""
-        there = torch.accelerator.device_count()
+        there, given = torch.accelerator.device_count(), devices
         if isinstance(devices, str):
             words = [word.strip() for word in devices.split(",") if word.strip()]
             if not words or not all(word.lstrip("-").isdigit() for word in words):
-                raise _devices(ValueError, devices, there)
+                raise _devices(ValueError, given, there)
             several = "," in devices
             devices = [int(word) for word in words] if several else int(words[0])
         if isinstance(devices, int) and not isinstance(devices, bool):
             devices = list(range(there if devices == -1 else devices))
         if not isinstance(devices, (list, tuple)) or not all(type(d) is int for d in devices):
-            raise _devices(TypeError, devices, there)
+            raise _devices(TypeError, given, there)
         if not devices or len(set(devices)) < len(devices) or not set(devices) <= set(range(there)):
-            raise _devices(ValueError, devices, there)
+            raise _devices(ValueError, given, there)
         return list(devices)
 
     @staticmethod
