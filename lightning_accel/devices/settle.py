@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, XLAPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_accel.devices.torch_accelerator import TorchAccelerator
 from lightning_accel.errors import Unsupported
 from lightning_accel.precision.plugins.autocast_precision import AutocastPrecision
+from lightning_accel.precision.plugins.xla_precision import XlaPrecision
 
 _KNOWN = ("cpu", "cuda", "mps")
 """What Lightning gives a device and autocast by itself."""
@@ -87,9 +88,20 @@ def _place(trainer: Trainer) -> str:
 def _autocast(trainer: Trainer) -> str:
     """Put an autocast that is for another device than the Trainer's to one that has an effect."""
     plugin, kind = trainer.precision_plugin, trainer.strategy.root_device.type
-    if type(plugin) is not MixedPrecision or plugin.device == kind:
+    if type(plugin) is XLAPrecision and plugin.precision == "16-true":
+        raise Unsupported(
+            "XLA has no float16 by Lightning: it would compute in float32 without a word",
+            "precision='16-true' on XLA",
+            "pass precision='bf16-true', or plugins=[XlaPrecision('bf16-mixed')]",
+        )
+    if type(plugin) is XLAPrecision and plugin.precision == "bf16-true":
+        own: Any = XlaPrecision(
+            "bf16-true"
+        )  # Lightning's sets a variable that torch_xla reads no more
+    elif type(plugin) is MixedPrecision and plugin.device != kind:
+        own = AutocastPrecision(plugin.precision)
+    else:
         return ""
-    own = AutocastPrecision(plugin.precision)
     trainer.strategy.precision_plugin = own
     trainer._accelerator_connector.precision_plugin = own
     return f"computed in float32 instead of {plugin.precision}"
