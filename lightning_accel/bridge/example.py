@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -205,7 +206,9 @@ def run_step(trainer: Trainer, copy: LightningModule, batch: Any, index: int) ->
 def placed(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
     """Return a batch as the step gets it: cast, moved, and through the batch transfer hooks."""
     if isinstance(batch, AtHand):
-        return deepcopy(batch.batch)
+        held, there = deepcopy(batch.batch), _device_of(trainer, copy)
+        there = there if there.type != trainer.strategy.root_device.type else None
+        return held if there is None else move_data_to_device(held, there)
     if isinstance(batch, OfValidation):
         return batch._replace(batch=placed(trainer, copy, batch.batch))
     batch = trainer.precision_plugin.convert_input(batch)
