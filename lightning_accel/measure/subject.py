@@ -14,7 +14,7 @@ from lightning_accel.measure.flops import MacsCount, count_run, eval_mode
 from lightning_accel.measure.report import MeasuredModel, Report, measure_pair
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.bypass import is_under
-from lightning_accel.surgery.call import Call, batch_size, first, parameters_of, run
+from lightning_accel.surgery.call import Call, batch_size, first, parameters_of, run, tensors
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -96,8 +96,11 @@ def forward(side: Runnable, size: int) -> Callable[[], None]:
     """Return a forward on the first `size` samples; training flags are the caller's business."""
     calls = side.calls if size == batch_size(side.calls) else first(side.calls, size)
 
+    lazy = any(t.device.type == "xla" for c in calls for t in tensors((c.args, c.kwargs)))
+    without = torch.no_grad if lazy else torch.inference_mode  # XLA's views have no inference mode
+
     def call() -> None:
-        with torch.inference_mode(), side.forward_context():
+        with without(), side.forward_context():
             run(side.model, calls)
 
     return call
