@@ -119,7 +119,7 @@ TECHNIQUES: dict[str, tuple[Callable[[], Any], float]] = {
     "recomputation": (lambda: ActivationCheckpointing(select="net.body"), 1.0),
     "loading": (lambda: FastLoading(), 1.0),
     "quantized": (lambda: PostTrainingQuantization(), 1.0),
-    "sparsity": (lambda: SparsityTraining(), 4.0),
+    "sparsity": (lambda: SparsityTraining(), 1.0),
 }
 """With what each is, and the executions that a step may take."""
 
