@@ -83,11 +83,12 @@ class ByHand(LightningModule):
         self.inner = net
 
     def configure_model(self) -> None:
+        assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
         for block in self.inner.net.blocks:  # type: ignore[union-attr]
-            fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
+            fully_shard(block, mesh=mesh)
         fully_shard(self, mesh=mesh, reshard_after_forward=False)
-        register_fsdp_forward_method(self, "training_step")  # type: ignore[arg-type]
+        register_fsdp_forward_method(self, "training_step")
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.inner.loss(batch)
@@ -111,6 +112,12 @@ def _untied(tiny: bool) -> Benchmark:
 
 GPT, CIFAR, MLP = _case("gpt_124m"), _case("cifar"), _case("mlp")
 WIDE = _case("gpt_1b")
+
+
+def _attending(kernel: str, needs: str = "") -> Side:
+    return Side(GPT, lambda: MIXED, lambda: [AttentionBackend(kernel)], needs)
+
+
 PARTS: dict[str, dict[str, Side]] = {
     "fsdp": {
         "plain": Side(_untied, lambda: MIXED),
@@ -153,12 +160,10 @@ PARTS: dict[str, dict[str, Side]] = {
     },
     "attention": {
         "plain": Side(GPT, lambda: MIXED),
-        **{
-            name: Side(GPT, lambda: MIXED, lambda name=name: [AttentionBackend(name)], needs=needs)
-            for name, needs in (
-                *(("flash", "cuda"), ("efficient", "cuda"), ("cudnn", "cuda"), ("math", "")),
-            )
-        },
+        "flash": _attending("flash", "cuda"),
+        "efficient": _attending("efficient", "cuda"),
+        "cudnn": _attending("cudnn", "cuda"),
+        "math": _attending("math"),
     },
     "compile": {
         "plain": Side(GPT, lambda: MIXED),
@@ -185,7 +190,7 @@ def batches(side: Side, net: Benchmark, args: argparse.Namespace) -> DataLoader[
         made = [tuple(part.pin_memory() for part in batch) for batch in made]
     if side.loads == "held":
         made = [tuple(part.to(args.device) for part in batch) for batch in made]
-    return DataLoader((made * count)[:count], batch_size=None)  # type: ignore[arg-type]
+    return DataLoader((made * count)[:count], batch_size=None)
 
 
 def lacks(side: Side, device: str) -> str:
@@ -255,10 +260,12 @@ def _rows(name: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, A
     plain = found["plain"]
     again = best([row for row in plain if row["again"]])
     base = best([row for row in plain if not row["again"]])
-    rows = [{"part": name, "side": "plain against plain", "ratio": base / again}]
+    rows: list[dict[str, Any]] = [
+        {"part": name, "side": "plain against plain", "ratio": base / again}
+    ]
     for side, turns in found.items():
         last = turns[-1]
-        said = {key: last[key] for key in ("skipped", "failed") if key in last}
+        said: dict[str, Any] = {key: last[key] for key in ("skipped", "failed") if key in last}
         if not said:
             said = {
                 "step_ms": 1000 * best(turns),

@@ -207,8 +207,8 @@ def placed(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
     """Return a batch as the step gets it: cast, moved, and through the batch transfer hooks."""
     if isinstance(batch, AtHand):
         held, there = deepcopy(batch.batch), _device_of(trainer, copy)
-        there = there if there.type != trainer.strategy.root_device.type else None
-        return held if there is None else move_data_to_device(held, there)
+        same = there.type == trainer.strategy.root_device.type
+        return held if same else move_data_to_device(held, there)
     if isinstance(batch, OfValidation):
         return batch._replace(batch=placed(trainer, copy, batch.batch))
     batch = trainer.precision_plugin.convert_input(batch)

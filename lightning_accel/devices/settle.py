@@ -99,7 +99,7 @@ def _autocast(trainer: Trainer) -> str:
             "bf16-true"
         )  # Lightning's sets a variable that torch_xla reads no more
     elif type(plugin) is MixedPrecision and plugin.device != kind:
-        own = AutocastPrecision(plugin.precision)
+        own = AutocastPrecision(plugin.precision)  # type: ignore[arg-type]
     else:
         return ""
     trainer.strategy.precision_plugin = own

@@ -202,7 +202,7 @@ def _counted(side: Runnable, report: Report) -> MacsCount | None:
 
 
 def _both_run(
-    what: str, calls: Sequence[dict[int, Callable[[], None]]], key: int, report: Report
+    what: str, calls: Sequence[dict[int, Callable[[], Any]]], key: int, report: Report
 ) -> bool:
     try:
         for side in calls:
