@@ -113,6 +113,14 @@ def test_what_would_train_elsewhere_or_in_words_of_cuda_is_refused(fits: Any) ->
 
 @needs_compiler
 @pytest.mark.slow
+def test_random_states_of_the_device_are_kept_and_seeded(fits: Any) -> None:
+    found = fits["draws"]
+    assert found["seeded"] == found["after"] == [7.0, 7.0] and found["of one"] == [7.0, 3.0]
+    assert found["kept"] == [0.0, 0.0]
+
+
+@needs_compiler
+@pytest.mark.slow
 def test_devices_are_named_once_and_exist(fits: Any) -> None:
     found = fits["devices"]
     assert found.keys() == DEVICES.keys()

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from results import write_results
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy import device
 
@@ -33,6 +33,9 @@ from lightning_accel import (
 )
 from lightning_accel.devices.torch_accelerator import TorchAccelerator
 from lightning_accel.errors import Unsupported
+from lightning_accel.surgery.call import same_random_state
+from lightning_accel.surgery.preserve import preserve_rng
+from lightning_accel.surgery.rng import seed_rng
 
 device.start(Path(sys.argv[1]))
 ACCEL = {"accelerator": "accel", "devices": 1}
@@ -139,6 +142,19 @@ def not_seen() -> dict[str, Any]:
     return {"raised": ""}
 
 
+def draws() -> dict[str, Any]:
+    """What is tried on copies leaves the device's random states, too, as they were."""
+    there, net = torch.get_device_module("toy"), nn.Linear(1, 1).to("toy:1")
+    found: dict[str, Any] = {}
+    with preserve_rng():
+        seed_rng(7)
+        found["seeded"] = torch.cat(there.get_rng_state_all()).tolist()
+        with same_random_state(net, 3):
+            found["of one"] = torch.cat(there.get_rng_state_all()).tolist()
+        found["after"] = torch.cat(there.get_rng_state_all()).tolist()
+    return found | {"kept": torch.cat(there.get_rng_state_all()).tolist()}
+
+
 def devices() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for given in (1, 2, "2", -1, "-1", "0,1", "1,", [1], [0, 1], (1,)):
@@ -181,6 +197,7 @@ FITS = {
     "compile": lambda: fit(**ACCEL, callbacks=[BlockCompile()]),
     "checkpoint": checkpoint,
     "not seen": not_seen,
+    "draws": draws,
     "devices": devices,
     **{
         f"{name} on {device}": lambda make=make, device=device: fit(

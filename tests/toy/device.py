@@ -47,7 +47,16 @@ def start(library: Path) -> None:
     module.current_device = torch.accelerator.current_device_index
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     module._is_in_bad_fork = lambda: False
-    module.manual_seed_all = lambda seed: None
+    states = [torch.zeros(1), torch.zeros(1)]  # of generators, as the CPU's draw for it
+    module.get_rng_state_all = lambda: [state.clone() for state in states]
+    module.set_rng_state_all = lambda given: states.__setitem__(slice(None), given)
+    module.get_rng_state = lambda device: states[torch.device(device).index].clone()
+    module.set_rng_state = lambda state, device: states.__setitem__(
+        torch.device(device).index, state
+    )
+    module.manual_seed_all = lambda seed: [state.fill_(seed) for state in states]
+    module.manual_seed = lambda seed: states[torch.accelerator.current_device_index()].fill_(seed)
+    module.device = lambda one: torch.accelerator.device_index(torch.device(one).index)
     torch._register_device_module("toy", module)
     torch.utils.generate_methods_for_privateuse1_backend()
 
