@@ -45,8 +45,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_accel import tune
 from lightning_accel.loop import LeanLoop
 from lightning_accel.measure import Table
-from lightning_accel.measure.bars import bars_svg
 from lightning_accel.measure.contention import LoadWatcher
+from lightning_accel.pages import bars
 from lightning_accel.precision import matmul
 from lightning_accel.tuning.settings import TECHNIQUES
 
@@ -185,7 +185,7 @@ def picture(cases: Mapping[str, Any]) -> str:
         "the same tricks in a loop by hand": [row["hand_gain"]["ratio"] for _, _, row in rows],
     }
     labels = [f"{case}, {tier}: {row['settings']}" for case, tier, row in rows]
-    return bars_svg(labels, panels, title="Training step on CPU against stock Lightning")
+    return bars(labels, panels, title="Training step on CPU against stock Lightning").to_svg()
 
 
 def _tuned(report: Any) -> dict[str, Any]:

@@ -236,6 +236,19 @@ def instance(name: str, value: Any, kinds: Any, what: str, do: str, *, none: boo
     return value
 
 
+def numbers_by_name(name: str, value: Any) -> dict[str, float]:
+    """Return metrics by name; tensors of one element are numbers too.
+
+    >>> numbers_by_name("dense_metrics", {"val/acc": 0.5})
+    {'val/acc': 0.5}
+    """
+    try:
+        return {str(key): float(item) for key, item in value.items()}
+    except (AttributeError, TypeError, ValueError):
+        do = "pass {'val/acc': 0.98}, say"
+        raise TypeError(explain(f"`{name}` are numbers by name", repr(value), do)) from None
+
+
 def _or_none(none: bool) -> str:
     return ", or None" if none else ""
 

@@ -2,26 +2,19 @@
 
 A preset writes nodes below `callbacks`. An app that gives its Trainer other callbacks, or none, would
 train as if nothing had been asked, and nobody would say so. Lightning asks every installed package for
-callbacks when a Trainer is built (entry points `lightning.pytorch.callbacks_factory`), and so we get to
-look at each Trainer: one that starts a fit without what its configuration asks for is refused. With
+callbacks when a Trainer is built (`lightning_accel/entry.py`), and so we get to look at each Trainer: one that starts a fit without what its configuration asks for is refused. With
 `accel.attach=true` it is given the callbacks instead; `accel.attach=false` says that another Trainer
 gets them.
 
-Which configuration a Trainer belongs to is read from the stack: `hydra.utils.instantiate(cfg.trainer)`,
-`Trainer(**cfg.trainer)` in a function that holds `cfg`, or the task of `@hydra.main` around both; the
-nearest counts, as a name in Python does. Nothing else knows: Lightning passes a factory no argument, resolved
-values have lost their configuration, and the job's own (`HydraConfig`) is not that of a Trainer which the app
-makes from another. A Trainer from a node of its own (`cfg.teacher.trainer`, beside `cfg.trainer`) is another
-one, and trains without. One made by hand before the real one cannot be told from the only one there will be.
-It is refused at its start, which costs a word; an error at the end of the app would cost the training.
+A script without any configuration is given callbacks by a variable of its environment: `LIGHTNING_ACCEL=amp,prune`.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Mapping
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,34 +22,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel.bridge.checks import refuse_mirror
-from lightning_accel.devices.settle import settle, trainer_being_built
-from lightning_accel.errors import AccelError
+from lightning_accel.entry import OWN, VARIABLE, asked, factory  # noqa: F401
+from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.unread import attach_of
 
-_OURS = "lightning_accel."
-_OWN = "trainer"
-
 _served: list[weakref.ref[Any]] = []  # configurations whose callbacks some Trainer has got
-
-
-def factory() -> list[Callback]:
-    """Return what Lightning adds to a Trainer that is being built: nothing, unless callbacks are asked for.
-
-    What the Trainer computes on is looked at by the way: nobody else asks us while it can be changed.
-
-    >>> factory()
-    []
-    """
-    trainer = trainer_being_built()
-    if trainer is not None:
-        settle(trainer)
-    nodes = _nodes_in_use() if "omegaconf" in sys.modules else []
-    asking = [node for node in nodes if _asked(node._get_root())]
-    if not asking:
-        return []
-    places = {_place_of_trainer(node) for node in asking}
-    return [ConfiguredCallbacks(asking[0]._get_root(), _OWN if _OWN in places else min(places))]
 
 
 class ConfiguredCallbacks(Callback):
@@ -71,7 +42,7 @@ class ConfiguredCallbacks(Callback):
         AccelError: At the start of a fit, when callbacks are missing and no Trainer has had them.
     """
 
-    def __init__(self, config: Any, place: str = _OWN) -> None:
+    def __init__(self, config: Any, place: str = OWN) -> None:
         self.config = config
         self.place = place
 
@@ -82,14 +53,14 @@ class ConfiguredCallbacks(Callback):
         refuse_mirror(trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         held = {base.__name__ for callback in callbacks for base in type(callback).__mro__}
-        missing = {n: t for n, t in _asked(self.config).items() if t.rpartition(".")[2] not in held}
+        missing = {n: t for n, t in asked(self.config).items() if t.rpartition(".")[2] not in held}
         attach = attach_of(self.config.get("accel"))
         if not missing:
             _served.append(weakref.ref(self.config))
             return
         if any(known() is self.config for known in _served):
             return
-        if attach is False or self.place != _OWN:
+        if attach is False or self.place != OWN:
             why = "as `accel.attach=false` says" if attach is False else f"made from `{self.place}`"
             rank_zero_info(
                 f"A Trainer without {_listed(missing)}, {why}: a later one is to have them."
@@ -103,65 +74,102 @@ class ConfiguredCallbacks(Callback):
         rank_zero_info(f"Given to the Trainer, as asked by `accel.attach`: {', '.join(missing)}.")
 
 
-def _nodes_in_use() -> list[Any]:
-    """Return what the innermost function with a configuration holds of it; ours build complete Trainers."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith(_OURS):
-            return []
-        names = frame.f_locals
-        held = [*names.values(), *getattr(names.get("self"), "__dict__", {}).values()]
-        found = [value for value in held if _is_of_an_app(value)]
-        if found:
-            return found
-        frame = frame.f_back
-    return []
+class RequestedCallbacks(Callback):
+    """Give a Trainer the callbacks that a variable of the environment asks for, and it does not have.
+
+    Args:
+        words: What the variable says.
+        callbacks: Who is asked for, by name.
+    """
+
+    def __init__(self, words: str, callbacks: Mapping[str, Callback]) -> None:
+        self.words = words
+        self.callbacks = dict(callbacks)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        held: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        kinds = {type(callback) for callback in held}
+        wanted, self.callbacks = self.callbacks, {}  # a second fit has them already
+        given = {name: c for name, c in wanted.items() if type(c) not in kinds}
+        place = held.index(self) + 1  # Lightning walks along this very list
+        held[place:place] = given.values()
+        there = [name for name in wanted if name not in given]
+        if wanted:
+            said = f"{VARIABLE}={self.words!r} gives this Trainer: {', '.join(given) or 'nothing'}"
+            rank_zero_info(said + (f" (of its own: {', '.join(there)})" if there else ""))
 
 
-def _is_of_an_app(value: Any) -> bool:
-    from omegaconf import DictConfig
+def requested(words: Sequence[str]) -> list[Callback]:
+    """Return what sees to it that a Trainer has the callbacks of some presets.
 
-    root = value._get_root() if isinstance(value, DictConfig) else None
-    if not isinstance(root, DictConfig) or root._is_none() or root._is_missing():
-        return False
-    return "callbacks" in root or _OWN in root
+    Args:
+        words: Names of presets, joined by commas, and then settings as on the command line of a Hydra app: `amp,prune`,
+            `callbacks.pruning.when=8`. None at all is nothing.
 
+    Raises:
+        ValueError: Hydra knows no such preset, or no such setting.
+        Unsupported: A preset is about arguments of the Trainer, which is built already.
 
-def _place_of_trainer(node: Any) -> str:
-    """Return the key of the Trainer that is described nearest to a node: in it, beside it or further out."""
-    own = _child(node._get_root(), _OWN) is not None
-    while own and node._get_parent() is not None:
-        key = node._get_full_key(None)
-        if _target(node).endswith("Trainer"):
-            return str(key)
-        if _child(node, _OWN) is not None:
-            return f"{key}.{_OWN}"
-        node = node._get_parent()
-    return _OWN
+    >>> [callback] = requested(["none"])
+    >>> list(callback.callbacks)
+    ['report']
+    """
+    if not words:
+        return []
+    from lightning_accel.bridge.technique import place_of
+    from lightning_accel.recipe import build_callbacks
 
-
-def _child(node: Any, key: str) -> Any:
-    """Return what a configuration holds under a key, unresolved: resolving may fail, and is not ours to do."""
-    from omegaconf import DictConfig
-
-    plain = isinstance(node, DictConfig) and not (node._is_none() or node._is_interpolation())
-    return node._get_node(key, validate_access=False) if plain else None
-
-
-def _target(node: Any) -> str:
-    found = _child(node, "_target_")
-    return "" if found is None else str(found._value())
+    tree = _composed(words)
+    settings = tree.get("trainer") or {}
+    if settings:
+        said = ", ".join(f"trainer.{name}={value!r}" for name, value in settings.items())
+        do = "pass them to the Trainer in the script, and leave this preset out of the variable"
+        what = f"{VARIABLE} cannot change arguments of a Trainer that is being built"
+        raise Unsupported(what, said, do)
+    nodes = tree.get("callbacks") or {}
+    made = {name: build_callbacks({name: node})[0] for name, node in nodes.items() if node}
+    ordered = sorted(made.items(), key=lambda item: place_of(item[1]) or -1)
+    return [RequestedCallbacks(" ".join(words), dict(ordered))]
 
 
-def _asked(config: Any) -> dict[str, str]:
-    """Return the classes of ours that stand below `callbacks`, by name."""
-    from omegaconf import DictConfig
+def _composed(words: Sequence[str]) -> dict[str, Any]:
+    """Compose presets alone, in whatever app this is.
 
-    nodes = _child(config, "callbacks")
-    if not isinstance(nodes, DictConfig) or nodes._is_none() or nodes._is_interpolation():
-        return {}
-    targets = {str(name): _target(node) for name, node in nodes.items_ex(resolve=False)}
-    return {name: target for name, target in targets.items() if target.startswith(_OURS)}
+    Raises:
+        ValueError: Hydra refuses.
+    """
+    from hydra import compose
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lightning_accel._hydra_plugins import register
+
+    names = [name for name in words[0].split(",") if name]
+    overrides = [
+        *([f"+accel=[{','.join(names)}]"] if "=" not in words[0] else words[:1]),
+        *words[1:],
+    ]
+    try:
+        with preserve_rng(), _hydra():
+            register()
+            tree: Any = OmegaConf.to_container(compose(None, overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        do = "say presets and then settings, such as 'amp,prune callbacks.pruning.when=8'"
+        said = " ".join(str(error).split())
+        raise ValueError(explain(f"{VARIABLE} names no presets", said, do)) from error
+    return {str(key): value for key, value in tree.items()}
+
+
+def _hydra() -> AbstractContextManager[Any]:
+    """Compose within as the app that is running would, or as none."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
+    return initialize_config_dir(version_base="1.3", config_dir=str(Path(__file__).parent))
 
 
 def _built(config: Any, names: Mapping[str, str]) -> list[Callback]:

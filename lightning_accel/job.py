@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import lightning_accel
 from lightning_accel.allowed import refuse_foreign_wandb
@@ -119,6 +119,24 @@ def refuse_nan(objective: float | Sequence[float] | None) -> None:
             f"{objective}",
             "say hydra.sweeper.max_failure_rate=1, and the sweep goes on without this job",
         )
+
+
+def begin_logging(logger: Any, config: Mapping[str, Any]) -> None:
+    """Log a configuration, which begins the run of a logger; one that W&B's server turns away goes on offline.
+
+    A training is not ended by who only keeps its books: a wrong key, a project without permission, a server that is away.
+    """
+    try:
+        logger.log_hyperparams(config)
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb"):
+            raise
+        found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        do = "train on; `wandb sync` sends it later"
+        rank_zero_warn(explain("W&B does not take this run, which is kept offline", found, do))
+        os.environ["WANDB_MODE"] = "offline"
+        sys.modules["wandb"].teardown()  # else it knows the mode from before
+        logger.log_hyperparams(config)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_roots, typed_words, walk
@@ -35,8 +35,9 @@ from lightning_accel.arguments import instance
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.bridge.technique import place_of
 from lightning_accel.devices.choose import accelerator_of, precision_on_xla
+from lightning_accel.entry import VARIABLE
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.job import refuse_nan, seed_of
+from lightning_accel.job import begin_logging, refuse_nan, seed_of
 from lightning_accel.places import written_whole
 from lightning_accel.provenance import withheld
 from lightning_accel.redact import below_secrets, redacted, unsaid
@@ -115,6 +116,9 @@ def _built(
     _refuse_remote(tree)
     for key in ("trainer", "model", *(["data"] if tree.get("data") else [])):
         _check_node(tree.get(key), key)
+    if os.environ.get(VARIABLE):
+        what = f"{VARIABLE} is for scripts without a configuration, and does nothing here"
+        rank_zero_warn(explain(what, repr(os.environ[VARIABLE]), "say `+accel=...`"))
     places = (allow,) if isinstance(allow, str) else tuple(allow)
     check_nodes(tree, places, outputs)
     _refuse_partials(tree)
@@ -129,7 +133,7 @@ def _built(
     for logger in trainer.loggers:
         # Lightning itself logs the hyper-parameters of model and data when a fit starts.
         logger.log_hyperparams = partial(_log_redacted, logger.log_hyperparams, secrets)  # type: ignore[method-assign]
-        logger.log_hyperparams(config)
+        begin_logging(logger, config)
     return Run(trainer, model, data, tree.get("ckpt_path"), config)
 
 

@@ -71,7 +71,7 @@ OURS = (
 )
 """Beginnings of the names under which techniques may log."""
 LOGS_OURS = tuple(f"log {name}" for name in OURS)
-OUR_FILES = ("report.json", "report.md", "compiled.zip")
+OUR_FILES = ("report.json", "report.md", "report.html", "report.progress.json", "compiled.zip")
 
 
 class Technique(NamedTuple):

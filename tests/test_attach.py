@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors import callback_connector
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_accel import attach
+from lightning_accel import attach, entry
 from lightning_accel._hydra_plugins import LightningAccelSearchPath, register
 from lightning_accel.errors import AccelError
 from lightning_accel.recipe import build
@@ -69,7 +69,7 @@ def fit(trainer: Trainer) -> list[int]:
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if installed: Lightning finds the entry point, Hydra the plugin of this checkout."""
-    monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda _: attach.factory())
+    monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda _: entry.factory())
     monkeypatch.setattr(attach, "_served", [])
     register()
     plugins = Plugins.instance().plugin_type_to_subclass_list

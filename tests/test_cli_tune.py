@@ -86,7 +86,7 @@ def test_json_is_one_object(code: str, capsys: pytest.CaptureFixture[str]) -> No
         (["users_lit:network"], "gives no LightningModule with data"),
         (["users_lit:example"], "BoringModel and an example"),
         (["users_lit:nothing"], "MODULE:FUNCTION"),
-        (["users_lit:build", "--output", "tuned.pdf"], "unknown form"),
+        (["users_lit:build", "--output", "tuned.docx"], "unknown form"),
         (["users_lit:build", "--budget-s", "0"], "above 0"),
         (["users_lit:build", "--accelerator", "nonsense"], "`accelerator='nonsense'`"),
         (["--config", "nowhere.yaml"], "no such configuration"),

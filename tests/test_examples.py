@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -290,6 +291,19 @@ def test_two_callbacks_give_the_same_without_hydra(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "outputs" / "report.json").read_text())
     assert report["ratios"]["macs"] > 2
     assert report["final"]["metrics"]["test/acc"] > 0.97
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_receipts_and_reports_and_writes_a_page(tmp_path: Path) -> None:
+    script = (ROOT / "examples/05_notebook.py").read_text()
+    cells = re.split(r"^# %%.*$", script, flags=re.MULTILINE)[1:]
+    assert len(cells) == 8 and all(ast.parse(cell) for cell in cells)
+    said = run(cwd=tmp_path, script="examples/05_notebook.py")
+    assert "0.weight: pruned, 256x32 -> 128x32" in said and "charts: gains, history-acc" in said
+    report = json.loads((tmp_path / "notebook" / "report.json").read_text())
+    assert [edit["epoch"] for edit in report["edits"]] == [3] and report["ratios"]["params"] > 2
+    assert "StructuredPruning" in (tmp_path / "notebook" / "report.html").read_text()
+    assert (tmp_path / "notebook" / "layers.svg").read_text().startswith("<svg ")
 
 
 # --- distillation -----------------------------------------------------------------------------------

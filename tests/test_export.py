@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -1087,11 +1088,10 @@ def fit(
     if data is None:
         data = TensorDataset(torch.randn(16, 6), torch.arange(16) % 3)
         data = DataLoader(data, 8, shuffle=True)
-    kwargs = {"max_epochs": 2, **kwargs}
+    kwargs = {"max_epochs": 2, "enable_checkpointing": False, **kwargs}
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -1146,6 +1146,56 @@ def test_an_example_array_of_the_module_is_used(tmp_path: Path) -> None:
     assert "3" in callback.bundle.manifest["candidates"][0]["paces"]
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 4
+
+
+@each_fit
+def test_what_is_put_around_the_network_becomes_part_of_its_files(tmp_path: Path) -> None:
+    model, callback = StepsAlone(), quick(pre=Scaled(), post=nn.Softmax(-1))
+    fit(model, tmp_path, callback)
+    assert callback.bundle is not None
+    x = torch.randn(5, 6)
+    close(callback.bundle.predict(x), model.net.eval()(x / 4).softmax(-1))
+
+
+class Scored(StepsAlone):
+    """Whose first epoch is its best by what it says."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("score", float(-self.current_epoch))
+
+
+@each_fit
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [[], ["prune"], ["prune", "quantize"]], ids=len)
+def test_the_best_weights_are_those_of_the_best_checkpoint(
+    tmp_path: Path, others: list[str]
+) -> None:
+    made: list[Callback] = []
+    if "prune" in others:  # best scores start anew there
+        made.append(lightning_accel.StructuredPruning(ratio=0.5, when=1))
+    if "quantize" in others:
+        made.append(lightning_accel.QuantizationAwareTraining())
+    best = ModelCheckpoint(tmp_path / "files", monitor="score", mode="max", save_top_k=-1)
+    model, callback = Scored(), quick(weights="best")
+    fit(model, tmp_path, callback, best, *made, max_epochs=4, enable_checkpointing=True)
+    saved = lightning_accel.load_from_checkpoint(Scored, best.best_model_path).eval()
+    assert callback.bundle is not None and saved.net is not model.net
+    x = torch.randn(5, 6)
+    close(callback.bundle.predict(x), saved.net(x))
+    assert not torch.allclose(saved.net(x), model.eval().net(x), atol=1e-3)
+
+
+@each_fit
+def test_without_a_best_checkpoint_nothing_is_deployed_as_the_best(tmp_path: Path) -> None:
+    callback = quick(weights="best")
+    with pytest.warns(UserWarning, match="no best checkpoint"):
+        fit(StepsAlone(), tmp_path, callback)
+    assert callback.bundle is None
+
+
 @each_fit
 def test_a_stream_loses_no_batch_to_the_deployment(tmp_path: Path) -> None:
     model, callback = StepsAlone(), quick()
@@ -1197,6 +1247,8 @@ def test_a_callback_travels_without_what_is_open(tmp_path: Path) -> None:
     [
         ({"to": 3}, TypeError, "`to` is a path"),
         ({"formats": "tflite"}, ValueError, "unknown `formats`"),
+        ({"weights": "averaged"}, ValueError, "`weights`"),
+        ({"pre": len}, TypeError, "`pre` is a module"),
         ({"budget_s": 0}, ValueError, "`budget_s`"),
         ({"overwrite": "yes"}, TypeError, "`overwrite`"),
         ({"batch": 0}, ValueError, "`batch`"),
@@ -1221,6 +1273,8 @@ def test_the_command_writes_a_bundle_and_one_json_object(
         "import torch\nfrom torch import nn\n"
         "def net(): return nn.Linear(6, 3)\n"
         "def pair(): return nn.Linear(6, 3), torch.ones(2, 6)\n"
+        "from lightning.pytorch.demos.boring_classes import BoringModel\n"
+        "def lit(): return BoringModel(), BoringModel().train_dataloader()\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -1237,6 +1291,10 @@ def test_the_command_writes_a_bundle_and_one_json_object(
     assert "needs an example" in capsys.readouterr().err
     assert main(["export", "made_for_export:pair", "--to", "b", *words]) == 2
     assert "`to` is taken" in capsys.readouterr().err
+    assert main(["export", "made_for_export:pair", "--to", "d", "--quantize", "int8", *words]) == 2
+    assert "a network without data" in capsys.readouterr().err
+    assert main(["export", "made_for_export:lit", "--to", "e", "--quantize", "int8", *words]) == 0
+    assert any("quantized to" in note for note in load_bundle("e").manifest["notes"])
 
 
 def test_nothing_is_said_by_exporters(

@@ -121,6 +121,11 @@ def test_the_wheel_holds_the_presets_and_no_generic_group(wheel: Path) -> None:
     techniques = {n.split("/")[3] for n in names if n.startswith("lightning_accel/conf/accel/")}
     assert techniques >= {"amp_prune.yaml", "pruning", "precision", "compilation", "memory"}
     assert "lightning_accel/py.typed" in names
+    templates = {
+        p.name for p in (ROOT / "lightning_accel/pages/templates").iterdir() if p.is_file()
+    }
+    assert {"page.html.j2", "page.js", "chart.css.j2"} <= templates
+    assert {f"lightning_accel/pages/templates/{name}" for name in templates} <= set(names)
     assert "hydra_plugins/lightning_accel/__init__.py" in names
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"lightning_accel", "hydra_plugins"}

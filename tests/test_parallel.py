@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from forks import results_of
 from results import assert_as_alone
 from sharded import CASES, GPT, Experts, Penalty, SharedBlock, SkipsByData, Tied, Towers
 from torch import Tensor, nn
 
-from lightning_accel.errors import Unsupported
-from lightning_accel.parallel import Uses, find_units, uses_of
+from lightning_accel.errors import UnsafeFile, Unsupported
+from lightning_accel.parallel import Uses, find_units, folders, uses_of
 from lightning_accel.parallel.sharding import refuse_hooks
 from lightning_accel.parallel.units import given
 from lightning_accel.strategies import AccelDDPStrategy, FSDP2Strategy
@@ -74,6 +77,41 @@ def test_a_sharded_fit_is_that_of_one_process(fits: Found, name: str) -> None:
 def test_a_sharded_run_lives_as_one_process_does(runs: Found, name: str) -> None:
     for found in runs:
         assert_as_alone(found[name])
+
+
+class Runs:
+    """Whose pickle makes a file when it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("where", ["index", "shard", "values"])
+def test_a_folder_of_shards_runs_nothing(tmp_path: Path, where: str) -> None:
+    ran, folder = tmp_path / "ran", tmp_path / "folder"
+    evil = Runs(ran)
+    more = {"b": evil} if where == "shard" else {}
+    state = {"state_dict": {"weight": torch.ones(2, 3), "bias": torch.zeros(2), **more}}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    torch.save({"epoch": evil if where == "values" else 3}, folder / "meta.pt")
+    if where == "index":
+        (folder / ".metadata").write_bytes(pickle.dumps(evil))
+    with pytest.raises(UnsafeFile, match=r"Path|touch|folder|shard"):
+        folders.gathered(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_of_shards_is_read_as_one_checkpoint(tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 2)
+    dcp.save({"state_dict": net.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    torch.save({"epoch": 3}, tmp_path / "meta.pt")
+    found = folders.gathered(tmp_path)
+    assert found["epoch"] == 3 and torch.equal(found["state_dict"]["weight"], net.weight)
 
 
 def tokens() -> Tensor:

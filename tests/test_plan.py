@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel.cli import plan
 from lightning_accel.errors import NoEffect
 from lightning_accel.measure import timing
-from lightning_accel.measure.bars import bars_svg
+from lightning_accel.pages import bars
 from lightning_accel.pruning.sensitivity import as_table, sensitivity
 from lightning_accel.surgery import Select
 from lightning_accel.surgery.call import Call
@@ -168,14 +168,15 @@ def test_a_budget_is_seconds_above_zero(budget: float) -> None:
 
 
 def test_the_picture_is_svg_that_draws_to_scale() -> None:
-    svg = bars_svg(["a<b", "x" * 99], {"time": [2.0, 1.0], "loss": [-1.0, 0.0]}, title="T & t")
-    tree = ElementTree.fromstring(svg)
+    panels = {"time": [2.0, 1.0], "loss": [-1.0, math.nan]}
+    tree = ElementTree.fromstring(bars(["a<b", "x" * 99], panels, title="T & t").to_svg())
     space = "{http://www.w3.org/2000/svg}"
     widths = [float(r.get("width", 0)) for r in tree.iter(f"{space}rect")][1:]
     assert widths[0] == 2 * widths[1] > 0
     assert widths[2:] == [0.0, 0.0]
     texts = [t.text or "" for t in tree.iter(f"{space}text")]
-    assert "T & t" in texts and "a<b" in texts and "-1" in texts
+    texts = [text.strip() for text in texts] + [t.tail or "" for t in tree.iter(f"{space}title")]
+    assert "T & t" in texts and "a<b" in texts and "-1" in texts and "nan" in texts
     assert all(len(text) < 60 for text in texts)
 
 

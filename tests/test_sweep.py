@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -11,20 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from wandb_server import wandb_server
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["trainer=fast", "accelerator=cpu", "model.widths=[8,16]", "model.depth=1"]
 pytestmark = [pytest.mark.slow, pytest.mark.sweep]
 
 
-def call(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run without any W&B credentials and with a private home."""
+def call(command: list[str], cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run without any W&B credentials but those given, and with a private home."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
     env |= {
         "PYTHONPATH": str(ROOT),
         "HOME": str(cwd),
         "OMP_NUM_THREADS": "1",
         "WANDB_SILENT": "true",
+        **more,
     }
     with subprocess.Popen(
         command, stdout=-1, stderr=-1, text=True, cwd=cwd, env=env, start_new_session=True
@@ -104,6 +109,62 @@ def test_a_run_belongs_to_no_group_and_keeps_no_secret(
     assert summary["config"]["note"] == summary["config"]["db"]["password"] == "***"
     assert not any("run_group" in record.get("run", {}) for record in inspect(run))
     assert not [p for p in out.rglob("*") if p.is_file() and canary.encode() in p.read_bytes()]
+
+
+def grid(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return every point of a grid of W&B, by hand."""
+    choices = [
+        spec["values"] if "values" in spec else [spec["value"]] for spec in parameters.values()
+    ]
+    return [dict(zip(parameters, point, strict=True)) for point in itertools.product(*choices)]
+
+
+SWEEP = yaml.safe_load((ROOT / "conf/sweep/amp_prune.yaml").read_text())
+
+
+def test_every_point_of_the_sweep_for_wandb_is_a_configuration() -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    assert SWEEP["command"][-1] == "${args_no_hyphens}"
+    points = grid(SWEEP["parameters"])
+    assert len(points) == 6
+    for point in points:
+        command = {"args": {name: {"value": value} for name, value in point.items()}}
+        words = create_sweep_command_args(command)["args_no_hyphens"]
+        with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            config = compose("config", words)
+        assert config.seed == point["seed"] and config.accel.amp and config.accel.prune
+        assert config.callbacks.pruning.ratio == point["callbacks.pruning.ratio"]
+        assert config.logger.wandb.project == "lightning_accel"
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["answers", "refuses"])
+def test_an_agent_trains_the_points_of_a_sweep(tmp_path: Path, refuses: bool) -> None:
+    """`wandb sweep` and `wandb agent`, against a server on loopback; one that refuses ends no training."""
+    points = [{"+accel": "amp_prune", "callbacks.pruning.ratio": ratio} for ratio in (0.25, 0.5)]
+    words = dict(word.split("=", 1) for word in FAST)
+    runs = [{**p, **words, "logger": "wandb", "callbacks.pruning.when": 1} for p in points]
+    with wandb_server(runs[: 1 + (not refuses)]) as server:
+        env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "local-" + "a" * 40}
+        env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of `${interpreter}`
+        wandb = str(Path(sys.executable).with_name("wandb"))
+        sweep = call([wandb, "sweep", str(ROOT / "conf/sweep/amp_prune.yaml")], tmp_path, **env)
+        assert sweep.returncode == 0, sweep.stderr[-2000:]
+        assert yaml.safe_load(server.config)["parameters"] == SWEEP["parameters"]
+        (tmp_path / "examples").symlink_to(ROOT / "examples")
+        (tmp_path / "conf").symlink_to(ROOT / "conf")
+        server.refuses = refuses
+        agent = call([wandb, "agent", "me/ours/sweep1"], tmp_path, **env)
+        assert agent.returncode == 0, agent.stdout[-3000:] + agent.stderr[-3000:]
+        reports = [json.loads(p.read_text()) for p in tmp_path.rglob("report.json")]
+        assert len(reports) == 2 - refuses, agent.stdout[-3000:] + agent.stderr[-3000:]
+        streamed = json.dumps(server.sent)
+    offline = [*tmp_path.rglob("offline-run-*/*.wandb")]
+    if refuses:
+        assert "which is kept offline" in agent.stderr and len(offline) == 1
+    else:
+        assert "report/ratio_params" in streamed and "report/gains_table" in streamed
+        assert not offline
 
 
 APP = """

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.connectors import callback_connector
 from omegaconf import DictConfig
 
-from lightning_accel import attach
+from lightning_accel import entry
 from lightning_accel._hydra_plugins import LightningAccelSearchPath, register
 from lightning_accel.quantization import quantization_of
 
@@ -134,7 +134,7 @@ def train(cfg: DictConfig) -> tuple[Net, Trainer]:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda _: attach.factory())
+    monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda _: entry.factory())
     register()
     plugins = Plugins.instance().plugin_type_to_subclass_list
     others = [p for p in plugins[SearchPathPlugin] if p.__name__ != "LightningAccelSearchPath"]

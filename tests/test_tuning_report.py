@@ -237,7 +237,7 @@ def test_every_form_is_written(tmp_path: Path, report: TuneReport) -> None:
             assert part in text
         svg = (tmp_path / "deep" / "r.svg").read_text()
         assert "&lt;more&gt;" in svg and "<more>" not in svg
-    for name in ("r.pdf", "r", ".yaml"):
+    for name in ("r.docx", "r", ".yaml"):
         with pytest.raises(ValueError, match=r"Found: .*Do: "):
             report.save(tmp_path / name)
 
@@ -390,7 +390,7 @@ BAD: dict[str, list[Any]] = {
     "budget_share": [0, -1, math.nan, None, "x"],
     "techniques": ["", [], (), ["x"], 3, [3], b"precision", ["precision", "x"]],
     "batch_sizes": [None, 0, [0], [-1], ["8"], [1.5], "8", [True], torch.tensor([8])],
-    "report": [None, "", 3, ["x.pdf"], [3], "x", b"x.yaml"],
+    "report": [None, "", 3, ["x.docx"], [3], "x", b"x.yaml"],
     "cache": [None, "", 3, 0, 1.5],
 }
 

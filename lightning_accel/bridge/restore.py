@@ -14,8 +14,10 @@ from functools import partial
 from math import prod
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -24,10 +26,12 @@ from lightning_accel.bridge.checks import refuse_lazy
 from lightning_accel.bridge.hyper import as_values
 from lightning_accel.bridge.strategies import sizes_now
 from lightning_accel.errors import StructureMismatch, explain, weights_alone
+from lightning_accel.parallel import folders
 from lightning_accel.quantization.state import quantization_of, quantized_as
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.bypass import is_under, whole_tensors
 from lightning_accel.surgery.structure import named_tensors, text
+from lightning_accel.surgery.twin import twin
 
 ModuleT = TypeVar("ModuleT", bound=LightningModule)
 
@@ -93,7 +97,7 @@ def load_from_checkpoint(
 
     Args:
         cls: The user's LightningModule class, which needs to know nothing of this package.
-        path: The checkpoint, pruned or not.
+        path: The checkpoint, pruned or not; of a sharded training the folder, which this process then reads whole.
         weights_only: Keep `True` for files whose origin you do not control.
         kwargs: What `Cls.load_from_checkpoint` takes: `map_location`, `strict`, hyper-parameters.
 
@@ -122,6 +126,12 @@ def load_from_checkpoint(
             )
         )
 
+    if folders.is_folder(Path(path)):
+        with TemporaryDirectory() as place:
+            file = Path(place) / "gathered.ckpt"
+            torch.save(folders.gathered(Path(path)), file)
+            return load_from_checkpoint(cls, file, weights_only=weights_only, **kwargs)
+
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.__class__ = cls
         register(self)
@@ -133,6 +143,22 @@ def load_from_checkpoint(
             kwargs = {**kwargs, **as_values(cls, path, kwargs)}
         loaded: ModuleT = once.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
     return loaded
+
+
+def as_saved(pl_module: ModuleT, path: str | Path) -> ModuleT:
+    """Return a copy of a module with shapes, kinds and weights of one of its checkpoints.
+
+    Raises:
+        StructureMismatch: The checkpoint is of another network.
+        UnsafeFile: It holds objects besides tensors and plain data.
+    """
+    with weights_alone(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    made = twin(pl_module).cpu()
+    vars(made).pop(_BESIDE, None)  # what lies beside the module is not copied, and stays as it is
+    _load(made, lambda checkpoint: None, checkpoint)
+    made.load_state_dict(checkpoint["state_dict"])
+    return made
 
 
 def _save(pl_module: LightningModule, users_own: Any, checkpoint: dict[str, Any]) -> None:

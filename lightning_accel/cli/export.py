@@ -5,9 +5,10 @@ What to export is named as for every command, and its example may come from the 
     lightning-accel export mymodels.nets:resnet --example 32,3,224,224 --to bundle
     lightning-accel export mymodels.lit:LitNet --checkpoint last.ckpt --example 32,3,224,224 --to bundle
     lightning-accel export mymodels.nets:bert --example 8,128:int64:30522 --to bundle --formats onnx
+    lightning-accel export mymodels.lit:build --to bundle --quantize int8
 
 `build()` returns a network; or a network and an example of its arguments (a tensor, a tuple of arguments, a dict of
-keywords). Both run the code that they name.
+keywords); or a LightningModule and its data, of which the first batch is the example. All run the code that they name.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning_accel.cli.plan import tensor
-from lightning_accel.cli.subject import NamedModel, add_example, add_subject, checkpoint_subject
+from lightning_accel.cli.subject import (
+    NamedModel,
+    add_example,
+    add_subject,
+    brings_data,
+    checkpoint_subject,
+    train_loader,
+)
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.export import deploy
+from lightning_accel.quantization.calibration import calls_from
 
 
 def add(commands: Any) -> None:
@@ -45,6 +54,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--static", action="store_true", help="only the sizes of the example")
     parser.add_argument("--min-speedup", type=float, default=1.0, help="of the best format; 1")
     parser.add_argument("--budget-s", type=float, default=3.0, help="seconds of measuring; 3")
+    parser.add_argument(
+        "--quantize",
+        metavar="WORD",
+        help="int8, int4 and less; calibrated on the data of the subject",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -64,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
                 dynamic=not args.static,
                 min_speedup=args.min_speedup,
                 budget_s=args.budget_s,
+                quantize=args.quantize,
+                calibration=None if args.quantize is None else _batches(named),
                 overwrite=args.overwrite,
             )
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
@@ -75,6 +91,23 @@ def run(args: argparse.Namespace) -> int:
         print(bundle.table)
     print(f"Wrote {bundle.path}", file=sys.stderr if args.json else sys.stdout)
     return 0
+
+
+def _batches(named: NamedModel) -> Any:
+    """Return batches to calibrate on.
+
+    Raises:
+        ValueError: The subject has no data.
+    """
+    if not brings_data(named.model, named.data):
+        raise ValueError(
+            explain(
+                "--quantize calibrates on training data",
+                "a network without data",
+                "return (LightningModule, data)",
+            )
+        )
+    return train_loader(named)
 
 
 @contextmanager
@@ -92,6 +125,8 @@ def _named(args: argparse.Namespace) -> NamedModel:
     example = named.example
     if example is None:
         example = getattr(named.model, "example_input_array", None)
+    if example is None and brings_data(named.model, named.data):
+        example = calls_from(named.model, train_loader(named), 1)[0][0]
     if example is None:
         raise ValueError(
             explain(

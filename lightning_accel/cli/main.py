@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from lightning_accel import __version__
-from lightning_accel.cli import env, export, plan, tune
+from lightning_accel.cli import board, env, export, plan, report, tune
 
-_COMMANDS = (env, plan, export, tune)
+_COMMANDS = (env, plan, export, tune, report, board)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

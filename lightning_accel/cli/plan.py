@@ -36,8 +36,10 @@ from lightning_accel.cli.subject import (
     wrote,
 )
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.measure.bars import bars_svg
 from lightning_accel.measure.table import finite
+from lightning_accel.pages.charts import bars
+from lightning_accel.pages.drawing import Drawing
+from lightning_accel.pages.plots import check_ending, save
 from lightning_accel.pruning.sensitivity import Row, as_table, sensitivity
 from lightning_accel.surgery import Select
 from lightning_accel.surgery.call import Call, as_call
@@ -70,7 +72,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--select", action="append", help="pattern of layers to look at")
     parser.add_argument("--device", default="cpu", help="where to measure the time; cpu")
     parser.add_argument("--budget-s", type=float, default=20.0, help="seconds of measuring; 20")
-    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw a bar chart")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw a bar chart: .svg .png .pdf"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_devices(parser)
     parser.set_defaults(run=run)
@@ -83,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
             return run_parallel(args)
         if args.devices is not None:
             return run_devices(args)
-        _check_picture(args.picture)
+        if args.picture:
+            check_ending(args.picture)
         _check_device(args.device)
         named = _named(args)
         rows = sensitivity(
@@ -97,8 +102,7 @@ def run(args: argparse.Namespace) -> int:
         )
         measured = "output" if named.loss is None else "loss"
         if args.picture:
-            args.picture.parent.mkdir(parents=True, exist_ok=True)
-            args.picture.write_text(picture(rows, share=args.share, measured=measured))
+            save(picture(rows, share=args.share, measured=measured), args.picture)
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
         print(f"lightning-accel plan: {error}", file=sys.stderr)
         return 2
@@ -118,11 +122,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_picture(path: Path | None) -> None:
-    if path is not None and path.suffix != ".svg":
-        raise ValueError(explain("a picture is drawn as SVG", str(path), "end the name in .svg"))
-
-
 def _check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
@@ -133,15 +132,15 @@ def _check_device(name: str) -> None:
         ) from error
 
 
-def picture(rows: Sequence[Row], *, share: float, measured: str) -> str:
-    """Draw the rows as SVG: what each saves of the arithmetic and of the time, and what it changes."""
+def picture(rows: Sequence[Row], *, share: float, measured: str) -> Drawing:
+    """Draw the rows: what each saves of the arithmetic and of the time, and what it changes."""
     panels = {
         "MACs saved, %": [100 * row.macs_saved for row in rows],
         "time saved, %": [100 * row.time_saved for row in rows],
         f"change of the {measured}": [row.change for row in rows],
     }
     title = f"{share:.0%} of each layer's units removed, one layer at a time"
-    return bars_svg([row.name for row in rows], panels, title=title)
+    return bars([row.name for row in rows], panels, title=title)
 
 
 def _named(args: argparse.Namespace) -> PlannedModel:

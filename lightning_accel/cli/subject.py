@@ -154,6 +154,16 @@ def brings_data(model: nn.Module, data: Any) -> bool:
     return data is not None or is_overridden("train_dataloader", model)
 
 
+def train_loader(named: NamedModel) -> Any:
+    """Return what the subject would be trained on."""
+    data: Any = named.data if named.data is not None else named.model
+    if hasattr(data, "train_dataloader"):
+        data.prepare_data()
+        data.setup("fit")
+        data = data.train_dataloader()
+    return data
+
+
 def wrote(path: Path, args: argparse.Namespace) -> None:
     """Say where a file is; not on the standard output if that is to be one JSON object."""
     print(f"Wrote {path}", file=sys.stderr if args.json else sys.stdout)

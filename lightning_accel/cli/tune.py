@@ -48,7 +48,11 @@ def add(commands: Any) -> None:
         "--no-cache", action="store_true", help="search even if the answer is known"
     )
     parser.add_argument(
-        "--output", action="append", default=[], metavar="FILE", help=".yaml .json .svg .md .txt"
+        "--output",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=".yaml .json .svg .png .pdf .md .txt",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lightning_accel.cli.subject import NamedModel, brings_data, subject_of
+from lightning_accel.cli.subject import NamedModel, brings_data, subject_of, train_loader
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.parallel.planning import Workload
 from lightning_accel.surgery.call import numbers
@@ -121,12 +121,7 @@ def _placed(batch: Any, precision: str) -> Any:
 
 
 def _from_loader(subject: NamedModel) -> Any:
-    data: Any = subject.data if subject.data is not None else subject.model
-    if hasattr(data, "train_dataloader"):
-        data.prepare_data()
-        data.setup("fit")
-        data = data.train_dataloader()
-    loader: Any = data
+    loader = train_loader(subject)
     if not hasattr(getattr(loader, "dataset", None), "__getitem__"):
         raise AccelError(
             "memory is planned without reading data in order",

@@ -2,13 +2,11 @@
 
 Lightning 2.6.6 knows CPU, CUDA, MPS and torch_xla. With any other accelerator, one device means the CPU, and
 `precision="bf16-mixed"` autocasts for CUDA, which has no effect elsewhere; of both it says nothing. Lightning asks each
-installed package for callbacks while a Trainer is being built (`attach.py`), and then both can still be put right.
+installed package for callbacks while a Trainer is being built (`entry.py`), and then both can still be put right.
 """
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,21 +22,6 @@ from lightning_accel.precision.plugins.xla_precision import XlaPrecision
 
 _KNOWN = ("cpu", "cuda", "mps")
 """What Lightning gives a device and autocast by itself."""
-
-
-def trainer_being_built() -> Trainer | None:
-    """Return the Trainer whose constructor asks for callbacks.
-
-    >>> trainer_being_built() is None
-    True
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        found = getattr(frame.f_locals.get("self"), "trainer", None)
-        if frame.f_code.co_name == "on_trainer_init" and isinstance(found, Trainer):
-            return found
-        frame = frame.f_back
-    return None
 
 
 def settle(trainer: Trainer) -> None:
@@ -87,7 +70,7 @@ def _place(trainer: Trainer) -> str:
 
 def _autocast(trainer: Trainer) -> str:
     """Put an autocast that is for another device than the Trainer's to one that has an effect."""
-    plugin, kind = trainer.precision_plugin, trainer.strategy.root_device.type
+    plugin, kind = trainer.precision_plugin, _kind(trainer)
     if type(plugin) is XLAPrecision and plugin.precision == "16-true":
         raise Unsupported(
             "XLA has no float16 by Lightning: it would compute in float32 without a word",
@@ -109,7 +92,7 @@ def _autocast(trainer: Trainer) -> str:
 
 def _say_unused(trainer: Trainer) -> None:
     """Say what Lightning says of GPUs only: that there is a device beside the CPU in use."""
-    if trainer.strategy.root_device.type != "cpu":
+    if _kind(trainer) != "cpu":
         return
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is not None and found.type not in _KNOWN:
@@ -117,3 +100,12 @@ def _say_unused(trainer: Trainer) -> None:
             f"{torch.accelerator.device_count()} {found.type} available and not used: Lightning does not know them. "
             "Do: Trainer(accelerator='accel')."
         )
+
+
+def _kind(trainer: Trainer) -> str:
+    """Return the kind of the device, without asking a strategy that does not know it before its processes are there."""
+    planned: Any = trainer._accelerator_connector._parallel_devices
+    if isinstance(trainer.strategy, SingleDeviceStrategy):
+        return trainer.strategy.root_device.type
+    first = planned[0] if planned else None
+    return first.type if isinstance(first, torch.device) else "xla"

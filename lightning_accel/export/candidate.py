@@ -78,8 +78,7 @@ def tried(
             candidate.path = backends.build(name, found.program, found.example, schema, work)
             candidate.runner = backends.load(name, candidate.path, schema)
         except Exception as error:  # of exporters and compilers, of many kinds
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            candidate.refuse(f"{type(error).__name__}: {(lines or [''])[0][:200]}")
+            candidate.refuse(_said_by(error))
             continue
         candidate.verdict = gates.proved(candidate.runner, cases, floor_db)
         if candidate.verdict.reason:
@@ -181,8 +180,21 @@ def race(
 
 def _race_sizes(network: FlatNetwork, schema: Schema) -> list[int]:
     present = num_samples(network.example)
-    is_open = any(BATCH in spec.shape for spec in schema.inputs)
-    return sorted({present, 1}, reverse=True) if is_open else [present]
+    if present == 1 or not any(BATCH in spec.shape for spec in schema.inputs):
+        return [present]
+    try:
+        _call(network.call, network, schema, 1)()
+    except Exception:  # of a network that takes a mean over its batch, say
+        return [present]
+    return [present, 1]
+
+
+def _said_by(error: BaseException) -> str:
+    """Return what the innermost cause of an error says: exporters wrap it in advice on how to debug them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {(lines or [''])[0][:200]}"
 
 
 def _call(target: Any, network: FlatNetwork, schema: Schema, size: int) -> Callable[[], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lightning_accel.export import backends, gates
 from lightning_accel.export.gates import Case
 from lightning_accel.export.network import FlatNetwork, in_double
-from lightning_accel.export.program import Traced, sizes_to_try
+from lightning_accel.export.program import Traced, fast_path, sizes_to_try
 from lightning_accel.export.samples import Sample, samples
 from lightning_accel.export.schema import Runner, Schema
 from lightning_accel.surgery.call import as_call
@@ -43,6 +44,25 @@ def eager(network: FlatNetwork) -> Runner:
             return network(*backends.copies(tensors))
 
     return run
+
+
+def differs_on_fast_path(network: FlatNetwork) -> list[str]:
+    """Return a note where the model answers otherwise on the fast path of attention, which no graph takes."""
+    case = case_of(network, Sample("the example", network.example))
+    with fast_path(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of nested tensors
+        try:
+            found = eager(network)(network.example)
+        except Exception as error:  # of the fast path alone: the model has run without it
+            return [f"on its fast path of attention the model fails ({type(error).__name__})"]
+    scale = gates.typical([case.wanted])
+    reason = gates.same_kind(case.wanted, found) or gates.same_numbers(case, found, scale)
+    if not reason:
+        return []
+    return [
+        "deployed as in training, without the fast path of attention, "
+        f"on which the model gives {reason.removeprefix('the answer is ')}"
+    ]
 
 
 def case_of(network: FlatNetwork, sample: Sample) -> Case:

@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_accel.arguments import finite, flag, instance, one_of, positive, whole
@@ -31,11 +32,11 @@ from lightning_accel.export.candidate import (
     said_of_speed,
     tried,
 )
-from lightning_accel.export.cases import eager, given, known_answers
+from lightning_accel.export.cases import differs_on_fast_path, eager, given, known_answers
 from lightning_accel.export.gates import Case
 from lightning_accel.export.network import FlatNetwork, flat_network, schema_of
 from lightning_accel.export.page import page
-from lightning_accel.export.program import Traced, num_samples, plainly, traced
+from lightning_accel.export.program import Traced, fast_path, num_samples, plainly, traced
 from lightning_accel.export.schema import Schema
 from lightning_accel.export.speed import EAGER
 from lightning_accel.surgery.acting import nothing_heard
@@ -112,9 +113,11 @@ def deploy(
     integers.check(quantize, calibration)
     flag("overwrite", overwrite)
     target = place.free(as_path("to", to), overwrite)
+    was_fast = torch.backends.mha.get_fastpath_enabled()
     with preserve_rng(), nothing_heard(model), plainly():
         network, notes = flat_network(model, example, pre, post)
         _check_runs(network, example)
+        notes += differs_on_fast_path(network) if was_fast else []
         itself, said = integers.quantized(network, quantize, calibration)
         notes += said
         found = traced(network, dynamic, batch)
@@ -129,7 +132,8 @@ def deploy(
             known = measure_metric(made, itself, schema, metric, max_drop)
             refuse_failed(made, names)
             model_itself = Candidate(EAGER, metric=known)
-            model_itself.paces = race(made, itself, schema, min_speedup, budget_s)
+            with fast_path(was_fast):
+                model_itself.paces = race(made, itself, schema, min_speedup, budget_s)
             best, faster = choose(made, str(num_samples(network.example)), min_speedup)
             notes += [*found.notes, *left_out, *said_of_speed(made, best)]
             _write(

@@ -84,9 +84,10 @@ def open_sizes(network: FlatNetwork, dynamic: bool | Mapping[str, Mapping[int, s
     """
     if dynamic is False:
         return [{} for _ in network.example]
-    axes = batch_axes(network, BATCH)
     if dynamic is True:
-        return axes
+        return batch_axes(network, BATCH)
+    says_batch = any(BATCH in named.values() for named in dynamic.values())
+    axes: Axes = [{} for _ in network.example] if says_batch else batch_axes(network, BATCH)
     places = {name: index for index, name in enumerate(structure.names(network.arguments))}
     for name, named in dynamic.items():
         if name not in places:
@@ -152,14 +153,29 @@ def structure_example(*args: Any) -> Any:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Compute in full float32 without autocast, whatever the process is set to, and put it back."""
+    """Compute in full float32 without autocast, and attention as in training, whatever the process is set to.
+
+    The fast path of `nn.TransformerEncoder`, which only an eager call in eval mode takes, answers otherwise at places that a mask
+    leaves out, and may leave such places out of its answer (pytorch#86120, #97111).
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast("cpu", enabled=False), torch.no_grad():
+        with torch.autocast("cpu", enabled=False), torch.no_grad(), fast_path(False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def fast_path(enabled: bool) -> Iterator[None]:
+    """Let `nn.TransformerEncoder` and `nn.MultiheadAttention` take their fast path in eval mode, or not."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
 
 
 def _exported(

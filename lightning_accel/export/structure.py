@@ -41,7 +41,7 @@ def encode(value: Any, leaves: list[Tensor]) -> Node:
     if type(value) in _ATOMS:
         return {"value": value}
     if is_named(value):
-        held = {name: getattr(value, name) for name in type(value)._fields}
+        held = dict(zip(_fields_of(type(value)), value, strict=True))
         return {"named": _encoded(held, leaves), "class": class_name(type(value))}
     if is_dataclass(value) and not isinstance(value, type):
         held = {f.name: getattr(value, f.name) for f in fields(value)}
@@ -87,7 +87,8 @@ def decode(node: Node, leaves: Sequence[Any], classes: Mapping[str, type] | None
     if known is None:
         last = node["class"].rsplit(".", 1)[-1]
         known = _named_tuple(last if last.isidentifier() else "Answer", list(held), rename=True)
-    return known(*held.values())
+    # What torch returns is made of one sequence, and a named tuple of its fields.
+    return known(tuple(held.values())) if hasattr(known, "n_fields") else known(*held.values())
 
 
 def classes_in(value: Any) -> dict[str, type]:
@@ -116,8 +117,8 @@ def class_name(cls: type) -> str:
 
 
 def is_named(value: Any) -> bool:
-    """Tell whether a value is a named tuple."""
-    return isinstance(value, tuple) and hasattr(type(value), "_fields")
+    """Tell whether a value is a named tuple, or what `torch.sort` and its kind return."""
+    return isinstance(value, tuple) and bool(_fields_of(type(value)))
 
 
 def names(node: Node, prefix: str = "") -> Iterator[str]:
@@ -186,6 +187,11 @@ def check(node: Any, num_leaves: int, depth: int = 0) -> None:
         if not isinstance(key, (str, int)):
             raise ValueError("a key that is no text")
         check(item, num_leaves, depth + 1)
+
+
+def _fields_of(cls: Any) -> tuple[str, ...]:
+    found: tuple[str, ...] = getattr(cls, "_fields", ())
+    return found or (cls.__match_args__ if hasattr(cls, "n_sequence_fields") else ())
 
 
 def _encoded(held: Mapping[Any, Any], leaves: list[Tensor]) -> list[list[Any]]:

@@ -127,12 +127,20 @@ class Report:
         gains = self.gains()
         rows: list[list[Cell]] = [
             [name, before, after, _times(gains.get(name))]
-            for name, before, after in self._quantities()
+            for name, before, after in self.quantities()
         ]
         rows += self._metric_rows()
         return Table(
             ["", "dense", "final", "gain"], rows, title, tuple(self.extra.get("notes", ()))
         )
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook.
+
+        >>> "2.00x" in Report(Side(params=2), Side(params=1), Ratios(params=2.0))._repr_html_()
+        True
+        """
+        return self.table().to_html()
 
     def gains(self) -> dict[str, float]:
         """Return every gain that is given, by the name of its row.
@@ -145,7 +153,12 @@ class Report:
         known["training steps/s"] = self.ratios.steps_per_s
         return {name: gain for name, gain in known.items() if gain is not None}
 
-    def _quantities(self) -> Iterator[tuple[str, float | None, float | None]]:
+    def quantities(self) -> Iterator[tuple[str, float | None, float | None]]:
+        """Yield name, dense and final of each quantity but metrics.
+
+        >>> next(Report(Side(params=2), Side(params=1)).quantities())
+        ('parameters', 2, 1)
+        """
         yield "parameters", self.dense.params, self.final.params
         yield "MACs per sample", self.dense.macs, self.final.macs
         for batch, before in self.dense.latency_ms.items():
@@ -262,8 +275,10 @@ def measure_pair(
 
 
 def _count(report: Report, dense: MeasuredModel, final: MeasuredModel) -> None:
-    report.dense.params = model_size(dense.model).params
-    report.final.params = model_size(final.model).params
+    sizes = {"dense": model_size(dense.model), "final": model_size(final.model)}
+    report.dense.params, report.final.params = sizes["dense"].params, sizes["final"].params
+    memory = {f"{side}_bytes": s.param_bytes + s.buffer_bytes for side, s in sizes.items()}
+    report.extra.setdefault("memory", {}).update(memory)
     report.ratios.params = _gain(report.dense.params, report.final.params)
     if dense.macs is None or final.macs is None:
         return

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from io import StringIO
 from typing import Any
 
@@ -41,7 +42,7 @@ class Table:
 
         grid = RichTable(box=Box(_LINES, ascii=True), show_edge=False, pad_edge=False)
         for index, column in enumerate(self.columns):
-            side = "right" if self._is_numeric(index) else "left"
+            side = "right" if self.is_numeric(index) else "left"
             grid.add_column(Text(column), justify=side, overflow="fold")  # type: ignore[arg-type]
         for row in self.rows:
             grid.add_row(*(Text(show(cell)) for cell in row))
@@ -58,13 +59,28 @@ class Table:
 
     def to_markdown(self) -> str:
         """Render as a GitHub table."""
-        rule = ["---:" if self._is_numeric(index) else "---" for index in range(len(self.columns))]
+        rule = ["---:" if self.is_numeric(index) else "---" for index in range(len(self.columns))]
         lines = [f"**{self.title}**", ""] if self.title else []
         lines += [_markdown(self.columns), _markdown(rule)]
         lines += [_markdown([show(cell) for cell in row]) for row in self.rows]
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """Render for a notebook: escaped, and without styles of its own.
+
+        >>> Table(["<b>"], [[0.5]]).to_html().count("&lt;b&gt;")
+        1
+        """
+        side = {True: ' style="text-align: right"', False: ' style="text-align: left"'}
+        sides = [side[self.is_numeric(index)] for index in range(len(self.columns))]
+        parts = ["<table>", f"<caption>{escape(self.title)}</caption>" if self.title else ""]
+        parts += ["<thead>", _html(self.columns, sides, "th"), "</thead><tbody>"]
+        parts += [_html([show(cell) for cell in row], sides, "td") for row in self.rows]
+        parts += ["</tbody></table>"]
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        return "\n".join([*parts, f"<ul>{notes}</ul>" if notes else ""])
 
     def to_json(self) -> str:
         """Render as JSON with unrounded cells; what is no finite number becomes null."""
@@ -76,7 +92,8 @@ class Table:
         }
         return json.dumps(plain, indent=2, allow_nan=False)
 
-    def _is_numeric(self, column: int) -> bool:
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, and so stands to the right."""
         cells = [row[column] for row in self.rows if row[column] is not None]
         return bool(cells) and all(_is_number(cell) for cell in cells)
 
@@ -112,6 +129,11 @@ def _is_number(cell: Cell) -> bool:
             and cell.rstrip("x%").replace(",", "").lstrip("+-").replace(".", "", 1).isdigit()
         )
     return not isinstance(cell, bool)
+
+
+def _html(cells: Sequence[str], sides: Sequence[str], tag: str) -> str:
+    inner = (f"<{tag}{s}>{escape(c)}</{tag}>" for c, s in zip(cells, sides, strict=True))
+    return f"<tr>{''.join(inner)}</tr>"
 
 
 def _markdown(cells: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ for interleaved tenth percentiles; the last is what `Comparison.ratio` is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ from lightning_accel.measure.race import BenchmarkCase, run, speedup
 
 
 class LatencyStats(NamedTuple):
-    """Milliseconds of one call: median, spread (interquartile range) and tenth percentile of blocks."""
+    """Milliseconds of one call: median, spread (interquartile range), tenth and ninetieth percentile of blocks."""
 
     median_ms: float
     spread_ms: float
     p10_ms: float
     num_calls: int
+    p90_ms: float = math.nan
 
 
 class Comparison(NamedTuple):
@@ -159,6 +161,6 @@ class Pace:
 
 def _latency(case: BenchmarkCase) -> LatencyStats:
     times_ms = 1000 * torch.tensor(case.wall_s, dtype=torch.float64)
-    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75], dtype=torch.float64)
-    p10, p25, p50, p75 = times_ms.quantile(quantiles).tolist()
-    return LatencyStats(p50, p75 - p25, p10, case.calls * len(case.wall_s))
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    p10, p25, p50, p75, p90 = times_ms.quantile(quantiles).tolist()
+    return LatencyStats(p50, p75 - p25, p10, case.calls * len(case.wall_s), p90)

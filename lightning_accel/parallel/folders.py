@@ -6,13 +6,21 @@ is no tensor of the model, in `meta.pt`. Any number of processes reads what any 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    _EmptyStateDictLoadPlanner,
+)
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -21,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lightning_accel.errors import weights_alone
+from lightning_accel.errors import AccelError, UnsafeFile, weights_alone
 
 _META = "meta.pt"
 
@@ -42,10 +50,117 @@ def values(path: Path) -> dict[str, Any]:
     return {**found, "state_dict": {}, "optimizer_states": []}
 
 
+def gathered(path: Path) -> dict[str, Any]:
+    """Return a folder as one checkpoint, with whole weights and without states of optimizers, in this process.
+
+    Raises:
+        UnsafeFile: It holds more than tensors and plain values.
+    """
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    check(path)
+    found: dict[str, Any] = {}
+    reader = dcp.FileSystemReader(path)
+    with _as_it_was_raised():
+        _load_state_dict(found, reader, planner=_AllWeights(keys={"state_dict"}), no_dist=True)
+    return {**values(path), **found}
+
+
+def check(path: Path) -> None:
+    """Refuse a folder whose index of shards, a pickle, names anything but what torch writes there.
+
+    Raises:
+        UnsafeFile: It does.
+    """
+    index = path / ".metadata"
+    try:
+        with index.open("rb") as file:
+            _OfTorch(file).load()
+    except pickle.UnpicklingError as error:
+        raise UnsafeFile(
+            "the index of a checkpoint names code, which reading it would run",
+            f"{error} in {index}",
+            "load only folders that torch.distributed.checkpoint wrote",
+        ) from None
+
+
+@contextmanager
+def _as_it_was_raised() -> Iterator[None]:
+    """Raise our own errors as such: torch wraps what happens to any process in an exception that is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as wrapped:
+        for error, _ in wrapped.failures.values():
+            if isinstance(error, AccelError):
+                raise error from None
+        raise
+
+
+class _Values:
+    """Reads what is no tensor as plain values."""
+
+    def load_bytes(self, read_item: Any, value: BytesIO) -> None:
+        with weights_alone("a shard of the checkpoint"):
+            plain = torch.load(value, weights_only=True)
+        super().load_bytes(read_item, _saved(plain))  # type: ignore[misc]
+
+
+class _Parts(_Values, DefaultLoadPlanner):
+    """Fills what is there."""
+
+
+class _AllWeights(_Values, _EmptyStateDictLoadPlanner):
+    """Makes what the folder has."""
+
+
+def _saved(value: Any) -> BytesIO:
+    file = BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+class _OfTorch(pickle.Unpickler):
+    """Makes nothing but what describes tensors."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module.startswith("torch.distributed.checkpoint.") and name in _DESCRIBES
+        if known or (module, name) in _PLAIN:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+_DESCRIBES = {
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+    "_StorageInfo",
+}
+_PLAIN = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    *(
+        ("torch", str(dtype).removeprefix("torch."))
+        for dtype in vars(torch).values()
+        if isinstance(dtype, torch.dtype)
+    ),
+}
+
+
 def load_model(model: nn.Module, path: Path) -> None:
     """Load the weights of a sharded model, each process its own part."""
     state = {"state_dict": get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=path)
+    check(path)
+    with _as_it_was_raised():
+        dcp.load(state, checkpoint_id=path, planner=_Parts())
     set_model_state_dict(model, state["state_dict"])
 
 
@@ -53,5 +168,6 @@ def load_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], path: Pat
     """Load the states of optimizers of a sharded model, each process its own part."""
     for index, optimizer in enumerate(optimizers):
         state = {f"optimizer_{index}": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=path)
+        with _as_it_was_raised():
+            dcp.load(state, checkpoint_id=path, planner=_Parts())
         set_optimizer_state_dict(model, optimizer, state[f"optimizer_{index}"])

@@ -138,6 +138,19 @@ class Receipt:
         lines += [f"  left alone: {c.name}: {c.what}" for c in self.skipped]
         return summary(f"Receipt({counts})", [*lines, *(f"  {note}" for note in self.notes)])
 
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: every change, and what was left alone.
+
+        >>> Receipt((Change("fc", "pruned", "8", "4"),))._repr_html_().count("<tr>")
+        2
+        """
+        from lightning_accel.measure.table import Table  # above this file, which it imports
+
+        rows = [[c.name, c.what, c.before, c.after] for c in self.changes]
+        rows += [[c.name, f"left alone: {c.what}", c.before, c.after] for c in self.skipped]
+        title = f"{len(self.changes)} changes, {len(self.skipped)} left alone"
+        return Table(["", "what", "before", "after"], rows, title, self.notes).to_html()
+
     def __add__(self, other: Receipt) -> Receipt:
         return Receipt(
             self.changes + other.changes,

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_accel.arguments import whole
 from lightning_accel.errors import explain
+from lightning_accel.pages.plots import ENDINGS, check_ending
 
 
 def sizes_of(sizes: Any) -> tuple[int, ...]:
@@ -34,12 +35,14 @@ def path_of(report: Any) -> tuple[Path, ...]:
     given = [report] if isinstance(report, (str, Path)) else report
     if not isinstance(given, Sequence) or not all(isinstance(p, (str, Path)) for p in given):
         raise TypeError(explain("`report` is a file or several", repr(report), "pass 'tuned.yaml'"))
-    known = (".yaml", ".yml", ".json", ".svg", ".md", ".txt")
+    known = (".yaml", ".yml", ".json", ".svg", ".png", ".pdf", ".md", ".txt")
     for path in given:
         if Path(path).suffix not in known:
             raise ValueError(
                 explain("unknown form of a report", repr(str(path)), f"end in {', '.join(known)}")
             )
+        if Path(path).suffix in ENDINGS:
+            check_ending(Path(path))
     return tuple(Path(path) for path in given)
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 from lightning_accel.errors import explain
-from lightning_accel.measure.bars import bars_svg
 from lightning_accel.measure.table import Table, finite
+from lightning_accel.pages.charts import bars
+from lightning_accel.pages.drawing import Drawing
+from lightning_accel.pages.plots import save
 from lightning_accel.places import is_there, replace, starts_with
 from lightning_accel.tuning.numerics import check
 from lightning_accel.tuning.settings import Settings, make
@@ -159,6 +161,12 @@ class TuneReport:
             tables.append(Table(["batch size", "samples/s", ""], rows, "Batch sizes"))
         return "\n\n".join(table.to_text(width=120) for table in tables)
 
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: the waterfall, and everything that was tried."""
+        if not self.bars:
+            return Table([""], [[note] for note in self.notes], "Not tuned").to_html()
+        return f"{self.waterfall().to_html()}\n{self.table().to_html()}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
         return {
@@ -215,12 +223,16 @@ class TuneReport:
 
     def to_svg(self) -> str:
         """Draw the waterfall."""
+        return self.picture().to_svg()
+
+    def picture(self) -> Drawing:
+        """Return the waterfall as a drawing."""
         panels = {
             "ms per training step": [bar.step_ms for bar in self.bars],
             "times as fast as plain": [bar.ratio for bar in self.bars],
         }
         title = f"{self.ratio:.2f}x: {self.settings.label}"
-        return bars_svg([bar.label for bar in self.bars], panels, title=title)
+        return bars([bar.label for bar in self.bars], panels, title=title)
 
     def to_yaml(self) -> str:
         """Render as a preset: `+accel=./tuned.yaml`, or a file in `conf/accel` of an app."""
@@ -238,10 +250,11 @@ class TuneReport:
         return "\n".join(head) + "\n" + body
 
     def save(self, path: str | Path) -> Path:
-        """Write one file, whose ending decides the form: .yaml, .json, .svg, .md or .txt.
+        """Write one file, whose ending decides the form: .yaml, .json, .svg, .png, .pdf, .md or .txt.
 
         Raises:
             ValueError: Another ending.
+            AccelError: A picture that is no SVG, and no matplotlib.
         """
         path = Path(path)
         forms = {
@@ -252,9 +265,12 @@ class TuneReport:
             ".txt": self.to_text,
             ".md": lambda: f"{self.waterfall().to_markdown()}\n\n{self.table().to_markdown()}\n",
         }
+        if path.suffix in (".png", ".pdf"):
+            return save(self.picture(), path)
         if path.suffix not in forms:
+            known = ", ".join([*forms, ".png", ".pdf"])
             raise ValueError(
-                explain("unknown form of a report", repr(str(path)), f"end in {', '.join(forms)}")
+                explain("unknown form of a report", repr(str(path)), f"end in {known}")
             )
         replace(path, forms[path.suffix]())
         return path
@@ -270,7 +286,7 @@ _STARTS = {
     ".yaml": _YAML,
     ".yml": _YAML,
     ".json": r'\{\s*"format": \d+,\s*"settings": ',
-    ".svg": r"<svg [^>]*>\s*<rect [^>]*>\s*<text [^>]*>\d+\.\d\dx: ",
+    ".svg": r"<svg [^>]*>\s*<(title>|rect [^>]*>\s*<text [^>]*>)\d+\.\d\dx: ",
     ".md": r"\*\*A training step is ",
     ".txt": r"A training step is |not tuned: ",
 }

@@ -37,7 +37,9 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(world: int, *callbacks: Any, strategy: Any = "ddp") -> dict[str, Any]:
+def fit(world: int, *callbacks: Any, strategy: Any = "ddp", to: str = "") -> dict[str, Any]:
+    """Train; with `to`, deploy at the end, and answer from the files too."""
+    deploys = la.Deploy(FOLDER / to, formats=["export"], budget_s=0.02)
     torch.manual_seed(0)
     module = Module()
     mine = _X if world == 1 else _X.unflatten(1, (2, 4))[:, RANK]
@@ -51,19 +53,21 @@ def fit(world: int, *callbacks: Any, strategy: Any = "ddp") -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[*callbacks],
+        callbacks=[*callbacks, *([deploys] if to else [])],
     )
     trainer.fit(module, DataLoader([*mine], batch_size=None))
     state = quantization_of(module)
     return {
         "ranges": {name: layer["range"] for name, layer in state.items()},
         "weights": [p.detach().tolist() for p in module.parameters()],
+        "deployed": deploys.bundle and deploys.bundle.predict(_X[0]).tolist(),
+        "answers": module.net(_X[0]).tolist() if world == 1 else None,
     }
 
 
 def trained() -> dict[str, Any]:
     """Ranges are those of all processes' batches."""
-    both = fit(2, la.QuantizationAwareTraining(when=1, momentum=0.3))
+    both = fit(2, la.QuantizationAwareTraining(when=1, momentum=0.3), to="ddp")
     return {"alone": fit(1, la.QuantizationAwareTraining(when=1, momentum=0.3)), "ranks": both}
 
 
@@ -81,7 +85,8 @@ def sharded() -> dict[str, Any]:
             la.StructuredPruning(ratio=0.5, when=2, compensate=False),
         ]
 
-    return {"alone": fit(1, *both()), "ranks": fit(2, *both(), strategy="accel_fsdp")}
+    ranks = fit(2, *both(), strategy="accel_fsdp", to="fsdp")
+    return {"alone": fit(1, *both()), "ranks": ranks}
 
 
 def failed() -> dict[str, Any]:

@@ -125,7 +125,14 @@ def folder() -> Found:
     fit(again, 2, FOLDER / "shards", shards, max_epochs=2)
     other = made(Adam)
     fit(other, 2, FOLDER / "shards", max_epochs=2)  # which itself would write one file
-    return {"2 to 2": compared(whole, again), "read by whole": compared(whole, other)}
+    alone = la.load_from_checkpoint(Adam, FOLDER / "shards")
+    first = made(Adam)
+    fit(first, 1, max_epochs=1)
+    return {
+        "2 to 2": compared(whole, again),
+        "read by whole": compared(whole, other),
+        "read by one process": compared(first.float(), alone),
+    }
 
 
 def evaluation() -> Found:

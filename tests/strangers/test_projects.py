@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors import callback_connector
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_accel import Distillation, StructuredPruning, Teacher, attach, load_from_checkpoint
+from lightning_accel import Distillation, StructuredPruning, Teacher, entry, load_from_checkpoint
 from lightning_accel._hydra_plugins import LightningAccelSearchPath, register
 from lightning_accel.errors import AccelError, UnsafeFile
 
@@ -70,7 +70,7 @@ class Reported(LightningModule):
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., DictConfig]]:
     """Write the reporter's files and compose them, with our package as an installation has it."""
-    monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda _: attach.factory())
+    monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda _: entry.factory())
     register()
     plugins = Plugins.instance().plugin_type_to_subclass_list
     others = [p for p in plugins[SearchPathPlugin] if p.__name__ != "LightningAccelSearchPath"]

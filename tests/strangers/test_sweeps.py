@@ -281,6 +281,9 @@ def test_every_process_has_the_numbers_that_the_first_measured(tmp_path: Path) -
     assert first == other
     report = json.loads((tmp_path / "report.json").read_text())
     assert first[:2] == [report["ratios"]["macs"], report["final"]["params"]]
+    left = sorted(path.name for path in tmp_path.glob("report*"))
+    assert left == ["report.html", "report.json", "report.md"], "the first alone writes"
+    assert [e["epoch"] for e in report["timeline"] if e.get("num_changes")] == [1]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
@@ -17,12 +17,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
-from lightning_accel.arguments import flag
+from lightning_accel.arguments import flag, instance, one_of
 from lightning_accel.arguments import path as as_path
 from lightning_accel.bridge.data import is_stream
 from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import reads_once
 from lightning_accel.bridge.paced import report_path
+from lightning_accel.bridge.restore import as_saved
 from lightning_accel.bridge.strategies import gathers, holding, whole
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.export.bundle import Bundle
@@ -42,12 +43,15 @@ class Deploy(Callback):
 
     Args:
         to: Where the bundle goes; by default `bundle` where the fit's logs are, with a number where that is taken.
+        weights: "last", which are the averaged ones where a callback averages; or "best", those of the best checkpoint.
         formats: As in `deploy`.
         dynamic: As in `deploy`.
         batch: As in `deploy`.
         min_speedup: As in `deploy`.
         budget_s: As in `deploy`.
         example: Arguments of `forward`; by default `example_input_array`, or what the first network receives.
+        pre: As in `deploy`.
+        post: As in `deploy`.
         overwrite: Whether a bundle that is at `to` is replaced.
 
     Attributes:
@@ -65,21 +69,27 @@ class Deploy(Callback):
         self,
         to: str | PathLike[str] | None = None,
         *,
+        weights: Literal["last", "best"] = "last",
         formats: str | Sequence[str] = ("auto",),
         dynamic: bool | Mapping[str, Mapping[int, str]] = True,
         batch: int | None = None,
         min_speedup: float = 1.0,
         budget_s: float = 3.0,
         example: Any = None,
+        pre: nn.Module | None = None,
+        post: nn.Module | None = None,
         overwrite: bool = False,
     ) -> None:
         super().__init__()
         self.to: Path | None = as_path("to", to, none=True)
+        self.weights: str = one_of("weights", weights, ("last", "best"))
+        for name, part in (("pre", pre), ("post", post)):
+            instance(name, part, nn.Module, "a module", "pass an nn.Module", none=True)
         check_arguments(dynamic=dynamic, batch=batch, min_speedup=min_speedup, budget_s=budget_s)
         self.formats = check_formats(formats)
         self.dynamic, self.batch, self.min_speedup = dynamic, batch, min_speedup
         self.budget_s = budget_s
-        self.example = example
+        self.example, self.pre, self.post = example, pre, post
         self.overwrite: bool = flag("overwrite", overwrite)
         self.bundle: Bundle | None = None
         self._keeps = False
@@ -136,7 +146,8 @@ class Deploy(Callback):
         call = _one(pl_module, find_example(trainer, pl_module, self.example, at_hand))
         if not trainer.is_global_zero:
             return
-        network: nn.Module = pl_module.get_submodule(call.name)
+        module = pl_module if self.weights == "last" else _at_its_best(trainer, pl_module)
+        network: nn.Module = module.get_submodule(call.name)
         self.bundle = deploy(
             network,
             call,
@@ -146,6 +157,8 @@ class Deploy(Callback):
             batch=self.batch,
             min_speedup=self.min_speedup,
             budget_s=self.budget_s,
+            pre=self.pre,
+            post=self.post,
             overwrite=self.overwrite,
         )
         rank_zero_info(f"{self.bundle.table}\n- in {self.bundle.path}")
@@ -154,6 +167,22 @@ class Deploy(Callback):
         if self.to is not None:
             return self.to
         return free_name(report_path(trainer).with_name("bundle"), lambda path: not is_there(path))
+
+
+def _at_its_best(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+    """Return a copy of the module as its best checkpoint has it.
+
+    Raises:
+        Unsupported: There is none, or it is in pieces.
+    """
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not path or Path(path).is_dir():
+        raise Unsupported(
+            "the best weights are those of a checkpoint in one file",
+            repr(path) if path else "no best checkpoint",
+            "add ModelCheckpoint(monitor=...), or pass weights='last'",
+        )
+    return as_saved(pl_module, path)
 
 
 def _one(pl_module: LightningModule, calls: tuple[Call, ...]) -> Call:

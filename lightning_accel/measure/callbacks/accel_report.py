@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel import hardware
-from lightning_accel.arguments import instance
+from lightning_accel.arguments import instance, numbers_by_name
 from lightning_accel.bridge.bests import is_stale
 from lightning_accel.bridge.data import is_stream
 from lightning_accel.bridge.example import AtHand, find_example
@@ -30,6 +30,7 @@ from lightning_accel.bridge.paced import Paced, report_path
 from lightning_accel.bridge.restore import pristine, register
 from lightning_accel.bridge.strategies import gathers, holding, plain, whole
 from lightning_accel.errors import Unsupported, explain
+from lightning_accel.measure.callbacks.fit_log import FitLog
 from lightning_accel.measure.dashboard import to_wandb
 from lightning_accel.measure.flops import preserve_buffers
 from lightning_accel.measure.report import Report
@@ -62,11 +63,13 @@ class AccelReport(Paced):
     the dense side are those logged last before the first edit, each with its epoch, "after epoch 8", say. That
     is a shorter training, so no gain is given for them; it is with `dense_metrics`.
 
+    While the fit goes on, a small file beside the report to be says how far it is, for `lightning-accel board`.
+
     Weights, buffers, gradients, flags and random state are bit-equal before and after. An error while
     measuring becomes a warning: a finished training is never lost.
 
     Args:
-        path: Where the JSON goes, markdown beside it; by default `report.json` in the folder of the first
+        path: Where the JSON goes, markdown and an HTML page beside it; by default `report.json` in the folder of the first
             logger, without one in the Trainer's `default_root_dir`, without that in `lightning_logs`.
             A file that is no report is left alone, and a number added to the name.
         dense_metrics: Metrics of a dense training as long as this one, to compare with.
@@ -99,7 +102,9 @@ class AccelReport(Paced):
         where = "where the JSON goes"
         instance("path", path, (str, PathLike), where, "pass 'report.json', say", none=True)
         self.path = None if path is None else Path(path)
-        self.dense_metrics = None if dense_metrics is None else _numbers(dense_metrics)
+        self.dense_metrics = (
+            None if dense_metrics is None else numbers_by_name("dense_metrics", dense_metrics)
+        )
         self.budget_s = budget_s
         self.example = example
         self.report: Report | None = None
@@ -113,6 +118,7 @@ class AccelReport(Paced):
         self._module: weakref.ref[LightningModule] | None = None
         self._keeps = False
         self._at_hand: AtHand | None = None
+        self._log = FitLog()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_module": None}  # for launchers that pickle the Trainer
@@ -124,12 +130,14 @@ class AccelReport(Paced):
             "before": dict(self._before),
             "latest": dict(self._latest),
             "validated": dict(self._validated),
+            "log": self._log.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._edits, self._before = list(state_dict["edits"]), dict(state_dict["before"])
         self._latest, self._validated = dict(state_dict["latest"]), dict(state_dict["validated"])
+        self._log.load_state_dict(state_dict.get("log", {}))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -139,7 +147,7 @@ class AccelReport(Paced):
         if not self._is_of(pl_module):
             self._module = weakref.ref(pl_module)
             self._edits, self._before, self._latest, self.report = [], {}, {}, None
-            self._validated, self._saved_at = {}, None
+            self._validated, self._saved_at, self._log = {}, None, FitLog()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,12 +159,43 @@ class AccelReport(Paced):
         super().on_train_start(trainer, pl_module)
         self._at_hand = None
         self._keeps = self.example is None and (is_stream(trainer) or reads_once(trainer))
+        self._log.start(trainer, lambda: self._saved_at or self.path or report_path(trainer))
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self._log.begin_epoch(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._log.is_due():
+            self._log.tell(trainer, steps_per_s=self.pace.steps_per_s)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        self._log.save(trainer, checkpoint, self.state_key)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.state.fn == "fit":
+            self._log.tell_of(trainer, exception)
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self._keeps or batch_idx:
+        if batch_idx:
+            return
+        self._log.look(trainer)
+        if not self._keeps:
             return
         self._keeps, self._at_hand = False, None  # a copy, because a step may write into its batch
         with self._told_not_raised("no batch of the stream could be kept for the report"):
@@ -202,6 +241,7 @@ class AccelReport(Paced):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = report = Report()
         self._shapes = _shapes(pl_module)
+        self._log.end(trainer)
         self._describe(report, trainer)
         failed = "measuring the dense model against the final one failed"
         # The innermost catches: `isolate_rng` does not restore when an error passes through it.
@@ -238,6 +278,7 @@ class AccelReport(Paced):
             "before": self._before.get("steps_per_s") if self._edits else after,
             "after": after,
         }
+        self._log.fill(report, trainer)
         report.extra["world_size"] = trainer.world_size
         report.extra["precision"] = str(trainer.precision_plugin.precision)
         report.extra["versions"] = {
@@ -283,6 +324,7 @@ class AccelReport(Paced):
             self._measure_whole(report, trainer, pl_module)
 
     def _measure_whole(self, report: Report, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log.fill_sizes(report, pl_module)
         # On all ranks, because a training step may communicate; what follows does not.
         kept, self._at_hand = self._at_hand, None
         device = trainer.strategy.root_device
@@ -343,6 +385,10 @@ class AccelReport(Paced):
             return
         with self._told_not_raised("the report could not be saved"):
             self._save(trainer, self.report)
+            self._log.leave()
+        with self._told_not_raised("the page of the report could not be written"):
+            if self._saved_at is not None:
+                self._log.write_page(self._saved_at)
         with self._told_not_raised("the report could not be logged"):
             for logger in trainer.loggers:
                 logger.log_metrics(self.report.flat(), step=trainer.global_step)
@@ -395,15 +441,3 @@ def _refuse_sharded(trainer: Trainer) -> None:
             type(trainer.strategy).__name__,
             "measure an unsharded copy with `lightning_accel.measure.measure_pair`",
         )
-
-
-def _numbers(given: Any) -> dict[str, float]:
-    """Read metrics by name; tensors of one element are numbers too."""
-    try:
-        return {str(name): float(value) for name, value in given.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise TypeError(
-            explain(
-                "`dense_metrics` are numbers by name", repr(given), "pass {'val/acc': 0.98}, say"
-            )
-        ) from None

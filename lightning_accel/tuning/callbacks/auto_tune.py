@@ -44,7 +44,7 @@ class AutoTune(Technique):
             little is not tuned, unless the answer is known.
         techniques: What to try; all by default.
         batch_sizes: Batch sizes to measure as well, for the report only.
-        report: Files to write, by their endings: .yaml is a preset for `+accel=`, .json, .svg, .md, .txt;
+        report: Files to write, by their endings: .yaml is a preset for `+accel=`, .json, .svg, .png, .pdf, .md, .txt;
             `True` is `tuned.yaml` where the fit's logs go.
         cache: Folder of earlier answers; `True` is the user's cache folder, `False` searches anew.
 

@@ -1,0 +1,80 @@
+"""A page of a whole sweep, by Hydra's own loop."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+APP = """
+import json, hydra
+from pathlib import Path
+from hydra.core.hydra_config import HydraConfig
+
+@hydra.main(version_base="1.3", config_path=".", config_name="app")
+def main(cfg):
+    if cfg.size == 3:
+        raise ValueError("three is too many")
+    side = {"params": 10 * cfg.size, "latency_ms": {"1": float(cfg.size)}, "metrics": {"val/acc": cfg.acc}}
+    report = {"dense": side, "final": side, "ratios": {}}
+    Path(HydraConfig.get().runtime.output_dir, "report.json").write_text(json.dumps(report))
+
+main()
+"""
+CONFIG = """
+size: 1
+acc: 0.5
+hydra:
+  sweep: {dir: sweep}
+  callbacks:
+    page: {_target_: lightning_accel.sweep.SweepPage, y: val/acc}
+"""
+
+
+def swept(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    (folder / "app.py").write_text(APP)
+    (folder / "app.yaml").write_text(CONFIG)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "app.py", *words]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.sweep
+def test_a_sweep_ends_with_a_page_of_its_runs_and_those_that_no_other_beats(tmp_path: Path) -> None:
+    done = swept(tmp_path, "-m", "size=1,2,4", "acc=0.5,0.6")
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "sweep/sweep.html").read_text()
+    assert "sweep: 6 runs" in page and "size=4 acc=0.6" in page
+    lines = [line for line in done.stdout.splitlines() if line.startswith("size=")]
+    front = [line.split("  ")[0] for line in lines if line.rstrip().endswith("*")]
+    assert front == ["size=1 acc=0.6"]  # as fast as any, and as right as any
+    assert "Wrote sweep/sweep.html" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.sweep
+def test_a_job_that_fails_ends_neither_the_others_nor_the_page(tmp_path: Path) -> None:
+    done = swept(tmp_path, "-m", "size=1,3,2")
+    assert done.returncode == 1 and "three is too many" in done.stderr
+    page = (tmp_path / "sweep/sweep.html").read_text()
+    assert "2 runs, 1 failed" in page and "size=2" in page
+
+
+@pytest.mark.slow
+@pytest.mark.sweep
+def test_a_page_that_cannot_be_written_ends_no_sweep(tmp_path: Path) -> None:
+    (tmp_path / "sweep/sweep.html").mkdir(parents=True)
+    done = swept(tmp_path, "-m", "size=1,2")
+    assert done.returncode == 0 and "sweep.html is another file" in done.stdout
+    done = swept(tmp_path, "-m", "size=1,2", "hydra.callbacks.page.y=val/nothing")
+    assert done.returncode == 0 and "no run has a number `val/nothing`" in done.stdout
+    done = swept(tmp_path, "size=1")
+    assert done.returncode == 0 and "sweep" not in done.stdout  # one job is no sweep
