@@ -82,8 +82,9 @@ def _is_in_doubt(trainer: Any) -> bool:
         return bool(plugin.precision != "32-true")
     elsewhere = torch.accelerator.current_accelerator()
     unused = elsewhere is not None and elsewhere.type not in ("cuda", "mps")
-    cast = type(plugin).__name__ == "MixedPrecision" and root is not None
-    return unused or (cast and plugin.device != root.type)
+    if unused or root is None or type(plugin).__name__ != "MixedPrecision":
+        return unused
+    return bool(plugin.device != root.type)
 
 
 def _who_builds() -> list[Any] | None:

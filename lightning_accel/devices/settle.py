@@ -78,9 +78,8 @@ def _autocast(trainer: Trainer) -> str:
             "pass precision='bf16-true', or plugins=[XlaPrecision('bf16-mixed')]",
         )
     if type(plugin) is XLAPrecision and plugin.precision == "bf16-true":
-        own: Any = XlaPrecision(
-            "bf16-true"
-        )  # Lightning's sets a variable that torch_xla reads no more
+        # Lightning's sets a variable that torch_xla reads no more
+        own: Any = XlaPrecision("bf16-true")
     elif type(plugin) is MixedPrecision and plugin.device != kind:
         own = AutocastPrecision(plugin.precision)  # type: ignore[arg-type]
     else:
