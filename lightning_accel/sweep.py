@@ -18,9 +18,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
-
 from lightning_accel.errors import explain
 from lightning_accel.measure.table import Cell, Table, show
 from lightning_accel.pages.compare import Comparison, compare
@@ -34,7 +31,7 @@ _EACH = 64
 """Jobs after each of which the page is written; later it is written at each doubling, and at the end."""
 
 
-class SweepPage(Callback):
+class SweepPage:
     """Keep a page with all jobs of a sweep in its folder, and say at the end which of them no other beats.
 
     Args:
@@ -63,8 +60,17 @@ class SweepPage(Callback):
         self._ended = 0
         self._failed: list[str] = []
 
-    def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(
+            "on_"
+        ):  # what else Hydra calls; its own base is imported by nobody who does not sweep
+            return _nothing
+        raise AttributeError(name)
+
+    def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         """Write the page anew, where this is a job of a sweep."""
+        from hydra.core.utils import JobStatus
+
         if config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN":
             return
         self._ended += 1
@@ -106,7 +112,11 @@ class SweepPage(Callback):
         return runs
 
 
-def _line(job_return: JobReturn) -> str:
+def _nothing(**kwargs: Any) -> None:
+    pass
+
+
+def _line(job_return: Any) -> str:
     error = job_return._return_value
     said = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {said[:160]}"
