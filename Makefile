@@ -1,6 +1,6 @@
-# make demo | test | test-newest | check | bench | bench-all | zoo: each makes its environment on first use.
+# make demo | test | test-newest | check | bench | bench-all | zoo | xla: each makes its environment on first use.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest check bench bench-all zoo clean
+.PHONY: help demo test test-newest check bench bench-all zoo xla clean
 
 # The first interpreter >= 3.11 that runs and can make an environment; set PYTHON to choose another.
 FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -64,5 +64,22 @@ zoo: .venv-zoo/.stamp
 	.venv-zoo/bin/python benchmarks/prune_zoo.py --ratio 0.3 --only \
 		'diffusers/*' 'segmentation*' 'monai/*' 'vit_pytorch/*' 'x_transformers/*'
 
+# XLA on the CPU. torch_xla ended with 2.9.0 and needs that torch, which this package refuses elsewhere
+# (CVE-2026-24747, of files that are no checkpoints of ours): hence --no-deps. Seven gigabytes, as PyPI's torch
+# brings CUDA's libraries along. torch_xla looks for libpython, which pyenv and conda keep to themselves.
+.venv-xla/.stamp: pyproject.toml constraints.txt $(PLUGIN)
+	@test -n "$(PYTHON)" || { echo "make: no python3 >= 3.11 with venv and ensurepip found" >&2; exit 1; }
+	test -x .venv-xla/bin/python || "$(PYTHON)" -m venv .venv-xla
+	.venv-xla/bin/python -m pip install --quiet 'torch==2.9.0' 'torch_xla==2.9.0'
+	grep -v '^torch==' constraints.txt > .venv-xla/constraints.txt
+	.venv-xla/bin/python -m pip install --quiet -c .venv-xla/constraints.txt \
+		lightning hydra-core torch-pruning torchmetrics wandb rich pytest pytest-timeout hatchling
+	.venv-xla/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+xla: .venv-xla/.stamp
+	LD_LIBRARY_PATH="$$(.venv-xla/bin/python -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))'):$$LD_LIBRARY_PATH" \
+		PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -m xla tests/test_xla.py tests/test_precision_xla.py
+
 clean:
-	rm -rf .venv .venv-newest .venv-zoo build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-zoo .venv-xla build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -110,7 +110,7 @@ class Suite:
 
     def _wide(self, make: Callable[[], Benchmark], batches: list[Any], best: Settings) -> str:
         """Measure a memory budget, which needs compiled blocks, and float8; say what the tuner makes of that."""
-        if best.compilation == "plain":
+        if best["compilation"] == "plain":
             best = best.having("compilation", "blocks")
         saving = best.having("memory", BUDGET)
         name = f"auto + memory budget {BUDGET}"

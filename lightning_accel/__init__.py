@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_accel.compilation.callbacks.block_compile import BlockCompile
     from lightning_accel.compilation.callbacks.frozen_predict import FrozenPredict
     from lightning_accel.compilation.callbacks.warm_start import WarmStart
+    from lightning_accel.devices.torch_accelerator import TorchAccelerator
     from lightning_accel.distillation.cache import TeacherCache
     from lightning_accel.distillation.callbacks.distillation import Distillation
     from lightning_accel.distillation.module import DistillationModule
@@ -106,6 +107,7 @@ _HOMES = {
     "Teacher": "distillation.teacher",
     "TeacherCache": "distillation.cache",
     "TensorParallelStrategy": "parallel.strategies.tensor_parallel_strategy",
+    "TorchAccelerator": "devices.torch_accelerator",
     "UsePrecision": "precision.callbacks.use_precision",
     "WarmStart": "compilation.callbacks.warm_start",
     "WeightMasks": "pruning.callbacks.weight_masks",
@@ -160,6 +162,7 @@ __all__ = [
     "Teacher",
     "TeacherCache",
     "TensorParallelStrategy",
+    "TorchAccelerator",
     "UsePrecision",
     "WarmStart",
     "WeightMasks",
@@ -189,5 +192,12 @@ def _register_strategies() -> None:
     register()
 
 
+def _register_accelerator() -> None:
+    from lightning_accel.devices.torch_accelerator import register
+
+    register()
+
+
 after_import("lightning.pytorch.cli", _load_all)
 after_import("lightning.pytorch.strategies", _register_strategies)
+after_import("lightning.pytorch.accelerators", _register_accelerator)

@@ -2,7 +2,8 @@
 
 A Trainer gets something of ours in two cases: a configuration around it has callbacks of ours, or the variable
 LIGHTNING_ACCEL names presets. In all others nothing is imported, so that whoever has this package and does not use it pays
-nothing for it.
+nothing for it; but a Trainer that would train on another device, or in another precision, than it was asked to is put right
+(`devices/settle.py`), for later nobody asks us.
 
 Which configuration a Trainer belongs to is read from the stack: `hydra.utils.instantiate(cfg.trainer)`,
 `Trainer(**cfg.trainer)` in a function that holds `cfg`, or the task of `@hydra.main` around both; the
@@ -34,6 +35,11 @@ def factory() -> list[Callback]:
     >>> factory()
     []
     """
+    trainer = _trainer_being_built()
+    if trainer is not None and _is_in_doubt(trainer):
+        from lightning_accel.devices.settle import settle
+
+        settle(trainer)
     words = os.environ.get(VARIABLE, "").split()
     if not words and "omegaconf" not in sys.modules:
         return []
@@ -51,6 +57,34 @@ def factory() -> list[Callback]:
         place = OWN if OWN in places else min(places)
         callbacks.append(ConfiguredCallbacks(asking[0]._get_root(), place))
     return callbacks
+
+
+def _trainer_being_built() -> Any:
+    """Return the Trainer whose constructor asks for callbacks."""
+    pytorch: Any = sys.modules.get("lightning.pytorch")
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and pytorch is not None:
+        if frame.f_code.co_name == "on_trainer_init":
+            found = getattr(frame.f_locals.get("self"), "trainer", None)
+            return found if isinstance(found, pytorch.Trainer) else None
+        frame = frame.f_back
+    return None
+
+
+def _is_in_doubt(trainer: Any) -> bool:
+    """Whether its accelerator is not Lightning's, or its autocast may be for another device; a look, and no import."""
+    import torch
+
+    if not type(trainer.accelerator).__module__.startswith("lightning."):
+        return True
+    plugin, root = trainer.precision_plugin, getattr(trainer.strategy, "_root_device", None)
+    if type(plugin).__name__ == "XLAPrecision":
+        return bool(plugin.precision != "32-true")
+    elsewhere = torch.accelerator.current_accelerator()
+    unused = elsewhere is not None and elsewhere.type not in ("cuda", "mps")
+    if unused or root is None or type(plugin).__name__ != "MixedPrecision":
+        return unused
+    return bool(plugin.device != root.type)
 
 
 def _who_builds() -> list[Any] | None:

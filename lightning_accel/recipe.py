@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.accelerators import XLAAccelerator
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils._pytree import tree_leaves
@@ -35,8 +34,9 @@ from lightning_accel.allowed import ALLOWED, check_nodes, check_places, run_root
 from lightning_accel.arguments import instance
 from lightning_accel.bridge.objective import Objective
 from lightning_accel.bridge.technique import place_of
+from lightning_accel.devices.choose import accelerator_of, precision_on_xla
 from lightning_accel.entry import VARIABLE
-from lightning_accel.errors import AccelError, Unsupported, explain
+from lightning_accel.errors import AccelError, explain
 from lightning_accel.job import begin_logging, refuse_nan, seed_of
 from lightning_accel.places import written_whole
 from lightning_accel.provenance import withheld
@@ -325,19 +325,18 @@ def _trainer(tree: Mapping[str, Any]) -> Trainer:
                 "`trainer.callbacks` is a list, which presets cannot add to", "", "use `callbacks`"
             )
         )
-    if node.get("accelerator") == "tpu" and not XLAAccelerator.is_available():
-        raise Unsupported(
-            "Lightning reaches a TPU through torch_xla only",
-            "no torch_xla that works with this torch, or no TPU",
-            "say accelerator=auto; or on a TPU machine, install the torch_xla that is made for this "
-            f"torch, {torch.__version__}",
-        )
+    if "accelerator" in node:
+        node["accelerator"] = accelerator_of(node["accelerator"])
     loggers = _all(tree.get("logger"), "logger", Logger)
     arguments: dict[str, Any] = {
         "callbacks": _in_order(_all(tree.get("callbacks"), "callbacks", Callback))
     }
     if isinstance(node.get("plugins"), dict):
         arguments["plugins"] = _all(node.pop("plugins"), "trainer.plugins")
+    if (precision := precision_on_xla(node)) is not None:
+        del node["precision"]
+        made = [_make(plugin) for plugin in node.pop("plugins", None) or ()]
+        arguments["plugins"] = [*arguments.get("plugins", made), precision]
     if loggers or "logger" not in node:
         arguments["logger"] = loggers or False
     return _make(node, partial=True)(**arguments)

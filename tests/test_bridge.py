@@ -182,17 +182,17 @@ def test_the_other_package_of_lightning_is_told_apart(trainer_kwargs: dict[str, 
 
 
 HOLDINGS = {
-    "whole": [strategies.SingleDeviceStrategy],
+    "whole": [
+        *(strategies.SingleDeviceStrategy, strategies.SingleDeviceXLAStrategy),
+        type("SingleXLA", (strategies.SingleDeviceStrategy,), {}),
+    ],
     "replicated": [strategies.DDPStrategy],
     "sharded": [
         *(strategies.FSDPStrategy, strategies.ModelParallelStrategy, strategies.DeepSpeedStrategy),
         type("MyFSDPStrategy", (strategies.DDPStrategy,), {}),
         type("Unheard", (strategies.ParallelStrategy,), {"root_device": torch.device("cpu")}),
     ],
-    "traced": [
-        *(strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy),
-        type("SingleXLA", (strategies.SingleDeviceStrategy,), {}),
-    ],
+    "traced": [strategies.XLAStrategy],
 }
 
 

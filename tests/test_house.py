@@ -40,7 +40,15 @@ ROOMS = {"callbacks", "plugins", "strategies"}
 BUILDS_ON = {("parallel", "pruning"), ("quantization", "pruning"), ("export", "quantization")}
 """Techniques that are made of another: a process of tensor parallelism has the network pruned to its own units, layers
 are rounded by the same least squares that make up for a cut, and what is exported is what was quantized."""
-FLOOR = {"surgery": 1, "measure": 1, "pages": 1, "bridge": 3, "tuning": 4, "cli": 4}
+FLOOR = {
+    "surgery": 1,
+    "measure": 1,
+    "pages": 1,
+    "bridge": 3,
+    "devices": 4,
+    "tuning": 4,
+    "cli": 4,
+}
 """Floors of the folders; every other folder is a technique on floor 2, its adapters on floor 3.
 Tuning chooses among all techniques, and so stands above them."""
 TOP = {name for name, floor in FLOOR.items() if floor == 4}

@@ -356,7 +356,7 @@ def test_the_device_is_that_of_the_parameters(trainer: Any) -> None:
 def test_strategies_with_a_precision_of_their_own_are_refused(trainer: Any, name: str) -> None:
     run = trainer(plugins=[AutocastPrecision("bf16-mixed")])
     run.strategy.__class__ = type(name, (type(run.strategy),), {})
-    with pytest.raises(Unsupported, match="Trainer\\(precision="):
+    with pytest.raises(Unsupported, match=r"Do: use (Trainer\(precision=|XlaPrecision\()"):
         run.fit(module(), data())
 
 

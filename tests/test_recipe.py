@@ -344,10 +344,16 @@ def test_callbacks_as_a_list_are_refused(house: types.ModuleType) -> None:
         built(config(trainer={"callbacks": [{"_target_": "house.parts.Plain"}]}))
 
 
-def test_a_tpu_that_cannot_work_is_refused_with_the_reason(house: types.ModuleType) -> None:
-    with pytest.raises(Unsupported, match="torch_xla") as refused:
-        built(config(trainer={"accelerator": "tpu"}))
-    assert "2.9" not in str(refused.value)  # older than this package allows
+def test_a_device_that_is_not_there_is_refused_with_the_reason(house: types.ModuleType) -> None:
+    """With words that can be followed: `torch_xla` ended with a torch that this package refuses."""
+    for name, do in (
+        ("tpu", "pip install torch_tpu"),
+        ("gpu", "accelerator=auto"),
+        ("accel", "torch-npu"),
+    ):
+        with pytest.raises(Unsupported, match="Found: torch .* Do: ") as refused:
+            built(config(trainer={"accelerator": name}))
+        assert do in str(refused.value) and "2.9" not in str(refused.value)
 
 
 def test_a_checkpoint_from_a_url_is_refused(house: types.ModuleType) -> None:

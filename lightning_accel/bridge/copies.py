@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import find_shared_parameters, set_shared_parameters
 from torch import Tensor, nn
 
 from lightning_accel.bridge.example import AtHand, batches_or, calls_of, run_step
@@ -103,6 +105,19 @@ def _in_dtypes_of(module: nn.Module, copy: nn.Module) -> nn.Module:
         for name, tensor in tensors:
             tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
     return copy
+
+
+@contextmanager
+def on_host(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
+    """Give the module to plan on: on XLA a copy on the CPU, for lazy operators cannot be followed one by one."""
+    if trainer.strategy.root_device.type != "xla":
+        yield pl_module
+        return
+    with inert_copy(trainer, pl_module, hooked=True) as copy:
+        ties = find_shared_parameters(copy)  # `Module.to` makes parameters anew, each by itself
+        copy.to("cpu")
+        set_shared_parameters(copy, ties)
+        yield copy
 
 
 def is_free(pl_module: LightningModule) -> bool:

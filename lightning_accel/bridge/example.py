@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -205,13 +206,22 @@ def run_step(trainer: Trainer, copy: LightningModule, batch: Any, index: int) ->
 def placed(trainer: Trainer, copy: LightningModule, batch: Any) -> Any:
     """Return a batch as the step gets it: cast, moved, and through the batch transfer hooks."""
     if isinstance(batch, AtHand):
-        return deepcopy(batch.batch)
+        held, there = deepcopy(batch.batch), _device_of(trainer, copy)
+        same = there.type == trainer.strategy.root_device.type
+        return held if same else move_data_to_device(held, there)
     if isinstance(batch, OfValidation):
         return batch._replace(batch=placed(trainer, copy, batch.batch))
     batch = trainer.precision_plugin.convert_input(batch)
     batch = _hook(trainer, copy, "on_before_batch_transfer")(batch, 0)
-    batch = _hook(trainer, copy, "transfer_batch_to_device")(batch, trainer.strategy.root_device, 0)
+    batch = _hook(trainer, copy, "transfer_batch_to_device")(batch, _device_of(trainer, copy), 0)
     return _hook(trainer, copy, "on_after_batch_transfer")(batch, 0)
+
+
+def _device_of(trainer: Trainer, copy: LightningModule) -> torch.device:
+    """Return where a step of the copy runs: at the end of a fit Lightning has moved its module to the CPU."""
+    root = trainer.strategy.root_device
+    kinds = {p.device.type: p.device for p in copy.parameters() if p.device.type != "meta"}
+    return root if not kinds or root.type in kinds else next(iter(kinds.values()))
 
 
 def run_placed(trainer: Trainer, copy: LightningModule, batch: Any, index: int) -> Any:

@@ -39,7 +39,7 @@ def holding(strategy: Strategy) -> Holding:
     """
     if is_of(strategy, *_SHARDED):
         return "sharded"
-    if is_of(strategy, "XLA"):
+    if is_of(strategy, "XLA") and not isinstance(strategy, SingleDeviceStrategy):
         return "traced"
     if isinstance(strategy, SingleDeviceStrategy):
         return "whole"

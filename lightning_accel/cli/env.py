@@ -182,10 +182,9 @@ def _xla(facts: Facts) -> Iterator[Mismatch]:
         found = f"torch_xla {xla}, torch {version}" + (f": {broken}" if broken else "")
         yield Mismatch(True, what, found, "install the same minor version of both")
     if facts.versions.get("torch-tpu") is not None:
-        what = "Lightning 2.6 does not know torch_tpu, only torch_xla"
-        yield Mismatch(
-            False, what, str(facts.versions["torch-tpu"]), "use torch_xla with its torch"
-        )
+        what = "Lightning 2.6 does not know torch_tpu, and would train on the CPU"
+        do = "say Trainer(accelerator='accel'), in a configuration accelerator=tpu"
+        yield Mismatch(False, what, str(facts.versions["torch-tpu"]), do)
 
 
 def _hydra(facts: Facts) -> Iterator[Mismatch]:

@@ -209,10 +209,20 @@ def usage(calls: Sequence[Heard], logits: Tensor | None, task: Tensor | None = N
             classes = pull.call.input.shape[pull.call.dim]
             beside = classes < logits.shape[dim] and pull.is_part_of(task, dim)
             target = pull.call.target
-            origin = None if target is None else target.untyped_storage().data_ptr()
+            origin = None if target is None else place_of(target)
             heard = (*pull.labels(dim), pull.call.ignored, origin)
             return Usage(kinds, dim, classes, soft, targets, beside, *heard)
     return Usage(kinds, soft=soft, others=targets)
+
+
+def place_of(tensor: Tensor) -> int | None:
+    """Return where its storage lies, by which views know each other; XLA does not tell.
+
+    >>> both = torch.zeros(2, 3)
+    >>> place_of(both) == place_of(both[1])
+    True
+    """
+    return None if tensor.device.type == "xla" else tensor.untyped_storage().data_ptr()
 
 
 class Pull:

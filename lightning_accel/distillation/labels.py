@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_accel.distillation.criterion import Usage
+from lightning_accel.distillation.criterion import Usage, place_of
 from lightning_accel.distillation.forward_recorder import ForwardRecord
 from lightning_accel.distillation.locate import Where, at, is_whole
 from lightning_accel.surgery.call import tensors
@@ -155,7 +155,7 @@ def _heard(
             if torch.equal(placed[counted].to(labels), labels[counted]):
                 reading = _with_padding(reading, placed, counted)
                 missed = int((reading.counts(placed) & ~counted).sum())
-                other = found.untyped_storage().data_ptr() != usage.origin
+                other = place_of(found) != usage.origin
                 rank = (missed, other, id(found) in used)
                 if best is None or rank < best[0]:
                     best = rank, reading

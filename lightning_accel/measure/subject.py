@@ -14,7 +14,7 @@ from lightning_accel.measure.flops import MacsCount, count_run, eval_mode
 from lightning_accel.measure.report import MeasuredModel, Report, measure_pair
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.bypass import is_under
-from lightning_accel.surgery.call import Call, batch_size, first, parameters_of, run
+from lightning_accel.surgery.call import Call, batch_size, first, parameters_of, run, tensors
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -92,29 +92,34 @@ def count(side: Runnable) -> MacsCount:
     return found._replace(macs=round(found.macs / (batch_size(side.calls) or 1)))
 
 
-def forward(side: Runnable, size: int) -> Callable[[], None]:
-    """Return a forward on the first `size` samples; training flags are the caller's business."""
+def forward(side: Runnable, size: int) -> Callable[[], list[Any]]:
+    """Return a forward on the first `size` samples, which returns outputs; training flags are the caller's business."""
     calls = side.calls if size == batch_size(side.calls) else first(side.calls, size)
 
-    def call() -> None:
-        with torch.inference_mode(), side.forward_context():
-            run(side.model, calls)
+    lazy = any(t.device.type == "xla" for c in calls for t in tensors((c.args, c.kwargs)))
+    without = torch.no_grad if lazy else torch.inference_mode  # XLA's views have no inference mode
+
+    def call() -> list[Any]:
+        with without(), side.forward_context():
+            return run(side.model, calls)
 
     return call
 
 
-def training_step(side: Runnable) -> Callable[[], None]:
-    """Return a forward and a backward on the whole batch, which leaves all gradients alone."""
+def training_step(side: Runnable) -> Callable[[], Any]:
+    """Return a forward and a backward on the whole batch, which returns gradients and leaves all others alone."""
     params = [p for p in side.model.parameters() if p.requires_grad]
 
-    def call() -> None:
+    def call() -> Any:
         with torch.enable_grad(), side.step_context():
             outputs = tree_leaves(run(side.model, side.calls))
             losses = [
                 t.float().mean() for t in outputs if isinstance(t, Tensor) and t.requires_grad
             ]
             loss = torch.stack(losses).sum()
-        torch.autograd.grad(loss, params, allow_unused=True)  # `backward` would write to `.grad`
+        return torch.autograd.grad(
+            loss, params, allow_unused=True
+        )  # `backward` would write to `.grad`
 
     return call
 
@@ -197,7 +202,7 @@ def _counted(side: Runnable, report: Report) -> MacsCount | None:
 
 
 def _both_run(
-    what: str, calls: Sequence[dict[int, Callable[[], None]]], key: int, report: Report
+    what: str, calls: Sequence[dict[int, Callable[[], Any]]], key: int, report: Report
 ) -> bool:
     try:
         for side in calls:

@@ -47,6 +47,7 @@ from torch.utils.checkpoint import (
 from lightning_accel.arguments import one_of
 from lightning_accel.errors import NoEffect
 from lightning_accel.memory.draws import draws
+from lightning_accel.memory.on_xla import lies_on_xla, recomputed_on_xla
 from lightning_accel.memory.recompute import Recomputation, RecomputedBlock
 from lightning_accel.memory.saved import note_kept
 from lightning_accel.seldom import check_seldom
@@ -235,6 +236,9 @@ def _recomputing(
             if policy == "full":
                 return checkpoint(call, *values, use_reentrant=False)
             return _selecting(call, *values, context_fn=_selective)
+        if lies_on_xla(values):
+            _called.add(self)
+            return recomputed_on_xla(self, call, values, type(self).__name__)
         if not known or known[0].block() is not self:
             known[:] = [RecomputedBlock(self, check_every_n_calls)]
             _called.add(self)

@@ -41,8 +41,13 @@ def _gated(member: Member, tensor: Tensor) -> Tensor | None:
     return None if gradient is None else per_unit(_slopes(tensor, gradient), member)
 
 
-def squares(model: nn.Module, group: Group) -> Tensor:
+def squares(model: nn.Module, group: Group, *, there: bool = False) -> Tensor:
     """Return the squared norm of each unit's weights in all coupled layers, shape (units,).
+
+    Args:
+        model: The network.
+        group: One of its groups.
+        there: Whether the result stays on the weights' device, which is then not waited for.
 
     Raises:
         ValueError: The group has no weight.
@@ -52,7 +57,7 @@ def squares(model: nn.Module, group: Group) -> Tensor:
     ]
     if not parts:
         raise ValueError("none of its tensors is a weight")
-    return total(parts)
+    return total(parts, there=there)
 
 
 def weights(model: nn.Module, group: Group, *roles: str) -> Iterator[tuple[Member, Tensor]]:
@@ -147,9 +152,9 @@ def bn_scales(model: nn.Module, group: Group) -> Iterator[tuple[Member, nn.Param
             yield member, tensor
 
 
-def total(parts_U: list[Tensor]) -> Tensor:
-    """Return the sum of what several tensors say of each unit, shape (units,), on the CPU."""
-    sum_U = parts_U[0].cpu()
+def total(parts_U: list[Tensor], *, there: bool = False) -> Tensor:
+    """Return the sum of what several tensors say of each unit, shape (units,), on the CPU or on the first's device."""
+    sum_U = parts_U[0]
     for part_U in parts_U[1:]:
-        sum_U = sum_U + part_U.cpu()
-    return sum_U
+        sum_U = sum_U + part_U.to(sum_U.device)
+    return sum_U if there else sum_U.cpu()

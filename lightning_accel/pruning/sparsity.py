@@ -63,7 +63,7 @@ def group_lasso(model: nn.Module, groups: Sequence[Group], *, strength: float) -
     found: Gradients = {}
     for group in groups:
         if any(True for _ in weights(model, group)):
-            norms = squares(model, group).sqrt()
+            norms = squares(model, group, there=True).sqrt()
             share = torch.where(norms > 0, strength / norms, torch.zeros_like(norms))
             _add_scaled(found, model, group, share)
     return _require(found, groups)
@@ -138,10 +138,10 @@ def _add(found: Gradients, name: str, gradient: Tensor) -> None:
 
 def _along(member: Member, tensor: Tensor, share: Tensor) -> Tensor:
     """Spread one number per unit over the positions of the member's dimension, to broadcast."""
-    line = torch.zeros(tensor.shape[member.dim], dtype=share.dtype)
-    line[member.positions.cpu()] = share.cpu()[:, None]
-    shape = [-1 if dim == member.dim else 1 for dim in range(tensor.dim())]
-    return line.view(shape).to(exact(tensor[:0]).dtype).to(tensor.device)
+    share = share.to(exact(tensor[:0]).dtype).to(tensor.device)  # the host does not wait for it
+    line = share.new_zeros(tensor.shape[member.dim])
+    line[member.positions.to(tensor.device)] = share[:, None]
+    return line.view([-1 if dim == member.dim else 1 for dim in range(tensor.dim())])
 
 
 def _require(found: Gradients, groups: Sequence[Group]) -> Gradients:

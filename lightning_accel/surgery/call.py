@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_accel.surgery.rng import other_device
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -88,13 +90,16 @@ def same_random_state(model: nn.Module, seed: int | None = None) -> Iterator[Non
         seed: Which state to begin with; the present one by default.
     """
     places = {p.device for p in model.parameters()}
-    with torch.random.fork_rng(devices=[d for d in places if d.type == "cuda"]):
+    kinds = (d.type for d in places if d.type == "cuda" or other_device(d.type) is not None)
+    kind = next(kinds, "cuda")
+    drawing = [d for d in places if d.type == kind]
+    with torch.random.fork_rng(devices=drawing, device_type=kind):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-            for device in places:
-                if device.type == "cuda":  # others of its kind keep their states
-                    with torch.cuda.device(device):
-                        torch.cuda.manual_seed(seed)
+            module = torch.get_device_module(kind) if drawing else None
+            for device in drawing:  # others of its kind keep their states
+                with module.device(device):  # type: ignore[union-attr]
+                    module.manual_seed(seed)  # type: ignore[union-attr]
         yield
 
 

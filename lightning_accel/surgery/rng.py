@@ -22,6 +22,7 @@ def random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "accelerator": [] if (other := other_device()) is None else other.get_rng_state_all(),
         "python": [version, list(words), gauss],
         "numpy": [kind, keys.tolist(), int(place), int(has_gauss), float(cached)],
     }
@@ -34,6 +35,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     for device, held in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(held.cpu(), device)
+    if state.get("accelerator") and (other := other_device()) is not None:
+        other.set_rng_state_all([held.cpu() for held in state["accelerator"]])
     random.setstate((version, tuple(words), gauss))
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
@@ -52,6 +55,25 @@ def seed_rng(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+    if (other := other_device()) is not None:
+        other.manual_seed_all(seed)
+
+
+def other_device(kind: str | None = None) -> Any:
+    """Return the module of an accelerator other than CUDA, such as `torch.xpu`; `None` where it keeps no random states.
+
+    Args:
+        kind: Only this one.
+
+    >>> other_device("cuda") is None
+    True
+    """
+    found = torch.accelerator.current_accelerator()
+    if found is None or found.type == "cuda" or kind not in (None, found.type):
+        return None
+    module = torch.get_device_module(found)
+    keeps = hasattr(module, "get_rng_state_all") and hasattr(module, "set_rng_state_all")
+    return module if keeps and torch.accelerator.is_available() else None
 
 
 def seed_of_cuda() -> Callable[[], None]:

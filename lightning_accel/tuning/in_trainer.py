@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_accel.attention import uses_attention
 from lightning_accel.bridge.data import batches
 from lightning_accel.bridge.example import placed
-from lightning_accel.bridge.strategies import holding
+from lightning_accel.bridge.strategies import holding, is_of
 from lightning_accel.bridge.technique import Situation
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.surgery.preserve import preserve_rng
@@ -155,7 +155,7 @@ def _key(trainer: Trainer, pl_module: LightningModule, data: list[Any], asked: T
 def refuse(trainer: Trainer, pl_module: LightningModule) -> None:
     """Raise for strategies whose modules cannot be copied, and steps that cannot be repeated."""
     strategy = trainer.strategy
-    if holding(strategy) in ("sharded", "traced"):
+    if holding(strategy) in ("sharded", "traced") or is_of(strategy, "XLA"):
         raise Unsupported(
             "AutoTune measures whole copies of the module on one device",
             type(strategy).__name__,

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_accel.arguments import flag, flags, instance, one_of, whole
 from lightning_accel.bridge.evaluation import EvaluationBatches
 from lightning_accel.bridge.technique import Context, Situation, Skipped, Technique
+from lightning_accel.compilation.backends import backend_for
 from lightning_accel.compilation.blocks import compile_blocks, find_blocks
 from lightning_accel.compilation.explain import Capture, captures, table
 from lightning_accel.compilation.recompile_policy import batch_sizes
@@ -28,7 +29,7 @@ from lightning_accel.compilation.region import (
     unsettle,
     without_effect,
 )
-from lightning_accel.errors import AccelError, NoEffect, explain
+from lightning_accel.errors import AccelError, NoEffect, Unsupported, explain
 from lightning_accel.measure.table import Table
 from lightning_accel.seldom import check_seldom
 from lightning_accel.surgery import Receipt, Select, Stage
@@ -37,7 +38,6 @@ from lightning_accel.surgery.compiled import is_compiled
 _ANSWERS = ("warn", "raise", "ignore")
 _REPEATS = ("eager", "compile", "raise")
 _RAGGED = ("auto", "ignore")
-_BACKENDS = {"xla": "openxla", "tpu": "tpu"}
 
 
 class BlockCompile(Technique, EvaluationBatches):
@@ -168,17 +168,18 @@ class BlockCompile(Technique, EvaluationBatches):
         if is_compiled(situation.module):
             yield Skipped("any", "the module is compiled already")
             return
+        device = situation.device.type
         try:
+            backend_for(device)
             parts, wholes = (
                 find_blocks(situation.module, blocks=b, itself=False) for b in (True, False)
             )
-        except NoEffect as error:
+        except (NoEffect, Unsupported) as error:
             yield Skipped("any", str(error))
             return
         same = parts.keys() == wholes.keys()
         yield Skipped("blocks", "no block repeats: the same as whole") if same else "blocks"
         yield "whole"
-        device = situation.device.type
         for value in ("with CUDA graphs", "with autotuning"):
             yield value if device == "cuda" else Skipped(value, f"needs CUDA, this is {device}")
 
@@ -397,4 +398,4 @@ class BlockCompile(Technique, EvaluationBatches):
     def _backend(self, trainer: Trainer) -> Backend:
         if self.backend != "auto":
             return self.backend
-        return _BACKENDS.get(trainer.strategy.root_device.type, "inductor")
+        return backend_for(trainer.strategy.root_device.type)

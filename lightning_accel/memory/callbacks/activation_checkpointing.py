@@ -19,6 +19,7 @@ from lightning_accel.memory.checkpoint import (
     keep_activations,
     uncalled,
 )
+from lightning_accel.memory.on_xla import refuse_on_xla
 from lightning_accel.memory.trial import compiled_names
 from lightning_accel.surgery import Receipt, Select, Stage
 
@@ -77,6 +78,9 @@ class ActivationCheckpointing(Technique):
         )
         self._unproved = self._unproved or bool(receipt)
         try:
+            if context.trainer.strategy.root_device.type == "xla":
+                names = [change.name for change in receipt.changes]
+                refuse_on_xla(context.module, names, self.policy)
             yield receipt
         finally:
             # What was made by this effect alone: the user may have checkpointed some before.

@@ -12,12 +12,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.arguments import flag, one_of
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.parallel.backends import backend_of
 from lightning_accel.parallel.compress import compress
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
@@ -80,6 +82,18 @@ class AccelDDPStrategy(DDPStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        return self._process_group_backend or backend_of(self.root_device)
+
+    @override
+    def _setup_model(self, model: Module) -> DistributedDataParallel:
+        device = self.root_device
+        if device.type in ("cpu", "cuda"):
+            return super()._setup_model(model)
+        # Lightning 2.6.6 opens a stream of CUDA on every other device too
+        return DistributedDataParallel(model, device_ids=[device.index], **self._ddp_kwargs)
 
     @override
     def configure_ddp(self) -> None:

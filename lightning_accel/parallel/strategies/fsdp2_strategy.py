@@ -34,6 +34,7 @@ from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.bridge.restore import averages
 from lightning_accel.parallel import folders, sharding
 from lightning_accel.parallel.around_steps import AroundSteps
+from lightning_accel.parallel.backends import backend_of
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
@@ -152,7 +153,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _get_process_group_backend(self) -> str:
         if self.cpu_offload and self.root_device.type == "cuda" and not self._process_group_backend:
             return "cuda:nccl,cpu:gloo"  # shards live on the host, and are made whole there
-        return super()._get_process_group_backend()
+        return self._process_group_backend or backend_of(self.root_device)
 
     @override
     def model_to_device(self) -> None:

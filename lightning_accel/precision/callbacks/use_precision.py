@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision.precision import Precision
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel.arguments import instance
@@ -16,6 +17,7 @@ from lightning_accel.bridge.restore import register
 from lightning_accel.bridge.technique import Situation, Skipped, Technique
 from lightning_accel.errors import AccelError
 from lightning_accel.precision.autocast import takes_effect
+from lightning_accel.precision.plugins.on_xla import of_device
 
 
 def _autocast(value: str) -> dict[str, str]:
@@ -79,6 +81,11 @@ class UsePrecision(Technique):
         strategy = trainer.strategy
         if strategy.precision_plugin is self.plugin:
             return
+        own = of_device(self.plugin, strategy)
+        if own is not self.plugin and repr(own) == repr(
+            strategy.precision_plugin
+        ):  # of an earlier fit of this Trainer
+            return
         if trainer.precision not in ("32-true", None):
             raise AccelError(
                 "a Trainer computes in one precision",
@@ -86,7 +93,9 @@ class UsePrecision(Technique):
                 "leave out one of them: `precision=` and `plugins=` of the Trainer, or "
                 "`callbacks.precision`",
             )
-        strategy.precision_plugin = self.plugin
+        if own is not self.plugin:
+            rank_zero_info(f"Computing by {own!r}, which is what XLA has for {self.plugin!r}.")
+        strategy.precision_plugin = own
 
 
 def _why_not(situation: Situation, value: str, dtype: torch.dtype) -> str:

@@ -28,7 +28,7 @@ _LIGHTNING_NAMES = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16
 _REFUSED = {
     "FSDP": "use Trainer(precision='bf16-mixed'), which shards in that format",
     "DeepSpeed": "use Trainer(precision='bf16-mixed'), which configures DeepSpeed's engine",
-    "XLA": "use Trainer(precision='bf16-true')",
+    "XLA": "use XlaPrecision('bf16-mixed')",
 }
 
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_accel.arguments import finite, one_of, open_share, whole
 from lightning_accel.bridge import checks
+from lightning_accel.bridge.copies import on_host
 from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import Hand
 from lightning_accel.bridge.technique import Technique
@@ -233,7 +234,9 @@ class SparsityTraining(Technique):
         self, trainer: Trainer, pl_module: LightningModule, at_hand: AtHand | None
     ) -> list[Group]:
         frozen = frozenset(n for n, p in pl_module.named_parameters() if not p.requires_grad)
-        calls = first(find_example(trainer, pl_module, self.example, at_hand, reach=True), _SAMPLES)
-        with preserve_rng(), torch.enable_grad():
-            graph = Graph(twin(pl_module), calls, select=self.select, frozen=frozen)
+        with on_host(trainer, pl_module) as module:
+            calls = find_example(trainer, module, self.example, at_hand, reach=True)
+            with preserve_rng(), torch.enable_grad():
+                few = first(calls, _SAMPLES)
+                graph = Graph(twin(module), few, select=self.select, frozen=frozen)
         return list(graph.groups)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.bridge import bests, checks
-from lightning_accel.bridge.copies import TrainingData, is_free, unfrozen
+from lightning_accel.bridge.copies import TrainingData, is_free, on_host, unfrozen
 from lightning_accel.bridge.data import ReadOnce
 from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import reads_once
@@ -255,13 +255,13 @@ class StructuredPruning(ModelEdit):
             if self.guard is not None and not checks.is_trial(trainer):
                 judge.require_validation(trainer, self.guard.monitor, int(self.when[0]))
         if self._done() < len(self.when) and not (self.request.is_search and self.history):
-            with preserve_rng(), nothing_heard(pl_module):
+            with preserve_rng(), nothing_heard(pl_module), on_host(trainer, pl_module) as module:
                 try:
-                    calls = find_example(trainer, pl_module, self.example, reach=True)
+                    calls = find_example(trainer, module, self.example, reach=True)
                 except ReadOnce:  # nothing can be tried before the first batch of the fit
                     return
-                fit = self._fit(trainer, pl_module)
-                dry_run(self.request, unfrozen(pl_module), calls, fit)
+                fit = self._fit(trainer, pl_module, module)
+                dry_run(self.request, unfrozen(module), calls, fit)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -435,16 +435,16 @@ class StructuredPruning(ModelEdit):
     def _decide(self, trainer: Trainer, pl_module: LightningModule, due: int) -> Decision:
         """Decide on all processes, because networks may talk to each other, and take rank 0's word."""
         device, history = trainer.strategy.root_device, self.history
-        with preserve_rng(), nothing_heard(pl_module):
-            calls = find_example(trainer, pl_module, self.example, self._at_hand, reach=True)
-            fit = self._fit(trainer, pl_module)
+        with preserve_rng(), nothing_heard(pl_module), on_host(trainer, pl_module) as module:
+            calls = find_example(trainer, module, self.example, self._at_hand, reach=True)
+            fit = self._fit(trainer, pl_module, module)
             how: dict[str, Any] = {"due": due, "history": history, "device": device}
-            found = decide(self.request, pl_module, calls, fit, **how)
+            found = decide(self.request, module, calls, fit, **how)
         return trainer.strategy.broadcast(found)
 
-    def _fit(self, trainer: Trainer, pl_module: LightningModule) -> Fit:
+    def _fit(self, trainer: Trainer, pl_module: LightningModule, module: LightningModule) -> Fit:
         """Return what a plan needs of the fit, at the batch at hand if there is one."""
-        data = TrainingData(trainer, pl_module, _BATCHES, self._at_hand)
+        data = TrainingData(trainer, module, _BATCHES, self._at_hand)
         left, steps = past.left(self.history), steps_of(trainer, self._at_hand)
         dense = pristine(pl_module).updated(self._start or Structure())  # as the fit began
         return Fit(data, dense, left, steps)
