@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel.bridge.checks import refuse_mirror
-from lightning_accel.entry import OWN, VARIABLE, asked, factory  # noqa: F401
+from lightning_accel.entry import OWN, VARIABLE, asked
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.unread import attach_of
