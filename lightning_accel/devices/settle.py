@@ -78,7 +78,7 @@ def _autocast(trainer: Trainer) -> str:
             "pass precision='bf16-true', or plugins=[XlaPrecision('bf16-mixed')]",
         )
     if type(plugin) is XLAPrecision and plugin.precision == "bf16-true":
-        # Lightning's sets a variable that torch_xla reads no more
+        plugin.teardown()  # takes back a variable that torch_xla reads before its first tensor, or never
         own: Any = XlaPrecision("bf16-true")
     elif type(plugin) is MixedPrecision and plugin.device != kind:
         own = AutocastPrecision(plugin.precision)  # type: ignore[arg-type]
