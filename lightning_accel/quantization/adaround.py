@@ -30,8 +30,8 @@ def adaround(rows_GOI: Tensor, gram_GII: Tensor, scale_GOI: Tensor, top: int) ->
         scale_GOI: Of each weight.
         top: The largest integer.
 
-    >>> rows, gram = torch.tensor([[[0.4, 0.4]]]).double(), torch.ones(1, 2, 2).double()
-    >>> adaround(rows, gram, torch.ones(1, 1, 2).double(), 7).sum()  # of two equal inputs, one takes it all
+    >>> rows, gram = torch.tensor([[[0.4, 0.45]]]).double(), torch.ones(1, 2, 2).double()
+    >>> adaround(rows, gram, torch.ones(1, 1, 2).double(), 7).sum()  # of equal inputs, one takes it all
     tensor(1., dtype=torch.float64)
     """
     whole = rows_GOI / scale_GOI

@@ -171,7 +171,7 @@ def descended(
     It is coordinate descent (QuantEase, Behdin et al. 2023, arXiv:2309.01885).
 
     >>> rows, gram = torch.tensor([[[0.4, 0.4]]]).double(), torch.ones(1, 2, 2).double()
-    >>> descended(torch.zeros(1, 1, 2).double(), rows, gram, torch.ones(1, 1, 2).double(), 7)
+    >>> descended(torch.zeros(1, 1, 2).double(), rows, gram, torch.ones(1, 1, 2).double(), 7).abs()
     tensor([[[1., 0.]]], dtype=torch.float64)
     """
     made_GOI = made_GOI.clone()
