@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -122,21 +123,44 @@ def refuse_nan(objective: float | Sequence[float] | None) -> None:
 
 
 def begin_logging(logger: Any, config: Mapping[str, Any]) -> None:
-    """Log a configuration, which begins the run of a logger; one that W&B's server turns away goes on offline.
+    """Log a configuration, which begins the run of a logger; a training is not ended by who only keeps its books.
 
-    A training is not ended by who only keeps its books: a wrong key, a project without permission, a server that is away.
+    A run that W&B's server turns away, for a wrong key or because it is not there, goes on offline. Where W&B fails later, the
+    training goes on without it.
     """
     try:
         logger.log_hyperparams(config)
     except Exception as error:
-        if not type(error).__module__.startswith("wandb"):
+        if not _is_of_wandb(error):
             raise
-        found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         do = "train on; `wandb sync` sends it later"
-        rank_zero_warn(explain("W&B does not take this run, which is kept offline", found, do))
+        rank_zero_warn(
+            explain("W&B does not take this run, which is kept offline", _said(error), do)
+        )
         os.environ["WANDB_MODE"] = "offline"
         sys.modules["wandb"].teardown()  # else it knows the mode from before
         logger.log_hyperparams(config)
+    if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
+        logger.log_metrics = partial(_logged, logger, logger.log_metrics)
+
+
+def _logged(logger: Any, log: Any, *args: Any, **kwargs: Any) -> None:
+    try:
+        log(*args, **kwargs)
+    except Exception as error:
+        if not (_is_of_wandb(error) or isinstance(error, OSError)):
+            raise  # a metric that is no number, say
+        do = "train on; what was logged until now is in the run's folder, and other loggers go on"
+        rank_zero_warn(explain("W&B has failed, and logs nothing from now on", _said(error), do))
+        logger.log_metrics = lambda *_, **__: None
+
+
+def _is_of_wandb(error: Exception) -> bool:
+    return type(error).__module__.startswith("wandb")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 @contextmanager

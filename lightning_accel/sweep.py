@@ -76,7 +76,9 @@ class SweepPage:
         self._ended += 1
         if job_return.status is JobStatus.FAILED:
             words = " ".join(config.hydra.overrides.task) or f"job {config.hydra.job.num}"
-            self._failed.append(f"{words}: {_line(job_return)}")
+            self._failed.append(words)
+            # At once, and each: Hydra itself tells the first one, after the last job (hydra #2284).
+            _log.error("Failed: %s: %s", words, _line(job_return))
         if self._ended <= _EACH or self._ended & (self._ended - 1) == 0:
             self._write(Path(config.hydra.sweep.dir))
 

@@ -139,7 +139,9 @@ def test_every_point_of_the_sweep_for_wandb_is_a_configuration() -> None:
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["answers", "refuses"])
-def test_an_agent_trains_the_points_of_a_sweep(tmp_path: Path, refuses: bool) -> None:
+def test_an_agent_trains_the_points_of_a_sweep_wandb_1427_1856(
+    tmp_path: Path, refuses: bool
+) -> None:
     """`wandb sweep` and `wandb agent`, against a server on loopback; one that refuses ends no training."""
     points = [{"+accel": "amp_prune", "callbacks.pruning.ratio": ratio} for ratio in (0.25, 0.5)]
     words = dict(word.split("=", 1) for word in FAST)

@@ -61,11 +61,15 @@ def test_a_sweep_ends_with_a_page_of_its_runs_and_those_that_no_other_beats(tmp_
 
 @pytest.mark.slow
 @pytest.mark.sweep
-def test_a_job_that_fails_ends_neither_the_others_nor_the_page(tmp_path: Path) -> None:
-    done = swept(tmp_path, "-m", "size=1,3,2")
+def test_a_job_that_fails_ends_neither_the_others_nor_the_page_hydra_2284(tmp_path: Path) -> None:
+    done = swept(tmp_path, "-m", "size=1,3,2", "acc=0.5,0.7")
     assert done.returncode == 1 and "three is too many" in done.stderr
     page = (tmp_path / "sweep/sweep.html").read_text()
-    assert "2 runs, 1 failed" in page and "size=2" in page
+    assert "4 runs, 2 failed" in page and "size=2 acc=0.7" in page
+    lines = done.stdout.splitlines()
+    told = [i for i, line in enumerate(lines) if "Failed: size=3" in line]
+    assert len(told) == 2 and "ValueError: three is too many" in lines[told[1]]
+    assert any("#4 : size=2" in line for line in lines[told[1] :])  # while the others still run
 
 
 @pytest.mark.slow

@@ -17,12 +17,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import AccelReport, Objective, StructuredPruning
 from lightning_accel.errors import AccelError
-from lightning_accel.job import _name_run, refuse_nan
+from lightning_accel.job import _name_run, begin_logging, refuse_nan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -306,3 +307,43 @@ def test_the_best_checkpoint_and_the_metric_of_a_sweep_are_of_one_network(
     (found,) = trainer.validate(model, data(), ckpt_path="best", verbose=False)
     assert found["validation/loss"] == pytest.approx(loss)
     assert params == sum(p.numel() for p in model.parameters()) == 4 * 4 + 4 + 4 + 1
+
+
+class WandbLogger(Logger):
+    """Lightning's by name, whose service dies in mid-training."""
+
+    name, version = "books", 0
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error, self.rows = error, 0
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows += 1
+        if self.rows > 1:
+            raise self.error
+
+
+@pytest.mark.parametrize("kind", ["service", "connection"])
+def test_verl_4904_lightning_10688_a_logger_that_dies_ends_no_training(fit: Fit, kind: str) -> None:
+    from wandb.errors import CommError
+
+    error = (
+        CommError("the service has gone") if kind == "service" else ConnectionResetError("reset")
+    )
+    logger, model = WandbLogger(error), Reported()
+    begin_logging(logger, {})
+    with pytest.warns(UserWarning, match="logs nothing from now on") as told:
+        fit(model, logger=logger, max_epochs=3, log_every_n_steps=1)
+    assert model.epochs == 3 and logger.rows == 2
+    assert sum("logs nothing" in str(w.message) for w in told) == 1
+
+
+def test_a_mistake_in_what_is_logged_still_ends_the_training(fit: Fit) -> None:
+    logger = WandbLogger(TypeError("no number"))
+    begin_logging(logger, {})
+    with pytest.raises(TypeError, match="no number"):
+        fit(Reported(), logger=logger, max_epochs=3, log_every_n_steps=1)
