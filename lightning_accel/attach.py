@@ -146,7 +146,12 @@ def _composed(words: Sequence[str]) -> dict[str, Any]:
 
     from lightning_accel._hydra_plugins import register
 
+    while len(words) > 1 and words[0].endswith(","):  # `amp, prune`
+        words = [words[0] + words[1], *words[2:]]
     names = [name for name in words[0].split(",") if name]
+    if not names:
+        do = "say presets and then settings, such as 'amp,prune callbacks.pruning.when=8'"
+        raise ValueError(explain(f"{VARIABLE} names no presets", repr(" ".join(words)), do))
     overrides = [
         *([f"+accel=[{','.join(names)}]"] if "=" not in words[0] else words[:1]),
         *words[1:],

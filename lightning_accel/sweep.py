@@ -59,13 +59,18 @@ class SweepPage:
         }
         self._ended = 0
         self._failed: list[str] = []
+        self._there: dict[Path, int] = {}  # reports of a sweep before, and when they were written
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(
-            "on_"
-        ):  # what else Hydra calls; its own base is imported by nobody who does not sweep
+        # What else Hydra calls; its own base class would be imported by all who do not sweep.
+        if name.startswith("on_"):
             return _nothing
         raise AttributeError(name)
+
+    def on_job_start(self, config: Any, **kwargs: Any) -> None:
+        """Note which reports lie in the job's folder already, from a sweep before."""
+        for path in Path(config.hydra.runtime.output_dir).rglob("report.json"):
+            self._there[path.resolve()] = path.stat().st_mtime_ns
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         """Write the page anew, where this is a job of a sweep."""
@@ -90,17 +95,20 @@ class SweepPage:
             _log.info(_table(compare(runs, [""] * len(runs), **self.axes)).to_text(120))
         if runs:
             _log.info("Wrote %s", folder / NAME)
+        else:
+            _log.info(
+                "No job of this sweep wrote a report.json; `AccelReport` does, which all presets have."
+            )
 
     def _write(self, folder: Path) -> list[Run]:
         """Write the page, and return what is on it; a sweep is never ended by it."""
         try:
-            runs = find_runs(folder)
+            runs = [run for run in find_runs(folder) if not self._is_of_before(run)]
             if not runs:
                 return []
             failed = f", {len(self._failed)} failed" if self._failed else ""
             title = f"{folder.name}: {len(runs)} runs{failed}"
-            # One run has no axes, and the first ones may lack what is asked for.
-            page = render(runs, title=title, **(self.axes if len(runs) > 1 else {}))
+            page = self._rendered(runs, title)
             if not is_free(folder / NAME):
                 raise ValueError(f"{folder / NAME} is another file")
             replace(folder / NAME, page)
@@ -112,6 +120,21 @@ class SweepPage:
             _log.warning(explain("the page of this sweep was not written", found, do))
             return []
         return runs
+
+    def _is_of_before(self, run: Run) -> bool:
+        """Whether a job of this sweep left what a sweep before wrote into its folder."""
+        known = None if run.file is None else self._there.get(run.file.resolve())
+        return known is not None and run.file is not None and run.file.stat().st_mtime_ns == known
+
+    def _rendered(self, runs: list[Run], title: str) -> str:
+        if len(runs) == 1:  # which has no axes
+            return render(runs, title=title)
+        try:
+            return render(runs, title=title, **self.axes)
+        except ValueError as error:  # of an axis that no run has
+            _log.warning("%s The page is without it.", error)
+            self.axes = {}
+            return render(runs, title=title)
 
 
 def _nothing(**kwargs: Any) -> None:

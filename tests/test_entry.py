@@ -21,7 +21,7 @@ from lightning_accel.errors import Unsupported
 from lightning_accel.precision import AutocastPrecision, UsePrecision
 from lightning_accel.recipe import build
 
-QUIET = "amp,prune callbacks.pruning.when=1 callbacks.pruning.ratio=0.5 ~callbacks.report"
+QUIET = "amp, prune callbacks.pruning.when=1 callbacks.pruning.ratio=0.5 ~callbacks.report"
 
 
 class Theirs(LightningModule):
@@ -126,6 +126,7 @@ def test_what_a_script_has_itself_stays(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("words", "kind", "said"),
     [
+        (" , ", ValueError, "names no presets.*','"),
         ("nonsense", ValueError, "names no presets.*accel/nonsense"),
         ("prune callbacks.pruning.ratoi=1", ValueError, "names no presets.*ratoi"),
         ("+accel/parallel=fsdp", Unsupported, r"trainer\.strategy='accel_fsdp'"),

@@ -14,7 +14,7 @@ from results import assert_as_alone
 from sharded import CASES, GPT, Experts, Penalty, SharedBlock, SkipsByData, Tied, Towers
 from torch import Tensor, nn
 
-from lightning_accel.errors import UnsafeFile, Unsupported
+from lightning_accel.errors import AccelError, UnsafeFile, Unsupported
 from lightning_accel.parallel import Uses, find_units, folders, uses_of
 from lightning_accel.parallel.sharding import refuse_hooks
 from lightning_accel.parallel.units import given
@@ -112,6 +112,11 @@ def test_a_folder_of_shards_is_read_as_one_checkpoint(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "meta.pt")
     found = folders.gathered(tmp_path)
     assert found["epoch"] == 3 and torch.equal(found["state_dict"]["weight"], net.weight)
+    for missing in ("*.distcp", ".metadata"):
+        for file in tmp_path.glob(missing):
+            file.unlink()
+        with pytest.raises(AccelError, match=r"copy the whole folder"):
+            folders.gathered(tmp_path)
 
 
 def tokens() -> Tensor:

@@ -78,7 +78,12 @@ def test_a_page_that_cannot_be_written_ends_no_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweep/sweep.html").mkdir(parents=True)
     done = swept(tmp_path, "-m", "size=1,2")
     assert done.returncode == 0 and "sweep.html is another file" in done.stdout
+    (tmp_path / "sweep/sweep.html").rmdir()
     done = swept(tmp_path, "-m", "size=1,2", "hydra.callbacks.page.y=val/nothing")
     assert done.returncode == 0 and "no run has a number `val/nothing`" in done.stdout
+    assert "2 runs" in (tmp_path / "sweep/sweep.html").read_text()
+    done = swept(tmp_path, "-m", "size=3,4")  # into the folder of the sweep before
+    page = (tmp_path / "sweep/sweep.html").read_text()
+    assert "1 runs, 1 failed" in page and "size=3" not in page
     done = swept(tmp_path, "size=1")
     assert done.returncode == 0 and "sweep" not in done.stdout  # one job is no sweep

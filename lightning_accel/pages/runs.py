@@ -124,6 +124,11 @@ def read_run(path: str | Path, root: Path | None = None) -> Run:
     if moving is not None:
         run.progress = _json(moving, [], root)
         run.progress = run.progress if KEY in run.progress else {}
+    if (
+        run.progress and run.report
+    ):  # it goes when a fit has its report, so that this one is another's
+        run.problems.append("report.json is of an earlier fit, and not shown")
+        run.report = {}
     _read_beside(run, root)
     return run
 

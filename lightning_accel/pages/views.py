@@ -145,13 +145,13 @@ def _metric_cards(run: Run) -> Iterator[Card]:
 
 
 def metric_rank(name: str) -> tuple[int, int, str]:
-    """Sort metrics by how likely somebody asks for them first.
+    """Sort metrics by how likely somebody asks for them first; runs are chosen by validation, and not by the test.
 
-    >>> sorted(["train/loss", "val/loss", "val/acc", "test/acc"], key=metric_rank)
-    ['test/acc', 'val/acc', 'val/loss', 'train/loss']
+    >>> sorted(["train/loss", "val/loss", "test/acc", "val/acc"], key=metric_rank)
+    ['val/acc', 'test/acc', 'val/loss', 'train/loss']
     """
     lowered = name.lower()
-    of = next((i for i, word in enumerate(("test", "val", "")) if word in lowered), 2)
+    of = next((i for i, word in enumerate(("val", "test", "")) if word in lowered), 2)
     of = 3 if "train" in lowered else of
     loss = 1 if "loss" in lowered else 0
     return (2 if of == 3 else loss, of, name)

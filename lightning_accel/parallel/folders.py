@@ -71,11 +71,15 @@ def check(path: Path) -> None:
 
     Raises:
         UnsafeFile: It does.
+        AccelError: It has none.
     """
     index = path / ".metadata"
     try:
         with index.open("rb") as file:
             _OfTorch(file).load()
+    except FileNotFoundError:
+        do = "copy the whole folder, with `.metadata` and all `.distcp` files"
+        raise AccelError("a checkpoint in shards has no index", str(index), do) from None
     except pickle.UnpicklingError as error:
         raise UnsafeFile(
             "the index of a checkpoint names code, which reading it would run",
@@ -90,10 +94,15 @@ def _as_it_was_raised() -> Iterator[None]:
     try:
         yield
     except CheckpointException as wrapped:
-        for error, _ in wrapped.failures.values():
+        errors = [error for error, _ in wrapped.failures.values()]
+        for error in errors:
             if isinstance(error, AccelError):
                 raise error from None
-        raise
+        raise AccelError(
+            "a checkpoint in shards could not be read",
+            f"{type(errors[0]).__name__}: {errors[0]}" if errors else str(wrapped),
+            "copy the whole folder, with `.metadata` and all `.distcp` files",
+        ) from wrapped
 
 
 class _Values:

@@ -8,7 +8,8 @@ is found by halving.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +21,47 @@ from lightning_accel.surgery import Change
 from lightning_accel.surgery.call import Call, reals, run
 
 Metric = Callable[[nn.Module], float]
+_CONSTANT = 1e4
 _FEW = 4
 """Batches on which outputs are compared."""
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, batches: Sequence[Sequence[Call]]) -> list[Tensor]:
-    """Return the real outputs of the first few batches."""
-    return [value.float() for calls in batches[:_FEW] for value in reals(run(model, calls))]
+def outputs_of(
+    model: nn.Module, batches: Sequence[Sequence[Call]], most: int | None = _FEW
+) -> list[Tensor]:
+    """Return the real outputs of the first few batches, or of all."""
+    return [value.float() for calls in batches[:most] for value in reals(run(model, calls))]
 
 
 def sqnr_db(whole: Sequence[Tensor], made: Sequence[Tensor]) -> float:
     """Return the signal-to-quantization-noise ratio of outputs, in decibels; infinite where they are equal.
 
-    >>> sqnr_db([torch.tensor([10.0])], [torch.tensor([11.0])])
+    Large constants that a network writes over its outputs, as masks do, are no signal, and left out.
+
+    >>> sqnr_db([torch.tensor([10.0, -1e9])], [torch.tensor([11.0, -1e9])])
     20.0
     """
-    signal = sum(float(w.double().square().sum()) for w in whole)
-    noise = sum(
-        float((w.double() - m.double()).square().sum()) for w, m in zip(whole, made, strict=True)
-    )
+    signal = noise = 0.0
+    for one, other in zip(whole, made, strict=True):
+        before, after = one.double(), other.double()
+        told = (before != after) | (before.abs() < _CONSTANT)
+        signal += float(before[told].square().sum())
+        noise += float((before - after)[told].square().sum())
     if not noise:
         return math.inf
     return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
+
+
+def least_db(whole: Sequence[Tensor], made: Sequence[Tensor]) -> float:
+    """Return the ratio of the output that is worst off.
+
+    >>> one, two = torch.tensor([1000.0]), torch.tensor([1.0])
+    >>> least_db([one, two], [one, 1.1 * two]) < 21 < sqnr_db([one, two], [one, 1.1 * two])
+    True
+    """
+    pairs = zip(whole, made, strict=True)
+    return min((sqnr_db([one], [other]) for one, other in pairs), default=math.inf)
 
 
 def measured(metric: Metric, model: nn.Module) -> float:
@@ -74,6 +93,33 @@ def sensitivity(
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
+@torch.no_grad()
+def put_back(layer: nn.Module, weights: Sequence[Tensor]) -> None:
+    """Give a layer the values that its parameters had."""
+    for parameter, value in zip(layer.parameters(recurse=False), weights, strict=True):
+        parameter.copy_(value)
+
+
+def values_of(layer: nn.Module) -> list[Tensor]:
+    """Return copies of a layer's own parameters."""
+    return [parameter.detach().clone() for parameter in layer.parameters(recurse=False)]
+
+
+@contextmanager
+def _unrounded(
+    layers: Mapping[str, QuantizedLayer], weights: Mapping[str, Sequence[Tensor]]
+) -> Iterator[None]:
+    rounded = {name: values_of(layer) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            put_back(layer, weights[name])
+        with in_mode(layers, "plain"):
+            yield
+    finally:
+        for name, layer in layers.items():
+            put_back(layer, rounded[name])
+
+
 def within(
     model: nn.Module,
     layers: dict[str, QuantizedLayer],
@@ -81,8 +127,11 @@ def within(
     before: float,
     max_drop: float | None,
     batches: Sequence[Sequence[Call]],
+    weights: Mapping[str, Sequence[Tensor]],
 ) -> tuple[list[Change], str]:
     """Make plain layers of those that cost too much, in place and in `layers`; return which, and what was measured.
+
+    What stays in floating point has its weights of before they were rounded, `weights`, also while it is measured.
 
     Raises:
         AccelError: The metric falls by more with a single layer quantized.
@@ -99,7 +148,7 @@ def within(
     reached = {most: before}
     while fewest < most:
         count = (fewest + most) // 2
-        with in_mode({name: layers[name] for name in worst[:count]}, "plain"):
+        with _unrounded({name: layers[name] for name in worst[:count]}, weights):
             reached[count] = measured(metric, model)
         if before - reached[count] <= max_drop:
             most = count
@@ -112,6 +161,7 @@ def within(
             "allow more, or quantize finer: more bits, `observer`, `rounding`",
         )
     for name in worst[:most]:
+        put_back(layers[name], weights[name])
         unbecome(layers.pop(name))
     left = [
         Change(name, f"it costs most: {costs[name]:.1f} dB are left with it alone quantized")

@@ -19,13 +19,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.quantization.budget import outputs_of, sqnr_db
+from lightning_accel.errors import Unsupported
+from lightning_accel.quantization.budget import least_db, outputs_of
 from lightning_accel.quantization.calibration import in_mode, observe_channels
 from lightning_accel.quantization.flow import Flow, flow
 from lightning_accel.quantization.layers import (
     QuantizedAttention,
     QuantizedEmbedding,
     QuantizedLayer,
+    shared_parameters,
 )
 from lightning_accel.surgery.call import Call
 
@@ -62,49 +64,115 @@ def equalize(
         how: A word of `EQUALIZE`.
     """
     with in_mode(layers, "plain"):
-        before = outputs_of(model, batches)
+        before = outputs_of(model, batches, None)
         made, left = [], []
-        for pair in pairs(model, layers, batches[0], how):
+        for pair in pairs(model, layers, batches, how):
             kept = [p.clone() for p in _touched(model, pair)]
             _divide(model, pair, _factors(model, pair, batches, how))
-            if sqnr_db(before, outputs_of(model, batches)) >= SAME_DB:
+            if least_db(before, outputs_of(model, batches, None)) >= SAME_DB:
                 made.append(pair)
                 continue
-            for parameter, old in zip(_touched(model, pair), kept, strict=True):
-                parameter.copy_(old)
+            _put_back(model, pair, kept)
             left.append(
                 f"`{pair.giver}` is not equalized: the network would compute something else"
             )
-        for _ in range(
-            _PASSES if how == "cross_layer" else 0
-        ):  # a layer between two pairs is of both
+        once = [[p.clone() for p in _touched(model, pair)] for pair in made]
+        # Once more, since a layer between two pairs is of both.
+        for _ in range(_PASSES if how == "cross_layer" else 0):
             for pair in made:
                 _divide(model, pair, _factors(model, pair, batches, how))
+        if least_db(before, outputs_of(model, batches, None)) < SAME_DB:
+            for pair, values in zip(made, once, strict=True):
+                _put_back(model, pair, values)
         return made, left
+
+
+def _put_back(model: nn.Module, pair: Pair, values: Sequence[Tensor]) -> None:
+    for parameter, old in zip(_touched(model, pair), values, strict=True):
+        parameter.copy_(old)
 
 
 def pairs(
     model: nn.Module,
     layers: Mapping[str, QuantizedLayer],
-    calls: Sequence[Call],
+    batches: Sequence[Sequence[Call]],
     how: Equalize,
 ) -> list[Pair]:
-    """Return the modules that only layers read, each called once and with weights of its own."""
-    seen = flow(model, layers, calls)
-    shared = _shared(model)
+    """Return the modules that only layers read, each called once and with weights of its own.
+
+    Raises:
+        Unsupported: Some module with weights does not run on the batches, and may read what others would be given.
+    """
+    flows = [flow(model, layers, calls) for calls in batches]
+    _refuse_unseen(model, set().union(*(seen.calls for seen in flows)))
+    shared = shared_parameters(model)
+    first, *others = (_pairs_of(model, layers, seen, how, shared) for seen in flows)
+    return [pair for pair in first if all(pair in found for found in others)]
+
+
+def _pairs_of(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    seen: Flow,
+    how: Equalize,
+    shared: set[int],
+) -> list[Pair]:
     found = []
     for key, names in seen.givers.items():
         giver, readers = names[0], tuple(dict.fromkeys(seen.readers_alone(key)))
         if not readers or not all(_is_reader(seen, layers[name]) for name in readers):
             continue
         pair = Pair(giver, readers)
-        if any(seen.calls[name] > 1 for name in (giver, *readers)):
+        if any(seen.calls[name] > 1 or _is_hooked(model, name) for name in (giver, *readers)):
+            continue
+        if not _fits(model, pair, seen.shapes[key]):
             continue
         if _is_giver(model.get_submodule(giver), how) and not any(
             id(p) in shared for p in _touched(model, pair)
         ):
             found.append(pair)
     return found
+
+
+def _refuse_unseen(model: nn.Module, ran: set[str]) -> None:
+    idle = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and name not in ran
+        and next(module.parameters(recurse=False), None) is not None
+        # Whose output layer is never called: attention reads its weights.
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
+    if idle:
+        raise Unsupported(
+            "channels are made alike where all that reads them is seen",
+            f"on the calibration nothing comes into {', '.join(f'`{name}`' for name in idle[:4])}",
+            "calibrate on batches on which it runs, take it out, or leave `equalize` out",
+        )
+
+
+def _is_hooked(model: nn.Module, name: str) -> bool:
+    """Whether hooks of the user's look at what goes into a module or comes out of it."""
+    module = model.get_submodule(name)
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not getattr(hook, "is_part_of_network", False) for hook in hooks)
+
+
+def _fits(model: nn.Module, pair: Pair, shape: torch.Size) -> bool:
+    """Whether the channels that are given are those that are read, of a tensor of this shape."""
+    giver: Any = model.get_submodule(pair.giver)
+    if not isinstance(getattr(giver, "weight", None), Tensor):
+        return False
+    counts = {len(_columns(model, name)) for name in pair.readers} | {len(_rows(giver))}
+    axes = {_channel_axis(m, len(shape)) for m in (giver, *map(model.get_submodule, pair.readers))}
+    return len(counts) == len(axes) == 1
+
+
+def _channel_axis(module: nn.Module, num_dims: int) -> int:
+    """Return which dimension of its outputs, or inputs, has the channels of a module."""
+    is_last = isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm))
+    return num_dims - 1 if is_last else 1
 
 
 def _is_reader(seen: Flow, layer: QuantizedLayer) -> bool:
@@ -122,12 +190,6 @@ def _is_giver(module: nn.Module, how: Equalize) -> bool:
     plain = not isinstance(module, (QuantizedAttention, QuantizedEmbedding))
     grouped = getattr(module, "groups", 1) > 1 and getattr(module, "channels_axis", 0) == 1
     return isinstance(module, QuantizedLayer) and plain and not grouped
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Return the parameters that several modules hold."""
-    held = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
-    return {one for one in held if held.count(one) > 1}
 
 
 def _touched(model: nn.Module, pair: Pair) -> list[Tensor]:

@@ -379,3 +379,13 @@ def _note(seen: Tensor, values: Tensor) -> None:
         low, high = _extent(values)
         seen[0] = torch.minimum(seen[0], low)
         seen[1] = torch.maximum(seen[1], high)
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Return the identities of parameters that several modules hold.
+
+    >>> shared_parameters(nn.Linear(2, 2))
+    set()
+    """
+    held = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
+    return {one for one in held if held.count(one) > 1}

@@ -16,9 +16,16 @@ from lightning_accel.arguments import flag, instance, number, one_of, whole
 from lightning_accel.errors import NoEffect, explain
 from lightning_accel.quantization import choose
 from lightning_accel.quantization import grid as grids
-from lightning_accel.quantization.budget import Metric, measured, outputs_of, sqnr_db, within
+from lightning_accel.quantization.budget import (
+    Metric,
+    measured,
+    outputs_of,
+    sqnr_db,
+    values_of,
+    within,
+)
 from lightning_accel.quantization.calibration import OBSERVERS, calls_from, observe
-from lightning_accel.quantization.equalize import EQUALIZE, NORMS, equalize
+from lightning_accel.quantization.equalize import EQUALIZE, equalize
 from lightning_accel.quantization.grid import Grid
 from lightning_accel.quantization.layers import (
     QuantizedLayer,
@@ -32,6 +39,7 @@ from lightning_accel.quantization.layers import (
 from lightning_accel.quantization.rounding import ROUNDINGS, refine
 from lightning_accel.quantization.state import become_like, state_of
 from lightning_accel.quantization.sums import (
+    capture_anew,
     carry_over_outputs,
     leave_output,
     outputs_rounded,
@@ -211,6 +219,8 @@ def unquantize(model: nn.Module) -> int:
     layers = layers_of(model)
     for layer in layers.values():
         unbecome(layer)
+    if outputs_rounded(model):
+        capture_anew()
     for module in model.modules():
         leave_output(module)
     back_to_fast_paths(model)
@@ -230,6 +240,7 @@ def _planned(
     layers = {name: become(copy.get_submodule(name), plan.grid, "plain") for name in names}
     leave_fast_paths(copy)
     told = [] if plan.equalize is None else _equalized(copy, layers, batches, plan)
+    weights = {name: values_of(layer) for name, layer in layers.items()}
     ranges = observe(copy, layers, batches, plan.observer)
     for name, range_ in ranges.items():
         if plan.grid.has_range:
@@ -239,15 +250,15 @@ def _planned(
     idle = [n for n, layer in layers.items() if batches and (n not in ranges or is_idle(layer))]
     for name in idle:
         unbecome(layers.pop(name))
-    wide = refine(copy, layers, batches, rounding=plan.rounding, correct_bias=plan.correct_bias)
+    plain = refine(copy, layers, batches, rounding=plan.rounding, correct_bias=plan.correct_bias)
     for layer in layers.values():
         layer.accel_mode = "quantized"
     added = round_sums(copy, layers, batches, plan.observer) if plan.sums else {}
     left = [Change(name, "nothing comes into it on the calibration batches") for name in idle]
-    notes = told + [f"{name}: too wide for X^T X, rounded to the nearest" for name in wide]
+    notes = told + [f"{name}: rounded to the nearest, {why}" for name, why in plain.items()]
     notes += [f"`{n}` saw one single value in all of the calibration" for n in _constant(layers)]
     if plan.metric is not None and before is not None:
-        found, measures = within(copy, layers, plan.metric, before, plan.max_drop, batches)
+        found, measures = within(copy, layers, plan.metric, before, plan.max_drop, batches, weights)
         left += found
         notes.append(measures)
     if plan.sums:
@@ -293,12 +304,10 @@ def _carry_over(copy: nn.Module, model: nn.Module, names: Sequence[str]) -> None
         with torch.no_grad():
             for key, parameter in layer.named_parameters(recurse=False):
                 parameter.copy_(done.get_parameter(key))
-    with torch.no_grad():  # of norms, whose channels were equalized
-        for name, module in copy.named_modules():
-            if isinstance(module, NORMS):
-                for key, given in module._parameters.items():
-                    old = model.get_submodule(name)._parameters[key]
-                    if old is not None and given is not None and not torch.equal(old, given):
-                        old.copy_(given)
+    with torch.no_grad():  # of norms and of what stays plain, where channels were equalized
+        for name, given in copy.named_parameters():
+            old = model.get_parameter(name)
+            if not torch.equal(old, given.to(old.device)):
+                old.copy_(given)
     carry_over_outputs(copy, model)
     leave_fast_paths(model)

@@ -25,6 +25,7 @@ from lightning_accel.quantization.layers import (
     QuantizedAttention,
     QuantizedEmbedding,
     QuantizedLayer,
+    shared_parameters,
 )
 from lightning_accel.surgery.call import Call, run
 
@@ -74,12 +75,13 @@ def refine(
     *,
     rounding: Rounding,
     correct_bias: bool,
-) -> list[str]:
-    """Round weights by what comes in, and correct biases, in place; return the layers that are too wide for it.
+) -> dict[str, str]:
+    """Round weights by what comes in, and correct biases, in place; return the layers that are only rounded, and why.
 
     The weights are then on their grid, and each layer keeps the scales of before.
     """
-    wide: list[str] = []
+    plain = {name: "a layer of its kind" for name, one in layers.items() if not _has_matrix(one)}
+    tied = shared_parameters(model)
     for chunk in _chunks({name: layer for name, layer in layers.items() if _has_matrix(layer)}):
         products = rounding != "nearest"
         sums = {name: Sums(layer, products=products) for name, layer in chunk.items()}
@@ -94,10 +96,13 @@ def refine(
         for name, layer in chunk.items():
             if not sums[name].count:
                 continue
-            if products and sums[name].gram_GII is None:
-                wide.append(name)
+            if id(layer.weight) in tied:  # another module reads it too
+                sums[name].gram_GII = None
+                plain[name] = "its weight is another module's too"
+            elif sums[name].gram_GII is None:
+                plain[name] = "too wide for X^T X"
             _refine(layer, sums[name], rounding, correct_bias)
-    return wide
+    return plain if rounding != "nearest" else {}
 
 
 def _refine(layer: QuantizedLayer, sums: Sums, rounding: Rounding, correct_bias: bool) -> None:
@@ -112,6 +117,7 @@ def _refine(layer: QuantizedLayer, sums: Sums, rounding: Rounding, correct_bias:
             layer.accel_grid.top,
         )
         made_GOI = descended(round_(*held), *held)
+        made_GOI = made_GOI.where(rows_GOI != 0, 0.0)  # a weight that was pruned stays so
         layer.set_scale(scale)
         layer.weight.copy_(like_weight(layer, made_GOI))
     bias: Tensor | None = layer.bias  # type: ignore[assignment]

@@ -8,6 +8,7 @@ on that of a range observed as for layers. A hook does it, which copies keep; wi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lightning_accel.arguments import instance, one_of, whole
 from lightning_accel.errors import NoEffect
 from lightning_accel.quantization import grid as grids
-from lightning_accel.quantization.budget import outputs_of, sqnr_db
+from lightning_accel.quantization.budget import least_db, outputs_of, sqnr_db
 from lightning_accel.quantization.calibration import (
     OBSERVERS,
     Observer,
@@ -31,6 +32,9 @@ from lightning_accel.surgery import Change, Receipt, twin
 from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.preserve import preserve_rng
+
+_MOST_DB = 3.0
+"""What sums of integers may cost of the outputs."""
 
 
 class RoundedOutput:
@@ -91,6 +95,13 @@ def leave_output(module: nn.Module) -> None:
         del module._forward_hooks[key]
 
 
+def capture_anew() -> None:
+    """Forget compiled code, which neither calls hooks that come later nor leaves out those that have gone."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
 def quantize_sums(
     model: nn.Module, *, calibration: Any, observer: str = "mse", batches: int = 32
 ) -> Receipt:
@@ -128,9 +139,12 @@ def quantize_sums(
         found = round_sums(copy, layers, calls, cast(Observer, observer)) if layers else {}
         lost = sqnr_db(before, outputs_of(copy, calls))
     if not found:
+        known = len(outputs_rounded(model))
         raise NoEffect(
             "no sum can be one of integers",
-            f"{len(layers)} quantized layers with ranges, and no sum of what they give or read",
+            f"{known} outputs are rounded for sums already"
+            if known
+            else f"{len(layers)} quantized layers with ranges, and no sum of what they give or read",
             "leave it out; sums in floating point between norms gain nothing by it",
         )
     carry_over_outputs(copy, model)
@@ -142,6 +156,8 @@ def carry_over_outputs(copy: nn.Module, model: nn.Module) -> None:
     """Let modules of the model round what those of the copy do."""
     for name, hook in outputs_rounded(copy).items():
         round_output(model.get_submodule(name), torch.tensor(hook.range))
+    if outputs_rounded(model):
+        capture_anew()
 
 
 class Place(NamedTuple):
@@ -167,6 +183,9 @@ def round_sums(
 ) -> dict[str, Place]:
     """Let modules round what is added, in place; return which.
 
+    A stream of sums that norms read, whose small channels they make large, loses much by it: sums that would cost more than
+    three decibels of the outputs together stay in floating point.
+
     Args:
         model: In eval mode.
         layers: Its layers, with known ranges.
@@ -174,12 +193,55 @@ def round_sums(
         observer: How their ranges are found.
     """
     found = {place.name: place for place in places(model, layers, batches[0])}
+    if not found:
+        return {}
     alone = [place.name for place in found.values() if not place.reader]
     ranges = observe_outputs(model, alone, batches, observer)
     ranges |= {p.name: layers[p.reader].accel_range for p in found.values() if p.reader}
-    for name, range_ in ranges.items():
-        round_output(model.get_submodule(name), range_)
-    return found
+    kept = _affordable(
+        model, layers, batches, [p for p in found.values() if p.name in ranges], ranges
+    )
+    for place in kept:
+        round_output(model.get_submodule(place.name), ranges[place.name])
+    return {place.name: place for place in kept}
+
+
+def _affordable(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    batches: Sequence[Sequence[Call]],
+    found: Sequence[Place],
+    ranges: Mapping[str, Tensor],
+) -> list[Place]:
+    """Return as many places as the outputs can bear, the cheapest sums first."""
+    with in_mode(layers, "plain"):
+        whole = outputs_of(model, batches)
+
+    def left_db(places: Sequence[Place]) -> float:
+        for place in places:
+            round_output(model.get_submodule(place.name), ranges[place.name])
+        try:
+            with in_mode(layers, "quantized"):
+                return least_db(whole, outputs_of(model, batches))
+        finally:
+            for place in places:
+                leave_output(model.get_submodule(place.name))
+
+    floor = left_db([]) - _MOST_DB
+    if left_db(found) >= floor:
+        return [*found]
+    sums: dict[frozenset[str], list[Place]] = {}
+    for place in found:
+        sums.setdefault(place.needs, []).append(place)
+    cheapest = sorted(sums.values(), key=left_db, reverse=True)
+    fewest, most = 0, len(cheapest) - 1  # so many of them can be borne; all of them cannot
+    while fewest < most:
+        count = (fewest + most + 1) // 2
+        if left_db([place for one in cheapest[:count] for place in one]) >= floor:
+            fewest = count
+        else:
+            most = count - 1
+    return [place for one in cheapest[:fewest] for place in one]
 
 
 def places(
@@ -208,7 +270,12 @@ def _places(seen: Flow, pair: tuple[Key, Key]) -> list[Place]:
     names = [seen.giver(key) for key in (*of_layers, *others)]
     needs = {seen.origins[key] for key in of_layers} | {seen.readers[key][0] for key in others}
     places = [
-        Place(name, seen.readers.get(key, [""])[0], frozenset(needs))
+        Place(name, _reader(seen, key), frozenset(needs))
         for name, key in zip(names, (*of_layers, *others), strict=True)
     ]
     return places if all(names) else []
+
+
+def _reader(seen: Flow, key: Key) -> str:
+    """Return a layer whose range is that of a tensor: one that reads nothing else."""
+    return next((name for name in seen.readers.get(key, ()) if seen.calls[name] == 1), "")

@@ -15,7 +15,6 @@ from lightning_accel.bridge import checks
 from lightning_accel.bridge.example import batches_of
 from lightning_accel.bridge.technique import Technique
 from lightning_accel.errors import AccelError
-from lightning_accel.quantization.equalize import NORMS
 from lightning_accel.quantization.layers import QuantizedLayer
 from lightning_accel.quantization.post_training import (
     Metric,
@@ -127,7 +126,7 @@ class PostTrainingQuantization(Technique):
             try:
                 calls = batches_of(trainer, pl_module, self.batches)
                 self.receipt = quantize_by(pl_module, self.plan, calls)
-                made = quantization_of(pl_module), _weights_of(pl_module)
+                made = quantization_of(pl_module), self._weights_of(pl_module)
             except Exception as error:  # the other processes wait for an answer
                 made = error
         found: Any = trainer.strategy.broadcast(made if trainer.world_size > 1 else None)
@@ -142,14 +141,14 @@ class PostTrainingQuantization(Technique):
                     pl_module.get_parameter(name).copy_(weight)
         rank_zero_info(_told(self.receipt))
 
-
-def _weights_of(pl_module: LightningModule) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": parameter.detach().cpu()
-        for name, module in pl_module.named_modules()
-        if isinstance(module, (QuantizedLayer, *NORMS))  # norms are equalized with layers
-        for key, parameter in module.named_parameters(recurse=False)
-    }
+    def _weights_of(self, pl_module: LightningModule) -> dict[str, torch.Tensor]:
+        """Return what may have changed: weights of quantized layers, and where channels were made alike all of them."""
+        return {
+            f"{name}.{key}" if name else key: parameter.detach().cpu()
+            for name, module in pl_module.named_modules()
+            if self.plan.equalize is not None or isinstance(module, QuantizedLayer)
+            for key, parameter in module.named_parameters(recurse=False)
+        }
 
 
 def _told(receipt: Receipt) -> str:
