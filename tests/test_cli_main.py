@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +138,62 @@ def test_completion_as_json_is_one_object(capsys: pytest.CaptureFixture[str]) ->
     pytest.importorskip("shtab")
     assert main(["completion", "bash", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shell"] == "bash"
+
+
+PRINTS = """
+import sys
+from torch import nn
+print("imported")
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        print("called")
+        return super().forward(x)
+
+def net():
+    print("built")
+    return Net(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+def leaves():
+    sys.exit(0)
+"""
+
+
+@pytest.fixture
+def prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_to_print.py").write_text(PRINTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_to_print", raising=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "made_to_print:net", "--example", "3,4", "--budget-s", "0.1"],
+        ["export", "made_to_print:net", "--example", "3,4", "--to", "b", "--formats", "export", "--budget-s", "0.1"],
+        ["show", "+accel/loop=lean", "made_to_print:net", "--example", "3,4"],
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:no format is faster")
+def test_what_the_users_code_prints_is_beside_the_one_json_object(
+    prints: None, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    main([*words, "--json"])
+    said = capsys.readouterr()
+    assert isinstance(json.loads(said.out), dict)
+    assert "built" in said.err
+
+
+def test_code_that_ends_the_process_and_errors_that_nobody_expected_are_told(
+    prints: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["plan", "made_to_print:leaves", "--example", "3,4"]) == 2
+    assert "ended the process. Found: exit code 0." in capsys.readouterr().err
+    monkeypatch.setattr("lightning_accel.cli.plan._named", lambda args: 1 / 0)
+    assert main(["plan", "made_to_print:net"]) == 2
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+    monkeypatch.setenv("LIGHTNING_ACCEL_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["plan", "made_to_print:net"])

@@ -27,7 +27,7 @@ from lightning_accel.cli.subject import (
     users_own,
     wrote,
 )
-from lightning_accel.cli.terminal import FINE, complain, progress
+from lightning_accel.cli.terminal import FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.hardware import describe
 from lightning_accel.measure.table import Table, finite
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         ".txt": "\n\n".join(table.to_text(120) for table in shown),
         ".md": "\n\n".join(table.to_markdown() for table in shown),
     }
-    print(said[".json"] if args.json else said[".txt"])
+    answer(args, said[".json"] if args.json else said[".txt"])
     for name in args.output:
         path = Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)

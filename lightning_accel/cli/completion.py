@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from lightning_accel.cli.terminal import FINE, complain
+from lightning_accel.cli.terminal import FINE, answer, complain
 from lightning_accel.errors import explain
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         script = written(parser, args.shell)
     except ImportError as error:
         return complain(args, error)
-    print(json.dumps({"shell": args.shell, "script": script}) if args.json else script)
+    answer(args, json.dumps({"shell": args.shell, "script": script}) if args.json else script)
     return FINE
 
 

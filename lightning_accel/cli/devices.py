@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lightning_accel.cli.terminal import answer
 from lightning_accel.cli.workload import MIXED, TRUE, workload
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import Table
@@ -75,7 +76,10 @@ def run_parallel(args: argparse.Namespace) -> int:
     plan = planned_split(workload(args), args.parallel)
     if args.json:
         groups = [group._asdict() for group in plan.groups]
-        print(json.dumps({"groups": groups, "whole": plan.whole, "shares": plan.shares}, indent=2))
+        answer(
+            args,
+            json.dumps({"groups": groups, "whole": plan.whole, "shares": plan.shares}, indent=2),
+        )
         return 0
     cells: list[list[Any]] = [[g.name, g.units, g.kind, ", ".join(g.readers)] for g in plan.groups]
     title = f"{args.parallel} processes, {max(plan.shares):.0%} of the parameters each"
@@ -167,11 +171,12 @@ def _print(rows: list[Row], chosen: Row | None, memory: int, args: argparse.Name
             }
             for row in rows
         ]  # fmt: skip
-        print(
+        answer(
+            args,
             json.dumps(
                 {"memory": memory, "chosen": chosen and chosen.option.name, "options": found},
                 indent=2,
-            )
+            ),
         )
         return
     columns = ["strategy", "peak", *_PARTS, "sent", *(["seconds"] if args.hardware else [])]

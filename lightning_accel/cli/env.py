@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_accel import __version__
+from lightning_accel.cli.terminal import answer
 from lightning_accel.hardware import describe, num_usable_cores
 from lightning_accel.measure.table import Table
 
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         "versions": dict(facts.versions),
         "mismatches": [mismatch._asdict() for mismatch in found],
     }
-    print(json.dumps(plain, indent=2) if args.json else _text(plain, found))
+    answer(args, json.dumps(plain, indent=2) if args.json else _text(plain, found))
     return int(any(mismatch.breaks for mismatch in found))
 
 

@@ -30,7 +30,7 @@ from lightning_accel.cli.subject import (
     checkpoint_subject,
     train_loader,
 )
-from lightning_accel.cli.terminal import FINE, complain, progress
+from lightning_accel.cli.terminal import FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.export import deploy
 from lightning_accel.quantization.calibration import calls_from
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
         return complain(args, error)
     if args.json:
-        print(json.dumps({"path": str(bundle.path), **bundle.manifest}, indent=2))
+        answer(args, json.dumps({"path": str(bundle.path), **bundle.manifest}, indent=2))
     else:
         print(bundle.table)
     print(f"Wrote {bundle.path}", file=sys.stderr if args.json else sys.stdout)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import lightning_accel
 from lightning_accel import _HOMES
-from lightning_accel.cli.terminal import FINDING, FINE, complain
+from lightning_accel.cli.terminal import FINDING, FINE, answer, complain
 from lightning_accel.errors import explain
 from lightning_accel.measure.table import Table
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         return complain(args, error)
     if args.json:
-        print(json.dumps({"entries": [entry._asdict() for entry in entries]}, indent=2))
+        answer(args, json.dumps({"entries": [entry._asdict() for entry in entries]}, indent=2))
     elif entries:
         print("\n\n".join(table.to_text(120) for table in tables(entries)))
     else:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 
 from lightning_accel import __version__
 from lightning_accel.cli import (
@@ -21,7 +22,8 @@ from lightning_accel.cli import (
     show,
     tune,
 )
-from lightning_accel.cli.terminal import EXIT_CODES, FINE, INTERRUPTED, rank
+from lightning_accel.cli.terminal import EXIT_CODES, FINE, INTERRUPTED, complain, rank
+from lightning_accel.errors import AccelError
 
 _COMMANDS = (
     env,
@@ -56,15 +58,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank() > 0:
         return FINE  # the first process answers for all
     try:
-        code: int = args.run(args)
+        code = _run(args)
         sys.stdout.flush()
         return code
+    except SystemExit as ended:
+        what = "the code that was named ended the process"
+        do = "keep `sys.exit` below `if __name__ == '__main__'`"
+        return complain(args, AccelError(what, f"exit code {ended.code}", do))
     except KeyboardInterrupt:
         print(f"lightning-accel {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a command; what the user's code prints goes beside one JSON object, and an error that nobody expected is told.
+
+    With the variable LIGHTNING_ACCEL_TRACEBACK set such an error is raised.
+    """
+    args.answers = sys.stdout
+    aside = redirect_stdout(sys.stderr) if getattr(args, "json", False) else nullcontext()
+    try:
+        with aside:
+            code: int = args.run(args)
+            return code
+    except (BrokenPipeError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if os.environ.get("LIGHTNING_ACCEL_TRACEBACK"):
+            raise
+        said = " ".join(str(error).split())[:400]
+        do = "set LIGHTNING_ACCEL_TRACEBACK=1 to see where"
+        what = "this ended in an error that nobody expected"
+        return complain(args, AccelError(what, f"{type(error).__name__}: {said}", do))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,7 +36,7 @@ from lightning_accel.cli.subject import (
     users_own,
     wrote,
 )
-from lightning_accel.cli.terminal import FINE, complain, progress
+from lightning_accel.cli.terminal import FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import finite
 from lightning_accel.pages.charts import bars
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             "change_of": measured,
             "groups": [finite(row._asdict()) for row in rows],
         }
-        print(json.dumps(plain, indent=2))
+        answer(args, json.dumps(plain, indent=2))
     else:
         print(table.to_text())
     if args.picture:

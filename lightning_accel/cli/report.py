@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_accel.cli.terminal import FINE, complain
+from lightning_accel.cli.terminal import FINE, answer, complain
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import finite
 
@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
         return complain(args, error)
     if args.json:
         numbers = [{"name": r.name, "path": str(r.folder), **finite(r.numbers())} for r in found]
-        print(json.dumps({"page": str(target), "pictures": pictures, "runs": numbers}, indent=2))
+        answer(
+            args, json.dumps({"page": str(target), "pictures": pictures, "runs": numbers}, indent=2)
+        )
         return FINE
     for each in found:
         for problem in each.problems:

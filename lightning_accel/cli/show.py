@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_accel.cli.adds import Added, added, is_of_accel
 from lightning_accel.cli.subject import NamedModel, add_example, subject_of
-from lightning_accel.cli.terminal import FINDING, FINE, complain, progress
+from lightning_accel.cli.terminal import FINDING, FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import Table, finite
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         plain = found.to_dict()
         plain["effects"] = None if effects is None else [effect._asdict() for effect in effects]
-        print(json.dumps(finite(plain), indent=2, default=str))
+        answer(args, json.dumps(finite(plain), indent=2, default=str))
     else:
         print(text(found, effects))
     return FINDING if any(not effect.acts for effect in effects or ()) else FINE

@@ -83,3 +83,12 @@ def complain(args: argparse.Namespace, error: BaseException) -> int:
     """Say an error on the error output, and return the exit code for it."""
     print(f"lightning-accel {args.command}: {error}", file=sys.stderr)
     return WRONG
+
+
+def answer(args: argparse.Namespace, text: str) -> None:
+    """Print what was asked for where the answer is read; `main` keeps all else out of one JSON object.
+
+    >>> answer(argparse.Namespace(), "fine")
+    fine
+    """
+    print(text, file=getattr(args, "answers", None) or sys.stdout)

@@ -16,7 +16,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from lightning_accel.cli.subject import add_subject, subject_of, users_own, wrote
-from lightning_accel.cli.terminal import FINE, complain, progress
+from lightning_accel.cli.terminal import FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.tuning.numerics import TIERS
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         report = _report(args)
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
         return complain(args, error)
-    print(report.to_json() if args.json else report.to_text())
+    answer(args, report.to_json() if args.json else report.to_text())
     return FINE
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_accel.arguments import positive
 from lightning_accel.cli.doctor.facts import Facts, Finding
 from lightning_accel.cli.subject import add_subject, subject_of, wrote
-from lightning_accel.cli.terminal import FINDING, FINE, complain, progress
+from lightning_accel.cli.terminal import FINDING, FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import Table, finite
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         ".txt": to_text(facts, found),
         ".md": to_markdown(facts, found),
     }
-    print(said[".json"] if args.json else said[".txt"])
+    answer(args, said[".json"] if args.json else said[".txt"])
     for name in args.output:
         path = Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
