@@ -109,6 +109,7 @@ ALWAYS_ACT = {
     "Float8Linear": "computes in float8 from the first step on, or refuses",
     "Bf16Precision": "has short weights from the start",
     "XlaPrecision": "is of another device",
+    "RequestedCallbacks": "is added by Lightning itself, and only where a variable asks for it",
     "ConfiguredCallbacks": "is added by Lightning itself, and only where a configuration asks for it",
     "PostTrainingQuantization": "acts at the end of a fit: the fit is compared in test_quantization.py",
     "Deploy": "acts after the fit, which is compared in test_export.py",

@@ -25,7 +25,7 @@ from lightning_accel import (
 from lightning_accel.quantization import lowered, quantization_of
 from lightning_accel.quantization.budget import sqnr_db
 from lightning_accel.quantization.layers import layers_of
-from lightning_accel.quantization.rounding import by_products
+from lightning_accel.quantization.rounding import _pulled, by_products
 
 
 class Classifier(LightningModule):
@@ -160,7 +160,7 @@ def test_inputs_that_are_always_zero(samples: int) -> None:
     assert dead.weight.isfinite().all()
     zeros = torch.zeros(1, 6, 6, dtype=torch.float64)
     rows = torch.randn(1, 2, 6, dtype=torch.float64)
-    made = by_products(rows, zeros, torch.full_like(rows, 0.25), 7)
+    made = by_products(rows, _pulled(zeros), torch.full_like(rows, 0.25), 7)
     assert torch.equal(made, (rows / 0.25).round().clamp(-7, 7) * 0.25)
 
 
