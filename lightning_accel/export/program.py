@@ -105,7 +105,7 @@ def open_sizes(network: FlatNetwork, dynamic: bool | Mapping[str, Mapping[int, s
                 found = f"{dim}: {axis!r} for {tuple(tensor.shape)}"
                 raise ValueError(
                     explain(
-                        "`dynamic` names a dimension that is there by one word, as a variable is named",
+                        "`dynamic` has a name for a dimension that is there, one word as of a variable",
                         found,
                         "pass {1: 'length'}",
                     )
