@@ -87,9 +87,8 @@ def proved(runner: Runner, cases: Sequence[Case], floor_db: float = FLOOR_DB) ->
                     ratio = sqnr_db(wanted, answer)
                     lowest = min(lowest, ratio) if ratio > -math.inf else lowest
                     largest = max(largest, _largest_error(wanted, answer))
-            elif (
-                case.sample.usual
-            ):  # at the edges many numbers tie, and an index may be that of another
+            elif case.sample.usual:
+                # At the edges many numbers tie, and an index may be that of another.
                 equal, whole = equal + int((wanted == answer).sum()), whole + wanted.numel()
     agreement = equal / whole if whole else None
     together = min(map(_together_db, usual.values()), default=math.inf)

@@ -125,7 +125,7 @@ def _pairs_of(
         pair = Pair(giver, readers)
         if any(seen.calls[name] > 1 or _is_hooked(model, name) for name in (giver, *readers)):
             continue
-        if not _fits(model, pair, seen.shapes[key]):
+        if not _fits(model, pair):
             continue
         if _is_giver(model.get_submodule(giver), how) and not any(
             id(p) in shared for p in _touched(model, pair)
@@ -159,20 +159,12 @@ def _is_hooked(model: nn.Module, name: str) -> bool:
     return any(not getattr(hook, "is_part_of_network", False) for hook in hooks)
 
 
-def _fits(model: nn.Module, pair: Pair, shape: torch.Size) -> bool:
-    """Whether the channels that are given are those that are read, of a tensor of this shape."""
+def _fits(model: nn.Module, pair: Pair) -> bool:
+    """Whether as many channels are given as are read; whether they are the same ones, the proof finds out."""
     giver: Any = model.get_submodule(pair.giver)
     if not isinstance(getattr(giver, "weight", None), Tensor):
         return False
-    counts = {len(_columns(model, name)) for name in pair.readers} | {len(_rows(giver))}
-    axes = {_channel_axis(m, len(shape)) for m in (giver, *map(model.get_submodule, pair.readers))}
-    return len(counts) == len(axes) == 1
-
-
-def _channel_axis(module: nn.Module, num_dims: int) -> int:
-    """Return which dimension of its outputs, or inputs, has the channels of a module."""
-    is_last = isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm))
-    return num_dims - 1 if is_last else 1
+    return all(len(_columns(model, name)) == len(_rows(giver)) for name in pair.readers)
 
 
 def _is_reader(seen: Flow, layer: QuantizedLayer) -> bool:

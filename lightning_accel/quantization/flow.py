@@ -60,7 +60,6 @@ class Flow(TorchFunctionMode):
         self.passed: dict[Key, list[Key]] = {}  # what homogeneous functions make of it
         self.others: set[Key] = set()  # what is read by anything else
         self.calls: dict[str, int] = {}
-        self.shapes: dict[Key, torch.Size] = {}
         self.sums: list[tuple[Key, Key]] = []
         self.inside = 0
 
@@ -106,7 +105,6 @@ class Flow(TorchFunctionMode):
         self.calls[name] = self.calls.get(name, 0) + 1
         if isinstance(output, Tensor) and output.is_floating_point():
             self.givers.setdefault(self.key(output), []).append(name)
-            self.shapes[self.key(output)] = output.shape
             if name in self.layers and not isinstance(module, QuantizedEmbedding):
                 self.origins[self.key(output)] = name
         self.inside -= name in self.layers
