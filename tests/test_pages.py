@@ -189,6 +189,17 @@ def test_files_beside_a_report_may_be_anything(tmp_path: Path, name: str) -> Non
     Seen(render([read_run(run)]))
 
 
+def test_a_fit_that_died_is_not_shown_with_the_numbers_of_one_before(tmp_path: Path) -> None:
+    side = {"params": 98_765_432, "metrics": {"val/acc": 0.5}}
+    report = {"dense": side, "final": side, "ratios": {}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert "98,765,432" in render([read_run(tmp_path)])
+    (tmp_path / "report.progress.json").write_text(json.dumps({"lightning_accel_progress": 1}))
+    run = read_run(tmp_path)
+    assert not run.numbers() and "98,765,432" not in render([run])
+    assert any("earlier fit" in problem for problem in run.problems)
+
+
 def test_thousands_of_epochs_are_thinned_and_their_extremes_stay() -> None:
     chance = random.Random(0)
     points = [[i, chance.random()] for i in range(20_000)]

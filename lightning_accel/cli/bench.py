@@ -24,10 +24,10 @@ from lightning_accel.cli.subject import (
     add_example,
     add_subject,
     checkpoint_subject,
+    give,
     users_own,
-    wrote,
 )
-from lightning_accel.cli.terminal import FINE, answer, complain, progress
+from lightning_accel.cli.terminal import FINE, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.hardware import describe
 from lightning_accel.measure.table import Table, finite
@@ -74,12 +74,7 @@ def run(args: argparse.Namespace) -> int:
         ".txt": "\n\n".join(table.to_text(120) for table in shown),
         ".md": "\n\n".join(table.to_markdown() for table in shown),
     }
-    answer(args, said[".json"] if args.json else said[".txt"])
-    for name in args.output:
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(said[path.suffix] + "\n", encoding="utf-8")
-        wrote(path, args)
+    give(args, said)
     return FINE
 
 

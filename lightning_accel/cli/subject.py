@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_accel.cli.terminal import answer
 from lightning_accel.errors import AccelError, explain
 
 if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and so import none
@@ -177,6 +178,16 @@ def train_loader(named: NamedModel) -> Any:
         data.setup("fit")
         data = data.train_dataloader()
     return data
+
+
+def give(args: argparse.Namespace, said: Mapping[str, str]) -> None:
+    """Print an answer, and write it to the files that were asked for, by their endings."""
+    answer(args, said[".json"] if args.json else said[".txt"])
+    for name in args.output:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(said[path.suffix] + "\n", encoding="utf-8")
+        wrote(path, args)
 
 
 def wrote(path: Path, args: argparse.Namespace) -> None:

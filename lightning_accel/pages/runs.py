@@ -124,9 +124,8 @@ def read_run(path: str | Path, root: Path | None = None) -> Run:
     if moving is not None:
         run.progress = _json(moving, [], root)
         run.progress = run.progress if KEY in run.progress else {}
-    if (
-        run.progress and run.report
-    ):  # it goes when a fit has its report, so that this one is another's
+    if run.progress and run.report:
+        # Progress goes when a fit has its report, so that this one is another fit's.
         run.problems.append("report.json is of an earlier fit, and not shown")
         run.report = {}
     _read_beside(run, root)

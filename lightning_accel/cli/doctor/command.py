@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_accel.arguments import positive
 from lightning_accel.cli.doctor.facts import Facts, Finding
-from lightning_accel.cli.subject import add_subject, subject_of, wrote
-from lightning_accel.cli.terminal import FINDING, FINE, answer, complain, progress
+from lightning_accel.cli.subject import add_subject, give, subject_of
+from lightning_accel.cli.terminal import FINDING, FINE, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import Table, finite
 
@@ -57,12 +57,7 @@ def run(args: argparse.Namespace) -> int:
         ".txt": to_text(facts, found),
         ".md": to_markdown(facts, found),
     }
-    answer(args, said[".json"] if args.json else said[".txt"])
-    for name in args.output:
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(said[path.suffix] + "\n", encoding="utf-8")
-        wrote(path, args)
+    give(args, said)
     return FINDING if any(finding.costs for finding in found) else FINE
 
 
