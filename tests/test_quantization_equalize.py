@@ -298,6 +298,10 @@ def test_weights_that_are_zero_stay_so(rounding: str) -> None:
     with torch.no_grad():
         net[0].weight[mask] = 0
     quantize(
-        net, calibration=[torch.randn(64, 16)], rounding=rounding, weights="int4", activations=None
+        net,
+        calibration=[torch.randn(64, 16) @ torch.randn(16, 16)],
+        rounding=rounding,
+        weights="int8",
+        activations=None,
     )
     assert not net[0].weight[mask].any() and net[0].weight[~mask].any()
