@@ -7,7 +7,9 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -284,6 +286,18 @@ def test_what_stands_outside_of_a_step_is_nobodys_line() -> None:
     assert "test_doctor.py" in called()
     called.__code__ = called.__code__.replace(co_filename=syncs._STEP)
     assert called() == ""
+
+
+def test_seconds_of_compilation_grow_however_much_was_compiled_before() -> None:
+    def one_more(x: Tensor) -> Tensor:
+        return x + 1
+
+    seconds = [looking._compile_seconds()]
+    for index in range(66):  # dynamo keeps records of the last 64
+        another = FunctionType(one_more.__code__.replace(co_name=f"another_{index}"), globals())
+        torch.compile(another, backend="eager")(torch.ones(1))
+        seconds.append(looking._compile_seconds())
+    assert all(before < after for before, after in pairwise(seconds))
 
 
 @pytest.mark.slow

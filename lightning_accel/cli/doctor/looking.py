@@ -331,8 +331,8 @@ def _compile_seconds() -> float:
     """Return the seconds that dynamo has compiled in this process."""
     if "torch._dynamo" not in sys.modules:
         return 0.0
-    found = torch._dynamo.utils.get_compilation_metrics()
-    return sum(getattr(m, "entire_frame_compile_time_s", None) or 0.0 for m in found)
+    # `get_compilation_metrics` keeps the last 64 alone, so that sums of them do not grow
+    return torch._dynamo.utils.calculate_time_spent().get("entire_frame_compile", 0.0)
 
 
 def _captured(build: Any, kept: list[Any], compiled: bool, since: Captured) -> Captured:
