@@ -21,6 +21,8 @@ from lightning_accel.devices.torch_accelerator import TorchAccelerator
 from lightning_accel.errors import Unsupported
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+SAME = ("loading", "report", "optimizer", "recompute")
+"""What leaves the weights those of the plain fit."""
 DEVICES = {
     **{given: [0, 1] for given in ("2", "'2'", "-1", "'-1'", "'0,1'", "[0, 1]")},
     "1": [0],
@@ -67,6 +69,7 @@ def test_a_trainer_trains_on_a_device_that_lightning_does_not_know(fits: Any) ->
         ("bf16", "toy:0", "bfloat16", "cpu bf16"),
         ("fp16", "toy:0", "float16", None),
         ("bf16-true", "toy:0", "bfloat16", None),
+        ("masters", "toy:0", "bfloat16", None),
     ):
         found = fits[name]
         assert found["seen"] == [f"{where} {where} {dtype}"], (name, found)
@@ -80,11 +83,35 @@ def test_a_trainer_trains_on_a_device_that_lightning_does_not_know(fits: Any) ->
 @pytest.mark.slow
 def test_techniques_do_there_what_they_do_on_the_cpu(fits: Any) -> None:
     plain = fits["fp32"]["weights"]
-    for name in ("masks", "prune", "distill", "loading", "report", "quantize", "auto"):
+    for name in {key.removesuffix(" on accel") for key in fits if key.endswith(" on accel")}:
         there, here = fits[f"{name} on accel"], fits[f"{name} on cpu"]
         assert there.get("weights") == here["weights"], (name, there)
         assert {place.split()[0] for place in there["seen"]} == {"toy:0"}, (name, there)
-        assert (there["weights"] == plain) == (name in ("loading", "report")), name
+        assert (there["weights"] == plain) == (name in SAME), name
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_device_without_float64_gives_the_same(
+    fits: Any, library: Path, tmp_path: Path, root_of_tests: Path
+) -> None:
+    """Apple's devices have none, and others (Lightning #21261, etna #612, ignite #3326): proofs go to the CPU."""
+    script, out = root_of_tests / "scripts" / "toy_fits.py", tmp_path / "out.json"
+    names = [name for name in fits if name.endswith(" on accel")]
+    status, printed = forks.run_script(
+        script,
+        str(library),
+        str(out),
+        *names,
+        cwd=tmp_path,
+        path=(root_of_tests,),
+        environ={"TOY_NO_FLOAT64": "1"},
+    )
+    assert status == 0, printed[-3000:]
+    for name, found in json.loads(out.read_text()).items():
+        torch.testing.assert_close(
+            torch.tensor(found.get("weights", found)), torch.tensor(fits[name]["weights"])
+        )
 
 
 @needs_compiler

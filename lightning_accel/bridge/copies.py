@@ -14,6 +14,7 @@ from lightning_accel.bridge.example import AtHand, batches_or, calls_of, run_ste
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import averages
 from lightning_accel.errors import AccelError
+from lightning_accel.exact import widest
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.acting import nothing_heard, users_hooks
 from lightning_accel.surgery.call import Call
@@ -109,8 +110,12 @@ def _in_dtypes_of(module: nn.Module, copy: nn.Module) -> nn.Module:
 
 @contextmanager
 def on_host(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
-    """Give the module to plan on: on XLA a copy on the CPU, for lazy operators cannot be followed one by one."""
-    if trainer.strategy.root_device.type != "xla":
+    """Give the module to plan on: a copy on the CPU where a device has no float64, and on XLA.
+
+    Proofs need float64, and lazy operators cannot be followed one by one.
+    """
+    device = trainer.strategy.root_device
+    if device.type != "xla" and widest(device) == torch.float64:
         yield pl_module
         return
     with inert_copy(trainer, pl_module, hooked=True) as copy:

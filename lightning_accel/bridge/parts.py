@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.errors import Unsupported
+from lightning_accel.exact import exact
 from lightning_accel.surgery import Cut, Structure
 from lightning_accel.surgery.attributes import get_size, set_size
 from lightning_accel.surgery.owners import children, kept_by
@@ -224,7 +225,7 @@ def _is_average(part: Part, at_start: Mapping[str, float]) -> bool:
 
 
 def _digest(module: nn.Module) -> float:
-    return sum(float(p.detach().abs().double().sum()) for p in module.parameters())
+    return sum(float(exact(p).abs().sum()) for p in module.parameters())
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:

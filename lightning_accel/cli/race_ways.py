@@ -13,6 +13,7 @@ from lightning_accel.cli import ways
 from lightning_accel.cli.ways import INFERENCE, TRAINING, Made, Way
 from lightning_accel.compilation.difference import difference
 from lightning_accel.errors import AccelError
+from lightning_accel.exact import exact
 from lightning_accel.measure.race import BenchmarkCase, Ratio, no_speedup, synchronise
 from lightning_accel.surgery import twin
 from lightning_accel.surgery.call import Call, same_random_state
@@ -157,7 +158,7 @@ class _Mode:
                 made.backward()
                 # As one: of layers whose gradients nearly vanish, all that is left is rounding.
                 grads = [p.grad for p in made.network.parameters() if p.grad is not None]
-                result = torch.cat([g.detach().double().flatten() for g in grads])
+                result = torch.cat([exact(g).flatten() for g in grads])
                 made.train()
         synchronise(self._device)
         return result, time.perf_counter() - start

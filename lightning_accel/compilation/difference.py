@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_accel.exact import exact
+
 
 def difference(found: Any, wanted: Any) -> float:
     """Return the largest relative difference of two nested results: of norms, or the share of integers.
@@ -29,9 +31,8 @@ def _difference(found: Any, wanted: Any) -> float:
     if found.shape != wanted.shape:
         return float("inf")
     if not (wanted.is_floating_point() or wanted.is_complex()):
-        return float((found != wanted).double().mean()) if wanted.numel() else 0.0
-    wide = torch.complex128 if wanted.is_complex() else torch.float64
-    a, b = found.detach().to(wide), wanted.detach().to(wide)
+        return float((found != wanted).float().mean()) if wanted.numel() else 0.0
+    a, b = exact(found), exact(wanted)
     same = a == b  # infinities of a mask among them
     if not bool(torch.isfinite(torch.where(same, 0, b)).all()):
         return float("inf")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from lightning_accel.distillation.forward_recorder import ForwardRecord
+from lightning_accel.exact import exact
 
 CLASSES, LABELS, NUMBERS, SOFTMAX = "classes", "labels", "numbers", "softmax"
 """One class out of several; any number of labels at once; numbers, as in a regression."""
@@ -280,19 +281,20 @@ class Pull:
         base = self(ramp)
         assert base is not None
         strongest = base.abs().argmax(dim, keepdim=True)
-        base = base.gather(dim, strongest).double()
+        base = exact(base.gather(dim, strongest))
         used = base != 0
         lowest = target.min()
         rest, place, labels = target - lowest, 1, torch.zeros_like(base)
         while place == 1 or bool(rest.any()):
             carried = self(ramp * (rest % _BASE).unsqueeze(at))
             assert carried is not None
-            digits = carried.gather(dim, strongest).double() / base.where(used, base.new_ones(()))
+            digits = exact(carried.gather(dim, strongest)) / base.where(used, base.new_ones(()))
             if bool(((digits - digits.round()).abs() > 0.2).any()):
                 return None, None
             labels += place * digits.round()
             rest, place = rest // _BASE, place * _BASE
-        found, used = (labels.long() + lowest).squeeze(dim), used.squeeze(dim)
+        found = (labels.long().to(lowest.device) + lowest).squeeze(dim)
+        used = used.squeeze(dim).to(found.device)
         return found, used & (found != self.call.ignored)
 
     def is_part_of(self, task: Tensor | None, dim: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.distillation.criterion import CLASSES, LABELS, NUMBERS, Heard
+from lightning_accel.exact import exact
 
 NOTHING, OTHERS = "nothing", "others"
 """Of what no criterion was heard for: there is none, or it takes outputs for something else than classes."""
@@ -63,8 +64,8 @@ def unheard(loss: Tensor | None, outputs: Tensor, calls: Sequence[Heard]) -> Ten
         if call.kind in (LABELS, NUMBERS) and call.judges:
             part = gradient(call.result, outputs, gradient(loss, call.result, up))
             rest = rest if part is None else rest - part
-    little = 1e-3 * whole.abs().double().sum()
-    return rest if bool(rest.abs().double().sum() > little) else torch.zeros_like(rest)
+    little = 1e-3 * exact(whole).abs().sum()
+    return rest if bool(exact(rest).abs().sum() > little) else torch.zeros_like(rest)
 
 
 def takes(rest: Tensor | None, dim: int | None) -> str | None:
@@ -115,5 +116,5 @@ def _up(loss: Tensor, outputs: Tensor) -> Tensor:
 
 
 def _vanishes(rest: Tensor, dim: int) -> bool:
-    little = 5e-3 if rest.dtype in _HALF else 1e-3
-    return bool(rest.double().sum(dim).abs().sum() <= little * rest.double().abs().sum())
+    little, whole = 5e-3 if rest.dtype in _HALF else 1e-3, exact(rest)
+    return bool(whole.sum(dim).abs().sum() <= little * whole.abs().sum())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.exact import exact
 
 NO_EFFECT = 1e-3
 """Below this share of the gradient, the teachers have no effect."""
@@ -64,7 +65,7 @@ def shares(terms: Mapping[str, Tensor], network: nn.Module) -> dict[str, float]:
             norms[name] = 0.0
             continue
         found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        squares = [g.detach().double().square().sum() for g in found if g is not None]
+        squares = [exact(g).square().sum() for g in found if g is not None]
         norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
     whole = sum(norms.values())
     return {name: norm / whole if whole > 0 else 0.0 for name, norm in norms.items()}

@@ -21,6 +21,7 @@ from lightning_accel.distillation.locate import is_whole
 from lightning_accel.distillation.loss_term import LossTerm
 from lightning_accel.distillation.outputs import IDS, LOGITS, Outputs
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.exact import exact
 from lightning_accel.surgery.call import tensors
 
 _FORMS = {LABELS: "bce", NUMBERS: "mse"}
@@ -257,7 +258,7 @@ def _is_constant(target: Tensor) -> bool:
 
 def _same(target: Tensor, given: Tensor) -> bool:
     return target.numel() == given.numel() and torch.equal(
-        target.flatten().double(), given.flatten().double()
+        exact(target).flatten(), exact(given).flatten()
     )
 
 

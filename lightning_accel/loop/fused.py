@@ -154,10 +154,11 @@ def kernel_is_right(kind: type[Optimizer], device: torch.device, dtype: torch.dt
     options: dict[str, Any] = {"momentum": 0.9} if issubclass(kind, torch.optim.SGD) else {}
     ends = []
     for to, fused in ((torch.float64, False), (dtype, False), (dtype, True)):
-        parameter = nn.Parameter(start.to(dtype).to(device, to, copy=True))
+        place = device if to == dtype else "cpu"  # not every device has float64
+        parameter = nn.Parameter(start.to(dtype).to(place, to, copy=True))
         optimizer = kind([parameter], lr=0.1, fused=fused, foreach=False, **options)  # type: ignore[call-arg]
         for gradient in gradients:
-            parameter.grad = gradient.to(dtype).to(device, to, copy=True)
+            parameter.grad = gradient.to(dtype).to(place, to, copy=True)
             optimizer.step()
         ends.append(parameter.detach().to("cpu", torch.float64))
     exact, loop, kernel = ends

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_accel.errors import Unsupported
+from lightning_accel.exact import widest
 
 _MESSAGE = 250 * 2**20  # bytes, as in DDP
 
@@ -206,7 +207,8 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: Any = None) -> 
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     has = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
-    flat = torch.cat([*(_real(g).reshape(-1).double() for g in grads), has.double()])
+    wide = widest(has.device)
+    flat = torch.cat([*(_real(g).reshape(-1).to(wide) for g in grads), has.to(wide)])
     dist.all_reduce(flat, group=group)
     flat /= dist.get_world_size(group)
     pieces = flat.split([*(_real(g).numel() for g in grads), len(parameters)])

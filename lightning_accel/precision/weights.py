@@ -260,9 +260,11 @@ class ShortWeights:
         self._open = {}
 
     def to(self, device: torch.device) -> None:
-        """Move the masters."""
-        for full in self._full.values():
-            full.data = full.data.to(device)
+        """Move the masters; anew, since `data` of one device does not fit a parameter of every other."""
+        before, self._full = self._full, {}
+        for p, full in before.items():
+            self._full[p] = nn.Parameter(full.detach().to(device))
+            vars(self._full[p]).update(vars(full))
 
     def state(self, names: dict[nn.Parameter, str]) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values and tensors by name."""

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.pruning.coupled import exact, gate_gradient
+from lightning_accel.exact import wide
+from lightning_accel.pruning.coupled import gate_gradient
 from lightning_accel.pruning.groups import Group, Member
 from lightning_accel.surgery.call import Call, run, same_random_state
 
@@ -132,7 +133,7 @@ def _watched(
             seen = None if given is None else _by_position(module, given, size)
             if seen is not None:
                 total, count = sums.get((name, index), (torch.zeros((), dtype=torch.float64), 0))
-                sums[name, index] = (total + exact(seen).sum(0).cpu().double(), count + len(seen))
+                sums[name, index] = (total + wide(seen).sum(0).cpu().double(), count + len(seen))
 
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in readers]
     try:

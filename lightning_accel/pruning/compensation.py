@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lightning_accel.arguments import positive
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.exact import exact
 from lightning_accel.pruning.groups import Group
 from lightning_accel.pruning.layer_inputs import (
     AnotherWay,
@@ -41,7 +42,6 @@ from lightning_accel.pruning.leftover import Leftover
 from lightning_accel.pruning.reconstruction import evaluating
 from lightning_accel.pruning.unfold import (
     by_block,
-    exact,
     like_weight,
     matrix,
     only_input,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_accel.exact import wide
 from lightning_accel.pruning.groups import Group, Member
-from lightning_accel.surgery.call import in_precision
 
 
 def gate_gradient(model: nn.Module, group: Group) -> Tensor:
@@ -53,7 +53,7 @@ def squares(model: nn.Module, group: Group, *, there: bool = False) -> Tensor:
         ValueError: The group has no weight.
     """
     parts = [
-        per_unit(exact(tensor).abs().square(), member) for member, tensor in weights(model, group)
+        per_unit(wide(tensor).abs().square(), member) for member, tensor in weights(model, group)
     ]
     if not parts:
         raise ValueError("none of its tensors is a weight")
@@ -128,16 +128,9 @@ def per_unit(values: Tensor, member: Member) -> Tensor:
     return parts_UP.sum(1)
 
 
-def exact(tensor: Tensor) -> Tensor:
-    """Return the values in the widest floating point type that the device has, or complex one."""
-    return in_precision(
-        tensor.detach(), torch.float32 if tensor.device.type == "mps" else torch.float64
-    )
-
-
 def _slopes(tensor: Tensor, gradient: Tensor) -> Tensor:
     """Return the derivative of the loss by a real factor of each weight."""
-    return (exact(tensor).conj() * exact(gradient)).real
+    return (wide(tensor).conj() * wide(gradient)).real
 
 
 def _is_number(tensor: Tensor) -> bool:

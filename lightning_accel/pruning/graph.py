@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import NoEffect
+from lightning_accel.exact import exact
 from lightning_accel.pruning.groups import Group, Groups, Member
 from lightning_accel.pruning.scaling import factor, query_rows
 from lightning_accel.pruning.trace import ChannelTracer, Ids, traced
 from lightning_accel.pruning.trace.sizes import solve
 from lightning_accel.surgery import Change, Cut, Kept, Select, Structure
 from lightning_accel.surgery.attributes import get_size
-from lightning_accel.surgery.call import Call, in_precision, parameters_of
+from lightning_accel.surgery.call import Call, parameters_of
 from lightning_accel.surgery.structure import named_tensors
 
 __all__ = ["Graph", "Group", "Member", "RemovedUnits"]
@@ -232,7 +233,7 @@ class Graph:
         tensors = dict(named_tensors(self.model))
         for direction, magnitude, dim in dict.fromkeys(self._flow.normed):
             if direction in kept:
-                whole = in_precision(tensors[direction].detach(), torch.float64)
+                whole = exact(tensors[direction])
                 part = whole.clone()
                 for other, positions in enumerate(kept[direction].dims):
                     if positions is not None and other != dim:

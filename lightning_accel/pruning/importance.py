@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.exact import wide
 from lightning_accel.pruning import interop
 from lightning_accel.pruning.activations import Statistics
 from lightning_accel.pruning.coupled import (
     bn_scales,
-    exact,
     gate_gradient,
     per_unit,
     squares,
@@ -139,7 +139,7 @@ def _magnitude(model: nn.Module, group: Group) -> Tensor:
 
 
 def _bn_scale(model: nn.Module, group: Group) -> Tensor:
-    scales = [per_unit(exact(tensor).abs(), member) for member, tensor in bn_scales(model, group)]
+    scales = [per_unit(wide(tensor).abs(), member) for member, tensor in bn_scales(model, group)]
     if not scales:
         raise ValueError("it has no batch norm with a scale, which importance='bn_scale' reads")
     return total(scales) / len(scales)
@@ -153,7 +153,7 @@ def _fpgm(model: nn.Module, group: Group) -> Tensor:
     squared_UU = torch.zeros(group.units, group.units, dtype=torch.float64)
     found = False
     for member, tensor in weights(model, group, "out"):
-        rows = exact(tensor).movedim(member.dim, 0).flatten(1)
+        rows = wide(tensor).movedim(member.dim, 0).flatten(1)
         rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
         rows_UN = rows[member.positions.to(rows.device)].flatten(1)  # all weights of a unit
         squared_UU += _distances(rows_UN).cpu()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.exact import widest
 from lightning_accel.surgery import Kept, Structure
 from lightning_accel.surgery.attributes import Size
 from lightning_accel.surgery.structure import named_tensors
@@ -98,7 +99,7 @@ class RemovalRecorder:
         gradients = {name: t.grad for name, t in touched.items() if t.grad is not None}
         for tensor in touched.values():
             # From their count on, so that a multiple of one is none of another.
-            dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
+            dtype = widest(tensor.device)
             numbers = torch.arange(tensor.numel(), dtype=dtype, device=tensor.device)
             numbers += tensor.numel()
             tensor.grad = None

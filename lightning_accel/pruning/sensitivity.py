@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_accel.arguments import open_share, positive
 from lightning_accel.errors import NoEffect
+from lightning_accel.exact import exact
 from lightning_accel.measure.flops import eval_mode
 from lightning_accel.measure.table import Cell, Table
 from lightning_accel.measure.timing import Comparison
@@ -208,7 +209,7 @@ def _bundles(
 def _outputs(model: nn.Module, calls: Sequence[Call]) -> Callable[[nn.Module], float]:
     def values(network: nn.Module) -> torch.Tensor:
         with torch.inference_mode(), eval_mode(network), same_random_state(network):
-            return torch.cat([t.flatten().double() for t in reals(run(network, calls))])
+            return torch.cat([exact(t).flatten() for t in reals(run(network, calls))])
 
     dense = values(model)
     return lambda network: float((values(network) - dense).norm() / dense.norm())

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import NoEffect
-from lightning_accel.pruning.coupled import bn_scales, exact, squares, weights
+from lightning_accel.exact import wide
+from lightning_accel.pruning.coupled import bn_scales, squares, weights
 from lightning_accel.pruning.groups import Group, Member
 from lightning_accel.pruning.selection import choose
 from lightning_accel.surgery import Kept, Receipt
@@ -129,7 +130,7 @@ def add_to_grad(
 def _add_scaled(found: Gradients, model: nn.Module, group: Group, share: Tensor) -> None:
     """Add each unit's weights times its share to what was found for their tensors."""
     for member, tensor in weights(model, group):
-        _add(found, member.tensor, exact(tensor) * _along(member, tensor, share))
+        _add(found, member.tensor, wide(tensor) * _along(member, tensor, share))
 
 
 def _add(found: Gradients, name: str, gradient: Tensor) -> None:
@@ -138,7 +139,7 @@ def _add(found: Gradients, name: str, gradient: Tensor) -> None:
 
 def _along(member: Member, tensor: Tensor, share: Tensor) -> Tensor:
     """Spread one number per unit over the positions of the member's dimension, to broadcast."""
-    share = share.to(exact(tensor[:0]).dtype).to(tensor.device)  # the host does not wait for it
+    share = share.to(wide(tensor[:0]).dtype).to(tensor.device)  # the host does not wait for it
     line = share.new_zeros(tensor.shape[member.dim])
     line[member.positions.to(tensor.device)] = share[:, None]
     return line.view([-1 if dim == member.dim else 1 for dim in range(tensor.dim())])

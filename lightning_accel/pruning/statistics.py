@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_accel.exact import widest
+
 _REDUCTIONS = {"mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min"}
 _NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"}
 _NORMS |= {"_native_batch_norm_legit", "cudnn_batch_norm"}
@@ -102,7 +104,7 @@ def same_places(old: Tensor, new: Tensor, tolerance: float) -> _Places | None:
     cut = [d for d in range(old.dim()) if old.shape[d] != new.shape[d]]
     if any(new.shape[d] > old.shape[d] for d in cut) or not new.numel():
         return None
-    old, new = (t.nan_to_num().to(_widest(t)) for t in (old, new))
+    old, new = (t.nan_to_num().to(widest(t.device)) for t in (old, new))
     places = _guessed(old, new, cut)
     there = old
     for dim, positions in places.items():
@@ -155,10 +157,6 @@ def _nearest(known: Tensor, wanted: Tensor) -> Tensor:
     below = (above - 1).clamp_min(0)
     nearer = (ascending[above] - wanted).abs() < (ascending[below] - wanted).abs()
     return order[torch.where(nearer, above, below)]
-
-
-def _widest(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _cut_where_reduced(name: str, note: Note, x: Tensor, given: Mapping[str, Any]) -> bool:

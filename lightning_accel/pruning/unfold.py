@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_accel.exact import exact
 from lightning_accel.pruning.groups import Member
 
 PIECE = 2**24
@@ -130,12 +130,6 @@ def by_block(module: nn.Module, y: Tensor) -> Tensor:
 def blocks(module: nn.Module) -> int:
     """Return the number of groups of a convolution; 1 if it is linear."""
     return int(getattr(module, "groups", 1))
-
-
-def exact(tensor: Tensor) -> Tensor:
-    """Return the values in float64 or complex128, on the CPU where the device has no such type."""
-    device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
-    return tensor.detach().to(device, torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _sides(module: Any, reach: list[int]) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.errors import AccelError, BrokenModel
+from lightning_accel.exact import widest
 from lightning_accel.measure.flops import unfused
 from lightning_accel.pruning.blank import Blank, Masks, masks
 from lightning_accel.pruning.precise import Precise
@@ -95,7 +96,7 @@ class Verifier:
         self._of: tuple[Cut, Masks] | None = None
 
     def _falls_back(self) -> bool:
-        if next(self.model.parameters()).device.type == "mps":  # which has no float64
+        if widest(next(self.model.parameters()).device) == torch.float32:
             self._take(torch.float32)
             return False
         if self._take(torch.float64):

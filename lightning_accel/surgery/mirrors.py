@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.exact import exact
 from lightning_accel.surgery.cut import Cut
 
 _SIGNS = re.compile(r"[^0-9A-Za-z]")
@@ -97,4 +98,4 @@ def _fits(
 def _distance(
     fits: Mapping[str, str], held: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> float:
-    return sum(float((held[b] - parameters[p]).double().norm()) for b, p in fits.items())
+    return sum(float(exact(held[b] - parameters[p]).norm()) for b, p in fits.items())

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.exact import exact
 from lightning_accel.surgery.owners import IN_ORDER, children, holds_nothing
 from lightning_accel.surgery.receipt import Kept
 
@@ -50,7 +51,8 @@ def add_to_average(tensor: Tensor, weight: Tensor, change: Tensor) -> None:
     """
     if tensor.shape != weight.shape or not tensor.is_floating_point():
         return
-    before = weight.detach().double() - change.to(weight.device, torch.float64)
+    after = exact(weight)
+    before = after - exact(change).to(after.device)
     if (tensor.detach().to(before) - before).norm() <= _NEAR * before.norm():
         tensor.data += change.to(tensor)
 
@@ -266,7 +268,7 @@ class Shadows:
             for key, name in fits.items():
                 own = self._tensors[name]
                 near = [t for _, t in rows[key] if t.shape == own.shape and t.is_floating_point()]
-                total += sum(float((t.to(own.device) - own).double().norm()) for t in near)
+                total += sum(float(exact(t.to(own.device) - own).norm()) for t in near)
             return total
 
         if len(fitting) < 2:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.errors import explain
+from lightning_accel.exact import exact
 
 TIERS = ("exact", "amp", "low")
 
@@ -85,14 +86,14 @@ def difference(plain: Gradients, other: Gradients) -> Difference:
         same = str(plain.loss) == str(other.loss)
         return Difference(0.0, 1.0, 1.0) if same else Difference(float("inf"), -1.0, -1.0)
     loss = abs(plain.loss - other.loss) / max(abs(plain.loss), 1e-12)
-    norms = {name: float(g.double().norm()) for name, g in plain.by_name.items()}
+    norms = {name: float(exact(g).norm()) for name, g in plain.by_name.items()}
     limit = _NEGLIGIBLE * max(norms.values(), default=0.0)
     worst, where = 1.0, ""
     product = squared = 0.0
     for name, norm in norms.items():
         found = other.by_name.get(name)
-        one = plain.by_name[name].double().flatten()
-        two = torch.zeros_like(one) if found is None else found.double().flatten()
+        one = exact(plain.by_name[name]).flatten()
+        two = torch.zeros_like(one) if found is None else exact(found).flatten()
         product, squared = product + float(one @ two), squared + float(two @ two)
         length = norm * float(two.norm())
         cosine = float(one @ two) / length if length > 0 else -1.0

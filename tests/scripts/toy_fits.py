@@ -21,11 +21,16 @@ from toy import device
 
 from lightning_accel import (
     AccelReport,
+    ActivationCheckpointing,
     AutocastPrecision,
+    Bf16Precision,
     BlockCompile,
     Distillation,
     FastLoading,
+    FusedOptimizer,
     PostTrainingQuantization,
+    QuantizationAwareTraining,
+    SparsityTraining,
     StructuredPruning,
     Teacher,
     UsePrecision,
@@ -167,9 +172,9 @@ def devices() -> dict[str, Any]:
     return found
 
 
-def taught() -> Distillation:
+def taught(losses: Any = "kd") -> Distillation:
     torch.manual_seed(7)
-    return Distillation(Teacher(tiny.MLP(32)), student="net")
+    return Distillation(Teacher(tiny.MLP(32)), losses, student="net")
 
 
 TECHNIQUES = {
@@ -180,6 +185,14 @@ TECHNIQUES = {
     "report": AccelReport,
     "quantize": PostTrainingQuantization,
     "auto": lambda: UsePrecision(AutocastPrecision("bf16-mixed")),
+    "reconstruct": lambda: StructuredPruning(
+        0.5, when=1, importance="reconstruction", compensate=True
+    ),
+    "sparsity": lambda: SparsityTraining("group_lasso", strength=1e-3),
+    "features": lambda: taught({"rkd": {"layers": "body", "weight": 0.1}}),
+    "train quantized": lambda: QuantizationAwareTraining(when=1),
+    "optimizer": lambda: FusedOptimizer("for-loop"),
+    "recompute": lambda: ActivationCheckpointing(select="net"),
 }
 FITS = {
     "cpu": lambda: fit(accelerator="cpu"),
@@ -195,6 +208,7 @@ FITS = {
     "ddp": lambda: fit(accelerator="accel", devices=2),
     "no wires": lambda: fit(**ACCEL, strategy="accel_ddp"),
     "compile": lambda: fit(**ACCEL, callbacks=[BlockCompile()]),
+    "masters": lambda: fit(**ACCEL, plugins=[Bf16Precision("master")]),
     "checkpoint": checkpoint,
     "not seen": not_seen,
     "draws": draws,

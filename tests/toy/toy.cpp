@@ -6,6 +6,8 @@
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_cpu_dispatch.h>
@@ -15,7 +17,15 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+
 namespace {
+
+// Apple's devices, and some others, have no float64: so does this one with TOY_NO_FLOAT64 in its environment.
+void check(std::optional<at::ScalarType> dtype) {
+  static const bool lacks = std::getenv("TOY_NO_FLOAT64") != nullptr;
+  TORCH_CHECK_TYPE(!lacks || c10::dtype_or_default(dtype) != at::kDouble, "toy has no float64");
+}
 
 constexpr auto kToy = c10::DeviceType::PrivateUse1;
 constexpr c10::DeviceIndex kCount = 2;
@@ -76,6 +86,7 @@ bool hooked = [] { at::RegisterPrivateUse1HooksInterface(new Hooks); return true
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
                  std::optional<at::Device> device, std::optional<bool>,
                  std::optional<at::MemoryFormat> format) {
+  check(dtype);
   c10::DeviceGuard guard(c10::device_or_default(device));
   return at::detail::empty_generic(size, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                    c10::dtype_or_default(dtype), format);
@@ -83,6 +94,7 @@ at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std
 
 at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
                          std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+  check(dtype);
   c10::DeviceGuard guard(c10::device_or_default(device));
   return at::detail::empty_strided_generic(size, stride, &memory,
                                            c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
@@ -103,6 +115,29 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
 at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
   at::native::resize_(to, from.sizes(), std::nullopt);
   return copy_from(from, to, false);
+}
+
+// torch asks each device for convolutions of its own; the host's, of the same numbers.
+at::Tensor back(const at::Tensor& of) { return of.defined() ? of.to(at::Device(kToy, current)) : of; }
+
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       at::SymIntArrayRef stride, at::SymIntArrayRef padding, at::SymIntArrayRef dilation,
+                       bool transposed, at::SymIntArrayRef output_padding, c10::SymInt groups) {
+  c10::DeviceGuard guard(x.device());
+  const bool has = bias && bias->defined();
+  return back(at::convolution_symint(host(x), host(weight), has ? host(*bias) : at::Tensor(), stride, padding,
+                                     dilation, transposed, output_padding, groups));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
+    const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& weight, at::SymIntArrayRef stride,
+    at::SymIntArrayRef padding, at::SymIntArrayRef dilation, bool transposed, at::SymIntArrayRef output_padding,
+    c10::SymInt groups, std::array<bool, 3> wanted) {
+  c10::DeviceGuard guard(x.device());
+  c10::SymInt outputs = transposed ? weight.sym_size(1) * groups : weight.sym_size(0);
+  auto found = at::convolution_backward_symint(host(gradient), host(x), host(weight), {{outputs}}, stride, padding,
+                                               dilation, transposed, output_padding, groups, wanted);
+  return {back(std::get<0>(found)), back(std::get<1>(found)), back(std::get<2>(found))};
 }
 
 at::Scalar scalar(const at::Tensor& of) { return host(of).item(); }
@@ -134,6 +169,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("resize_", at::native::resize_);
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
+  m.impl("convolution_overrideable", convolution);
+  m.impl("convolution_backward_overrideable", convolution_backward);
   m.impl("_local_scalar_dense", scalar);
   m.impl("set_.source_Storage", set_storage);
   m.impl("set_.source_Storage_storage_offset", set_offset);
@@ -144,6 +181,7 @@ TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::m
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   KERNEL_PRIVATEUSEONE(mm, lower_precision_fp)
   KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(conv2d, lower_precision_fp)
   KERNEL_PRIVATEUSEONE(cross_entropy_loss, fp32)
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_accel.arguments import finite, instance
 from lightning_accel.errors import explain
+from lightning_accel.exact import widest
 
 P = ParamSpec("P")
 
@@ -167,7 +168,7 @@ def unit(vectors: Tensor, negligible: float = 0.0) -> Tensor:
 
 
 def inner_products(rows_AD: Tensor, rows_BD: Tensor) -> Tensor:
-    """Return all inner products (A, B) in float64, or in float32 on MPS, which has none.
+    """Return all inner products (A, B) in float64, or in float32 where the device has none.
 
     Autocast leaves float64 alone even where `backward` is called inside of it, and so does TF32.
 
@@ -175,5 +176,5 @@ def inner_products(rows_AD: Tensor, rows_BD: Tensor) -> Tensor:
     tensor([[3.],
             [4.]], dtype=torch.float64)
     """
-    exact = torch.float32 if rows_AD.device.type == "mps" else torch.float64
-    return rows_AD.to(exact) @ rows_BD.to(exact).T
+    wide = widest(rows_AD.device)
+    return rows_AD.to(wide) @ rows_BD.to(wide).T

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_accel.arguments import flag, one_of
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.exact import widest
 from lightning_accel.parallel.backends import backend_of
 from lightning_accel.parallel.compress import compress
 from lightning_accel.parallel.data_order import keep_order
@@ -128,8 +129,9 @@ class AccelDDPStrategy(DDPStrategy):
 
     def _share(self, batch: Any) -> Tensor:
         """Return the rows of this process by the mean of all, in this step."""
-        dtype = torch.float32 if self.root_device.type == "mps" else torch.float64
-        rows = torch.tensor(extract_batch_size(batch), dtype=dtype, device=self.root_device)
+        rows = torch.tensor(
+            extract_batch_size(batch), dtype=widest(self.root_device), device=self.root_device
+        )
         total = rows.clone()
         dist.all_reduce(total)
         return rows * self.world_size / total
