@@ -138,11 +138,19 @@ def load_from_checkpoint(
         self.on_load_checkpoint(checkpoint)
 
     once: Any = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint})
+    kwargs = {"map_location": _here, **kwargs}
     with weights_alone(path):
         if weights_only:
             kwargs = {**kwargs, **as_values(cls, path, kwargs)}
         loaded: ModuleT = once.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
     return loaded
+
+
+def _here(storage: Any, location: str) -> Any:
+    """Put a tensor where it was, or to the CPU if this process lacks that device: Lightning knows CUDA and MPS only."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kind = location.partition(":")[0]
+    return None if kind == "cpu" or (found is not None and found.type == kind) else storage
 
 
 def as_saved(pl_module: ModuleT, path: str | Path) -> ModuleT:

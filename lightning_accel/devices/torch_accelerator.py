@@ -106,9 +106,12 @@ class TorchAccelerator(Accelerator):
 
 
 def register() -> None:
-    """Tell Lightning the name; a second time changes nothing."""
+    """Tell Lightning the name, and that of the device itself if it knows none; a second time changes nothing."""
     description = "the device of torch.accelerator, whatever it is"
     AcceleratorRegistry.register(NAME, TorchAccelerator, description=description, override=True)
+    found = torch.accelerator.current_accelerator()
+    if found is not None and found.type not in AcceleratorRegistry:
+        AcceleratorRegistry.register(found.type, TorchAccelerator, description=description)
 
 
 def missing(name: str) -> Unsupported:
