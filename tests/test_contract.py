@@ -251,12 +251,19 @@ each_alone = pytest.mark.parametrize("row", [row for row in ROWS if "+" not in r
 
 
 class Fitted(NamedTuple):
-    """What a whole fit left, with checkpoints in `full.ckpt` and `light.ckpt`."""
+    """What a whole fit left, with checkpoints in `epoch=0.ckpt` to `epoch=3.ckpt` and `light.ckpt`."""
 
     folder: Path
     trainer: Trainer
     model: Module
     random: Tensor
+    before_last: list[Tensor]
+    """Its weights before the last epoch."""
+
+
+class Last(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.before = [p.detach().clone() for p in pl_module.parameters()]
 
 
 @pytest.fixture(scope="module")
@@ -268,14 +275,14 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fitted]:
         model = module()
         parts = ROWS[row]() if row else {}
         folder = tmp_path_factory.mktemp("fitted")
-        saver = ModelCheckpoint(folder, filename="full")
-        parts["callbacks"] = [*parts.get("callbacks", []), saver]
+        last = Last()
+        parts["callbacks"] = [*parts.get("callbacks", []), last, epochs(folder)]
         given = tiny.silent(folder) | {"max_epochs": max_epochs, "enable_checkpointing": True}
         trainer = Trainer(**{**given, **parts})
         trainer.fit(model, data(), data())
         random = torch.get_rng_state()
         trainer.save_checkpoint(folder / "light.ckpt", weights_only=True)
-        return Fitted(folder, trainer, model, random)
+        return Fitted(folder, trainer, model, random, last.before)
 
     return fit_once
 
@@ -283,7 +290,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fitted]:
 @pytest.mark.slow
 @every_row
 def test_a_fit_finishes_with_finite_weights(fitted: Any, row: str) -> None:
-    _, trainer, model, _ = fitted(row)
+    _, trainer, model, *_ = fitted(row)
     assert trainer.global_step == 12
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -295,7 +302,7 @@ def test_names_in_the_state_dict_are_those_of_the_plain_module(fitted: Any, row:
 
 @every_row
 def test_the_optimizer_holds_the_models_parameters_and_no_others(fitted: Any, row: str) -> None:
-    _, trainer, model, _ = fitted(row)
+    _, trainer, model, *_ = fitted(row)
     held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
     assert {id(p) for p in trainer.optimizers[0].state} <= {id(p) for p in held}
@@ -324,14 +331,9 @@ def test_the_module_copies_and_pickles_after_a_fit(fitted: Any, row: str) -> Non
 
 
 @each_alone
-def test_every_parameter_still_learns_at_the_end(fit: Fit, row: str) -> None:
-    class Last(Callback):
-        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.before = [p.detach().clone() for p in pl_module.parameters()]
-
-    last, model = Last(), module()
-    fit(model, row, last)
-    assert not any(torch.equal(a, b) for a, b in zip(last.before, model.parameters(), strict=True))
+def test_every_parameter_still_learns_at_the_end(fitted: Any, row: str) -> None:
+    _, _, model, _, before = fitted(row)
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.slow
@@ -349,18 +351,16 @@ def test_train_flags_and_requires_grad_are_the_users(fit: Fit, row: str) -> None
 
 @pytest.mark.slow
 @every_row
-def test_resume_is_bit_equal_to_the_uninterrupted_run(fit: Fit, tmp_path: Path, row: str) -> None:
-    whole = module()
-    fit(whole, row, epochs(tmp_path / "a"))
+def test_resume_is_bit_equal_to_the_uninterrupted_run(fit: Fit, fitted: Any, row: str) -> None:
     for epoch in (0, 1):  # before the second prune, and right at it
         torch._dynamo.reset()
         resumed = Module()
-        fit(resumed, row, ckpt=tmp_path / "a" / f"epoch={epoch}.ckpt")
-        assert same(whole, resumed), epoch
+        fit(resumed, row, ckpt=fitted(row).folder / f"epoch={epoch}.ckpt")
+        assert same(fitted(row).model, resumed), epoch
 
 
 @every_row
-@pytest.mark.parametrize("kind", ["full", "light"])
+@pytest.mark.parametrize("kind", ["epoch=3", "light"])
 def test_checkpoints_load_safely_and_without_the_technique(
     fitted: Any, row: str, kind: str
 ) -> None:
@@ -372,17 +372,14 @@ def test_checkpoints_load_safely_and_without_the_technique(
 @pytest.mark.slow
 @every_row
 def test_a_fresh_trainer_evaluates_the_checkpoint(
-    fit: Fit, tmp_path: Path, trainer_kwargs: dict[str, Any], row: str
+    fitted: Any, trainer_kwargs: dict[str, Any], row: str
 ) -> None:
-    model = module()
-    trained = fit(model, row, epochs(tmp_path / "a"))
+    path = fitted(row).folder / "epoch=3.ckpt"
     for verb in ("validate", "test"):
-        expected = getattr(trained, verb)(model, data(), verbose=False)
+        expected = getattr(fitted(row).trainer, verb)(fitted(row).model, data(), verbose=False)
         torch._dynamo.reset()
         fresh = Trainer(**{**trainer_kwargs, **ROWS[row]()})
-        found = getattr(fresh, verb)(
-            Module(), data(), ckpt_path=tmp_path / "a" / "epoch=3.ckpt", verbose=False
-        )
+        found = getattr(fresh, verb)(Module(), data(), ckpt_path=path, verbose=False)
         assert found == expected, verb
 
 
