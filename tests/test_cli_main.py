@@ -32,6 +32,24 @@ def test_each_command_prints_one_json_object_when_asked(name: str) -> None:
     assert any("--json" in action.option_strings for action in COMMANDS[name]._actions)
 
 
+_ASKS_ALL = """
+import contextlib, io, sys
+from lightning_accel.cli import main
+for words in [["--help"], ["--version"], [], *([name, "--help"] for name in NAMES)]:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(words)
+    assert said.getvalue()
+    heavy = {"torch", "lightning", "numpy", "hydra", "omegaconf", "rich", "jinja2"} & set(sys.modules)
+    assert not heavy, f"{words} import {heavy}"
+"""
+
+
+def test_help_answers_before_torch_could_be_imported() -> None:
+    script = f"NAMES = {list(COMMANDS)!r}\n{_ASKS_ALL}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("environment", "number"),
     [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_accel.measure.race import Ratio
+if TYPE_CHECKING:
+    from lightning_accel.measure.race import Ratio
 
 
 class Times(NamedTuple):
