@@ -20,6 +20,7 @@ import torch
 
 from lightning_accel.errors import AccelError
 from lightning_accel.measure.race import BenchmarkCase, Ratio, no_speedup
+from lightning_accel.progress import progress
 from lightning_accel.tuning.benchmark_pool import BenchmarkPool, Build, error_text, forget
 from lightning_accel.tuning.candidates import SearchSpace, SkippedCandidate
 from lightning_accel.tuning.numerics import (
@@ -109,7 +110,8 @@ class Search:
         """Search, and leave the number of threads as it was."""
         self.trials = [Trial(s.technique, s.value, "skipped", s.reason) for s in skipped]
         try:
-            return self._search(contests)
+            with progress("searching for faster settings", len(contests) + 1) as self._step:
+                return self._search(contests)
         finally:
             self._pool.close()
 
@@ -120,7 +122,9 @@ class Search:
         for index, space in enumerate(contests):
             # The last share is for the waterfall, which confirms the whole.
             share_s = self._left_s() / (len(contests) - index + 1)
+            self._step(space.technique, by=int(index > 0))
             best = self._contest(best, space, share_s)
+        self._step("measuring what was chosen once more", by=1)
         way = [self._base]
         for technique, value in self._in_order(best):
             way.append(way[-1].having(technique, value))
