@@ -13,6 +13,7 @@ by side once more (`waterfall`); what that does not confirm is not used.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import NamedTuple
 
@@ -137,6 +138,7 @@ class Search:
     def _know_plain(self) -> Settings:
         """Find out what plain computes and how far apart two plain steps are; return what runs at all."""
         base, replica = self._first_that_fits()
+        self._require_numbers()
         same, reseeded = (furthest(self._plain, other) for other in self._others)
         self._noise = max(same, reseeded, key=lambda d: (d.loss, -d.cosine, -d.worst))
         if self._noise.loss > 0:
@@ -149,6 +151,15 @@ class Search:
         self._pool.step_s = self._best_s = case.wall_s[0]
         self._afford()
         return base
+
+    def _require_numbers(self) -> None:
+        """Say that steps whose losses are NaN cannot be compared: they are as fast, and each is as wrong as the other."""
+        losses = [step.loss for course in (self._plain, *self._others) for step in course]
+        if lost := sum(not math.isfinite(loss) for loss in losses):
+            self._pool.notes.append(
+                f"{lost} of {len(losses)} losses of plain steps are NaN or infinite: whether a faster step computes the "
+                "same cannot be known; look at the data, the learning rate and the precision before this table"
+            )
 
     def _first_that_fits(self) -> tuple[Settings, Replica]:
         """Return plain, or where it runs out of memory, the largest activation budget that does not."""
