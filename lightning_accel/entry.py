@@ -36,6 +36,7 @@ def factory() -> list[Callback]:
     []
     """
     trainer = _trainer_being_built()
+    _refuse_classes(trainer)
     if trainer is not None and _is_in_doubt(trainer):
         from lightning_accel.devices.settle import settle
 
@@ -69,6 +70,21 @@ def _trainer_being_built() -> Any:
             return found if isinstance(found, pytorch.Trainer) else None
         frame = frame.f_back
     return None
+
+
+def _refuse_classes(trainer: Any) -> None:
+    """Raise where a class of ours stands among the callbacks, of which Lightning says much later what Python says.
+
+    Raises:
+        TypeError: There is one.
+    """
+    given = getattr(trainer, "callbacks", None) or ()
+    classes = [c.__name__ for c in given if isinstance(c, type) and c.__module__.startswith(_OURS)]
+    if classes:
+        from lightning_accel.errors import explain
+
+        do = f"write {classes[0]}(...), with its arguments in the brackets"
+        raise TypeError(explain("`callbacks` takes objects, no classes", ", ".join(classes), do))
 
 
 def _is_in_doubt(trainer: Any) -> bool:
