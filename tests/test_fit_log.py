@@ -304,7 +304,9 @@ def test_fits_of_one_process_without_a_logger_keep_a_report_each(tmp_path: Path)
         assert report._saved_at is not None
         return report._saved_at.relative_to(tmp_path).as_posix()
 
-    assert [fit(), fit(), fit()] == ["report.json", "fit_2/report.json", "fit_3/report.json"]
+    assert [fit(), fit(), fit()] == [
+        f"lightning_logs/{n}report.json" for n in ("", "fit_2/", "fit_3/")
+    ]
     assert len(list(tmp_path.rglob("report.html"))) == 3
     own = tmp_path / "own.json"
     assert [fit(own), fit(own)] == ["own.json"] * 2  # who names a file is taken by the word

@@ -159,7 +159,7 @@ def test_a_bar_of_rich_and_one_of_tqdm_find_their_places_again(
 ) -> None:
     from rich.console import Console
     from rich.progress import Progress
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     def rich(between: Callable[[], None]) -> list[str]:
         console = Console(file=sys.stderr, force_terminal=True, width=60)
