@@ -175,5 +175,7 @@ def test_a_configuration_says_for_itself_what_it_wants(
 
 
 def test_a_class_among_the_callbacks_is_told_when_the_trainer_is_built(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"no classes. Found: StructuredPruning. Do: write Struct"):
+    with pytest.raises(
+        TypeError, match=r"no classes and.* Found: StructuredPruning. Do: write Struct"
+    ):
         trainer(tmp_path, StructuredPruning)  # type: ignore[arg-type]
