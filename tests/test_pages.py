@@ -547,4 +547,9 @@ def test_a_report_of_a_broken_or_foreign_file_fails_and_names_it(
     assert main(["report", str(tmp_path)]) == 1  # a page of what could be read, and the other named
     said = capsys.readouterr()
     assert "broken: " in said.err and "Wrote" in said.out
+    (page,) = tmp_path.glob("*.html")
+    assert (
+        'data-name="broken"><summary>broken <span class="state worse">could not be read'
+        in page.read_text()
+    )
     assert main(["report", str(whole)]) == 0
