@@ -188,7 +188,7 @@ class _Bar:
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
 
-        console = Console(file=self._file)
+        console = Console(file=self._file, force_jupyter=False)
         if console.is_dumb_terminal or console.legacy_windows:
             return
         text = TextColumn("{task.description}", table_column=Column(no_wrap=True), markup=False)

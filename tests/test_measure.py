@@ -476,6 +476,13 @@ def test_json_keeps_unrounded_numbers_and_writes_null_for_nan() -> None:
 
 
 @timed
+def test_a_table_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich draws into the cell there, whatever file it is given, and writes nothing."""
+    plain = TABLE.to_text()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert TABLE.to_text() == plain != ""
+
+
 def test_a_pair_of_known_speeds_gives_known_ratios() -> None:
     wide, narrow = nn.Linear(64, 8, bias=False), nn.Linear(64, 2, bias=False)
     x = torch.ones(1, 64)
