@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import io
 import itertools
 import json
@@ -1346,6 +1347,24 @@ def test_every_logger_gets_flat_numbers_and_wandb_a_table(fit: Fit, tmp_path: Pa
     assert (key, columns) == ("report/table", ["quantity", "dense", "final", "gain"])
     assert ["parameters", "548", "548", "1.00x"] in rows
     assert "report/ratio_macs" in next((tmp_path / "csv").rglob("metrics.csv")).read_text()
+
+
+@pytest.mark.slow
+@quiet
+def test_csv_and_tensorboard_get_the_same_numbers(fit: Fit, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
+    fit(Module(), AccelReport(budget_s=0.1), logger=loggers)
+    table = (tmp_path / "csv").rglob("metrics.csv")
+    rows = list(csv.DictReader(next(table).read_text().splitlines()))
+    written = {k: float(v) for row in rows for k, v in row.items() if k.startswith("report/") and v}
+    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events.*")).parent)).Reload()
+    seen = {t: events.Scalars(t)[-1].value for t in events.Tags()["scalars"] if t in written}
+    assert {"report/ratio_macs", "report/final_params"} <= set(written)
+    assert seen == pytest.approx(written, rel=1e-6)  # events are float32
 
 
 @quiet

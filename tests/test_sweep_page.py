@@ -115,21 +115,26 @@ def test_a_sweep_in_several_processes_ends_with_one_page(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")
-def test_a_search_in_two_directions_ends_with_its_front(tmp_path: Path) -> None:
+def test_a_search_in_two_directions_survives_jobs_that_fail_and_ends_with_its_front(
+    tmp_path: Path,
+) -> None:
     words = [
         "hydra/sweeper=optuna",
         "hydra.sweeper.direction=[maximize,minimize]",
         "hydra.sweeper.n_jobs=1",
     ]
     words += [
-        "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.n_trials=10",
         "hydra.sweeper.sampler.seed=1",
-        "size=choice(1,2)",
+        "size=choice(1,2,3,4,5)",
         "acc=interval(0.2,0.9)",
     ]
+    words += ["hydra.sweeper.max_failure_rate=1.0"]  # else the sweeper ends with the first
     done = swept(tmp_path, "-m", *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "sweep: 6 runs" in (tmp_path / "sweep/sweep.html").read_text()
+    failed = done.stdout.count("Failed: size=3")
+    page = (tmp_path / "sweep/sweep.html").read_text()
+    assert 0 < failed < 9 and f"{10 - failed} runs, {failed} failed" in page
     runs = [json.loads(p.read_text())["final"] for p in tmp_path.glob("sweep/*/report.json")]
     points = [(-run["metrics"]["val/acc"], run["latency_ms"]["1"]) for run in runs]
     best = {p for p in points if not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in points)}
