@@ -29,7 +29,7 @@ except ImportError:
 
 if __name__ == "__main__" and "get_ipython" not in globals():
     ArgumentParser(description=__doc__).parse_args()  # no words: what to change stands here
-seed_everything(0, verbose=False)
+_ = seed_everything(0, verbose=False)
 
 # %% [markdown]
 # ## By hand
@@ -99,4 +99,4 @@ from lightning_accel.pages.page import drawings  # noqa: E402
 
 charts = drawings([read_run("notebook")])
 Path("notebook/layers.svg").write_text(charts["layers"].to_svg(), encoding="utf-8")
-display(f"charts: {', '.join(sorted(charts))}")
+print(f"charts: {', '.join(sorted(charts))}")

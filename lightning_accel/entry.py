@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def factory() -> list[Callback]:
     []
     """
     trainer = _trainer_being_built()
+    _refuse_others(trainer)
     if trainer is not None and _is_in_doubt(trainer):
         from lightning_accel.devices.settle import settle
 
@@ -69,6 +71,32 @@ def _trainer_being_built() -> Any:
             return found if isinstance(found, pytorch.Trainer) else None
         frame = frame.f_back
     return None
+
+
+def _refuse_others(trainer: Any) -> None:
+    """Raise where a class of ours, or what describes one, stands among the callbacks: Lightning says much later that something is missing.
+
+    Raises:
+        TypeError: There is one.
+    """
+    given = getattr(trainer, "callbacks", None) or ()
+    named = [name for name in map(_named, given) if name.startswith(_OURS)]
+    if named:
+        from lightning_accel.errors import explain
+
+        names = [name.rpartition(".")[2] for name in named]
+        what = "`callbacks` takes objects, no classes and no descriptions"
+        do = f"write {names[0]}(...), with its arguments in the brackets"
+        raise TypeError(explain(what, ", ".join(names), do))
+
+
+def _named(given: Any) -> str:
+    """Return the path of a class, or of the class that a mapping describes; "" of an object."""
+    if isinstance(given, type):
+        return f"{given.__module__}.{given.__qualname__}"
+    if isinstance(given, Mapping):
+        return str(given.get("class_path") or given.get("_target_") or "")
+    return ""
 
 
 def _is_in_doubt(trainer: Any) -> bool:

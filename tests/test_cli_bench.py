@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_accel.cli import bench, main, race_ways, ways
 from lightning_accel.cli.race_ways import Raced
@@ -99,6 +99,26 @@ def test_each_way_gets_the_verdict_that_its_times_ask_for(planted: Raced) -> Non
     assert rows["compiles"].verdict.startswith("not tried: 0 s of the budget were left")
     assert "of training" not in rows
     assert "of training" in {row.way for row in planted.rows if row.mode == TRAINING}
+
+
+class Log(nn.Linear):
+    """Of what is negative: outputs and loss are NaN, gradients are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).log()
+
+
+def test_a_network_whose_outputs_are_nan_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race_ways, "BenchmarkPool", Pool)
+    network = Log(4, 2)
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, -1.0)
+    calls = [as_call(torch.ones(3, 4))]
+    found = race_ways.race_ways(network, calls, budget_s=0.01, choices=())
+    inference, training = [note for note in found.notes if "NaN or infinite" in note]
+    assert inference.startswith("inference: outputs") and training.startswith("training: loss")
+    well = race_ways.race_ways(nn.Linear(4, 2), calls, budget_s=0.01, choices=())
+    assert not [note for note in well.notes if "NaN" in note]
 
 
 def test_the_difference_is_that_of_all_outputs_and_of_all_gradients(planted: Raced) -> None:

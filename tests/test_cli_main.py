@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_accel import progress
 from lightning_accel.cli import listing, main, terminal
 from lightning_accel.cli.main import _parser
 
@@ -32,6 +33,24 @@ def test_each_command_prints_one_json_object_when_asked(name: str) -> None:
     assert any("--json" in action.option_strings for action in COMMANDS[name]._actions)
 
 
+_ASKS_ALL = """
+import contextlib, io, sys
+from lightning_accel.cli import main
+for words in [["--help"], ["--version"], [], *([name, "--help"] for name in NAMES)]:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(words)
+    assert said.getvalue()
+    heavy = {"torch", "lightning", "numpy", "hydra", "omegaconf", "rich", "jinja2"} & set(sys.modules)
+    assert not heavy, f"{words} import {heavy}"
+"""
+
+
+def test_help_answers_before_torch_could_be_imported() -> None:
+    script = f"NAMES = {list(COMMANDS)!r}\n{_ASKS_ALL}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("environment", "number"),
     [
@@ -46,11 +65,11 @@ def test_each_command_prints_one_json_object_when_asked(name: str) -> None:
 def test_a_process_knows_its_rank(
     environment: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in terminal._RANKS:
+    for name in progress.RANKS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert terminal.rank() == number
+    assert progress.rank() == number
 
 
 def test_other_processes_than_the_first_say_and_do_nothing(
@@ -82,8 +101,9 @@ def test_progress_is_for_those_who_look_on(
 def test_progress_shows_what_is_done_on_the_error_output_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(terminal, "is_quiet", lambda _: False)
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal, and draws
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with terminal.progress(argparse.Namespace(), "doctor", 60.0) as say:
         say("reading batches")
         print("an answer")

@@ -70,7 +70,7 @@ def test_the_nodes_are_those_that_hydra_composes_in_the_order_of_their_stages(
     with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
         composed: Any = OmegaConf.to_container(compose(None, [f"+accel={name}"]), resolve=True)
     found = added(None, [f"+accel={name}"])
-    assert found.callbacks == composed["callbacks"]
+    assert found.callbacks == composed["callbacks"] and found.refused == {}
     stages = [getattr(class_of(node), "stage", None) or 0 for node in found.callbacks.values()]
     assert stages == sorted(stages)
 
@@ -149,3 +149,14 @@ def test_a_step_that_fails_is_a_refusal_of_what_would_try_it(
 ) -> None:
     (effect, _) = shown(capsys, "+accel=prune", f"{code}:fails", code=1)["effects"][::-1]
     assert "would be refused: `training_step` failed" in effect["said"]
+
+
+def test_settings_that_a_callback_refuses_are_told_without_a_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = shown(capsys, "+accel=amp_prune", "callbacks.pruning.ratio=1.5", code=1)
+    assert list(told["refused"]) == ["pruning"]
+    assert "`ratio` is a number, above 0, below 1" in told["refused"]["pruning"]
+    assert main(["show", "+accel=amp_prune", "+callbacks.pruning.ratoi=0.5"]) == 1
+    said = capsys.readouterr().out
+    assert "Settings that are refused\n- callbacks.pruning: " in said and "ratoi" in said

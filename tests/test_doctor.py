@@ -236,6 +236,23 @@ def test_nothing_is_found_where_nothing_is_planted(monkeypatch: pytest.MonkeyPat
     assert "training_step" not in vars(module) and torch.Tensor.backward.__module__ == "torch._tensor"  # fmt: skip
 
 
+class Loses(Lit):
+    """Its losses are NaN from the third step on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().training_step(batch, batch_idx) * (float("nan") if self.steps > 2 else 1.0)
+
+
+def test_losses_that_are_no_numbers_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = look(monkeypatch, Loses(), DataLoader(Numbers(0.0075), batch_size=16))
+    assert seen.lost == seen.losses - 2 > 0
+    first, *others = findings(seen)
+    assert first.costs and f"{seen.lost} of {seen.losses} losses are NaN" in first.found
+    assert [f.saves > 0.5 for f in others] == [True]  # of the data
+    assert command.to_dict(seen, [first])["findings"]
+
+
 def test_a_slow_dataset_is_found_with_its_exact_share(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = look(monkeypatch, Lit(), DataLoader(Numbers(0.0075), batch_size=16))
     (found,) = findings(seen)

@@ -172,3 +172,10 @@ def test_a_configuration_says_for_itself_what_it_wants(
     with pytest.warns(UserWarning, match="for scripts without a configuration"):
         run = build(nodes, allow=("lightning.pytorch.demos.",))
     assert not any(isinstance(c, AccelReport) for c in run.trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def test_a_class_among_the_callbacks_is_told_when_the_trainer_is_built(tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match=r"no classes and.* Found: StructuredPruning. Do: write Struct"
+    ):
+        trainer(tmp_path, StructuredPruning)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import tiny
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_accel import AccelReport, LeanLoop, StructuredPruning
@@ -290,3 +291,22 @@ def test_a_notebook_shows_tables_of_what_is_escaped() -> None:
         text = shown._repr_html_()
         assert "<script" not in text and "&lt;script&gt;" in text and text.startswith("<table>")
         assert text.count("<tr>") == text.count("</tr>")
+
+
+def test_fits_of_one_process_without_a_logger_keep_a_report_each(tmp_path: Path) -> None:
+    def fit(*given: Any) -> str:
+        report = AccelReport(*given, budget_s=0.01)
+        made = Trainer(
+            **{**tiny.silent(tmp_path), "max_epochs": 1, "limit_train_batches": 1},
+            callbacks=[report],
+        )
+        made.fit(BoringModel())
+        assert report._saved_at is not None
+        return report._saved_at.relative_to(tmp_path).as_posix()
+
+    assert [fit(), fit(), fit()] == [
+        f"lightning_logs/{n}report.json" for n in ("", "fit_2/", "fit_3/")
+    ]
+    assert len(list(tmp_path.rglob("report.html"))) == 3
+    own = tmp_path / "own.json"
+    assert [fit(own), fit(own)] == ["own.json"] * 2  # who names a file is taken by the word

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import io
 import itertools
 import json
@@ -476,6 +477,13 @@ def test_json_keeps_unrounded_numbers_and_writes_null_for_nan() -> None:
 
 
 @timed
+def test_a_table_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich draws into the cell there, whatever file it is given, and writes nothing."""
+    plain = TABLE.to_text()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert TABLE.to_text() == plain != ""
+
+
 def test_a_pair_of_known_speeds_gives_known_ratios() -> None:
     wide, narrow = nn.Linear(64, 8, bias=False), nn.Linear(64, 2, bias=False)
     x = torch.ones(1, 64)
@@ -1339,6 +1347,24 @@ def test_every_logger_gets_flat_numbers_and_wandb_a_table(fit: Fit, tmp_path: Pa
     assert (key, columns) == ("report/table", ["quantity", "dense", "final", "gain"])
     assert ["parameters", "548", "548", "1.00x"] in rows
     assert "report/ratio_macs" in next((tmp_path / "csv").rglob("metrics.csv")).read_text()
+
+
+@pytest.mark.slow
+@quiet
+def test_csv_and_tensorboard_get_the_same_numbers(fit: Fit, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
+    fit(Module(), AccelReport(budget_s=0.1), logger=loggers)
+    table = (tmp_path / "csv").rglob("metrics.csv")
+    rows = list(csv.DictReader(next(table).read_text().splitlines()))
+    written = {k: float(v) for row in rows for k, v in row.items() if k.startswith("report/") and v}
+    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events.*")).parent)).Reload()
+    seen = {t: events.Scalars(t)[-1].value for t in events.Tags()["scalars"] if t in written}
+    assert {"report/ratio_macs", "report/final_params"} <= set(written)
+    assert seen == pytest.approx(written, rel=1e-6)  # events are float32
 
 
 @quiet

@@ -525,3 +525,31 @@ def _looks(browser: Browser, folder: Path) -> None:
     browser.look_like(scheme="dark", media="print")
     assert browser.ask(ground) == "rgb(255, 255, 255)", "paper is white"
     assert browser.prints(folder / "page.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1, 2]", '{"name": "somebody else"}', "\x00\x01", "NaN"]
+)
+def test_a_report_of_a_broken_or_foreign_file_fails_and_names_it(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken" / "report.json"
+    broken.parent.mkdir()
+    broken.write_text(text)
+    for named in (broken, broken.parent):
+        assert main(["report", str(named)]) == 2
+        said = capsys.readouterr().err
+        assert str(broken) in said and "no page was written" in said
+    assert not list(tmp_path.rglob("*.html"))
+    whole = tmp_path / "whole" / "report.json"
+    whole.parent.mkdir()
+    whole.write_text('{"dense": {"params": 3}, "final": {"params": 2}}')
+    assert main(["report", str(tmp_path)]) == 1  # a page of what could be read, and the other named
+    said = capsys.readouterr()
+    assert "broken: " in said.err and "Wrote" in said.out
+    (page,) = tmp_path.glob("*.html")
+    assert (
+        'data-name="broken"><summary>broken <span class="state worse">could not be read'
+        in page.read_text()
+    )
+    assert main(["report", str(whole)]) == 0

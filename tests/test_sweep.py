@@ -205,6 +205,7 @@ main()
 
 @pytest.mark.ddp
 def test_the_ranks_of_a_sweep_train_with_the_same_values(tmp_path: Path) -> None:
+    """Under Hydra, and as an agent starts them: wandb#3883, wandb#5695, lightning-kitti#3 had the values on rank 0 alone."""
     (tmp_path / "app.py").write_text(APP.format(tests=str(ROOT / "tests")))
     sweep = ["-m", "+lr=0.1,0.2", "+seed=7", "hydra.sweep.dir=sweep"]
     done = call([sys.executable, "app.py", *sweep], tmp_path)
@@ -216,6 +217,12 @@ def test_the_ranks_of_a_sweep_train_with_the_same_values(tmp_path: Path) -> None
         assert [(rank["lr"], rank["seed"]) for rank in seen] == [(lr, 7)] * 2
         assert [rank["mode"] for rank in seen] == ["MULTIRUN", "RUN"]
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "multirun").exists()
+    words = ["+lr=0.3", "+seed=8", "hydra.run.dir=agent"]
+    agent = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "run1", "WANDB_MODE": "offline"}
+    done = call([sys.executable, "app.py", *words], tmp_path, **agent)
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = [json.loads(path.read_text()) for path in (tmp_path / "agent").glob("rank*.json")]
+    assert [(rank["lr"], rank["seed"]) for rank in seen] == [(0.3, 8)] * 2
 
 
 @pytest.mark.ddp

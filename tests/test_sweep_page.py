@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +26,7 @@ def main(cfg):
     side = {"params": 10 * cfg.size, "latency_ms": {"1": float(cfg.size)}, "metrics": {"val/acc": cfg.acc}}
     report = {"dense": side, "final": side, "ratios": {}}
     Path(HydraConfig.get().runtime.output_dir, "report.json").write_text(json.dumps(report))
+    return cfg.acc, cfg.size
 
 main()
 """
@@ -39,7 +43,8 @@ hydra:
 def swept(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     (folder / "app.py").write_text(APP)
     (folder / "app.yaml").write_text(CONFIG)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "app.py", *words]
     return subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False
@@ -87,3 +92,53 @@ def test_a_page_that_cannot_be_written_ends_no_sweep(tmp_path: Path) -> None:
     assert "1 runs, 1 failed" in page and "size=3" not in page
     done = swept(tmp_path, "size=1")
     assert done.returncode == 0 and "sweep" not in done.stdout  # one job is no sweep
+
+
+def needs(plugin: str) -> pytest.MarkDecorator:
+    there = importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
+    return pytest.mark.skipif(not there, reason=f"pip install {plugin.replace('_', '-')}")
+
+
+@needs("hydra_joblib_launcher")
+@pytest.mark.slow
+@pytest.mark.sweep
+def test_a_sweep_in_several_processes_ends_with_one_page(tmp_path: Path) -> None:
+    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "size=1,2,4"]
+    done = swept(tmp_path, "-m", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "sweep/sweep.html").read_text()
+    assert "sweep: 3 runs" in page and all(f"size={size}" in page for size in (1, 2, 4))
+    assert not list((tmp_path / "sweep").glob("*.part"))
+
+
+@needs("hydra_optuna_sweeper")
+@pytest.mark.slow
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore")
+def test_a_search_in_two_directions_survives_jobs_that_fail_and_ends_with_its_front(
+    tmp_path: Path,
+) -> None:
+    words = [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.direction=[maximize,minimize]",
+        "hydra.sweeper.n_jobs=1",
+    ]
+    words += [
+        "hydra.sweeper.n_trials=10",
+        "hydra.sweeper.sampler.seed=1",
+        "size=choice(1,2,3,4,5)",
+        "acc=interval(0.2,0.9)",
+    ]
+    words += ["hydra.sweeper.max_failure_rate=1.0"]  # else the sweeper ends with the first
+    done = swept(tmp_path, "-m", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    failed = done.stdout.count("Failed: size=3")
+    page = (tmp_path / "sweep/sweep.html").read_text()
+    assert 0 < failed < 9 and f"{10 - failed} runs, {failed} failed" in page
+    runs = [json.loads(p.read_text())["final"] for p in tmp_path.glob("sweep/*/report.json")]
+    points = [(-run["metrics"]["val/acc"], run["latency_ms"]["1"]) for run in runs]
+    best = {p for p in points if not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in points)}
+    said = [line for line in done.stdout.splitlines() if line.startswith("size=")]
+    assert sum(line.rstrip().endswith("*") for line in said) == len(best)
+    found = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
+    assert {(-s["values"][0], s["values"][1]) for s in found["solutions"]} == best

@@ -4,132 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import hydra
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors import callback_connector
-from omegaconf import DictConfig
+from project.net import Net, rows
+from project.train import train
 
 from lightning_accel import entry
 from lightning_accel._hydra_plugins import LightningAccelSearchPath, register
 from lightning_accel.quantization import quantization_of
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = ROOT / "tests" / "projects" / "template"
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "accel").glob("*.yaml"))
-
-PROJECT = {
-    "train.yaml": """
-defaults: [_self_, model: net, callbacks: default, logger: csv, trainer: default, debug: null]
-task_name: train
-tags: [dev]
-precision: 32-true     # settings of the project's own, under names that we have groups for
-memory: 8GB
-paths: {output_dir: out}
-""",
-    "model/net.yaml": """
-_target_: test_template.Net
-optimizer: {_target_: torch.optim.SGD, _partial_: true, lr: 0.1}
-""",
-    "callbacks/default.yaml": """
-defaults: [model_checkpoint, early_stopping]
-""",
-    "callbacks/model_checkpoint.yaml": """
-model_checkpoint:
-  _target_: lightning.pytorch.callbacks.ModelCheckpoint
-  dirpath: ${paths.output_dir}/checkpoints
-  monitor: val/loss
-  save_last: true
-""",
-    "callbacks/early_stopping.yaml": """
-early_stopping:
-  _target_: lightning.pytorch.callbacks.EarlyStopping
-  monitor: val/loss
-  patience: 100
-""",
-    "callbacks/none.yaml": "",
-    "logger/csv.yaml": """
-csv: {_target_: lightning.pytorch.loggers.CSVLogger, save_dir: "${paths.output_dir}"}
-""",
-    "trainer/default.yaml": """
-_target_: lightning.pytorch.Trainer
-default_root_dir: ${paths.output_dir}
-max_epochs: 3
-accelerator: cpu
-devices: 1
-precision: ${precision}
-log_every_n_steps: 1
-enable_progress_bar: false
-enable_model_summary: false
-""",
-    "debug/default.yaml": """
-# @package _global_
-callbacks: null
-logger: null
-trainer: {max_epochs: 2}
-""",
-}
-
-
-class Net(LightningModule):
-    def __init__(self, optimizer: Any = None) -> None:
-        super().__init__()
-        self.make_optimizer = optimizer
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)
-        )
-        self.dtypes: set[torch.dtype] = set()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        out = self(batch[0])
-        self.dtypes.add(out.dtype)
-        return torch.nn.functional.cross_entropy(out.float(), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val/loss", torch.nn.functional.cross_entropy(self(batch[0]).float(), batch[1]))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("test/loss", torch.nn.functional.cross_entropy(self(batch[0]).float(), batch[1]))
-
-    def configure_optimizers(self) -> Any:
-        return self.make_optimizer(self.parameters())
-
-
-def rows() -> Any:
-    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :3].argmax(1)), 8)
-
-
-def instantiate_callbacks(cfg: DictConfig | None) -> list[Callback]:
-    """As the template has it."""
-    if not cfg:
-        return []
-    nodes = [node for node in cfg.values() if isinstance(node, DictConfig) and "_target_" in node]
-    return [hydra.utils.instantiate(node) for node in nodes]
-
-
-def instantiate_loggers(cfg: DictConfig | None) -> list[Logger]:
-    return [hydra.utils.instantiate(node) for node in (cfg or {}).values()]
-
-
-def train(cfg: DictConfig) -> tuple[Net, Trainer]:
-    """What the template's `train` does."""
-    torch.manual_seed(0)
-    model: Net = hydra.utils.instantiate(cfg.model)
-    callbacks = instantiate_callbacks(cfg.get("callbacks"))
-    logger = instantiate_loggers(cfg.get("logger"))
-    trainer: Trainer = hydra.utils.instantiate(cfg.trainer, callbacks=callbacks, logger=logger)
-    trainer.fit(model, rows(), rows(), ckpt_path=cfg.get("ckpt_path"))
-    return model, trainer
 
 
 @pytest.fixture
@@ -139,11 +31,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     plugins = Plugins.instance().plugin_type_to_subclass_list
     others = [p for p in plugins[SearchPathPlugin] if p.__name__ != "LightningAccelSearchPath"]
     monkeypatch.setitem(plugins, SearchPathPlugin, [*others, LightningAccelSearchPath])
-    for name, text in PROJECT.items():
-        path = tmp_path / "configs" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.replace("test_template.Net", f"{__name__}.Net"))
-    with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path / "configs")):
+    with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT / "configs")):
         yield tmp_path
 
 

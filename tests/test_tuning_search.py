@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -195,6 +196,16 @@ def test_what_is_faster_is_taken_and_the_rest_is_plain(world: World) -> None:
     assert reason(found, "fused").startswith("slower: 0.91x (0.")
     assert "no measurable" in reason(found, "foreach")
     assert found.bars[-1].ratio == pytest.approx(2.5, rel=0.02)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 2.0])
+def test_losses_that_are_no_numbers_are_told(
+    world: World, loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = Fake.gradients
+    monkeypatch.setattr(Fake, "gradients", lambda *given: (loss, gradients(*given)[1]))
+    told = [note for note in find(world, budget_s=0.5).notes if "NaN or infinite" in note]
+    assert len(told) == (not math.isfinite(loss))
 
 
 def test_the_waterfall_multiplies_up_in_the_order_of_the_search(world: World) -> None:

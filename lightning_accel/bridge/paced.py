@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel.measure.timing import Pace
+from lightning_accel.places import free
 from lightning_accel.surgery import Receipt
 
 
@@ -59,6 +63,27 @@ class Paced(Callback):
 
     def _samples(self, batch: Any) -> int:
         return 0
+
+
+_written: set[Path] = set()
+
+
+def place_of_report(trainer: Trainer, named: Path | None, is_free: Callable[[Path], bool]) -> Path:
+    """Return where a fit writes its report: the name that was given, or else one that no earlier fit of this process has.
+
+    Args:
+        trainer: Of the fit.
+        named: The user's own name, whose earlier report is replaced.
+        is_free: Whether writing there replaces nothing but a report.
+    """
+    found = named or report_path(trainer)
+    folders = (found.parent / f"fit_{number}" for number in itertools.count(2))
+    places = itertools.chain([found], (folder / found.name for folder in folders))
+    path = free(next(p for p in places if named or p.absolute() not in _written), is_free)
+    if path.absolute() in _written:
+        rank_zero_info(f"The report of an earlier fit of this process is replaced: {path}")
+    _written.add(path.absolute())
+    return path
 
 
 def report_path(trainer: Trainer) -> Path:

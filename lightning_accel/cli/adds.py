@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_accel.cli.subject import composed
+from lightning_accel.errors import AccelError
 from lightning_accel.redact import redacted
 from lightning_accel.targets import is_ours
 
@@ -34,12 +35,14 @@ class Added(NamedTuple):
         callbacks: Nodes by name, in the order in which they act.
         accel: What the presets say of themselves.
         without: The overrides that are not of a preset.
+        refused: What a callback says of settings that it cannot have, by name.
     """
 
     trainer: dict[str, Any]
     callbacks: dict[str, dict[str, Any]]
     accel: Any
     without: list[str]
+    refused: dict[str, str] = {}
 
     def rows(self) -> list[Node]:
         """Return the callbacks in few words."""
@@ -52,6 +55,7 @@ class Added(NamedTuple):
             "trainer": self.trainer,
             "callbacks": self.callbacks,
             "order": [row._asdict() for row in self.rows()],
+            "refused": self.refused,
         }
 
 
@@ -95,7 +99,33 @@ def added(config: Path | None, overrides: Sequence[str]) -> Added:
         if chosen and value != before.get(key)
     }
     said = redacted({"trainer": trainer, "callbacks": nodes}, known=secrets)
-    return Added(said["trainer"], _in_order(said["callbacks"]), whole.get("accel"), without)
+    refused = _refused(nodes, secrets)
+    callbacks = _in_order(said["callbacks"])
+    return Added(said["trainer"], callbacks, whole.get("accel"), without, refused)
+
+
+def _refused(nodes: Mapping[str, dict[str, Any]], secrets: set[str]) -> dict[str, str]:
+    """Build each node of ours, and return what it refuses; what a later word has to fill in is left out."""
+    from hydra.errors import HydraException
+
+    from lightning_accel.allowed import walk
+    from lightning_accel.recipe import build_callbacks
+    from lightning_accel.redact import unsaid
+
+    found = {}
+    for name, node in nodes.items():
+        targets = [
+            str(inner.get("_target_")) for _, inner in walk(node, name) if "_target_" in inner
+        ]
+        is_open = "???" in str(node) or node.get("teacher", "") is None
+        if is_open or not all(map(is_ours, targets)):
+            continue
+        try:
+            with unsaid(secrets):
+                build_callbacks({name: node})
+        except (HydraException, AccelError, ValueError, TypeError, ImportError, OSError) as error:
+            found[name] = str(error.__cause__ or error)
+    return found
 
 
 def class_of(node: dict[str, Any]) -> type:

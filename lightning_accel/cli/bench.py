@@ -16,10 +16,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lightning_accel.arguments import positive
-from lightning_accel.cli.plan import check_device, tensor
 from lightning_accel.cli.subject import (
     add_example,
     add_subject,
@@ -29,12 +26,13 @@ from lightning_accel.cli.subject import (
 )
 from lightning_accel.cli.terminal import FINE, complain, progress
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.hardware import describe
 from lightning_accel.measure.table import Table, finite
-from lightning_accel.surgery.call import Call, as_call
 
 if TYPE_CHECKING:
+    import torch
+
     from lightning_accel.cli.race_ways import Raced
+    from lightning_accel.surgery.call import Call
 
 _ENDINGS = (".json", ".md", ".txt")
 
@@ -83,10 +81,15 @@ def _raced(args: argparse.Namespace) -> tuple[Raced, torch.device]:
     for name in args.output:
         if Path(name).suffix not in _ENDINGS:
             raise ValueError(explain("unknown form", name, f"end the name in {' '.join(_ENDINGS)}"))
-    check_device(args.device or "cpu")
-    device = torch.device(args.device or describe().kind)
+    import torch
+
+    from lightning_accel.cli.plan import check_device
     from lightning_accel.cli.race_ways import race_ways
     from lightning_accel.cli.ways import INFERENCE, TRAINING
+    from lightning_accel.hardware import describe
+
+    check_device(args.device or "cpu")
+    device = torch.device(args.device or describe().kind)
 
     modes = (args.only,) if args.only else (INFERENCE, TRAINING)
     with progress(args, "bench", args.budget_s) as say:
@@ -100,6 +103,11 @@ def _raced(args: argparse.Namespace) -> tuple[Raced, torch.device]:
 
 
 def _subject(args: argparse.Namespace, device: torch.device) -> tuple[torch.nn.Module, list[Call]]:
+    import torch
+
+    from lightning_accel.cli.plan import tensor
+    from lightning_accel.surgery.call import Call, as_call
+
     subject = checkpoint_subject(args)
     example = tuple(tensor(text) for text in args.example) if args.example else subject.example
     if example is None:
@@ -151,6 +159,10 @@ def tables(raced: Raced) -> list[Table]:
 
 def to_dict(raced: Raced, device: torch.device) -> dict[str, Any]:
     """Return all of it as plain values."""
+    import torch
+
+    from lightning_accel.hardware import describe
+
     about = describe(device).to_dict()
     return {
         "device": {"kind": about["kind"], "name": about["name"]},

@@ -13,14 +13,19 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_accel.cli.terminal import answer
-from lightning_accel.cli.workload import MIXED, TRUE, workload
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import Table
 from lightning_accel.parallel.accelerators import ACCELERATORS, GIB, USED, Accelerator, seconds
-from lightning_accel.parallel.planning import Estimate, Option, Workload, estimate, planned_split
+
+if TYPE_CHECKING:
+    from lightning_accel.parallel.planning import Estimate, Option, Workload
+
+MIXED = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+TRUE = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
+"""Formats of computation by Lightning's words, as torch names them: under autocast, and of the weights too."""
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "gathered")
 _NODE = 8
@@ -73,6 +78,9 @@ def run_parallel(args: argparse.Namespace) -> int:
         raise ValueError(
             explain("layers are split over processes", str(args.parallel), "pass 2 or more")
         )
+    from lightning_accel.cli.workload import workload
+    from lightning_accel.parallel.planning import planned_split
+
     plan = planned_split(workload(args), args.parallel)
     if args.json:
         groups = [group._asdict() for group in plan.groups]
@@ -115,6 +123,8 @@ def run_devices(args: argparse.Namespace) -> int:
                 "pass --memory 80GiB, or --hardware h100",
             )
         )
+    from lightning_accel.cli.workload import workload
+
     work = workload(args)
     rows, chosen = [], None
     for option in options(args.devices):
@@ -130,6 +140,8 @@ def run_devices(args: argparse.Namespace) -> int:
 
 def options(devices: int) -> Iterator[Option]:
     """Yield ways to train, the preferred ones first."""
+    from lightning_accel.parallel.planning import Option
+
     if devices == 1:
         yield from (Option("single"), Option("single", checkpointing=True))
         return
@@ -145,6 +157,8 @@ def options(devices: int) -> Iterator[Option]:
 def _row(
     work: Workload, option: Option, limit: int, hardware: Accelerator | None, *, every: bool
 ) -> Row:
+    from lightning_accel.parallel.planning import estimate
+
     try:
         found = estimate(work, option, limit=None if every else limit)
     except AccelError as error:

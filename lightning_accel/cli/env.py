@@ -24,11 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from lightning_accel import __version__
 from lightning_accel.cli.terminal import answer
-from lightning_accel.hardware import describe, num_usable_cores
 from lightning_accel.measure.table import Table
 
 REQUIRED = ("torch", "lightning", "torchmetrics", "hydra-core", "torch-pruning", "wandb", "rich")
@@ -82,6 +79,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the description; 1 when something breaks, else 0."""
+    from lightning_accel.hardware import describe
+
     try:
         device = describe(args.device)
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -101,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
 
 def gather() -> Facts:
     """Look at this machine."""
+    import torch
+
+    from lightning_accel.hardware import num_usable_cores
+
     versions = {"lightning-accel": __version__, "python": platform.python_version()}
     known = {name: _version(name) for name in (*REQUIRED, *_OPTIONAL)}
     known["torch"] = str(torch.__version__)  # with its build, which the metadata may leave out

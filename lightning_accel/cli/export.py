@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_accel.cli.plan import tensor
 from lightning_accel.cli.subject import (
     NamedModel,
     add_example,
@@ -32,8 +31,6 @@ from lightning_accel.cli.subject import (
 )
 from lightning_accel.cli.terminal import FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.export import deploy
-from lightning_accel.quantization.calibration import calls_from
 
 
 def add(commands: Any) -> None:
@@ -67,6 +64,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the candidates; 2 when nothing was written."""
+    from lightning_accel.export import deploy
+
     try:
         with progress(args, "export") as say, _told():
             named = _named(args)
@@ -120,6 +119,9 @@ def _told() -> Iterator[None]:
 
 
 def _named(args: argparse.Namespace) -> NamedModel:
+    from lightning_accel.cli.plan import tensor
+    from lightning_accel.quantization.calibration import calls_from
+
     named = checkpoint_subject(args)
     if args.example:
         return named._replace(example=tuple(tensor(text) for text in args.example))

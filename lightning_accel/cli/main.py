@@ -22,8 +22,9 @@ from lightning_accel.cli import (
     show,
     tune,
 )
-from lightning_accel.cli.terminal import EXIT_CODES, FINE, INTERRUPTED, complain, rank
+from lightning_accel.cli.terminal import EXIT_CODES, FINE, INTERRUPTED, complain
 from lightning_accel.errors import AccelError
+from lightning_accel.progress import rank
 
 _COMMANDS = (
     env,

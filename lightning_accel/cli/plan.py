@@ -23,9 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import nn
-
 from lightning_accel.cli.devices import add_devices, run_devices, run_parallel
 from lightning_accel.cli.subject import (
     NamedModel,
@@ -39,15 +36,15 @@ from lightning_accel.cli.subject import (
 from lightning_accel.cli.terminal import FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import finite
-from lightning_accel.pages.charts import bars
-from lightning_accel.pages.drawing import Drawing
-from lightning_accel.pages.plots import check_ending, save
-from lightning_accel.pruning.sensitivity import Row, as_table, sensitivity
-from lightning_accel.surgery import Select
-from lightning_accel.surgery.call import Call, as_call
 
-if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and so import none
+if TYPE_CHECKING:  # imports nothing of torch: `--help` is to answer at once
+    import torch
     from lightning.pytorch import Trainer
+    from torch import nn
+
+    from lightning_accel.pages.drawing import Drawing
+    from lightning_accel.pruning.sensitivity import Row
+    from lightning_accel.surgery.call import Call
 
 
 class PlannedModel(NamedTuple):
@@ -84,6 +81,9 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 2 when it cannot be made."""
+    from lightning_accel.pages.plots import check_ending, save
+    from lightning_accel.pruning.sensitivity import as_table
+
     try:
         if args.parallel is not None:
             return run_parallel(args)
@@ -116,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(args: argparse.Namespace) -> tuple[PlannedModel, list[Row]]:
     from lightning_accel.cli.in_fit import without_banner
+    from lightning_accel.pruning.sensitivity import sensitivity
+    from lightning_accel.surgery import Select
 
     with progress(args, "plan", args.budget_s) as say, without_banner():
         say("building")
@@ -139,6 +141,8 @@ def check_device(name: str) -> None:
     Raises:
         ValueError: There is none.
     """
+    import torch
+
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:  # which of them depends on how torch was built
@@ -150,6 +154,8 @@ def check_device(name: str) -> None:
 
 def picture(rows: Sequence[Row], *, share: float, measured: str) -> Drawing:
     """Draw the rows: what each saves of the arithmetic and of the time, and what it changes."""
+    from lightning_accel.pages.charts import bars
+
     panels = {
         "MACs saved, %": [100 * row.macs_saved for row in rows],
         "time saved, %": [100 * row.time_saved for row in rows],
@@ -160,6 +166,10 @@ def picture(rows: Sequence[Row], *, share: float, measured: str) -> Drawing:
 
 
 def _named(args: argparse.Namespace) -> PlannedModel:
+    import torch
+
+    from lightning_accel.surgery.call import Call, as_call
+
     subject = checkpoint_subject(args)
     if args.example:
         subject = subject._replace(example=tuple(tensor(text) for text in args.example), data=None)
@@ -248,9 +258,12 @@ def quiet_trainer() -> Trainer:
 def tensor(text: str) -> torch.Tensor:
     """Read SHAPE[:DTYPE[:BELOW]] as a tensor of random numbers.
 
+    >>> import torch
     >>> tensor("2,3").shape, tensor("4,5:int64:10").max() < 10
     (torch.Size([2, 3]), tensor(True))
     """
+    import torch
+
     sizes, _, rest = text.partition(":")
     name, _, below = rest.partition(":")
     dtype = getattr(torch, name or "float32", None)

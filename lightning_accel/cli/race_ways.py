@@ -16,7 +16,7 @@ from lightning_accel.errors import AccelError
 from lightning_accel.exact import exact
 from lightning_accel.measure.race import BenchmarkCase, Ratio, no_speedup, synchronise
 from lightning_accel.surgery import twin
-from lightning_accel.surgery.call import Call, same_random_state
+from lightning_accel.surgery.call import Call, numbers, same_random_state
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.tuning.benchmark_pool import BenchmarkPool
 from lightning_accel.tuning.settings import BASELINE
@@ -27,6 +27,10 @@ _RACE = 0.25
 """Share of the budget that belongs to the race of a mode."""
 _BLOCK_S = 0.02
 _SEED = 0
+_LOST = {
+    INFERENCE: "outputs of the plain network are NaN or infinite, so what is off cannot be known",
+    TRAINING: "loss or gradients of the plain network are NaN or infinite: it learns nothing, and what is off cannot be known",
+}
 _COMPILES_S = 8.0
 """About what compiling takes at least; with less left of the budget it is not begun."""
 
@@ -110,6 +114,7 @@ class _Mode:
         say: Callable[[str], None],
     ) -> None:
         self._network, self._calls, self._mode, self._say = network, calls, mode, say
+        self._is_lost = False
         self._budget_s, self._end = budget_s, time.perf_counter() + budget_s
         self._device = next((p.device for p in network.parameters()), torch.device("cpu"))
 
@@ -117,6 +122,8 @@ class _Mode:
         """Add the rows of this mode."""
         base = self._made()
         wanted, base_s = self._first(base)
+        if self._is_lost:
+            found.notes.append(f"{self._mode}: {_LOST[self._mode]}")
         again = self._made()
         self._first(again)
         lanes: dict[str, Made] = {BASELINE: base, AGAIN: again}
@@ -154,14 +161,18 @@ class _Mode:
         with same_random_state(made.network, _SEED), made.around():
             if self._mode == INFERENCE:
                 result: Any = made.infer()
+                seen = numbers(result)
             else:
-                made.backward()
+                seen = [made.backward()]
                 # As one: of layers whose gradients nearly vanish, all that is left is rounding.
                 grads = [p.grad for p in made.network.parameters() if p.grad is not None]
                 result = torch.cat([exact(g).flatten() for g in grads])
+                seen.append(result)
                 made.train()
         synchronise(self._device)
-        return result, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._is_lost = not all(t.isfinite().all() for t in seen if t.is_floating_point())
+        return result, seconds
 
     def _raced(self, lanes: dict[str, Made], rows: dict[str, Row], found: Raced) -> None:
         pool = BenchmarkPool(_no_copies, self._device)

@@ -7,7 +7,8 @@ A run is a folder with the `report.json` that `AccelReport` wrote; a folder of r
     lightning-accel report multirun/2026-11-30_12-00-00 --x latency --y val/acc
 
 Several runs stand side by side, with the Pareto front of two of their numbers. `--pictures` writes every chart as a
-file of its own too. Exit codes: 0, and 2 when there is no such run or no such number.
+file of its own too. Exit codes: 0; 1 when a file among several could not be read, which the page says; 2 when there is
+no such run or no such number, or nothing could be read.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_accel.cli.terminal import FINE, answer, complain
+from lightning_accel.cli.terminal import FINDING, FINE, answer, complain
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.measure.table import finite
+
+if TYPE_CHECKING:
+    from lightning_accel.pages.runs import Run
 
 
 def add(commands: Any) -> None:
@@ -73,24 +78,39 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         found = gather(args.runs)
+        broken = [run for run in found if run.is_unreadable]
+        if len(broken) == len(found):
+            raise ValueError(_unreadable(found))
         target = _target(args, len(found))
         text = render(found, title=args.title, **axes_of(args))
         pictures = _draw(args, found)
         replace(target, text)
     except (AccelError, ValueError, OSError) as error:
         return complain(args, error)
+    code = FINDING if broken else FINE
     if args.json:
         numbers = [{"name": r.name, "path": str(r.folder), **finite(r.numbers())} for r in found]
         answer(
             args, json.dumps({"page": str(target), "pictures": pictures, "runs": numbers}, indent=2)
         )
-        return FINE
+        _tell_problems(found)
+        return code
+    _tell_problems(found)
+    beside = f" and {len(pictures)} pictures in {args.pictures}" if pictures else ""
+    print(f"Wrote {target}{beside}")
+    return code
+
+
+def _tell_problems(found: Sequence[Run]) -> None:
     for each in found:
         for problem in each.problems:
             print(f"{each.name}: {problem}", file=sys.stderr)
-    beside = f" and {len(pictures)} pictures in {args.pictures}" if pictures else ""
-    print(f"Wrote {target}{beside}")
-    return FINE
+
+
+def _unreadable(found: Sequence[Run]) -> str:
+    said = [f"{run.file}: {', '.join(run.problems) or 'it is empty'}" for run in found]
+    do = "name the report.json that an AccelReport wrote, or the folder that it lies in"
+    return explain("nothing of a run could be read, and no page was written", "; ".join(said), do)
 
 
 def _target(args: argparse.Namespace, num_runs: int) -> Path:

@@ -49,11 +49,11 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it; 1 when a technique would refuse or do nothing, 2 when it cannot be composed."""
+    """Print it; 1 when a technique refuses or would do nothing, 2 when it cannot be composed."""
     try:
         name, overrides = _sorted(args)
         found = added(args.config, overrides)
-        effects = _effects(args, name, found)
+        effects = None if found.refused else _effects(args, name, found)
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:
         return complain(args, error)
     if args.json:
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         answer(args, json.dumps(finite(plain), indent=2, default=str))
     else:
         print(text(found, effects))
-    return FINDING if any(not effect.acts for effect in effects or ()) else FINE
+    is_refused = found.refused or any(not effect.acts for effect in effects or ())
+    return FINDING if is_refused else FINE
 
 
 def _sorted(args: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -126,7 +127,10 @@ def text(found: Added, effects: list[Effect] | None) -> str:
         blocks.append("\n".join(lines))
     if not blocks:
         blocks.append("Nothing of lightning_accel is in this configuration.")
-    if effects is None:
+    if found.refused:
+        refused = (f"- callbacks.{name}: {why}" for name, why in found.refused.items())
+        blocks.append("\n".join(["Settings that are refused", *refused]))
+    elif effects is None:
         blocks.append("What it does to a model is said with MODULE:FUNCTION, or --config and --allow.")  # fmt: skip
     elif effects:
         lines = ["On this model, tried on a copy that was not trained"]

@@ -20,14 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
-from torch.utils.data import DataLoader
-
 from lightning_accel.cli.terminal import answer
 from lightning_accel.errors import AccelError, explain
 
-if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and so import none
+if TYPE_CHECKING:  # imports nothing of torch: `--help` is to answer at once
     from lightning.pytorch import Trainer
+    from torch import nn
 
 
 _IN_PYTHON = "allow it in Python if you trust it: build(cfg, allow=('package.',))"
@@ -198,9 +196,12 @@ def wrote(path: Path, args: argparse.Namespace) -> None:
 def is_data(value: Any) -> bool:
     """Whether this is what a Trainer takes as training data, and no example of arguments.
 
+    >>> from torch.utils.data import DataLoader
     >>> is_data(DataLoader([1])), is_data({"a": DataLoader([1])}), is_data({"input_ids": [[1, 2]]})
     (True, True, False)
     """
+    from torch.utils.data import DataLoader
+
     if isinstance(value, DataLoader) or hasattr(value, "train_dataloader"):
         return True
     if isinstance(value, Mapping):
@@ -213,6 +214,8 @@ def is_data(value: Any) -> bool:
 
 
 def _of_made(name: str, made: Any) -> NamedModel:
+    from torch import nn
+
     model, beside = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
+
+from lightning_accel.progress import in_ci, rank, silence
+from lightning_accel.progress import progress as shown
 
 FINE: Final = 0
 """All is well, and what was asked for was done."""
@@ -22,22 +24,6 @@ EXIT_CODES = (
     "exit codes: 0 fine, 1 something was found that wants attention, 2 it could not be done"
 )
 
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-_PER_SECOND = 2
-"""Redraws; more would take time from what is measured meanwhile."""
-
-
-def rank() -> int:
-    """Return the number of this process among those that were started together.
-
-    >>> rank()
-    0
-    """
-    for name in _RANKS:
-        if os.environ.get(name, "").strip().isdigit():
-            return int(os.environ[name])
-    return 0
-
 
 def is_quiet(args: argparse.Namespace) -> bool:
     """Tell whether nobody looks on: one JSON object is asked for, in CI, in a pipe, or not the first process.
@@ -45,8 +31,7 @@ def is_quiet(args: argparse.Namespace) -> bool:
     >>> is_quiet(argparse.Namespace(json=True))
     True
     """
-    in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-    return bool(getattr(args, "json", False)) or in_ci or rank() > 0 or not sys.stderr.isatty()
+    return bool(getattr(args, "json", False)) or in_ci() or rank() > 0 or not sys.stderr.isatty()
 
 
 @contextmanager
@@ -59,24 +44,12 @@ def progress(
     ...     say("compiling")
     """
     if is_quiet(args):
-        yield lambda _: None
+        with silence():
+            yield lambda _: None
         return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    about = "" if budget_s is None else f" of about {budget_s:.0f} s"
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    shown = Progress(
-        *columns,
-        TextColumn(about),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,
-        refresh_per_second=_PER_SECOND,
-    )
-    with shown:
-        task = shown.add_task(what)
-        yield lambda step: shown.update(task, description=f"{what}: {step}")
+    about = "" if budget_s is None else f" (about {budget_s:.0f} s)"
+    with shown(f"{what}{about}", after_s=0.0, line=False) as step:
+        yield step
 
 
 def complain(args: argparse.Namespace, error: BaseException) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_accel.cli.subject import add_subject, subject_of, users_own, wrote
 from lightning_accel.cli.terminal import FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.tuning.numerics import TIERS
+from lightning_accel.tuning.tiers import TIERS
 
 if TYPE_CHECKING:  # `lightning-accel env` must tell of a broken Lightning, and so import none
     from lightning_accel.tuning import TuneReport

@@ -64,11 +64,12 @@ class Made:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def backward(self) -> None:
-        """Leave gradients in the copy."""
+    def backward(self) -> Tensor:
+        """Leave gradients in the copy, and return the loss."""
         with torch.enable_grad(), self.context():
             loss = mean_of(run(self.network, self.calls))
         loss.backward()
+        return loss.detach()
 
 
 Edit = Callable[[Made, torch.device], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lightning_accel.cli.devices import MIXED, TRUE
 from lightning_accel.cli.subject import NamedModel, brings_data, subject_of, train_loader
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.parallel.planning import Workload
 from lightning_accel.surgery.call import numbers
-
-MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-"""Formats of computation by Lightning's words: under autocast, and of the weights too."""
 
 
 def workload(args: argparse.Namespace) -> Workload:
@@ -50,14 +47,19 @@ def workload(args: argparse.Namespace) -> Workload:
             return _users_optimizer(model)
         return torch.optim.AdamW(model.parameters(), foreach=False)
 
-    return Workload(make, batch, step, optimizer, MIXED.get(args.precision))
+    return Workload(make, batch, step, optimizer, _dtype(MIXED, args.precision))
+
+
+def _dtype(formats: Mapping[str, str], precision: str) -> torch.dtype | None:
+    found: torch.dtype | None = getattr(torch, formats.get(precision, ""), None)
+    return found
 
 
 @contextmanager
 def _format(precision: str) -> Iterator[None]:
     """Make weights in a format within."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(TRUE.get(precision, before))
+    torch.set_default_dtype(_dtype(TRUE, precision) or before)
     try:
         yield
     finally:
@@ -108,7 +110,7 @@ def _batch(subject: NamedModel, args: argparse.Namespace) -> Any:
 
 
 def _placed(batch: Any, precision: str) -> Any:
-    dtype = TRUE.get(precision)
+    dtype = _dtype(TRUE, precision)
 
     def cast(value: Any) -> Any:
         return (

@@ -14,12 +14,15 @@ A settled block calls `torch._dynamo.run`, which looks graphs up and captures no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from lightning_accel.progress import progress
 
 _EXACT = {
     # Else a float that changes and is an operator's parameter keeps its second value: PyTorch #194976, #197889.
@@ -46,6 +49,7 @@ class CompiledCode:
             return module._call_impl(*args, **kwargs)
 
         code = run.__code__.replace(co_name=name)
+        self.name = name
         self.function = FunctionType(code, run.__globals__, name, closure=run.__closure__)
         self.compiled: Callable[..., Any] = torch.compile(self.function, **kwargs)
         self.cached: Callable[..., Any] = torch._dynamo.run(self.compiled)
@@ -60,8 +64,12 @@ class CompiledCode:
         if self.strict:
             return self.cached(module, *args, **kwargs)
         marked = mark((*args, *kwargs.values()), self.sizes) if self.sizes else []
+        is_first = self.calls == 1  # which captures and compiles
         try:
-            with torch._dynamo.config.patch(_EXACT):
+            with (
+                torch._dynamo.config.patch(_EXACT),
+                progress(f"compiling {self.name}") if is_first else nullcontext(),
+            ):
                 return self.compiled(module, *args, **kwargs)
         finally:
             unmark(marked)

@@ -39,6 +39,7 @@ from lightning_accel.export.page import page
 from lightning_accel.export.program import Traced, fast_path, num_samples, plainly, traced
 from lightning_accel.export.schema import Schema
 from lightning_accel.export.speed import EAGER
+from lightning_accel.progress import progress
 from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.preserve import preserve_rng
 
@@ -114,7 +115,7 @@ def deploy(
     flag("overwrite", overwrite)
     target = place.free(as_path("to", to), overwrite)
     was_fast = torch.backends.mha.get_fastpath_enabled()
-    with preserve_rng(), nothing_heard(model), plainly():
+    with progress("exporting"), preserve_rng(), nothing_heard(model), plainly():
         network, notes = flat_network(model, example, pre, post)
         _check_runs(network, example)
         notes += differs_on_fast_path(network) if was_fast else []

@@ -40,6 +40,7 @@ from lightning_accel.loading.tensor_store import (
 from lightning_accel.loading.workers import with_workers
 from lightning_accel.measure.race import Ratio, compare, no_speedup, synchronise, tenth_percentile
 from lightning_accel.measure.table import Table
+from lightning_accel.progress import progress
 from lightning_accel.surgery.preserve import preserve_rng
 
 _ROUNDS = 5
@@ -166,7 +167,7 @@ def choose(
     except AccelError as error:
         return LoadingChoice("as is", 1.0, str(error))
     race = _Race(loader, step_ms, torch.device(device), budget_s)
-    with preserve_rng(loader.dataset, loader.collate_fn):
+    with progress("measuring ways to load"), preserve_rng(loader.dataset, loader.collate_fn):
         race.enter("as is", lambda: loader)
         if hold:
             race.enter("resident", lambda: race.held(limit_bytes, unchanging))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -23,6 +23,7 @@ from lightning_accel.measure.memory import model_size
 from lightning_accel.measure.table import Cell, Table, finite, show
 from lightning_accel.measure.timing import Comparison, compare
 from lightning_accel.places import is_there, replace, starts_with
+from lightning_accel.progress import Step, progress
 
 _TITLE = "Dense model against final model"
 _TELLING = 0.95
@@ -257,8 +258,24 @@ def measure_pair(
     sizes = [batch for batch in dense.forward if batch in final.forward]
     step = dense.step is not None and final.step is not None
     share_s = budget_s / max(1, len(sizes) + step)
+    with progress("measuring the network beside what it was", len(sizes) + step) as tell:
+        _time(report, dense, final, sizes, device, share_s, tell)
+    return report
+
+
+def _time(
+    report: Report,
+    dense: MeasuredModel,
+    final: MeasuredModel,
+    sizes: Sequence[Any],
+    device: torch.device | str,
+    share_s: float,
+    tell: Step,
+) -> None:
     for batch in sizes:
+        tell(f"batch {batch}")
         found = compare(dense.forward[batch], final.forward[batch], device=device, budget_s=share_s)
+        tell(by=1)
         key = str(batch)
         report.dense.latency_ms[key] = found.baseline.p10_ms
         report.final.latency_ms[key] = found.candidate.p10_ms
@@ -266,12 +283,12 @@ def measure_pair(
             report.ratios.latency[key] = gain
         _keep_spread(report, f"latency_{key}", found)
     if dense.step is not None and final.step is not None:
+        tell("a training step")
         found = compare(dense.step, final.step, device=device, budget_s=share_s)
         report.dense.steps_per_s = 1000 / found.baseline.p10_ms
         report.final.steps_per_s = 1000 / found.candidate.p10_ms
         report.ratios.steps_per_s = _told(found)
         _keep_spread(report, "training_step", found)
-    return report
 
 
 def _count(report: Report, dense: MeasuredModel, final: MeasuredModel) -> None:

@@ -48,7 +48,12 @@ class Table:
             grid.add_row(*(Text(show(cell)) for cell in row))
         out = StringIO()
         console = Console(
-            file=out, width=width, force_terminal=False, color_system=None, legacy_windows=False
+            file=out,
+            width=width,
+            force_terminal=False,
+            color_system=None,
+            legacy_windows=False,
+            force_jupyter=False,  # else it draws into the cell of a notebook, and the text is empty
         )
         if self.title:
             console.print(Text(self.title))

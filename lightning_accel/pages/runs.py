@@ -48,6 +48,11 @@ class Run:
         """Where it is, without the folders above, which are nobody's business."""
         return "/".join(part for part in (self.file or self.folder).parts[-2:] if part != "/")
 
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether there is a file, and nothing of a run in it."""
+        return self.file is not None and not self.report and not self.progress
+
     def sides(self) -> Report:
         """Return the report, with what is damaged left out."""
         plain: dict[str, Any] = {"dense": {}, "final": {}, "ratios": {}}

@@ -317,6 +317,8 @@ def _notes(run: Run) -> Iterator[str]:
 def _state(run: Run) -> str:
     said = run.progress
     if not said:
+        if run.is_unreadable:
+            return "could not be read"
         is_known = run.problems or run.numbers()
         return "" if is_known else "nothing was measured"
     epoch, last = real(said.get("epoch")), real(said.get("max_epochs"))

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 from lightning_accel.lazy import lazily
-from lightning_accel.parallel.sharding import Sharded, shard
-from lightning_accel.parallel.units import Units, find_units
-from lightning_accel.parallel.uses import Uses, uses_of
 
 if TYPE_CHECKING:
+    from lightning_accel.parallel.sharding import Sharded, shard
     from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
+    from lightning_accel.parallel.units import Units, find_units
+    from lightning_accel.parallel.uses import Uses, uses_of
 
 __all__ = [
     "AccelDDPStrategy",
@@ -25,7 +25,13 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "Sharded": "sharding",
+        "shard": "sharding",
         "AccelDDPStrategy": "strategies.accel_ddp_strategy",
         "FSDP2Strategy": "strategies.fsdp2_strategy",
+        "Units": "units",
+        "find_units": "units",
+        "Uses": "uses",
+        "uses_of": "uses",
     },
 )

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lightning_accel.arguments import positive
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.exact import exact
+from lightning_accel.progress import progress
 from lightning_accel.pruning.groups import Group
 from lightning_accel.pruning.layer_inputs import (
     AnotherWay,
@@ -135,8 +136,12 @@ def compensate(
         order, others = _counted(dense, readers, steps[0])
         left_out += [Change(name, _COMPUTES_MORE) for name in sorted(others)]
         once = [name for name, count in order.items() if count == 1]
-        with LayerInputs(dense, work, steps, once) as seen:
+        with (
+            LayerInputs(dense, work, steps, once) as seen,
+            progress("making up for the cut", len(order)) as step,
+        ):
             for name in order:
+                step(name, by=1)
                 kept = _kept_outputs(dense, name, groups, gone)
                 layer, pairs = work.get_submodule(name), seen.pairs(name)
                 bias = layer._parameters.get("bias")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_accel.errors import AccelError, BrokenModel, NoEffect
+from lightning_accel.progress import progress
 from lightning_accel.pruning import compensation, interop, rounding, selection
 from lightning_accel.pruning.adopt import Adopted, adopt
 from lightning_accel.pruning.depth import plan_depth
@@ -32,6 +33,7 @@ from lightning_accel.surgery.mirrors import with_mirrors
 _NARROW = 0.999  # no share of the channels beyond this is asked for
 
 
+@progress("planning a cut")
 def planned(subject: Subject, request: Request, occasion: Occasion) -> Cut:
     """Return the proved cut for what is asked; change nothing.
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lightning_accel.arguments import instance, whole
 from lightning_accel.errors import explain
+from lightning_accel.progress import progress
 from lightning_accel.pruning.groups import Group, Member
 from lightning_accel.pruning.unfold import (
     PIECE,
@@ -109,8 +110,9 @@ def grams(model: nn.Module, groups: Sequence[Group], batches: Iterable[Sequence[
         for group, part in _parts(module, x, readers[module]):
             sums[group.name] = sums[group.name] + part if group.name in sums else part
 
-    with evaluating(model), _before(readers, note):
+    with evaluating(model), _before(readers, note), progress("reading what units give") as step:
         for calls in batches:
+            step()
             run(model, calls)
     for module in [m for m in readers if m not in called]:
         for _, member in readers[module]:

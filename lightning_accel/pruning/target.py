@@ -24,6 +24,7 @@ from lightning_accel.errors import NoEffect
 from lightning_accel.measure.flops import count_macs, eval_mode
 from lightning_accel.measure.memory import model_size, peak_memory
 from lightning_accel.measure.timing import Comparison, compare
+from lightning_accel.progress import progress
 from lightning_accel.pruning.graph import RemovedUnits
 from lightning_accel.pruning.search import MOST, Pick, bisect, closest, measured
 from lightning_accel.surgery import Cut, twin
@@ -215,6 +216,7 @@ class Latency(Target):
     def compared(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> float:
         return 1.0 / self.measured(before, after, calls).ratio
 
+    @progress("measuring latency")
     def measured(self, before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> Comparison:
         """Return both times, from the least disturbed of up to three measurements."""
         calls = _repeated(calls, self.batch_size)

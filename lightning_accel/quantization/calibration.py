@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_accel.errors import explain
+from lightning_accel.progress import progress
 from lightning_accel.quantization import grid as grids
 from lightning_accel.quantization.layers import QuantizedLayer
 from lightning_accel.surgery.call import Call, run
@@ -124,9 +125,14 @@ def observe(
     for layer in layers.values():
         layer.take_seen()
     called: set[str] = set()
-    with in_mode(layers, "watching"), listening(layers, lambda name, _: called.add(name)):
+    with (
+        in_mode(layers, "watching"),
+        listening(layers, lambda name, _: called.add(name)),
+        progress("calibrating", len(batches)) as step,
+    ):
         for calls in batches:
             run(model, calls)
+            step(by=1)
     extents = {n: layer.take_seen() for n, layer in layers.items() if n in called}
     wild = [n for n, e in extents.items() if not (e.isfinite().all() or e[0] > e[1])]
     if wild:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_accel.arguments import flag, instance, number, one_of, whole
 from lightning_accel.errors import NoEffect, explain
+from lightning_accel.progress import progress
 from lightning_accel.quantization import choose
 from lightning_accel.quantization import grid as grids
 from lightning_accel.quantization.budget import (
@@ -192,6 +193,7 @@ def quantize(
     return quantize_by(model, plan, calls_from(model, calibration, batches))
 
 
+@progress("quantizing")
 def quantize_by(model: nn.Module, plan: Plan, batches: Sequence[Sequence[Call]]) -> Receipt:
     """Quantize a network by a plan, with calls of its modules to calibrate on."""
     receipt = choose.require(model, plan.select, plan.grid)

@@ -29,8 +29,7 @@ from torch import Tensor
 
 from lightning_accel.errors import explain
 from lightning_accel.exact import exact
-
-TIERS = ("exact", "amp", "low")
+from lightning_accel.tuning.tiers import TIERS
 
 _LOSS = {"exact": 1e-5, "amp": 1e-2, "low": 3e-2}
 _COSINE = {"exact": 0.999, "amp": 0.99, "low": 0.95}

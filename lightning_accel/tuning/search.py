@@ -13,6 +13,7 @@ by side once more (`waterfall`); what that does not confirm is not used.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 
 from lightning_accel.errors import AccelError
 from lightning_accel.measure.race import BenchmarkCase, Ratio, no_speedup
+from lightning_accel.progress import progress
 from lightning_accel.tuning.benchmark_pool import BenchmarkPool, Build, error_text, forget
 from lightning_accel.tuning.candidates import SearchSpace, SkippedCandidate
 from lightning_accel.tuning.numerics import (
@@ -109,7 +111,8 @@ class Search:
         """Search, and leave the number of threads as it was."""
         self.trials = [Trial(s.technique, s.value, "skipped", s.reason) for s in skipped]
         try:
-            return self._search(contests)
+            with progress("searching for faster settings", len(contests) + 1) as self._step:
+                return self._search(contests)
         finally:
             self._pool.close()
 
@@ -120,7 +123,9 @@ class Search:
         for index, space in enumerate(contests):
             # The last share is for the waterfall, which confirms the whole.
             share_s = self._left_s() / (len(contests) - index + 1)
+            self._step(space.technique, by=int(index > 0))
             best = self._contest(best, space, share_s)
+        self._step("measuring what was chosen once more", by=1)
         way = [self._base]
         for technique, value in self._in_order(best):
             way.append(way[-1].having(technique, value))
@@ -133,6 +138,7 @@ class Search:
     def _know_plain(self) -> Settings:
         """Find out what plain computes and how far apart two plain steps are; return what runs at all."""
         base, replica = self._first_that_fits()
+        self._require_numbers()
         same, reseeded = (furthest(self._plain, other) for other in self._others)
         self._noise = max(same, reseeded, key=lambda d: (d.loss, -d.cosine, -d.worst))
         if self._noise.loss > 0:
@@ -145,6 +151,15 @@ class Search:
         self._pool.step_s = self._best_s = case.wall_s[0]
         self._afford()
         return base
+
+    def _require_numbers(self) -> None:
+        """Say that steps whose losses are NaN cannot be compared: they are as fast, and each is as wrong as the other."""
+        losses = [step.loss for course in (self._plain, *self._others) for step in course]
+        if lost := sum(not math.isfinite(loss) for loss in losses):
+            self._pool.notes.append(
+                f"{lost} of {len(losses)} losses of plain steps are NaN or infinite: whether a faster step computes the "
+                "same cannot be known; look at the data, the learning rate and the precision before this table"
+            )
 
     def _first_that_fits(self) -> tuple[Settings, Replica]:
         """Return plain, or where it runs out of memory, the largest activation budget that does not."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_accel.measure.race import Ratio
+if TYPE_CHECKING:
+    from lightning_accel.measure.race import Ratio
 
 
 class Times(NamedTuple):
@@ -138,7 +139,10 @@ class Lane(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """All that the findings are made of, so that they can be tried on trainings that are not there."""
+    """All that the findings are made of, so that they can be tried on trainings that are not there.
+
+    Of the first `losses` some are `lost`: NaN or infinite.
+    """
 
     times: Times
     loader: Loader
@@ -155,6 +159,8 @@ class Facts(NamedTuple):
     prints: tuple[Sync, ...] = ()
     captured: Captured = Captured()
     memory: Memory | None = None
+    losses: int = 0
+    lost: int = 0
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,6 +191,7 @@ class Finding(NamedTuple):
         how: How they were measured.
         do: The line to change, or the callback to take.
         is_choice: Whether it would change the training, and so is the user's to decide.
+        is_broken: Whether the training learns nothing, however fast it is.
     """
 
     what: str
@@ -193,8 +200,9 @@ class Finding(NamedTuple):
     how: str
     do: str
     is_choice: bool = False
+    is_broken: bool = False
 
     @property
     def costs(self) -> bool:
-        """Whether it costs time here that can be had without another training."""
-        return self.saves > 0 and not self.is_choice
+        """Whether it costs time here that can be had without another training, or all of the training."""
+        return self.is_broken or (self.saves > 0 and not self.is_choice)

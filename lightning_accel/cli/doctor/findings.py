@@ -34,7 +34,19 @@ def findings(facts: Facts) -> list[Finding]:
     75% the step waits for its data
     """
     found = [finding for check in _CHECKS for finding in check(facts)]
-    return sorted(found, key=lambda finding: -finding.saves)
+    return sorted(found, key=lambda finding: (not finding.is_broken, -finding.saves))
+
+
+def _lost(facts: Facts) -> Iterator[Finding]:
+    if facts.lost:
+        yield Finding(
+            "losses are no numbers: this training learns nothing, and its speed says little",
+            0.0,
+            f"{facts.lost} of {facts.losses} losses are NaN or infinite",
+            f"the first {_STEPS}",
+            "look at the data, the learning rate and the precision; Trainer(detect_anomaly=True) names the operation",
+            is_broken=True,
+        )
 
 
 def _data(facts: Facts) -> Iterator[Finding]:
@@ -349,6 +361,6 @@ def _mib(size: float) -> str:
 
 
 _CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    *(_data, _move, _start, _lanes, _doubles, _syncs, _prints, _graphs),
+    *(_lost, _data, _move, _start, _lanes, _doubles, _syncs, _prints, _graphs),
     *(_memory, _larger, _host, _threads, _others),
 )

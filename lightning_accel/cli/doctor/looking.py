@@ -71,6 +71,7 @@ class Look:
     ) -> None:
         self.budget_s, self._say, self._clock = budget_s, say, clock
         self.facts: Facts | None = None
+        self._losses = (0, 0)
 
     def __call__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look, and keep what was seen in `facts`.
@@ -126,6 +127,8 @@ class Look:
             prints=prints,
             captured=captured,
             memory=memory,
+            losses=self._losses[0],
+            lost=self._losses[1],
             notes=(*contended, *why, *more),
         )
 
@@ -161,6 +164,8 @@ class Look:
                 enough = len(found) >= _WARMUP + ahead + _FEWEST
                 if len(found) >= _MOST or (enough and spent > 0.2 * self.budget_s):
                     break
+        losses = torch.stack([loss.flatten()[0] for loss in replica.losses]).cpu()
+        self._losses = len(losses), int((~losses.isfinite()).sum())
         if counted is not None:
             note(capture, counted)
             spent = _compile_seconds() - compile_s

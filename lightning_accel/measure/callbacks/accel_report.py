@@ -26,7 +26,7 @@ from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import reads_once
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.objective import bring, logged
-from lightning_accel.bridge.paced import Paced, report_path
+from lightning_accel.bridge.paced import Paced, place_of_report, report_path
 from lightning_accel.bridge.restore import pristine, register
 from lightning_accel.bridge.strategies import gathers, holding, plain, whole
 from lightning_accel.errors import Unsupported, explain
@@ -40,7 +40,6 @@ from lightning_accel.measure.subject import (
     measure_subjects,
     restore,
 )
-from lightning_accel.places import free
 from lightning_accel.quantization.layers import layers_of
 from lightning_accel.surgery import Receipt, Stage
 from lightning_accel.surgery.call import Call
@@ -70,8 +69,8 @@ class AccelReport(Paced):
 
     Args:
         path: Where the JSON goes, markdown and an HTML page beside it; by default `report.json` in the folder of the first
-            logger, without one in the Trainer's `default_root_dir`, without that in `lightning_logs`.
-            A file that is no report is left alone, and a number added to the name.
+            logger, without one in the Trainer's `default_root_dir`, without that in `lightning_logs`; a
+            later fit of the same process takes `fit_2` there. A file that is no report is left alone, and a number added to the name.
         dense_metrics: Metrics of a dense training as long as this one, to compare with.
         budget_s: Seconds of measuring; warm-up and compilation come on top.
         example: Arguments of the LightningModule's `forward`; by default what its networks receive.
@@ -397,8 +396,8 @@ class AccelReport(Paced):
 
     def _save(self, trainer: Trainer, report: Report) -> None:
         known = self._saved_at is not None
-        path = self._saved_at or self.path or report_path(trainer)
-        self._saved_at = path if known else free(path, Report.is_free)
+        if self._saved_at is None:
+            self._saved_at = place_of_report(trainer, self.path, Report.is_free)
         written = report.save(self._saved_at)
         if not known:
             rank_zero_info("Wrote " + " and ".join(map(str, written)))

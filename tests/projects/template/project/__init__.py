@@ -1,0 +1,1 @@
+"""A project in the manner of lightning-hydra-template."""
