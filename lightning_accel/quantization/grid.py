@@ -144,7 +144,7 @@ def best_scales(weight: Tensor, axis: int, grid: Grid) -> Tensor:
 
 
 def rounded(weight: Tensor, scale: Tensor, axis: int, grid: Grid) -> Tensor:
-    """Return the weights as the grid holds them, in their own type; gradients pass.
+    """Return the weights as the grid holds them, in their own type; gradients pass, to scales that learn too.
 
     Args:
         weight: Any shape.
@@ -159,8 +159,14 @@ def rounded(weight: Tensor, scale: Tensor, axis: int, grid: Grid) -> Tensor:
     if grid.group is not None:
         values = values.reshape(-1, grid.group)
     flat, dim = scale.reshape(-1), 0 if grid.group is not None else axis
-    zeros = torch.zeros_like(flat, dtype=torch.int32)
-    made = torch.fake_quantize_per_channel_affine(values, flat, zeros, dim, -grid.top, grid.top)
+    ends = -grid.top, grid.top
+    if flat.requires_grad and torch.is_grad_enabled():
+        share = (values.numel() / values.shape[dim] * grid.top) ** -0.5  # of LSQ
+        zeros, call = torch.zeros_like(flat), torch._fake_quantize_learnable_per_channel_affine
+        made = call(values, flat, zeros, dim, *ends, share)
+    else:
+        zeros = torch.zeros_like(flat, dtype=torch.int32)
+        made = torch.fake_quantize_per_channel_affine(values, flat, zeros, dim, *ends)
     return made.view(weight.shape).to(weight.dtype)
 
 

@@ -25,8 +25,8 @@ from lightning_accel.quantization.layers import (
     QuantizedAttention,
     QuantizedEmbedding,
     QuantizedLayer,
-    shared_parameters,
 )
+from lightning_accel.quantization.shared import shared_tensors
 from lightning_accel.surgery.call import Call, run
 
 Rounding = Literal["nearest", "least_squares", "adaround"]
@@ -75,13 +75,13 @@ def refine(
     *,
     rounding: Rounding,
     correct_bias: bool,
-) -> dict[str, str]:
-    """Round weights by what comes in, and correct biases, in place; return the layers that are only rounded, and why.
+) -> list[str]:
+    """Round weights by what comes in, and correct biases, in place; return what to tell of layers where that is not so.
 
     The weights are then on their grid, and each layer keeps the scales of before.
     """
     plain = {name: "a layer of its kind" for name, one in layers.items() if not _has_matrix(one)}
-    tied = shared_parameters(model)
+    tied, kept = shared_tensors(model), []
     for chunk in _chunks({name: layer for name, layer in layers.items() if _has_matrix(layer)}):
         products = rounding != "nearest"
         sums = {name: Sums(layer, products=products) for name, layer in chunk.items()}
@@ -101,8 +101,19 @@ def refine(
                 plain[name] = "its weight is another module's too"
             elif sums[name].gram_GII is None:
                 plain[name] = "too wide for X^T X"
-            _refine(layer, sums[name], rounding, correct_bias)
-    return plain if rounding != "nearest" else {}
+            why = _why_bias_stays(layer, tied) if correct_bias else ""
+            kept += [f"{name}: its bias is not corrected, {why}"] if why else []
+            _refine(layer, sums[name], rounding, correct_bias and not why)
+    if rounding == "nearest":
+        return kept
+    return [*(f"{name}: rounded to the nearest, {why}" for name, why in plain.items()), *kept]
+
+
+def _why_bias_stays(layer: QuantizedLayer, tied: set[int]) -> str:
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    if bias is not None and "bias" not in layer._parameters:  # by torch.nn.utils.prune, say
+        return "it is computed from others"
+    return "it is another module's too" if id(bias) in tied else ""
 
 
 def _refine(layer: QuantizedLayer, sums: Sums, rounding: Rounding, correct_bias: bool) -> None:
