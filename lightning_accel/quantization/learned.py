@@ -1,10 +1,10 @@
 """Scales of weights that learn with the weights (LSQ, Esser et al. 2020, arXiv:1902.08153).
 
 With two bits, where a scale lies decides which weights are zero, and no rule of the weights alone knows what the loss
-wants. Rounding is w' = s clamp(round(w / s)), and its slope by s, with rounding passed over, is round(w / s) - w / s within
-the grid and its end outside. A channel of N weights sums N such slopes, so they are divided by sqrt(N top), as the paper
-does, which keeps steps in proportion to the scale. Adam moves them, each by a share of the scale, and not the user's
-optimizer, which sees nothing new; the share falls with the user's learning rate.
+wants. Rounding is w' = s round(clamp(w / s)), and its slope by s, with rounding passed over, is round(w / s) - w / s within
+the grid and its end outside. Adam moves scales, each by a share of what they were, so the paper's factor of gradients,
+which keeps the steps of plain gradient descent in proportion, is not needed. The user's optimizer sees nothing new;
+the share falls with its learning rate.
 """
 
 from __future__ import annotations
