@@ -19,7 +19,7 @@ from torch.optim import Adam
 
 from lightning_accel.quantization.layers import QuantizedLayer
 
-RATE = 2e-3
+RATE = 4e-3
 """Which share of a layer's mean scale at the begin a scale moves in a step, about."""
 _SMALLEST = torch.finfo(torch.float32).tiny
 
