@@ -195,3 +195,13 @@ def test_other_weights_in_a_quantized_network_are_told_and_those_of_a_file_are_n
     torch.testing.assert_close(net(x), other(x))
     with pytest.warns(UserWarning, match="ranges and scales are of other weights"):
         net.load_state_dict(mlp().state_dict())
+
+
+def test_a_calibration_of_constant_channels_is_told() -> None:
+    for constant, told in ((5, True), (3, False)):
+        x = torch.randn(64, 8)
+        x[:, :constant] = torch.arange(1.0, constant + 1) * 0.3
+        receipt = quantize(mlp(8, 16, 4), calibration=[x[:32], x[32:]], rounding="nearest")
+        notes = [note for note in receipt.notes if "one value only on the calibration" in note]
+        assert bool(notes) == told
+        assert not told or "`0` (62%)" in notes[0]
