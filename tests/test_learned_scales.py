@@ -147,6 +147,13 @@ def test_a_fit_is_that_of_a_loop_by_hand(trainer_kwargs: dict[str, Any]) -> None
     assert [*user.state_dict()] == [*Module().state_dict()]
 
 
+def test_another_fit_begins_anew(trainer_kwargs: dict[str, Any]) -> None:
+    callback = learning()
+    first, second = (fit(trainer_kwargs, callback)[0] for _ in range(2))
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize("stop", [5, 8])
 @pytest.mark.parametrize("freeze", [None, 2])

@@ -117,7 +117,7 @@ class QuantizationAwareTraining(Technique):
         _refuse_parts(trainer, self.grid, self.scales)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._told_idle = False
+            self._told_idle, self._learner = False, ScaleLearner()
             if not checks.is_trial(trainer):
                 _check_moments(self._when, self._freeze, trainer.max_epochs)
 
