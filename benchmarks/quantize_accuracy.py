@@ -3,7 +3,7 @@
 A ResNet on handwritten digits, small enough that bits count. Every seed trains one dense network; all ways begin with it.
 *rounded*: nearest integers, whole ranges. *calibrated*: ranges of least error, rounding by least squares, biases corrected;
 and the same with sums of integers, with channels equalized first, and with roundings that are learned (AdaRound).
-*trained*: some more epochs of quantization-aware training. *taught*: the same, with the dense network as teacher. As many
+*trained*: some more epochs of quantization-aware training; also with scales of weights that learn (LSQ). *taught*: the same, with the dense network as teacher. As many
 epochs of plain training are the control. For eight bits ONNX Runtime's own static quantization is measured beside them.
 
     python benchmarks/quantize_accuracy.py [--seeds 5] [--json PATH]
@@ -139,12 +139,13 @@ def one_seed(seed: int, width: int) -> dict[str, float]:
             if "sums" in options and "activations" in grid:
                 continue
             made = copy.deepcopy(dense)
-            quantize(made, calibration=calibration, **grid, **options)  # type: ignore[arg-type]
+            quantize(made, calibration=calibration, **grid, **options)
             found[f"{name} {way}"] = accuracy(lowered(made), images, labels)
-        for way in ("trained", "taught"):
+        for way in ("trained", "trained, scales learned", "taught"):
             teacher = [Distillation(copy.deepcopy(dense), {"kd": 0.9})] if way == "taught" else []
+            scales = "learned" if way.endswith("learned") else "fitted"
             made = again(dense, seed)
-            fit(made, data, MORE_EPOCHS, QuantizationAwareTraining(**grid), *teacher)
+            fit(made, data, MORE_EPOCHS, QuantizationAwareTraining(**grid, scales=scales), *teacher)
             found[f"{name} {way}"] = accuracy(lowered(made), images, labels)
     return found
 

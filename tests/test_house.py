@@ -62,6 +62,7 @@ LATE = (
     "hydra",
     "omegaconf",
     "wandb",
+    "cryptography",
     "onnx",
     "matplotlib",
     "torchvision",

@@ -944,12 +944,14 @@ def test_processes_share_ranges_and_what_is_quantized_at_the_end(tmp_path: Path)
     ours, theirs = (rank["trained"]["ranks"] for rank in (first, second))
     assert ours["deployed"] and theirs.pop("deployed") is None  # the first process writes
     assert theirs.items() <= ours.items()
-    for way in ("trained", "sharded"):
+    assert len(first["learned"]["ranks"]["scales"]) == 2
+    for way in ("trained", "learned", "sharded"):
         alone, ranks = (first[way][side] for side in ("alone", "ranks"))
         for name, range_ in alone["ranges"].items():
             np.testing.assert_allclose(ranks["ranges"][name], range_, rtol=1e-4)
-        for mine, theirs in zip(ranks["weights"], alone["weights"], strict=True):
-            np.testing.assert_allclose(mine, theirs, atol=1e-4)
+        for what in ("weights", "scales"):
+            for mine, theirs in zip(ranks[what], alone[what], strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=1e-4)
         np.testing.assert_allclose(ranks["deployed"], alone["answers"], atol=2e-2)
     assert first["after"] == second["after"] and first["after"]["ranks"]["ranges"]
     assert first["failed"] == second["failed"] and "no layer is left" in first["failed"]["told"]

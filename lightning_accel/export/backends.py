@@ -180,7 +180,9 @@ def _translations() -> dict[Any, Any]:
 
     def choose(x: Any, low: Any, high: Any, smallest: Any, dtype: Any) -> Any:
         _, scale, zero = op.DynamicQuantizeLinear(x)
-        return scale, zero
+        # It looks for the largest number past NaN, whose integers would be some number: so all answers become NaN.
+        nothing = op.ReduceSum(op.Sub(x, x), keepdims=0)
+        return op.Add(scale, nothing), zero
 
     def whole(x: Any, scale: Any, zero: Any, low: Any, high: Any, dtype: Any) -> Any:
         return op.QuantizeLinear(x, scale, zero)
@@ -202,8 +204,10 @@ def _say_types_of_ranges(graph: Any) -> None:
 
     for node in graph:
         if node.op_type == "DynamicQuantizeLinear":
-            node.outputs[1].dtype = onnx_ir.DataType.FLOAT
             node.outputs[2].dtype = onnx_ir.DataType.UINT8
+            for made in (node, *(use.node for use in node.outputs[1].uses())):
+                if made.op_type in ("DynamicQuantizeLinear", "Add"):
+                    made.outputs[made is node].dtype = onnx_ir.DataType.FLOAT
 
 
 def _multiply_integers(graph: Any) -> None:
@@ -223,8 +227,8 @@ def _multiply_integers(graph: Any) -> None:
         if any(one is None or one.const_value is None for one in held):
             continue
         bias, *steps = (one.const_value.numpy() for one in held if one is not None)
-        step = numpy.float32(steps[0]) * steps[1].astype(numpy.float32)
-        whole = (bias / step).round().clip(-(2**31) + 1, 2**31 - 1).astype(numpy.int32)
+        step = _wide_enough(node.inputs[1].producer(), steps, bias)
+        whole = (bias / step).round().astype(numpy.int32)
         parts = [
             onnx_ir.Value(name=f"{node.name}_{name}", const_value=onnx_ir.tensor(value))
             for name, value in (("bias", whole), ("step", step), ("zero", numpy.zeros_like(whole)))
@@ -234,6 +238,27 @@ def _multiply_integers(graph: Any) -> None:
         read = onnx_ir.node("DequantizeLinear", parts, attributes={"axis": 0})
         graph.insert_before(node, read)
         node.replace_input_with(2, read.outputs[0])
+
+
+def _wide_enough(weight: Any, steps: Any, bias: Any) -> Any:
+    """Return the step of each bias; where 32 bits would not hold it, as in channels without weights, these get longer ones."""
+    import numpy
+    import onnx_ir
+
+    step = numpy.float32(steps[0]) * steps[1].astype(numpy.float32)
+    least = numpy.abs(bias) / numpy.float32(2**30)
+    if (step >= least).all():
+        return numpy.maximum(step, numpy.finfo(numpy.float32).tiny)
+    made = numpy.maximum(steps[1], least / numpy.float32(steps[0])).astype(numpy.float32)
+    axis = weight.attributes["axis"].as_int() if "axis" in weight.attributes else 1
+    whole = weight.inputs[0].const_value.numpy()
+    share = (steps[1] / made).reshape([-1 if dim == axis else 1 for dim in range(whole.ndim)])
+    for index, value in ((0, (whole * share).round().astype(whole.dtype)), (1, made)):
+        given = weight.inputs[index]
+        own = onnx_ir.Value(name=f"{given.name}_{weight.name}", const_value=onnx_ir.tensor(value))
+        weight.graph.register_initializer(own)
+        weight.replace_input_with(index, own)
+    return numpy.float32(steps[0]) * made
 
 
 def _load_onnx(path: Path, schema: Schema) -> Runner:

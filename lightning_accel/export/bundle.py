@@ -11,7 +11,7 @@ from typing import Any
 from lightning_accel.arguments import one_of
 from lightning_accel.arguments import path as as_path
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.export import backends, manifest
+from lightning_accel.export import backends, manifest, signature
 from lightning_accel.export.page import table
 from lightning_accel.export.schema import Predictor, Runner, Schema
 from lightning_accel.export.structure import class_name
@@ -51,25 +51,32 @@ class Bundle:
 
 
 def load_bundle(
-    path: str | PathLike[str], *, format: str | None = None, classes: Sequence[type] = ()
+    path: str | PathLike[str],
+    *,
+    format: str | None = None,
+    classes: Sequence[type] = (),
+    verify: Any = None,
 ) -> Bundle:
     """Open a bundle, after size and hash of each file were found to be those of its manifest.
 
-    The hashes tell that it is undamaged, not whose it is: open only bundles from where you trust.
+    The hashes tell that it is undamaged, not whose it is: open only bundles from where you trust, or pass `verify`.
 
     Args:
         path: The folder.
         format: What to run, among what it holds; by default what was fastest where it was made. Machine code for
             another processor is left aside for a portable file, with a warning.
         classes: Of named tuples and dataclasses in the answer; without them it has look-alikes with the same fields.
+        verify: A public key, as a PEM file: the bundle has to be signed with its private part (`deploy(sign=...)`).
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: There is no such folder, or no file of a key.
+        ValueError: The file holds no public Ed25519 key.
+        Unsupported: `verify` without the package `cryptography`.
         BadBundle: It is damaged, incomplete, or something else.
         AccelError: Nothing that it holds can run here.
     """
     folder = as_path("path", path)
-    content = manifest.read(folder)
+    content = manifest.read(folder, None if verify is None else signature.public_key(verify))
     one_of("format", format, tuple(content["formats"]), none=True)
     return opened(folder, content, format, {class_name(cls): cls for cls in classes})
 

@@ -20,7 +20,15 @@ from torch import nn
 from lightning_accel.arguments import finite, flag, instance, one_of, positive, whole
 from lightning_accel.arguments import path as as_path
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.export import backends, gates, integers, manifest, place, structure
+from lightning_accel.export import (
+    backends,
+    gates,
+    integers,
+    manifest,
+    place,
+    signature,
+    structure,
+)
 from lightning_accel.export.bundle import Bundle, opened
 from lightning_accel.export.candidate import (
     Candidate,
@@ -63,6 +71,7 @@ def deploy(
     post: nn.Module | None = None,
     quantize: str | None = None,
     calibration: Any = None,
+    sign: Any = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Write a model as files that run without its code, proved and measured here, and open the best of them.
@@ -90,6 +99,8 @@ def deploy(
         quantize: "int8" for integers of eight bits; "int4" and less are of weights alone, which are smaller and not faster. A
             model that is quantized already stays so, with its own ranges.
         calibration: For `quantize`, a few batches of the training data.
+        sign: A private Ed25519 key, as a PEM file, with which the bundle is signed; `load_bundle(verify=...)` then tells
+            whose it is.
         overwrite: Whether a bundle that is at `to` already is replaced.
 
     Raises:
@@ -113,6 +124,7 @@ def deploy(
     _check_metric(metric, max_drop)
     integers.check(quantize, calibration)
     flag("overwrite", overwrite)
+    key = None if sign is None else signature.private_key(sign)
     target = place.free(as_path("to", to), overwrite)
     was_fast = torch.backends.mha.get_fastpath_enabled()
     with progress("exporting"), preserve_rng(), nothing_heard(model), plainly():
@@ -149,6 +161,8 @@ def deploy(
                     "notes": notes,
                 },
             )
+            if key is not None:
+                signature.write(work, manifest.NAME, key)
             place.put(work, target, overwrite)
         classes = structure.classes_in(network.answer(backends.copies(network.example)))
         bundle = opened(target, manifest.read(target), None, classes)

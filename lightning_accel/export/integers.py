@@ -28,7 +28,7 @@ from lightning_accel.quantization.layers import is_idle, layers_of
 from lightning_accel.quantization.lower import lowered
 from lightning_accel.quantization.merge import merge_roundings
 from lightning_accel.quantization.post_training import plan_of, quantize_by, unquantize
-from lightning_accel.surgery.call import Call
+from lightning_accel.surgery.call import Call, converted, in_precision
 
 QUANTIZED_FLOOR_DB = 42.0
 """Signal to noise that integers have to reach against the quantized network: an error of one percent leaves 40 dB."""
@@ -54,6 +54,22 @@ def check(quantize: Any, calibration: Any) -> None:
 
 
 def quantized(
+    network: FlatNetwork, word: str | None, calibration: Any
+) -> tuple[FlatNetwork, list[str]]:
+    """Quantize a network in place where that is asked for; return it in floating point, and what is to be said.
+
+    Integer kernels give float32: so networks in float64 are deployed in it.
+    """
+    itself, notes = _quantized(network, word, calibration)
+    if is_quantized(network) and any(p.dtype is torch.float64 for p in network.parameters()):
+        for one in {network, itself}:
+            converted(one, torch.float32)
+            one.example = [in_precision(t, torch.float32) for t in one.example]
+        notes.append("weights in float64 are deployed in float32, in which integer kernels answer")
+    return itself, notes
+
+
+def _quantized(
     network: FlatNetwork, word: str | None, calibration: Any
 ) -> tuple[FlatNetwork, list[str]]:
     """Quantize a network in place where that is asked for; return it in floating point, and what is to be said.

@@ -3,7 +3,7 @@
 `torch.export.load` falls back to an unsafe pickle on a damaged file, an AOTInductor package holds machine code, and
 neither notices a flipped bit. So the manifest has size and SHA-256 of each file, and `read` compares them first; a file
 that is not listed, a link, or a name that leads out of the folder is refused. Hashes tell that a bundle is undamaged,
-not whose it is: who can write to the folder can write a manifest too.
+not whose it is: who can write to the folder can write a manifest too, and only a signature tells (`signature.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lightning_accel.errors import AccelError
+from lightning_accel.export import signature
 from lightning_accel.export.backends import FORMATS
 from lightning_accel.export.schema import Schema
 
@@ -58,8 +59,12 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path, key: Any = None) -> dict[str, Any]:
     """Return the manifest of a folder, after all that it says of the files was found to be so.
+
+    Args:
+        folder: Where it lies.
+        key: A public key that it has to be signed for, or `None`.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -69,9 +74,9 @@ def read(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"There is no bundle at {folder}. Do: pass the folder that `deploy` wrote."
         )
-    content = _parsed(folder)
+    content = _parsed(folder, key)
     listed = _listed(folder, content)
-    present = {path.name for path in folder.iterdir()} - {NAME}
+    present = {path.name for path in folder.iterdir()} - {NAME, signature.NAME}
     if present - set(listed):
         raise _bad(folder, "a file that the manifest does not list", min(present - set(listed)))
     if set(listed) - present:
@@ -112,15 +117,18 @@ def foreign(recorded: Mapping[str, Any]) -> str:
     return f"the processor here lacks {', '.join(lacking[:4])}" if lacking else ""
 
 
-def _parsed(folder: Path) -> dict[str, Any]:
+def _parsed(folder: Path, key: Any) -> dict[str, Any]:
     path = folder / NAME
     if not os.path.lexists(path):
         raise _bad(folder, "there is no manifest", "no manifest.json")
     _check_regular(folder, path)
     if path.stat().st_size > _LARGEST:
         raise _bad(folder, "the manifest is too large", f"{path.stat().st_size} bytes")
+    given = path.read_bytes()
+    if key is not None:
+        _check_signature(folder, given, key)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        content = json.loads(given.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise _bad(folder, "the manifest cannot be read", str(error)[:120]) from error
     if not isinstance(content, dict):
@@ -134,6 +142,18 @@ def _parsed(folder: Path) -> dict[str, Any]:
         )
     _check_form(folder, content)
     return content
+
+
+def _check_signature(folder: Path, given: bytes, key: Any) -> None:
+    path = folder / signature.NAME
+    if not os.path.lexists(path):
+        raise _bad(folder, "the bundle is not signed", f"no {signature.NAME}")
+    _check_regular(folder, path)
+    if path.stat().st_size != signature.LENGTH:
+        raise _bad(folder, "the signature cannot be read", f"{path.stat().st_size} bytes")
+    reason = signature.why_not(given, path.read_bytes(), key)
+    if reason:
+        raise _bad(folder, "the signature is not that of the key that was passed", reason)
 
 
 def _check_form(folder: Path, content: dict[str, Any]) -> None:
@@ -168,7 +188,7 @@ def _check_form(folder: Path, content: dict[str, Any]) -> None:
 def _listed(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     files: dict[str, dict[str, Any]] = content["files"]
     for name, about in files.items():
-        if not _FILE.fullmatch(name) or name == NAME:
+        if not _FILE.fullmatch(name) or name in (NAME, signature.NAME):
             raise _bad(folder, "the manifest lists what cannot lie in the folder", repr(name)[:120])
         sound = isinstance(about, dict) and type(about.get("size")) is int
         if (

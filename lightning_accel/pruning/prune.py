@@ -23,6 +23,7 @@ from lightning_accel.pruning.target import Target
 from lightning_accel.pruning.trains import Step
 from lightning_accel.surgery import Cut, Receipt, Select, Structure
 from lightning_accel.surgery.call import Call, as_call
+from lightning_accel.surgery.kinds import plain_kinds
 
 _EVERYTHING, _AS_IT_IS, _ONLY = Select(), Structure(), Turn()
 
@@ -105,8 +106,10 @@ def prune(
         depth=depth,
         pruner=pruner,
     )
-    subject = Subject.of(model, _calls(example, examples))
-    return planned(subject, request, Occasion()).apply(model)
+    with plain_kinds(model) as receipts:
+        subject = Subject.of(model, _calls(example, examples))
+        receipts.append(planned(subject, request, Occasion()).apply(model))
+    return receipts[0]
 
 
 def plan(

@@ -24,6 +24,7 @@ from lightning_accel.progress import progress
 from lightning_accel.quantization import grid as grids
 from lightning_accel.quantization.layers import QuantizedLayer
 from lightning_accel.surgery.call import Call, run
+from lightning_accel.surgery.preserve import preserve_rng
 
 Observer = Literal["minmax", "percentile", "mse"]
 OBSERVERS = ("minmax", "percentile", "mse")
@@ -55,7 +56,10 @@ def calls_from(model: nn.Module, calibration: Any, limit: int) -> list[list[Call
     try:
         if isinstance(batches, (str, bytes, Mapping)):
             raise TypeError
-        read = list(islice(batches, limit))
+        with preserve_rng(
+            calibration
+        ):  # a DataLoader draws from them, and the user's next one would give others
+            read = list(islice(batches, limit))
     except TypeError:
         raise TypeError(
             explain(

@@ -27,8 +27,8 @@ from lightning_accel.quantization.layers import (
     QuantizedAttention,
     QuantizedEmbedding,
     QuantizedLayer,
-    shared_parameters,
 )
+from lightning_accel.quantization.shared import shared_tensors
 from lightning_accel.surgery.call import Call
 
 Equalize = Literal["cross_layer", "smoothquant"]
@@ -65,8 +65,9 @@ def equalize(
     """
     with in_mode(layers, "plain"):
         before = outputs_of(model, batches, None)
-        made, left = [], []
-        for pair in pairs(model, layers, batches, how):
+        made: list[Pair] = []
+        left: list[str] = []
+        for pair in pairs(model, layers, batches, how, left):
             kept = [p.clone() for p in _touched(model, pair)]
             _divide(model, pair, _factors(model, pair, batches, how))
             if least_db(before, outputs_of(model, batches, None)) >= SAME_DB:
@@ -97,17 +98,24 @@ def pairs(
     layers: Mapping[str, QuantizedLayer],
     batches: Sequence[Sequence[Call]],
     how: Equalize,
+    left: list[str],
 ) -> list[Pair]:
-    """Return the modules that only layers read, each called once and with weights of its own.
+    """Return the modules that only layers read, each called once and with weights of its own; tell `left` of others.
 
     Raises:
         Unsupported: Some module with weights does not run on the batches, and may read what others would be given.
     """
     flows = [flow(model, layers, calls) for calls in batches]
     _refuse_unseen(model, set().union(*(seen.calls for seen in flows)))
-    shared = shared_parameters(model)
+    shared = shared_tensors(model)
     first, *others = (_pairs_of(model, layers, seen, how, shared) for seen in flows)
-    return [pair for pair in first if all(pair in found for found in others)]
+    found = [pair for pair, _ in first if all(pair in dict(other) for other in others)]
+    kept = [pair.giver for pair in found if any(dict(one)[pair] for one in (first, *others))]
+    left += [
+        f"`{name}` is not equalized: the network keeps what it gives after the forward, where others may read it"
+        for name in kept
+    ]
+    return [pair for pair in found if pair.giver not in kept]
 
 
 def _pairs_of(
@@ -116,7 +124,8 @@ def _pairs_of(
     seen: Flow,
     how: Equalize,
     shared: set[int],
-) -> list[Pair]:
+) -> list[tuple[Pair, bool]]:
+    """Return pairs, and whether someone holds what lies between after the forward."""
     found = []
     for key, names in seen.givers.items():
         giver, readers = names[0], tuple(dict.fromkeys(seen.readers_alone(key)))
@@ -130,7 +139,7 @@ def _pairs_of(
         if _is_giver(model.get_submodule(giver), how) and not any(
             id(p) in shared for p in _touched(model, pair)
         ):
-            found.append(pair)
+            found.append((pair, seen.is_kept(key)))
     return found
 
 

@@ -6,6 +6,8 @@ afterwards that the network computes as before.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -44,6 +46,7 @@ def flow(model: nn.Module, layers: Mapping[str, QuantizedLayer], calls: Sequence
     seen = Flow(layers)
     with torch.no_grad(), _watching(model, layers, seen), seen:
         run(model, calls)
+    seen.let_go()
     return seen
 
 
@@ -59,6 +62,9 @@ class Flow(TorchFunctionMode):
         self.origins: dict[Key, str] = {}  # the layer that a tensor comes from, past norms
         self.passed: dict[Key, list[Key]] = {}  # what homogeneous functions make of it
         self.others: set[Key] = set()  # what is read by anything else
+        self.outlived: set[int] = (
+            set()
+        )  # tensors that someone holds after the forward: an attribute, a list
         self.calls: dict[str, int] = {}
         self.sums: list[tuple[Key, Key]] = []
         self.inside = 0
@@ -117,6 +123,14 @@ class Flow(TorchFunctionMode):
             self.readers.setdefault(self.key(given[0]), []).append(name)
         self.others.update(self.key(value) for value in given[1:])
 
+    def let_go(self) -> None:
+        """Hold tensors no longer, and see which of them others hold, who may read them."""
+        held = [weakref.ref(value) for value in self.kept]
+        self.kept = []
+        if any(ref() is not None for ref in held):
+            gc.collect()  # of cycles that nobody reads
+        self.outlived = {id(value) for ref in held if (value := ref()) is not None}
+
     def giver(self, key: Key) -> str:
         """Return the innermost module that gave a tensor and no other one, or nothing."""
         return next((name for name in self.givers.get(key, []) if self.calls[name] == 1), "")
@@ -132,6 +146,10 @@ class Flow(TorchFunctionMode):
                 return []
             found += further
         return found
+
+    def is_kept(self, key: Key) -> bool:
+        """Whether a tensor, or what it is passed on as, is still held by someone after the forward."""
+        return key[0] in self.outlived or any(map(self.is_kept, self.passed.get(key, [])))
 
 
 @contextmanager

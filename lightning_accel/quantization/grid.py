@@ -144,7 +144,7 @@ def best_scales(weight: Tensor, axis: int, grid: Grid) -> Tensor:
 
 
 def rounded(weight: Tensor, scale: Tensor, axis: int, grid: Grid) -> Tensor:
-    """Return the weights as the grid holds them, in their own type; gradients pass.
+    """Return the weights as the grid holds them, in their own type; gradients pass, to scales that learn too.
 
     Args:
         weight: Any shape.
@@ -159,9 +159,18 @@ def rounded(weight: Tensor, scale: Tensor, axis: int, grid: Grid) -> Tensor:
     if grid.group is not None:
         values = values.reshape(-1, grid.group)
     flat, dim = scale.reshape(-1), 0 if grid.group is not None else axis
+    if flat.requires_grad and torch.is_grad_enabled():
+        return _learnable(values, flat, dim, grid.top).view(weight.shape).to(weight.dtype)
     zeros = torch.zeros_like(flat, dtype=torch.int32)
     made = torch.fake_quantize_per_channel_affine(values, flat, zeros, dim, -grid.top, grid.top)
     return made.view(weight.shape).to(weight.dtype)
+
+
+def _learnable(values: Tensor, scale: Tensor, dim: int, top: int) -> Tensor:
+    """Return values on a grid whose scales have gradients; torch's own operator takes what rounds to the end for inside."""
+    scale = scale.view([-1 if at == dim else 1 for at in range(values.dim())])
+    clipped = (values * (1.0 / scale)).clamp(-top, top)
+    return (clipped + (clipped.round() - clipped).detach()) * scale
 
 
 def integers(weight: Tensor, scale: Tensor, axis: int, grid: Grid) -> Tensor:

@@ -8,14 +8,19 @@ of the largest: buffers that are in no state dict. Copies and pickles compute in
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_accel.errors import explain
 from lightning_accel.quantization import grid as grids
 from lightning_accel.quantization.grid import Grid
+from lightning_accel.surgery.receipt import Kept
 
 Mode = Literal["plain", "watching", "training", "quantized"]
 """Of a layer: it computes as ever; and notes what comes in; it computes quantized and notes in training; and does not."""
@@ -31,6 +36,8 @@ class QuantizedLayer(nn.Module):
         accel_known: That there is such a range, for certain.
         accel_seen: The same of what came in since it was last asked.
         accel_scale: Of the weights, where it is not that of the largest: always with fewer than eight bits.
+        accel_told: Ranges and scales are those of a file whose weights are loaded next.
+        accel_trains: A callback sees to ranges and scales.
     """
 
     accel_grid: Grid
@@ -39,6 +46,7 @@ class QuantizedLayer(nn.Module):
     accel_known: bool
     accel_seen: Tensor
     accel_scale: Tensor | None
+    accel_told = accel_trains = False
     weight: Tensor
     channels_axis = 0
 
@@ -63,10 +71,11 @@ class QuantizedLayer(nn.Module):
             grid, axis = self.accel_grid, self.channels_axis
             self.set_scale(_joined([grids.best_scales(w, axis, grid) for w in self.parts()]))
 
+    @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:
         """Say the scale of each output channel, or of each group."""
         if self.accel_scale is None or self.accel_scale.shape != scale.shape:
-            self.accel_scale = scale.to(self.accel_range.device).clone()
+            self.accel_scale = scale.detach().to(self.accel_range.device).clone()
         else:  # the same tensor, as whoever copies buffers in their order needs it
             self.accel_scale.copy_(scale)
 
@@ -76,7 +85,10 @@ class QuantizedLayer(nn.Module):
             return self.parts()
         grid, axis = self.accel_grid, self.channels_axis
         pairs = zip(self.parts(), self.part_scales(), strict=True)
-        return [grids.rounded(weight, scale, axis, grid) for weight, scale in pairs]
+        return [
+            grids.rounded(weight, scale if weight.requires_grad else scale.detach(), axis, grid)
+            for weight, scale in pairs
+        ]
 
     def quantized_weight(self) -> Tensor:
         """Return the weight to compute with, of a layer that has one."""
@@ -118,6 +130,21 @@ class QuantizedLayer(nn.Module):
     def settle(self) -> None:
         """See whether a range is known by now; waits for the device."""
         self.accel_known = bool(self.accel_range[0] <= self.accel_range[1])
+
+    def leave_kind(self) -> Callable[[Mapping[int, Kept]], None]:
+        """Become the layer of torch, and return what undoes that; it takes what an edit kept, by parameters' identities."""
+        held = self.accel_grid, self.accel_mode, self.accel_range, self.accel_scale
+        unbecome(self)
+        return partial(_return, self, *held)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = [weight.detach().clone() for weight in self.parts()]
+        super()._load_from_state_dict(*args, **kwargs)
+        told, self.accel_told = self.accel_told or self.accel_trains, False
+        if self.accel_mode != "quantized" or told:
+            return
+        if not all(map(torch.equal, before, self.parts())):
+            _warn_of_old_ranges()
 
     def extra_repr(self) -> str:
         """Say the grid too."""
@@ -284,12 +311,6 @@ KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.MultiheadAttention: QuantizedAttention,
 }
 """By the class itself: what a class derived from it computes is not known."""
-_FAST: tuple[tuple[type[nn.Module], str, Any], ...] = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-"""By which attribute each may take its fast path, and what forbids it."""
-_FAST_BEFORE = "_accel_fast_path"
 _PLAIN = {made: kind for kind, made in KINDS.items()}
 
 
@@ -314,31 +335,59 @@ def unbecome(module: QuantizedLayer) -> None:
     for name in ("accel_range", "accel_seen", "accel_scale"):
         module._buffers.pop(name, None)
         module._non_persistent_buffers_set.discard(name)
-    for name in ("accel_grid", "accel_mode", "accel_known"):
+    for name in ("accel_grid", "accel_mode", "accel_known", "accel_told", "accel_trains"):
         vars(module).pop(name, None)
     object.__setattr__(module, "__class__", _PLAIN[type(module)])
+
+
+def _return(
+    layer: nn.Module,
+    grid: Grid,
+    mode: Mode,
+    range_: Tensor,
+    scale: Tensor | None,
+    kept: Mapping[int, Kept],
+) -> None:
+    """Make a layer quantized again, after an edit that may have taken outputs or inputs of it."""
+    if grid.group is not None and layer.in_features % grid.group:  # type: ignore[operator]
+        warnings.warn(
+            explain(
+                "a layer computes in floating point from here on",
+                f"{layer}, whose inputs are no multiple of group={grid.group} any more",
+                "prune with `round_to`, or call `unquantize` and `quantize` anew",
+            ),
+            stacklevel=5,
+        )
+        return
+    made = become(layer, grid, mode)
+    made.set_range(range_)
+    if scale is None:
+        return
+    parts = made.parts()
+    dims = kept[id(parts[0])].dims if len(parts) == 1 and id(parts[0]) in kept else ()
+    rows = dims[made.channels_axis] if dims else None
+    scale = scale if rows is None else scale[rows.to(scale.device)]
+    if scale.shape == made.weight_scale().shape:
+        made.set_scale(scale)
+    else:
+        made.fit_scale()
+
+
+def _warn_of_old_ranges() -> None:
+    warnings.warn(
+        explain(
+            "weights were loaded into quantized layers, whose ranges and scales are of other weights",
+            "values that differ from those that were there",
+            "call `unquantize` before and `quantize` after it, train on with QuantizationAwareTraining, or load the file "
+            "by `lightning_accel.load_from_checkpoint`, which brings its ranges",
+        ),
+        stacklevel=6,
+    )
 
 
 def is_idle(layer: QuantizedLayer) -> bool:
     """Whether a layer whose inputs were to be quantized saw none."""
     return layer.accel_grid.has_range and bool(layer.accel_range[0] > layer.accel_range[1])
-
-
-def leave_fast_paths(model: nn.Module) -> None:
-    """Let encoders of torch call their layers in eval mode too: their fast path reads weights instead."""
-    for module in model.modules():
-        for kind, name, off in _FAST:
-            if isinstance(module, kind) and _FAST_BEFORE not in vars(module) and layers_of(module):
-                vars(module)[_FAST_BEFORE] = getattr(module, name)
-                setattr(module, name, off)
-
-
-def back_to_fast_paths(model: nn.Module) -> None:
-    """Undo `leave_fast_paths` where no quantized layer is left."""
-    for module in model.modules():
-        for kind, name, _ in _FAST:
-            if isinstance(module, kind) and _FAST_BEFORE in vars(module) and not layers_of(module):
-                setattr(module, name, vars(module).pop(_FAST_BEFORE))
 
 
 def layers_of(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -379,13 +428,3 @@ def _note(seen: Tensor, values: Tensor) -> None:
         low, high = _extent(values)
         seen[0] = torch.minimum(seen[0], low)
         seen[1] = torch.maximum(seen[1], high)
-
-
-def shared_parameters(model: nn.Module) -> set[int]:
-    """Return the identities of parameters that several modules hold.
-
-    >>> shared_parameters(nn.Linear(2, 2))
-    set()
-    """
-    held = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
-    return {one for one in held if held.count(one) > 1}

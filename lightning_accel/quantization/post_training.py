@@ -27,17 +27,17 @@ from lightning_accel.quantization.budget import (
 )
 from lightning_accel.quantization.calibration import OBSERVERS, calls_from, observe
 from lightning_accel.quantization.equalize import EQUALIZE, equalize
+from lightning_accel.quantization.fast_paths import back_to_fast_paths, leave_fast_paths
 from lightning_accel.quantization.grid import Grid
 from lightning_accel.quantization.layers import (
     QuantizedLayer,
-    back_to_fast_paths,
     become,
     is_idle,
     layers_of,
-    leave_fast_paths,
     unbecome,
 )
 from lightning_accel.quantization.rounding import ROUNDINGS, refine
+from lightning_accel.quantization.shared import share_alike
 from lightning_accel.quantization.state import become_like, state_of
 from lightning_accel.quantization.sums import (
     capture_anew,
@@ -199,6 +199,7 @@ def quantize_by(model: nn.Module, plan: Plan, batches: Sequence[Sequence[Call]])
     receipt = choose.require(model, plan.select, plan.grid)
     with preserve_rng(), nothing_heard(model):
         copy = twin(model, hooked=True).eval()
+        share_alike(copy, model)
         before = outputs_of(copy, batches)
         made, left, notes = _planned(copy, plan, batches, [c.name for c in receipt.changes])
         lost = sqnr_db(before, outputs_of(copy, batches))
@@ -252,12 +253,12 @@ def _planned(
     idle = [n for n, layer in layers.items() if batches and (n not in ranges or is_idle(layer))]
     for name in idle:
         unbecome(layers.pop(name))
-    plain = refine(copy, layers, batches, rounding=plan.rounding, correct_bias=plan.correct_bias)
+    stays = refine(copy, layers, batches, rounding=plan.rounding, correct_bias=plan.correct_bias)
     for layer in layers.values():
         layer.accel_mode = "quantized"
     added = round_sums(copy, layers, batches, plan.observer) if plan.sums else {}
     left = [Change(name, "nothing comes into it on the calibration batches") for name in idle]
-    notes = told + [f"{name}: rounded to the nearest, {why}" for name, why in plain.items()]
+    notes = told + stays
     notes += [f"`{n}` saw one single value in all of the calibration" for n in _constant(layers)]
     if plan.metric is not None and before is not None:
         found, measures = within(copy, layers, plan.metric, before, plan.max_drop, batches, weights)

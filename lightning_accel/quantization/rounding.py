@@ -25,8 +25,8 @@ from lightning_accel.quantization.layers import (
     QuantizedAttention,
     QuantizedEmbedding,
     QuantizedLayer,
-    shared_parameters,
 )
+from lightning_accel.quantization.shared import shared_tensors
 from lightning_accel.surgery.call import Call, run
 
 Rounding = Literal["nearest", "least_squares", "adaround"]
@@ -36,12 +36,14 @@ WIDE = 4096
 _TOGETHER = 2**27
 """Numbers of such matrices that are held at a time (1 GB)."""
 _SWEEPS = 4
+_SAME = 1e-9
+"""Variance by mean square below which an input counts as constant."""
 _PULL = 0.01
 """Share of the mean squared input that is added to each, so that few samples do not decide too much."""
 
 
 class Sums:
-    """Of what comes into one layer: X^T X and the mean of X, float64.
+    """Of what comes into one layer: X^T X, the mean of X and that of its squares, float64.
 
     Args:
         layer: A linear layer or a convolution.
@@ -53,6 +55,7 @@ class Sums:
         self.layer, self.count = layer, 0
         zeros = layer.weight.new_zeros
         self.sum_GI = zeros(groups, inputs, dtype=torch.float64)
+        self.square_GI = zeros(groups, inputs, dtype=torch.float64)
         wanted = products and inputs <= WIDE
         self.gram_GII = zeros(groups, inputs, inputs, dtype=torch.float64) if wanted else None
 
@@ -63,8 +66,14 @@ class Sums:
             x_GNI = patches(self.layer, piece)
             self.count += x_GNI.shape[1]
             self.sum_GI += x_GNI.sum(1)
+            self.square_GI += x_GNI.square().sum(1)
             if self.gram_GII is not None:
                 self.gram_GII += x_GNI.mT @ x_GNI
+
+    def constant(self) -> float:
+        """Return the share of inputs that had one value only, on all samples."""
+        mean_GI, power_GI = self.sum_GI / self.count, self.square_GI / self.count
+        return float((power_GI - mean_GI.square() <= _SAME * power_GI).double().mean())
 
 
 @torch.no_grad()
@@ -75,13 +84,13 @@ def refine(
     *,
     rounding: Rounding,
     correct_bias: bool,
-) -> dict[str, str]:
-    """Round weights by what comes in, and correct biases, in place; return the layers that are only rounded, and why.
+) -> list[str]:
+    """Round weights by what comes in, and correct biases, in place; return what to tell of layers where that is not so.
 
     The weights are then on their grid, and each layer keeps the scales of before.
     """
     plain = {name: "a layer of its kind" for name, one in layers.items() if not _has_matrix(one)}
-    tied = shared_parameters(model)
+    tied, kept, constant = shared_tensors(model), [], []
     for chunk in _chunks({name: layer for name, layer in layers.items() if _has_matrix(layer)}):
         products = rounding != "nearest"
         sums = {name: Sums(layer, products=products) for name, layer in chunk.items()}
@@ -101,8 +110,26 @@ def refine(
                 plain[name] = "its weight is another module's too"
             elif sums[name].gram_GII is None:
                 plain[name] = "too wide for X^T X"
-            _refine(layer, sums[name], rounding, correct_bias)
-    return plain if rounding != "nearest" else {}
+            if sums[name].constant() > 0.5:
+                constant.append(f"`{name}` ({sums[name].constant():.0%})")
+            why = _why_bias_stays(layer, tied) if correct_bias else ""
+            kept += [f"{name}: its bias is not corrected, {why}"] if why else []
+            _refine(layer, sums[name], rounding, correct_bias and not why)
+    if constant:
+        kept.append(
+            f"most inputs had one value only on the calibration: {', '.join(constant[:6])}; "
+            "if that is not so in training, pass batches that are like it"
+        )
+    if rounding == "nearest":
+        return kept
+    return [*(f"{name}: rounded to the nearest, {why}" for name, why in plain.items()), *kept]
+
+
+def _why_bias_stays(layer: QuantizedLayer, tied: set[int]) -> str:
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    if bias is not None and "bias" not in layer._parameters:  # by torch.nn.utils.prune, say
+        return "it is computed from others"
+    return "it is another module's too" if id(bias) in tied else ""
 
 
 def _refine(layer: QuantizedLayer, sums: Sums, rounding: Rounding, correct_bias: bool) -> None:

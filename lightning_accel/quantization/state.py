@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lightning_accel.errors import StructureMismatch
 from lightning_accel.quantization import grid as grids
+from lightning_accel.quantization.fast_paths import leave_fast_paths
 from lightning_accel.quantization.layers import (
     KINDS,
     Mode,
     QuantizedLayer,
     become,
     layers_of,
-    leave_fast_paths,
 )
 from lightning_accel.quantization.sums import leave_output, outputs_rounded, round_output
 
@@ -33,7 +33,7 @@ def state_of(layer: QuantizedLayer) -> State:
         **layer.accel_grid._asdict(),
         "mode": layer.accel_mode,
         "range": range_ if range_[0] <= range_[1] else None,
-        "scale": None if scale is None else scale.detach().cpu(),
+        "scale": None if scale is None else scale.detach().cpu().clone(),
     }
 
 
@@ -82,7 +82,7 @@ def quantized_as(model: nn.Module, stored: Any) -> None:
         if name.endswith(_OUTPUT):
             round_output(layer, torch.tensor(stored[name]["range"]))
         else:
-            become_like(layer, stored[name])
+            become_like(layer, stored[name]).accel_told = True
     for name, other in layers_of(model).items():
         if name not in layers:
             other.accel_mode = "plain"

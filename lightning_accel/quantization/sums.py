@@ -9,7 +9,7 @@ on that of a range observed as for layers. A hook does it, which copies keep; wi
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -55,11 +55,11 @@ class RoundedOutput:
         scale, zero = grids.parameters_of(range_.detach().float().cpu())
         self.range = [float(value) for value in range_]
         self.how = (float(scale), int(zero), 0, grids.TOP)
-        self.is_lowered = False
+        self.is_lowered = self.is_away = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return what the module gave, rounded."""
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        if self.is_away or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         values = output if output.dtype is torch.float32 else output.float()
         if self.is_lowered:
@@ -67,6 +67,11 @@ class RoundedOutput:
             whole = ops.quantize_per_tensor.default(values, *self.how, torch.uint8)
             return ops.dequantize_per_tensor.default(whole, *self.how, torch.uint8)
         return torch.fake_quantize_per_tensor_affine(values, *self.how).to(output.dtype)
+
+    def leave_kind(self) -> Callable[[Any], None]:
+        """Give outputs as they are, until what this returns is called."""
+        self.is_away = True
+        return lambda _: setattr(self, "is_away", False)
 
 
 def outputs_rounded(model: nn.Module) -> dict[str, RoundedOutput]:

@@ -59,6 +59,9 @@ def fit(world: int, *callbacks: Any, strategy: Any = "ddp", to: str = "") -> dic
     state = quantization_of(module)
     return {
         "ranges": {name: layer["range"] for name, layer in state.items()},
+        "scales": [
+            layer["scale"].tolist() for layer in state.values() if layer["scale"] is not None
+        ],
         "weights": [p.detach().tolist() for p in module.parameters()],
         "deployed": deploys.bundle and deploys.bundle.predict(_X[0]).tolist(),
         "answers": module.net(_X[0]).tolist() if world == 1 else None,
@@ -69,6 +72,15 @@ def trained() -> dict[str, Any]:
     """Ranges are those of all processes' batches."""
     both = fit(2, la.QuantizationAwareTraining(when=1, momentum=0.3), to="ddp")
     return {"alone": fit(1, la.QuantizationAwareTraining(when=1, momentum=0.3)), "ranks": both}
+
+
+def learned() -> dict[str, Any]:
+    """Scales move by the mean of all processes' gradients."""
+
+    def learns() -> Any:
+        return la.QuantizationAwareTraining("int2", scales="learned", when=1, momentum=0.3)
+
+    return {"alone": fit(1, learns()), "ranks": fit(2, learns(), to="learned")}
 
 
 def after() -> dict[str, Any]:
@@ -99,5 +111,11 @@ def failed() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    functions = {"trained": trained, "after": after, "sharded": sharded, "failed": failed}
+    functions = {
+        "trained": trained,
+        "learned": learned,
+        "after": after,
+        "sharded": sharded,
+        "failed": failed,
+    }
     write_results(functions, [], FOLDER / f"{RANK}.json")

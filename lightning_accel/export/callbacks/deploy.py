@@ -29,6 +29,7 @@ from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.export.bundle import Bundle
 from lightning_accel.export.deploy import check_arguments, check_formats, deploy
 from lightning_accel.export.place import free
+from lightning_accel.export.signature import private_key
 from lightning_accel.places import free as free_name
 from lightning_accel.places import is_there
 from lightning_accel.surgery.call import Call
@@ -52,6 +53,7 @@ class Deploy(Callback):
         example: Arguments of `forward`; by default `example_input_array`, or what the first network receives.
         pre: As in `deploy`.
         post: As in `deploy`.
+        sign: As in `deploy`: the file of a private key, looked at when the fit begins.
         overwrite: Whether a bundle that is at `to` is replaced.
 
     Attributes:
@@ -78,6 +80,7 @@ class Deploy(Callback):
         example: Any = None,
         pre: nn.Module | None = None,
         post: nn.Module | None = None,
+        sign: str | PathLike[str] | None = None,
         overwrite: bool = False,
     ) -> None:
         super().__init__()
@@ -90,6 +93,7 @@ class Deploy(Callback):
         self.dynamic, self.batch, self.min_speedup = dynamic, batch, min_speedup
         self.budget_s = budget_s
         self.example, self.pre, self.post = example, pre, post
+        self.sign: Path | None = as_path("sign", sign, none=True)
         self.overwrite: bool = flag("overwrite", overwrite)
         self.bundle: Bundle | None = None
         self._keeps = False
@@ -103,6 +107,8 @@ class Deploy(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and self.to is not None and trainer.is_global_zero:
             free(self.to, self.overwrite)  # better now than after the training
+        if stage == "fit" and self.sign is not None and trainer.is_global_zero:
+            private_key(self.sign)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,6 +165,7 @@ class Deploy(Callback):
             budget_s=self.budget_s,
             pre=self.pre,
             post=self.post,
+            sign=self.sign,
             overwrite=self.overwrite,
         )
         rank_zero_info(f"{self.bundle.table}\n- in {self.bundle.path}")

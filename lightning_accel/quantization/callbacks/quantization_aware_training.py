@@ -10,9 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_accel.arguments import open_share
+from lightning_accel.arguments import one_of, open_share
 from lightning_accel.bridge import checks
 from lightning_accel.bridge.restore import averages
 from lightning_accel.bridge.strategies import gathers, is_of
@@ -21,20 +22,22 @@ from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.pruning.schedule import When, epochs, moments
 from lightning_accel.quantization import choose
 from lightning_accel.quantization import grid as grids
+from lightning_accel.quantization.fast_paths import back_to_fast_paths, leave_fast_paths
 from lightning_accel.quantization.grid import Grid
 from lightning_accel.quantization.layers import (
     QuantizedLayer,
-    back_to_fast_paths,
     become,
     is_idle,
     layers_of,
-    leave_fast_paths,
     unbecome,
 )
+from lightning_accel.quantization.learned import ScaleLearner
 from lightning_accel.quantization.state import State, become_like, state_of
 from lightning_accel.quantization.sums import outputs_rounded
 from lightning_accel.quantization.watch import make_alike, move_ranges
 from lightning_accel.surgery import Receipt, Select, Stage
+
+SCALES = ("fitted", "learned")
 
 
 class QuantizationAwareTraining(Technique):
@@ -52,6 +55,8 @@ class QuantizationAwareTraining(Technique):
         activations: "int8" for what comes into layers, "dynamic" for ranges of each call, of linear layers; or `None` for
             weights alone.
         group: Inputs of a linear layer that share a scale, for weights alone; `None` is one scale per output.
+        scales: Of weights: "fitted", those of least error at the start of each epoch (of eight bits, of the largest weight
+            at each step); or "learned", by gradients as well (LSQ), for four bits and fewer.
         when: Epoch from which to quantize, counted from 0; or the share of the fit (0.4 of 20 epochs is epoch 8).
         freeze: The same for when ranges stay as they are and batch norms use their running statistics; `None` is never.
         select: Which layers: a `Select`, a name pattern or several; all by default.
@@ -70,7 +75,12 @@ class QuantizationAwareTraining(Technique):
     needs = "weights"
     stage: ClassVar[Stage] = Stage.KIND
     name = "quantization"
-    of_a_fit: ClassVar = {"_states": dict, "_norms": list, "_turned_in": lambda: (-1, 0)}
+    of_a_fit: ClassVar = {
+        "_states": dict,
+        "_norms": list,
+        "_turned_in": lambda: (-1, 0),
+        "_learner": ScaleLearner,
+    }
 
     def __init__(
         self,
@@ -78,12 +88,15 @@ class QuantizationAwareTraining(Technique):
         activations: str | None = "int8",
         *,
         group: int | None = None,
+        scales: str = "fitted",
         when: float = 0,
         freeze: float | None = None,
         select: Select | str | Iterable[str] | dict[str, Any] | None = None,
         momentum: float = 0.05,
     ) -> None:
         self.grid = grids.check(weights, activations, group)
+        self.scales: str = one_of("scales", scales, SCALES)
+        self._learner = ScaleLearner()
         self._when = _one(moments(when), "when")
         self._freeze = None if freeze is None else _one(moments(freeze), "freeze")
         self.select = Select.of(select)
@@ -101,10 +114,10 @@ class QuantizationAwareTraining(Technique):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _refuse_parts(trainer, self.grid)
+        _refuse_parts(trainer, self.grid, self.scales)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._told_idle = False
+            self._told_idle, self._learner = False, ScaleLearner()
             if not checks.is_trial(trainer):
                 _check_moments(self._when, self._freeze, trainer.max_epochs)
 
@@ -122,8 +135,9 @@ class QuantizationAwareTraining(Technique):
                 layer = one.get_submodule(name)
                 if not isinstance(layer, QuantizedLayer):
                     layer = become(layer, self.grid, "plain")
+                layer.accel_trains = True
                 if name in self._states:
-                    become_like(layer, {**self._states[name], "scale": None})
+                    become_like(layer, self._kept(layer, self._states[name]))
             leave_fast_paths(one)
         self._states = {}
         try:
@@ -133,6 +147,13 @@ class QuantizationAwareTraining(Technique):
                 self._states = {name: state_of(layer) for name, layer in layers_of(module).items()}
             for one in (module, *([] if context.is_copy else _averages(context.trainer, module))):
                 self._end(one)
+
+    def _kept(self, layer: QuantizedLayer, state: State) -> State:
+        """Return a state without its scales, unless they were learned for as many channels."""
+        scale = state["scale"]
+        learned = self.scales == "learned" and scale is not None and state["mode"] != "plain"
+        fits = learned and scale.shape == layer.weight_scale().shape
+        return state if fits else {**state, "scale": None}
 
     def _refuse_others(self, module: nn.Module, there: Mapping[str, QuantizedLayer]) -> None:
         """Raise where layers were quantized before in another way, which would go on."""
@@ -159,11 +180,13 @@ class QuantizationAwareTraining(Technique):
 
     def _end(self, module: nn.Module) -> None:
         for layer in layers_of(module).values():
+            layer.accel_trains = False
             if self._gives_all_back or layer.accel_mode == "plain":
                 unbecome(layer)
             else:
                 layer.accel_mode = "quantized"
                 layer.settle()
+        self._learner.end(layers_of(module))
         back_to_fast_paths(module)
 
     @override
@@ -200,6 +223,39 @@ class QuantizationAwareTraining(Technique):
         # Lightning leaves out the epoch's start after a resume, from within an epoch or from its last step.
         if self._is_due(self._when, trainer):
             self._turn(trainer, pl_module, begins=batch_idx == 0)
+        self._learner.begin(self._learning(pl_module))
+
+    def _learning(self, pl_module: LightningModule) -> dict[str, QuantizedLayer]:
+        if self.scales == "fitted":
+            return {}
+        return {n: m for n, m in layers_of(pl_module).items() if m.accel_mode == "training"}
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Move scales of the layers whose weights this optimizer moves, by gradients of the same steps."""
+        if self.scales == "fitted":
+            return
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        layers = self._learning(pl_module)
+        layers = {n: m for n, m in layers.items() if moved & {id(part) for part in m.parts()}}
+        first = optimizer.param_groups[0]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._learner.step(
+            layers,
+            share=float(first["lr"] / (first.get("initial_lr") or first["lr"] or 1.0)),
+            by=1.0 if scaler is None else float(scaler.get_scale()),
+            shared=trainer.world_size > 1,
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"scales": self._learner.state_dict()} if self.scales == "learned" else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._learner.load_state_dict(state_dict.get("scales", {}))
 
     def _turn(self, trainer: Trainer, pl_module: LightningModule, *, begins: bool) -> None:
         """Begin to quantize, or to leave ranges as they are; and find scales anew where an epoch begins."""
@@ -214,11 +270,13 @@ class QuantizationAwareTraining(Technique):
         if any(layer.accel_mode == "plain" for layer in layers.values()):
             rank_zero_info(f"Quantizing {len(layers)} layers from here on: {self.grid}.")
         for layer in layers.values():
-            starts = begins or layer.accel_mode == "plain"
+            starts = (begins and self.scales == "fitted") or layer.accel_mode == "plain"
             layer.accel_mode = "quantized" if frozen else "training"
             layer.settle()
             if not frozen and starts:
                 layer.fit_scale()
+        if frozen:
+            self._learner.end(layers)
         if frozen and not self._norms:
             norms = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.training]
             self._norms = [norm.eval() for norm in norms]
@@ -307,14 +365,14 @@ def _check_moments(when: When, freeze: When | None, max_epochs: int | None) -> N
         )
 
 
-def _refuse_parts(trainer: Trainer, grid: Grid) -> None:
+def _refuse_parts(trainer: Trainer, grid: Grid, scales: str) -> None:
     """Raise unless layers see all of their weights where they compute, and where their scales are found."""
     strategy = trainer.strategy
     if not is_of(strategy, "TensorParallelStrategy") and gathers(strategy):
-        if grid.bits == 8:
+        if grid.bits == 8 and scales == "fitted":
             return
         raise Unsupported(
-            f"scales of {grid.weights} weights are found on whole weights",
+            f"{scales} scales of {grid.weights} weights are found on whole weights",
             f"{type(strategy).__name__}, which keeps parts of them on each process",
             "use weights='int8', or strategy='ddp'",
         )
