@@ -54,7 +54,7 @@ def compiles() -> Any:
 HINT = {"hint": {"loss": "fitnet", "layers": "blocks.1", "weight": 1e-2}}
 ROWS: dict[str, Row] = {
     "none": alone(),
-    "prune": alone(lambda: la.StructuredPruning(ratio=0.5, when=1, importance="magnitude")),
+    "prune": alone(lambda: la.StructuredPruning(ratio=0.5, when=1, compensate=False)),
     "masks": alone(lambda: la.WeightMasks(0.5, when=1)),
     "masks 2:4": alone(lambda: la.WeightMasks(pattern="2:4")),
     "quantize": alone(lambda: la.QuantizationAwareTraining(when=1)),
@@ -63,7 +63,8 @@ ROWS: dict[str, Row] = {
     "distill": alone(taught("kd")),
     "distill hints": alone(taught(HINT)),
     "distill itself": alone(
-        lambda: la.StructuredPruning(ratio=0.5, when=1, importance="magnitude"), lambda: la.Distillation("self", "kd")
+        lambda: la.StructuredPruning(ratio=0.5, when=1, compensate=False),
+        lambda: la.Distillation("self", "kd"),
     ),
     "loading": alone(lambda: la.FastLoading(budget_s=0.01)),
     "rows": alone(lambda: la.FastLoading(num_workers=False, pin_memory=False, budget_s=0.01)),
@@ -87,9 +88,7 @@ ROWS: dict[str, Row] = {
     "objective": alone(lambda: la.Objective("val")),
     "fp32": plugin(lambda: la.AutocastPrecision("32-true")),
     "bf16": plugin(lambda: la.AutocastPrecision("bf16-mixed"), exact=False),
-    "use bf16": alone(
-        lambda: la.UsePrecision(la.AutocastPrecision("bf16-mixed")), exact=False
-    ),
+    "use bf16": alone(lambda: la.UsePrecision(la.AutocastPrecision("bf16-mixed")), exact=False),
     "bf16 weights": plugin(lambda: la.Bf16Precision("master"), exact=False),
 }
 STRATEGIES: dict[str, Callable[[], Any]] = {

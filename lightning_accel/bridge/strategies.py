@@ -6,13 +6,14 @@ cannot be imported to be compared with. So the names in their lineage count firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
 
 from lightning_accel.surgery import Structure
 
@@ -64,6 +65,12 @@ def whole(trainer: Trainer) -> Iterator[None]:
     strategy: Any = trainer.strategy
     with strategy.gathered() if gathers(strategy) else nullcontext():
         yield
+
+
+def in_parts(trainer: Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return of whole tensors, by names of weights, what this process holds of those weights."""
+    strategy: Any = trainer.strategy
+    return strategy.in_parts(tensors) if hasattr(strategy, "in_parts") else dict(tensors)
 
 
 @contextmanager

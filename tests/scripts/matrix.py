@@ -66,7 +66,11 @@ def run(name: str, strategy: str, to: str, ckpt: Any = None) -> dict[str, Any]:
     split = strategy in ("", "accel_tensor")
     rows = rows_of(0, 1) if split else rows_of(RANK, WORLD)
     ours = trainer(
-        **given, callbacks=callbacks, max_epochs=EPOCHS, enable_checkpointing=True, default_root_dir=folder
+        **given,
+        callbacks=callbacks,
+        max_epochs=EPOCHS,
+        enable_checkpointing=True,
+        default_root_dir=folder,
     )
     module = made(row.module)
     if ckpt is not None:
@@ -75,7 +79,11 @@ def run(name: str, strategy: str, to: str, ckpt: Any = None) -> dict[str, Any]:
                 p.add_(1.0)  # nothing but the file can be where the weights come from
     ours.fit(module, rows, rows, ckpt_path=ckpt)
     validated = ours.validate(module, rows, verbose=False)[0]["val"]
-    return {"weights": weights(module), "logged": [*notes.seen, validated], "files": folder / "files"}
+    return {
+        "weights": weights(module),
+        "logged": [*notes.seen, validated],
+        "files": folder / "files",
+    }
 
 
 def tried(*given: Any, **more: Any) -> dict[str, Any]:
@@ -89,7 +97,11 @@ def tried(*given: Any, **more: Any) -> dict[str, Any]:
         text = f"{type(error).__name__}: {error}"
         ours = isinstance(error, (la.errors.AccelError, ValueError, TypeError)) and "Do: " in text
         stepped = any(f.name in ("training_step", "optimizer_step") for f in frames)
-        return {"error": text, "refused": ours and not stepped, "at": f"{frames[-1].filename}:{frames[-1].lineno}"}
+        return {
+            "error": text,
+            "refused": ours and not stepped,
+            "at": f"{frames[-1].filename}:{frames[-1].lineno}",
+        }
 
 
 def compared(found: dict[str, Any], reference: dict[str, Any], last: int = 0) -> dict[str, Any]:
@@ -98,11 +110,18 @@ def compared(found: dict[str, Any], reference: dict[str, Any], last: int = 0) ->
         return {k: found[k] for k in ("error", "refused", "at")}
     one, other = found["weights"], reference["weights"]
     if list(one) != list(other):
-        return {"error": f"other names: {sorted({*one} ^ {*other})[:6]}", "refused": False, "at": ""}
+        return {
+            "error": f"other names: {sorted({*one} ^ {*other})[:6]}",
+            "refused": False,
+            "at": "",
+        }
     shapes = [n for n in one if one[n].shape != other[n].shape]
     if shapes:
         return {"error": f"other shapes: {shapes[:4]}", "refused": False, "at": ""}
-    logs = [abs(a - b) for a, b in zip(found["logged"][-last:], reference["logged"][-last:], strict=True)]
+    logs = [
+        abs(a - b)
+        for a, b in zip(found["logged"][-last:], reference["logged"][-last:], strict=True)
+    ]
     return {"weights": apart(other, one), "logged": max(logs), "seconds": found["seconds"]}
 
 
@@ -123,9 +142,7 @@ def loaded(name: str, path: Path) -> dict[str, Any]:
 def together() -> None:
     """Wait for the other processes: what they wrote is there."""
     if not dist.is_initialized():
-        dist.init_process_group(
-            "gloo", rank=RANK, world_size=WORLD, timeout=timedelta(seconds=60)
-        )
+        dist.init_process_group("gloo", rank=RANK, world_size=WORLD, timeout=timedelta(seconds=60))
     dist.barrier()
 
 
@@ -153,7 +170,9 @@ if __name__ == "__main__":
                 tried(name, strategy, f"{strategy} resumed", file_of(found)), references[name], 2
             )
             cell["from one process"] = compared(
-                tried(name, strategy, f"{strategy} from one", file_of(references[name])), references[name], 2
+                tried(name, strategy, f"{strategy} from one", file_of(references[name])),
+                references[name],
+                2,
             )
             (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
     together()

@@ -278,6 +278,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         if toggles and self._around is not None:
             self._around.begin()
 
+    def in_parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return of whole tensors, by names of weights, this process's shards; no message is sent."""
+        return sharding.parts_like(tensors, self.lightning_module)
+
     def _shard_one(self, model: torch.nn.Module) -> sharding.Sharded:
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type != "cpu")
         return sharding.shard(

@@ -273,6 +273,12 @@ class TensorParallelStrategy(FSDP2Strategy):
         """Return sizes of the whole module in place of those of this process's part."""
         return self._splits[0].whole_structure(found) if self._splits else found
 
+    @override
+    def in_parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if (split := self._split) is not None:
+            tensors = {name: split.part(name, value) for name, value in tensors.items()}
+        return super().in_parts(tensors)
+
     @contextmanager
     @override
     def gathered(self) -> Iterator[None]:
