@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sharded import GPT, Adam, Fixed, made
+from sharded import GPT, Adam, Fixed, Manual
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
@@ -23,6 +23,23 @@ class Net(GPT):
     def __init__(self) -> None:
         super().__init__(depth=2)
         self.double()
+
+
+class ByHand(Manual):
+    """Two optimizers by hand, toggled, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = self.blocks[:2]
+        self.double()
+
+
+class Single(GPT):
+    """In float32, for techniques that change nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.float()
 
 
 class Row(NamedTuple):
@@ -44,7 +61,12 @@ def plugin(make: Callable[[], Any], **more: Any) -> Row:
 
 
 def taught(losses: Any, **more: Any) -> Any:
-    return lambda: la.Distillation(la.Teacher(made(Adam), precision="same"), losses, **more)
+    return lambda: la.Distillation(la.Teacher(_teacher(), precision="same"), losses, **more)
+
+
+def _teacher() -> GPT:
+    torch.manual_seed(3)
+    return Adam().double()
 
 
 def compiles() -> Any:
@@ -57,9 +79,20 @@ ROWS: dict[str, Row] = {
     "prune": alone(lambda: la.StructuredPruning(ratio=0.5, when=1, compensate=False)),
     "masks": alone(lambda: la.WeightMasks(0.5, when=1)),
     "masks 2:4": alone(lambda: la.WeightMasks(pattern="2:4")),
+    "masks, by hand": alone(lambda: la.WeightMasks(0.5, when=1), module=ByHand),
+    "masks, pruned": alone(
+        lambda: la.WeightMasks(0.5),
+        lambda: la.StructuredPruning(ratio=0.5, when=1, compensate=False),
+    ),
     "quantize": alone(lambda: la.QuantizationAwareTraining(when=1)),
     "quantize after": alone(lambda: la.PostTrainingQuantization(batches=2)),
     "sparsity": alone(lambda: la.SparsityTraining("group_lasso", strength=1e-2)),
+    "sparsity, growing": alone(
+        lambda: la.SparsityTraining("growing", strength=0.1, every_n_steps=1)
+    ),
+    "sparsity, by hand": alone(
+        lambda: la.SparsityTraining("group_lasso", strength=1e-2), module=ByHand
+    ),
     "distill": alone(taught("kd")),
     "distill hints": alone(taught(HINT)),
     "distill itself": alone(
@@ -87,9 +120,11 @@ ROWS: dict[str, Row] = {
     "frozen": alone(lambda: la.FrozenPredict(backend="eager")),
     "objective": alone(lambda: la.Objective("val")),
     "fp32": plugin(lambda: la.AutocastPrecision("32-true")),
-    "bf16": plugin(lambda: la.AutocastPrecision("bf16-mixed"), exact=False),
-    "use bf16": alone(lambda: la.UsePrecision(la.AutocastPrecision("bf16-mixed")), exact=False),
-    "bf16 weights": plugin(lambda: la.Bf16Precision("master"), exact=False),
+    "bf16": plugin(lambda: la.AutocastPrecision("bf16-mixed"), module=Single, exact=False),
+    "use bf16": alone(
+        lambda: la.UsePrecision(la.AutocastPrecision("bf16-mixed")), module=Single, exact=False
+    ),
+    "bf16 weights": plugin(lambda: la.Bf16Precision("master"), module=Single, exact=False),
 }
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": lambda: "ddp",

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from composed import EPOCHS, ROWS, SAVED, STRATEGIES, rows_of
+from composed import EPOCHS, ROWS, ByHand, SAVED, STRATEGIES, rows_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sharded import apart, made, trainer, weights
+from sharded import apart, trainer, weights
 
 import lightning_accel as la
 
@@ -64,6 +64,8 @@ def run(name: str, strategy: str, to: str, ckpt: Any = None) -> dict[str, Any]:
     )
     callbacks = [*given.pop("callbacks", []), notes, saver]
     split = strategy in ("", "accel_tensor")
+    if strategy == "ddp" and row.module is ByHand:
+        given["strategy"] = "ddp_find_unused_parameters_true"
     rows = rows_of(0, 1) if split else rows_of(RANK, WORLD)
     ours = trainer(
         **given,
@@ -72,7 +74,8 @@ def run(name: str, strategy: str, to: str, ckpt: Any = None) -> dict[str, Any]:
         enable_checkpointing=True,
         default_root_dir=folder,
     )
-    module = made(row.module)
+    torch.manual_seed(3)
+    module = row.module()
     if ckpt is not None:
         with torch.no_grad():
             for p in module.parameters():

@@ -39,11 +39,12 @@ from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
 from lightning_accel.parallel.uses import Uses
+from lightning_accel.parallel.weights_in_parts import WeightsInParts
 
 Checkpoints = Literal["whole", "sharded"]
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
     """Shard parameters, gradients and optimizer states of any LightningModule over all processes (FSDP2).
 
     The module stays as it is, with layers made in `__init__` or in `configure_model`. It is sharded once all edits of
@@ -277,10 +278,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._stand_around(trainer)
         if toggles and self._around is not None:
             self._around.begin()
-
-    def in_parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return of whole tensors, by names of weights, this process's shards; no message is sent."""
-        return sharding.parts_like(tensors, self.lightning_module)
 
     def _shard_one(self, model: torch.nn.Module) -> sharding.Sharded:
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type != "cpu")

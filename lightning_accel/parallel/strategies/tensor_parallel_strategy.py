@@ -279,6 +279,11 @@ class TensorParallelStrategy(FSDP2Strategy):
             tensors = {name: split.part(name, value) for name, value in tensors.items()}
         return super().in_parts(tensors)
 
+    @override
+    def whole_tensor(self, name: str, value: Tensor) -> Tensor:
+        full = super().whole_tensor(name, value)
+        return full if self._split is None else self._split.whole(name, full)
+
     @contextmanager
     @override
     def gathered(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -21,7 +22,7 @@ from lightning_accel.bridge.optimizers import (
     shadows_of,
 )
 from lightning_accel.bridge.restore import averages
-from lightning_accel.bridge.strategies import gathers, in_parts, on_whole
+from lightning_accel.bridge.strategies import gathers, in_parts, layout, on_whole
 from lightning_accel.bridge.technique import Technique
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import explain
@@ -60,7 +61,7 @@ class WeightMasks(Technique):
         "_handles": list,
         "_steps": type(None),
         "_parts": dict,
-        "_made_for": type(None),
+        "_made_for": list,
     }
 
     def __init__(
@@ -96,7 +97,7 @@ class WeightMasks(Technique):
         self._handles: list[RemovableHandle] = []
         self._steps: Steps | None = None
         self._parts: dict[str, Tensor] = {}  # of the masks, where weights are in parts
-        self._made_for: Tensor | None = None
+        self._made_for: list[object] = []
 
     @property
     def when(self) -> float:
@@ -135,7 +136,7 @@ class WeightMasks(Technique):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.select.require(pl_module)
         self._hold(trainer, pl_module)
-        self._parts, self._made_for = {}, None
+        self._parts, self._made_for = {}, []
         if self.masks:  # resumed
             difference = changed(self._before, self._settings)
             if difference:
@@ -234,6 +235,7 @@ class WeightMasks(Technique):
         present = dict(pl_module.named_parameters(remove_duplicate=False))
         self._resting = {name: mask for name, mask in keep.items() if name not in present}
         self.masks = {n: mask.to(pl_module.device) for n, mask in keep.items() if n in present}
+        self._made_for = []
         receipt = masking.apply_masks(pl_module, self.masks)
         self._unhook()
         if not gathers(trainer.strategy):  # gradients of shards come past hooks of weights
@@ -259,10 +261,11 @@ class WeightMasks(Technique):
         """Return what this process holds of the masks: its parts, where weights are in parts."""
         if not self.masks or not gathers(trainer.strategy):
             return self.masks
-        path, _, leaf = next(iter(self.masks)).rpartition(".")
-        weight = pl_module.get_submodule(path)._parameters[leaf]  # another one after each sharding
-        if weight is not self._made_for:
-            self._parts, self._made_for = in_parts(trainer, self.masks), weight
+        named = dict(pl_module.named_parameters(remove_duplicate=False))
+        weights: list[object] = [named[name] for name in self.masks]  # gathered ones are others
+        weights.append(layout(trainer))
+        if any(a is not b for a, b in zip_longest(weights, self._made_for)):
+            self._parts, self._made_for = in_parts(trainer, self.masks), weights
         return self._parts
 
     def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -278,7 +281,7 @@ class WeightMasks(Technique):
         if self._steps is not None:
             self._steps.stop()
         self._steps = None
-        self._parts, self._made_for = {}, None
+        self._parts, self._made_for = {}, []
         self._unhook()
 
     def _unhook(self) -> None:
