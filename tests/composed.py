@@ -99,6 +99,9 @@ ROWS: dict[str, Row] = {
         lambda: la.StructuredPruning(ratio=0.5, when=1, compensate=False),
         lambda: la.Distillation("self", "kd"),
     ),
+    "distill, pruned": alone(
+        lambda: la.StructuredPruning(ratio=0.5, when=1, compensate=False), taught("kd")
+    ),
     "loading": alone(lambda: la.FastLoading(budget_s=0.01)),
     "rows": alone(lambda: la.FastLoading(num_workers=False, pin_memory=False, budget_s=0.01)),
     "measure": alone(la.StepMeter),
