@@ -24,7 +24,7 @@ def refuse_mirror(trainer: object) -> None:
 
 
 def refuse_sharded(
-    strategy: Strategy, what: str, *, unless_gathered: bool = False, cuts: bool = True
+    strategy: Strategy, what: str, *, unless_gathered: bool = False, cuts: bool = True, do: str = ""
 ) -> None:
     """Raise unless parameters are whole on every rank and can be re-wrapped in mid-training.
 
@@ -33,11 +33,12 @@ def refuse_sharded(
         what: Who asks.
         unless_gathered: A strategy that makes the module whole for a while will do.
         cuts: Whether it takes channels out.
+        do: What can be done besides.
     """
     if unless_gathered and gathers(strategy):
         return
     if holding(strategy) in ("sharded", "traced"):
-        does = "train with one device, or with strategy='ddp'"
+        does = f"{do}train with one device, or with strategy='ddp'"
         if unless_gathered:
             does = f"use strategy='accel_fsdp', {does}"
             if cuts:

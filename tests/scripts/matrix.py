@@ -1,4 +1,4 @@
-"""Every technique under every strategy beside one process: `matrix.py FOLDER [NAME ...]`; a JSON per rank.
+"""Every technique under every strategy beside one process: `matrix.py FOLDER [ROW/STRATEGY ...]`; a JSON per rank.
 
 References are made first, shared among the processes; then all run under each strategy; what goes on in one process
 afterwards is shared again.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -20,7 +19,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from composed import EPOCHS, ROWS, ByHand, SAVED, STRATEGIES, rows_of
+from composed import (
+    EPOCHS,
+    FEW,
+    ON_FOUR,
+    ROWS,
+    SAVED,
+    STRATEGIES,
+    ByHand,
+    rows_of,
+    together,
+)  # fmt: skip
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sharded import apart, trainer, weights
@@ -30,9 +39,11 @@ import lightning_accel as la
 warnings.simplefilter("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
+KINDS = STRATEGIES | ON_FOUR
 RANK, WORLD = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(sys.argv[1])
-WHAT = ("fit", "validate", "resume", "to one process", "from one process", "load")
+QUICK = os.environ.get("QUICK") == "1"
+"""Teams, and what is refused; and of each the fit and a fit that goes on from one process's file."""
 
 
 class Notes(Callback):
@@ -51,11 +62,11 @@ class Failed(Exception):
 
 def run(name: str, strategy: str, to: str, ckpt: Any = None) -> dict[str, Any]:
     """Fit and validate with a technique; return weights and what was logged."""
-    row, folder = ROWS[name], FOLDER / "runs" / name / to
+    row, folder = together(name), FOLDER / "runs" / name / to
     folder.mkdir(parents=True, exist_ok=True)
     given = row.make(folder)
     if strategy:
-        given |= {"strategy": STRATEGIES[strategy](), "devices": WORLD}
+        given |= {"strategy": KINDS[strategy](), "devices": WORLD}
     else:
         given |= {"devices": 1}
     notes = Notes()
@@ -63,10 +74,11 @@ def run(name: str, strategy: str, to: str, ckpt: Any = None) -> dict[str, Any]:
         folder / "files", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True
     )
     callbacks = [*given.pop("callbacks", []), notes, saver]
-    split = strategy in ("", "accel_tensor")
+    rows = rows_of(*_place(strategy))
     if strategy == "ddp" and row.module is ByHand:
         given["strategy"] = "ddp_find_unused_parameters_true"
-    rows = rows_of(0, 1) if split else rows_of(RANK, WORLD)
+    if row.evaluates:
+        techniques, callbacks = callbacks[:-2], callbacks[-2:]
     ours = trainer(
         **given,
         callbacks=callbacks,
@@ -81,12 +93,22 @@ def run(name: str, strategy: str, to: str, ckpt: Any = None) -> dict[str, Any]:
             for p in module.parameters():
                 p.add_(1.0)  # nothing but the file can be where the weights come from
     ours.fit(module, rows, rows, ckpt_path=ckpt)
+    if row.evaluates:
+        given["strategy"] = KINDS[strategy]() if strategy else "auto"
+        ours = trainer(**given, callbacks=techniques)
     validated = ours.validate(module, rows, verbose=False)[0]["val"]
     return {
         "weights": weights(module),
         "logged": [*notes.seen, validated],
         "files": folder / "files",
     }
+
+
+def _place(strategy: str) -> tuple[int, int]:
+    """Return whose rows this process sees, of how many shares."""
+    if strategy in ("", "accel_tensor"):
+        return 0, 1
+    return (RANK // 2, 2) if strategy in ON_FOUR else (RANK, WORLD)
 
 
 def tried(*given: Any, **more: Any) -> dict[str, Any]:
@@ -135,58 +157,62 @@ def file_of(found: dict[str, Any]) -> Path:
 def loaded(name: str, path: Path) -> dict[str, Any]:
     """Load the last file in one process."""
     try:
-        module = la.load_from_checkpoint(ROWS[name].module, path)
+        module = la.load_from_checkpoint(together(name).module, path)
         return {"weights": weights(module), "logged": [0.0], "seconds": 0.0}
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}", "refused": False, "at": ""}
 
 
-def together() -> None:
+def wait() -> None:
     """Wait for the other processes: what they wrote is there."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", rank=RANK, world_size=WORLD, timeout=timedelta(seconds=60))
     dist.barrier()
 
 
-if __name__ == "__main__":
-    names = sys.argv[2:] or [*ROWS]
+def asked() -> list[tuple[str, str]]:
+    """Return rows and strategies to run."""
+    if sys.argv[2:]:
+        return [tuple(one.split("/")) for one in sys.argv[2:]]  # type: ignore[misc]
+    if WORLD == 4:
+        return [(name, strategy) for name in FEW for strategy in ON_FOUR]
+    return [(name, strategy) for name in ROWS for strategy in STRATEGIES]
+
+
+def main() -> None:
+    cells = asked()
+    names = list(dict.fromkeys(name for name, _ in cells))
     references = {n: tried(n, "", "alone") for i, n in enumerate(names) if i % WORLD == RANK}
     torch.save(references, FOLDER / f"references{RANK}.pt")
-    together()
+    wait()
     for rank in range(WORLD):
         references |= torch.load(FOLDER / f"references{rank}.pt", weights_only=False)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {name: {} for name in names}
     runs: dict[Any, Any] = {}
-    for name in names:
-        if "error" in references[name]:
-            results[name] = {"reference": references[name]}
-            continue
-        plain = references.get("none", references[name])["weights"]
-        for strategy in STRATEGIES:
-            cell = results.setdefault(name, {}).setdefault(strategy, {})
-            found = runs[name, strategy] = tried(name, strategy, strategy)
-            cell["fit"] = compared(found, references[name])
-            if "error" in found:
-                continue
-            cell["resume"] = compared(
-                tried(name, strategy, f"{strategy} resumed", file_of(found)), references[name], 2
-            )
-            cell["from one process"] = compared(
-                tried(name, strategy, f"{strategy} from one", file_of(references[name])),
-                references[name],
-                2,
-            )
-            (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
-    together()
+    for name, strategy in cells:
+        reference, cell = references[name], results[name].setdefault(strategy, {})
+        found = runs[name, strategy] = tried(name, strategy, strategy)
+        cell["fit"] = compared(found, reference)
+        goes_on = {"resume": found, "from one process": reference}
+        for what, came in goes_on.items() if "error" not in found else ():
+            if not QUICK or what == "from one process":
+                again = tried(name, strategy, f"{strategy} {what}", file_of(came))
+                cell[what] = compared(again, reference, 2)
+        (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
+    wait()
     for index, (name, strategy) in enumerate(runs):
-        found = runs[name, strategy]
+        found, reference = runs[name, strategy], references[name]
         if "error" in found or index % WORLD != RANK:
             continue
-        cell = results[name][strategy]
-        cell["to one process"] = compared(
-            tried(name, "", f"{strategy} to one", file_of(found)), references[name], 2
-        )
-        last = found["files"] / f"epoch={EPOCHS - 1}.ckpt"
-        cell["load"] = compared(loaded(name, last), references[name] | {"logged": [0.0]})
+        cell, last = results[name][strategy], found["files"] / f"epoch={EPOCHS - 1}.ckpt"
+        if not QUICK:
+            again = tried(name, "", f"{strategy} to one", file_of(found))
+            cell["to one process"] = compared(again, reference, 2)
+        if not together(name).leaves:
+            cell["load"] = compared(loaded(name, last), reference | {"logged": [0.0]})
     (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -425,6 +425,10 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
+        if self._save_distributed_checkpoint and storage_options is None:
+            path = Path(self.broadcast(filepath))
+            folders.save(checkpoint, path, is_first=self.is_global_zero, barrier=self.barrier)
+            return
         if not self._save_distributed_checkpoint:  # averages of callbacks are among it
             checkpoint = sharding.whole(checkpoint, keep=self.is_global_zero)
         super().save_checkpoint(checkpoint, filepath, storage_options)
