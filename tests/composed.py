@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,7 +187,8 @@ bits: within 0.002, of bfloat16 weights within 0.02. Anything else is refused at
 
 What a technique learns from batches it learns from those of the first process (compensation of a prune, calibration of a
 quantization, importance by gradients): with these, results are those of its share of the data, the same on all processes.
-Not here: `Float8Linear` and `XlaPrecision`, which need other hardware, and `Deploy`, which acts after the fit.
+Not here: `Float8Linear` and `XlaPrecision`, which need other hardware, `MemoryFormat`, which changes no number, and `Deploy`,
+which acts after the fit.
 
 """
 
@@ -212,6 +214,20 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {name} | {' | '.join(words)} |")
     notes = [f"{n}. {why}" for n, why in enumerate(said, 1)]
     return HEAD + "\n".join(lines) + "\n\nWhy, and what to do:\n\n" + "\n".join(notes) + "\n"
+
+
+def read(page: str) -> dict[tuple[str, str], str]:
+    """Return what a page says, by row and strategy, with the reasons in place of their numbers."""
+    why = dict(re.findall(r"^(\d+)\. (.*)$", page, re.M))
+    head, _, *lines = re.findall(r"^\|.*\|$", page, re.M)
+    strategies = [cell.strip(" `") for cell in head.split("|")[2:-1]]
+    words = {}
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        for strategy, cell in zip(strategies, cells, strict=True):
+            number = re.search(r"\((\d+)\)", cell)
+            words[name, strategy] = f"refused: {why[number[1]]}" if number else cell
+    return words
 
 
 def verdict(name: str, cell: dict[str, Any] | None) -> str:

@@ -198,7 +198,8 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_told_and_leaves_the_las
         run.fit(made(Adam), data(0, 1))
     found = folders.gathered(path) if sharded else torch.load(path, weights_only=True)
     last = found["state_dict"]
-    assert min(apart(seen, last) for seen in notes.seen) == 0.0
-    assert found["epoch"] == (0 if sharded else found["epoch"])
+    assert apart(notes.seen[found["epoch"]], last) == 0.0
+    assert found["epoch"] == 0
     again = trainer(devices=1, strategy=FSDP2Strategy(), max_epochs=3)
     again.fit(made(Adam), data(0, 1), ckpt_path=path)
+    io.steps.release(9)  # the thread that still waits
