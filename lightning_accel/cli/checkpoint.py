@@ -81,8 +81,9 @@ def _names(subject: str, source: Path) -> list[list[str]]:
     if not isinstance(module, LightningModule):
         do = "name a LightningModule, or a function that makes one"
         raise TypeError(explain(f"`{subject}` makes no LightningModule", type(module).__name__, do))
+    configure: Any = module.configure_optimizers
     what = f"`configure_optimizers` of `{subject}` fails outside of a fit"
-    optimizers = users_own(what, lambda: _configure_optimizers(module.configure_optimizers())[0])
+    optimizers = users_own(what, lambda: _configure_optimizers(configure())[0])
     names = {id(p): name for name, p in module.named_parameters()}
     return [
         [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
