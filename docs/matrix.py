@@ -12,16 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def found(folder: Path) -> dict[str, dict[str, Any]]:
     """Run the matrix on two and on four processes; return by row and strategy what all processes found."""
-    from composed import ROWS
+    from composed import FEW, ON_FOUR, ROWS, STRATEGIES
     from forks import results_of
 
     results: dict[str, dict[str, Any]] = {name: {} for name in ROWS}
-    for count in (2, 4):
-        (folder / str(count)).mkdir()
-        for one in results_of("matrix.py", folder / str(count), count=count):
+    for strategy in (*STRATEGIES, *ON_FOUR):  # by itself each ends in time
+        on_four = strategy in ON_FOUR
+        cells = [f"{name}/{strategy}" for name in (FEW if on_four else ROWS)]
+        (own := folder / strategy).mkdir()
+        for one in results_of("matrix.py", own, *cells, count=4 if on_four else 2):
             for name, row in one.items():
-                for strategy, cell in row.items():
-                    worst(results[name].setdefault(strategy, {}), cell)
+                worst(results[name].setdefault(strategy, {}), row[strategy])
     return results
 
 

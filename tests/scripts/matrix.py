@@ -1,4 +1,4 @@
-"""Every technique under every strategy beside one process: `matrix.py FOLDER [ROW/STRATEGY ...]`; a JSON per rank.
+"""Every technique under every strategy beside one process: `matrix.py FOLDER ROW/STRATEGY ...`; a JSON per rank.
 
 References are made first, shared among the processes; then all run under each strategy; what goes on in one process
 afterwards is shared again.
@@ -21,9 +21,7 @@ import torch
 import torch.distributed as dist
 from composed import (
     EPOCHS,
-    FEW,
     ON_FOUR,
-    ROWS,
     SAVED,
     STRATEGIES,
     ByHand,
@@ -171,17 +169,8 @@ def wait() -> None:
     dist.barrier()
 
 
-def asked() -> list[tuple[str, str]]:
-    """Return rows and strategies to run."""
-    if sys.argv[2:]:
-        return [tuple(one.split("/")) for one in sys.argv[2:]]  # type: ignore[misc]
-    if WORLD == 4:
-        return [(name, strategy) for name in FEW for strategy in ON_FOUR]
-    return [(name, strategy) for name in ROWS for strategy in STRATEGIES]
-
-
 def main() -> None:
-    cells = asked()
+    cells = [one.split("/") for one in sys.argv[2:]]
     names = list(dict.fromkeys(name for name, _ in cells))
     references = {n: tried(n, "", "alone") for i, n in enumerate(names) if i % WORLD == RANK}
     torch.save(references, FOLDER / f"references{RANK}.pt")
