@@ -20,7 +20,8 @@ def found(folder: Path) -> dict[str, dict[str, Any]]:
         on_four = strategy in ON_FOUR
         cells = [f"{name}/{strategy}" for name in (FEW if on_four else ROWS)]
         (own := folder / strategy).mkdir()
-        for one in results_of("matrix.py", own, *cells, count=4 if on_four else 2):
+        quick = "1" if on_four else "0"
+        for one in results_of("matrix.py", own, *cells, count=4 if on_four else 2, QUICK=quick):
             for name, row in one.items():
                 worst(results[name].setdefault(strategy, {}), row[strategy])
     return results
