@@ -223,5 +223,5 @@ def _refuse(strategy: Strategy, what: str, kinds: tuple[str, ...]) -> None:
             f"{what} exchanges whole parameters around a step, which this strategy shards or traces",
             type(strategy).__name__,
             "use `AutocastPrecision('bf16-mixed')`; `XlaPrecision` on XLA; or, for weights that are gathered in bfloat16 and "
-            "learn in float32, `FSDP2Strategy(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))`",
+            "learn in float32, `FSDP2Strategy` with mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)",
         )
