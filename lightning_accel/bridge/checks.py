@@ -23,23 +23,33 @@ def refuse_mirror(trainer: object) -> None:
         )
 
 
-def refuse_sharded(strategy: Strategy, what: str, *, unless_gathered: bool = False) -> None:
+def refuse_sharded(
+    strategy: Strategy, what: str, *, unless_gathered: bool = False, cuts: bool = True, do: str = ""
+) -> None:
     """Raise unless parameters are whole on every rank and can be re-wrapped in mid-training.
 
     Args:
         strategy: Of the fit.
         what: Who asks.
         unless_gathered: A strategy that makes the module whole for a while will do.
+        cuts: Whether it takes channels out.
+        do: What can be done besides.
     """
     if unless_gathered and gathers(strategy):
         return
     if holding(strategy) in ("sharded", "traced"):
-        does = "use strategy='accel_fsdp', train with one device, or with strategy='ddp'; where you shard in "
-        does += "`configure_model`, call `lightning_accel.prune_before_sharding(self, example=..., ratio=...)` there"
+        does = f"{do}train with one device, or with strategy='ddp'"
+        if unless_gathered:
+            does = f"use strategy='accel_fsdp', {does}"
+            if cuts:
+                does += "; where you shard in `configure_model`, call "
+                does += (
+                    "`lightning_accel.prune_before_sharding(self, example=..., ratio=...)` there"
+                )
         raise Unsupported(
             f"{what} cannot change tensors that a strategy has already sharded or traced",
             type(strategy).__name__,
-            does if unless_gathered else "train with one device, or with strategy='ddp'",
+            does,
         )
 
 

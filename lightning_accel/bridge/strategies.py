@@ -6,13 +6,14 @@ cannot be imported to be compared with. So the names in their lineage count firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
 
 from lightning_accel.surgery import Structure
 
@@ -64,6 +65,43 @@ def whole(trainer: Trainer) -> Iterator[None]:
     strategy: Any = trainer.strategy
     with strategy.gathered() if gathers(strategy) else nullcontext():
         yield
+
+
+class WholeWeights:
+    """Reads as a module whose weights are whole, for who sums over them in mid-step: names, and the layers they are of.
+
+    Args:
+        pl_module: The module, whose weights may be in parts; all processes make one at the same time.
+        names: Of the weights that are wanted.
+    """
+
+    def __init__(self, pl_module: LightningModule, names: Iterable[str]) -> None:
+        strategy: Any = pl_module.trainer.strategy
+        named = dict(pl_module.named_parameters(remove_duplicate=False))
+        found: dict[int, nn.Parameter] = {}
+        for name in (wanted := [name for name in names if name in named]):
+            if id(named[name]) not in found:
+                full = strategy.whole_tensor(name, named[name].detach())
+                found[id(named[name])] = nn.Parameter(full, named[name].requires_grad)
+        self._named = {name: found[id(named[name])] for name in wanted}
+        self.get_submodule = pl_module.get_submodule
+
+    def named_parameters(
+        self, *, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the weights that were wanted, whole."""
+        yield from self._named.items()
+
+
+def layout(trainer: Trainer) -> object:
+    """Return another object whenever weights were put in other parts."""
+    return getattr(trainer.strategy, "layout", None)
+
+
+def in_parts(trainer: Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return of whole tensors, by names of weights, what this process holds of those weights."""
+    strategy: Any = trainer.strategy
+    return strategy.in_parts(tensors) if hasattr(strategy, "in_parts") else dict(tensors)
 
 
 @contextmanager

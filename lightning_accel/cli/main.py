@@ -12,6 +12,7 @@ from lightning_accel import __version__
 from lightning_accel.cli import (
     bench,
     board,
+    checkpoint,
     completion,
     doctor,
     env,
@@ -37,6 +38,7 @@ _COMMANDS = (
     export,
     report,
     board,
+    checkpoint,
 )
 
 _ABOUT = """Make the training you already have with Lightning faster and its model smaller, and measure it.

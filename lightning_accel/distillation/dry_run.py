@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_accel.bridge.inert import inert_copy
 from lightning_accel.bridge.restore import load_from_checkpoint
-from lightning_accel.bridge.strategies import holding
+from lightning_accel.bridge.strategies import gathers, holding
 from lightning_accel.distillation import diagnostics
 from lightning_accel.distillation.criterion import Hearing, Listener
 from lightning_accel.distillation.distillation_loss import DistillationLoss
@@ -98,11 +98,14 @@ def refuse_impossible(
             "no StructuredPruning among the callbacks",
             "add one, or pass a trained teacher, or 'ema'",
         )
-    if kinds & {SELF, EMA} and is_sharded(trainer):
+    moving = {EMA} if gathers(trainer.strategy) else {SELF, EMA}
+    if kinds & moving and is_sharded(trainer):
         raise Unsupported(
-            "teacher='self' and 'ema' need whole parameters on every process",
+            "teacher='self' and 'ema' need whole parameters on every process"
+            if SELF in moving
+            else "teacher='ema' needs whole parameters on every process after each step",
             type(trainer.strategy).__name__,
-            "pass a trained teacher",
+            "pass a trained teacher, or train with strategy='ddp'",
         )
     if EMA in kinds and engine.cache is not None:
         raise AccelError(

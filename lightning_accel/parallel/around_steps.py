@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import wraps
 from typing import Any
@@ -49,15 +50,23 @@ class AroundSteps:
         by_hand = fits and not root.automatic_optimization
         self._manual = Manual(root, units, self._write_back) if by_hand else None
         self._uneven = Uneven(root, unsteady, group) if fits and unsteady else None
-        self._steps: dict[str, Any] = {}
-        for step in _STEPS:
-            if is_overridden(step, root) and step not in vars(root):
-                # Ours is within: what the step wrote is kept before FSDP2 lets go of the copies.
-                vars(root)[step] = self._keeping_writes(getattr(root, step))
-                register_fsdp_forward_method(root, step)
-                if step != "training_step":
-                    vars(root)[step] = self._letting_go(vars(root)[step])
-                self._steps[step] = vars(root)[step]
+        self._steps: dict[str, _Step] = {}
+        for name in _STEPS:
+            there = _within(vars(root).get(name))
+            if there is not None or (is_overridden(name, root) and name not in vars(root)):
+                self._steps[name] = self._stand(name, there or _Step(root, name))
+
+    def _stand(self, name: str, step: _Step) -> _Step:
+        """Let a step run with all that shards need, below what others put around it since."""
+        root, above = self._root, vars(self._root).pop(name, step)
+        # Ours is within: what the step wrote is kept before FSDP2 lets go of the copies.
+        vars(root)[name] = self._keeping_writes(step.plain)
+        register_fsdp_forward_method(root, name)
+        step.run = vars(root)[name]
+        if name != "training_step":
+            step.run = self._letting_go(step.run)
+        vars(root)[name] = above
+        return step
 
     def _keeping_writes(self, step: Any) -> Any:
         @wraps(step)
@@ -131,9 +140,36 @@ class AroundSteps:
     def leave(self) -> None:
         """Keep what was written, and give the module its own methods back."""
         self._write_back.let_go()
-        for step, ours in self._steps.items():
-            if vars(self._root).get(step) is ours:
-                del vars(self._root)[step]
+        for name, step in self._steps.items():
+            step.run = step.plain
+            if vars(self._root).get(name) is step:
+                del vars(self._root)[name]
         self._steps.clear()
         if self._manual is not None:
             self._manual.end()
+
+
+class _Step:
+    """A step of the module in the place of its method; it stays, plain, where others stand around it at the end."""
+
+    def __init__(self, root: LightningModule, name: str) -> None:
+        self.plain = self.run = self.__wrapped__ = getattr(
+            root, name
+        )  # Lightning reads its signature
+        self._root, self._name = root, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.plain, memo)  # the method of the copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._root, self._name)
+
+
+def _within(step: Any) -> _Step | None:
+    """Return ours below what others put around it."""
+    while step is not None and not isinstance(step, _Step):
+        step = getattr(step, "__wrapped__", None)
+    return step

@@ -7,7 +7,8 @@ is no tensor of the model, in `meta.pt`. Any number of processes reads what any 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -31,12 +32,13 @@ from torch.optim import Optimizer
 
 from lightning_accel.errors import AccelError, UnsafeFile, weights_alone
 
-_META = "meta.pt"
+META = "meta.pt"
+"""What is no tensor of the model, beside the shards."""
 
 
 def is_folder(path: Path) -> bool:
     """Whether a path is such a folder."""
-    return path.is_dir() and (path / _META).is_file()
+    return path.is_dir() and (path / META).is_file()
 
 
 def values(path: Path) -> dict[str, Any]:
@@ -45,13 +47,51 @@ def values(path: Path) -> dict[str, Any]:
     Raises:
         UnsafeFile: It holds more than tensors and plain values.
     """
-    with weights_alone(path / _META):
-        found = torch.load(path / _META, map_location="cpu", weights_only=True)
+    with weights_alone(path / META):
+        found = torch.load(path / META, map_location="cpu", weights_only=True)
     return {**found, "state_dict": {}, "optimizer_states": []}
 
 
-def gathered(path: Path) -> dict[str, Any]:
-    """Return a folder as one checkpoint, with whole weights and without states of optimizers, in this process.
+def save(
+    checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Callable[[], None]
+) -> None:
+    """Write a folder, each process its shards; what was at the path stays there until all is written.
+
+    Args:
+        checkpoint: Of all processes, with shards under `state_dict` and `optimizer_states`.
+        path: The same for all.
+        is_first: Whether this process moves it into its place.
+        barrier: Waits for all processes.
+    """
+    partial, old = (path.with_name(f"{path.name}.{kind}") for kind in ("partial", "old"))
+    if is_first:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+        partial.mkdir(parents=True)
+    barrier()
+    state = {"state_dict": checkpoint["state_dict"]}
+    for index, one in enumerate(checkpoint.get("optimizer_states", ())):
+        state[f"optimizer_{index}"] = one
+    rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+    with _as_it_was_raised("written", "make room for it, and look at the error above"):
+        dcp.save(state, checkpoint_id=partial)
+    if is_first:
+        torch.save(rest, partial / META)
+        if path.is_dir():
+            path.rename(old)
+        else:
+            path.unlink(missing_ok=True)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def gathered(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
+    """Return a folder as one checkpoint, with whole weights, in this process.
+
+    Args:
+        path: The folder.
+        optimizers: Read their states too, each under a key of its own, `optimizer_0` and so on, by names of weights.
 
     Raises:
         UnsafeFile: It holds more than tensors and plain values.
@@ -60,9 +100,12 @@ def gathered(path: Path) -> dict[str, Any]:
 
     check(path)
     found: dict[str, Any] = {}
-    reader = dcp.FileSystemReader(path)
+    reader, keys = dcp.FileSystemReader(path), {"state_dict"}
+    if optimizers:
+        names = reader.read_metadata().state_dict_metadata
+        keys |= {n.partition(".")[0] for n in names if n.startswith("optimizer_")}
     with _as_it_was_raised():
-        _load_state_dict(found, reader, planner=_AllWeights(keys={"state_dict"}), no_dist=True)
+        _load_state_dict(found, reader, planner=_AllWeights(keys=keys), no_dist=True)
     return {**values(path), **found}
 
 
@@ -89,7 +132,9 @@ def check(path: Path) -> None:
 
 
 @contextmanager
-def _as_it_was_raised() -> Iterator[None]:
+def _as_it_was_raised(
+    verb: str = "read", do: str = "copy the whole folder, with `.metadata` and all `.distcp` files"
+) -> Iterator[None]:
     """Raise our own errors as such: torch wraps what happens to any process in an exception that is no `Exception`."""
     try:
         yield
@@ -99,9 +144,9 @@ def _as_it_was_raised() -> Iterator[None]:
             if isinstance(error, AccelError):
                 raise error from None
         raise AccelError(
-            "a checkpoint in shards could not be read",
+            f"a checkpoint in shards could not be {verb}",
             f"{type(errors[0]).__name__}: {errors[0]}" if errors else str(wrapped),
-            "copy the whole folder, with `.metadata` and all `.distcp` files",
+            do,
         ) from wrapped
 
 

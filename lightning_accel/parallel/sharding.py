@@ -190,6 +190,14 @@ def _like(value: Any, parameter: nn.Parameter) -> Any:
     return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
+def parts_like(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
+    """Return of whole tensors, by names of weights, what this process holds of those weights; no message is sent."""
+    assert model is not None
+    named = dict(model.named_parameters(remove_duplicate=False))
+    like = {name: _like(value, named[name]) for name, value in tensors.items()}
+    return {n: v.to_local() if isinstance(v, DTensor) else v for n, v in like.items()}
+
+
 def spread_gradient(old: nn.Parameter, new: nn.Parameter) -> None:
     """Give a sharded parameter its part of the gradient of the whole one."""
     if old.grad is not None:

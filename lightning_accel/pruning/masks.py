@@ -6,7 +6,8 @@ A masked network needs no less arithmetic on ordinary kernels: that is what stru
 
 A mask is a boolean tensor by name of its parameter, `True` where the weight may live. Nothing is
 registered in the model, so names in checkpoints stay as they are and any code can load them. `hold`
-keeps the promise in training: gradients before a step, weights and moments after it.
+keeps the promise in training: gradients before a step, weights and moments after it. Of weights that are
+sharded a process applies its part of each mask to its part of the weight.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_accel.arguments import one_of, open_share
@@ -130,7 +132,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], *, count: bool = 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     changes = []
     for name, keep in masks.items():
-        parameter = parameters[name]
+        parameter = part(parameters[name])
         if parameter.shape != keep.shape:
             raise ValueError(
                 explain(
@@ -154,7 +156,13 @@ def hold_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     for name, keep in masks.items():
         gradient = parameters[name].grad
         if gradient is not None:
+            gradient = part(gradient)
             gradient.masked_fill_(~keep.to(gradient.device), 0.0)
+
+
+def part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: of one that is sharded its shard, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> list[RemovableHandle]:
@@ -188,11 +196,12 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Any) -> None:
         if id(parameter) not in stepped:
             continue
         removed_blocks = ~keep.to(parameter.device)
-        parameter.masked_fill_(removed_blocks, 0.0)
+        part(parameter).masked_fill_(removed_blocks, 0.0)
         for key, value in optimizer.state.get(parameter, {}).items():
             fits = isinstance(value, Tensor) and value.shape == parameter.shape
             if fits and value.is_floating_point() and not _mixes(optimizer, parameter, key):
-                value.masked_fill_(removed_blocks.to(value.device), 0)
+                mine = part(value)
+                mine.masked_fill_(removed_blocks.to(mine.device), 0)
 
 
 def follow_masks(model: nn.Module, masks: Mapping[str, Tensor], receipt: Receipt) -> Masks:

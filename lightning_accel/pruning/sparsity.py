@@ -25,6 +25,7 @@ from lightning_accel.errors import NoEffect
 from lightning_accel.exact import wide
 from lightning_accel.pruning.coupled import bn_scales, squares, weights
 from lightning_accel.pruning.groups import Group, Member
+from lightning_accel.pruning.masks import part
 from lightning_accel.pruning.selection import choose
 from lightning_accel.surgery import Kept, Receipt
 
@@ -113,7 +114,7 @@ def add_to_grad(
 
     Args:
         model: The network.
-        gradients: What a penalty returned.
+        gradients: What a penalty returned; of gradients that are sharded, this process's part.
         held: Only these parameters: those of the optimizer that is about to step. All by default.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -122,7 +123,7 @@ def add_to_grad(
     for name, gradient in gradients.items():
         parameter = parameters[name]
         if parameter.grad is not None and id(parameter) in allowed:
-            parameter.grad.add_(gradient.to(parameter.grad.dtype))
+            part(parameter.grad).add_(gradient.to(parameter.grad.dtype))
             count += 1
     return count
 

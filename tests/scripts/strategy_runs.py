@@ -280,8 +280,6 @@ def pruned_file() -> Found:
 if KIND == "tensor":
     TECHNIQUES["fused"] = lambda: {"callbacks": [la.FusedOptimizer()]}
 REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
-    "masks": lambda: {"callbacks": [la.WeightMasks(0.5)]},
-    "sparsity": lambda: {"callbacks": [la.SparsityTraining("group_lasso")]},
     "budget": lambda: {
         "callbacks": [la.BlockCompile(backend="aot_eager"), la.ActivationBudget(0.5)]
     },

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_accel.arguments import instance
@@ -42,7 +43,7 @@ class FrozenPredict(Technique, EvaluationBatches):
         backend: As in `torch.compile`; only inductor freezes.
 
     Raises:
-        Unsupported: In a fit.
+        Unsupported: In a fit, or at the start of an evaluation on shards.
         NoEffect: After the first batch, when it called none of the networks.
 
     >>> FrozenPredict(precision="bf16-true", channels_last=True).precision
@@ -104,6 +105,12 @@ class FrozenPredict(Technique, EvaluationBatches):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if any(isinstance(p, DTensor) for p in pl_module.parameters()):
+            raise Unsupported(
+                "frozen networks hold whole weights, and this strategy gives each process a shard",
+                type(trainer.strategy).__name__,
+                "evaluate with strategy='ddp' or in one process, where the module and its files are whole",
+            )
         self._enter_anew(trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start

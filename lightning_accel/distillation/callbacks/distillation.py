@@ -18,6 +18,7 @@ from lightning_accel.arguments import instance, one_of, open_share, path, whole
 from lightning_accel.bridge import checks
 from lightning_accel.bridge.restore import averages, pristine
 from lightning_accel.bridge.step import Around
+from lightning_accel.bridge.strategies import whole as made_whole
 from lightning_accel.bridge.technique import Technique
 from lightning_accel.distillation import dry_run, heads
 from lightning_accel.distillation.arguments import index_of
@@ -194,7 +195,8 @@ class Distillation(Technique):
         if any(teacher.kind == EMA for teacher in self.teachers):
             self._set_average(trainer, pl_module, state.get("ema"))
         if SELF in state:
-            network = twin(pl_module)
+            with made_whole(trainer):
+                network = twin(pl_module)
             Structure.from_dict(state[SELF]["structure"]).apply(network)
             network.load_state_dict(state[SELF]["weights"])
             self._keep(network)

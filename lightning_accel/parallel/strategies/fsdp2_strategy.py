@@ -39,11 +39,12 @@ from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
 from lightning_accel.parallel.uses import Uses
+from lightning_accel.parallel.weights_in_parts import WeightsInParts
 
 Checkpoints = Literal["whole", "sharded"]
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
     """Shard parameters, gradients and optimizer states of any LightningModule over all processes (FSDP2).
 
     The module stays as it is, with layers made in `__init__` or in `configure_model`. It is sharded once all edits of
@@ -424,6 +425,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
+        if self._save_distributed_checkpoint and storage_options is None:
+            path = Path(self.broadcast(filepath))
+            folders.save(checkpoint, path, is_first=self.is_global_zero, barrier=self.barrier)
+            return
         if not self._save_distributed_checkpoint:  # averages of callbacks are among it
             checkpoint = sharding.whole(checkpoint, keep=self.is_global_zero)
         super().save_checkpoint(checkpoint, filepath, storage_options)

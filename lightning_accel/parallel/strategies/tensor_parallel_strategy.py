@@ -273,6 +273,17 @@ class TensorParallelStrategy(FSDP2Strategy):
         """Return sizes of the whole module in place of those of this process's part."""
         return self._splits[0].whole_structure(found) if self._splits else found
 
+    @override
+    def in_parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if (split := self._split) is not None:
+            tensors = {name: split.part(name, value) for name, value in tensors.items()}
+        return super().in_parts(tensors)
+
+    @override
+    def whole_tensor(self, name: str, value: Tensor) -> Tensor:
+        full = super().whole_tensor(name, value)
+        return full if self._split is None else self._split.whole(name, full)
+
     @contextmanager
     @override
     def gathered(self) -> Iterator[None]:

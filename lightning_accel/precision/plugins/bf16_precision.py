@@ -222,5 +222,6 @@ def _refuse(strategy: Strategy, what: str, kinds: tuple[str, ...]) -> None:
         raise Unsupported(
             f"{what} exchanges whole parameters around a step, which this strategy shards or traces",
             type(strategy).__name__,
-            "use `AutocastPrecision('bf16-mixed')`, Trainer(precision='bf16-mixed'), or `XlaPrecision` on XLA",
+            "use `AutocastPrecision('bf16-mixed')`; `XlaPrecision` on XLA; or, for weights that are gathered in bfloat16 and "
+            "learn in float32, `FSDP2Strategy` with mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)",
         )

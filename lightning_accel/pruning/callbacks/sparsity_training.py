@@ -18,6 +18,7 @@ from lightning_accel.bridge import checks
 from lightning_accel.bridge.copies import on_host
 from lightning_accel.bridge.example import AtHand, find_example
 from lightning_accel.bridge.hand import Hand
+from lightning_accel.bridge.strategies import WholeWeights, gathers, in_parts, on_whole
 from lightning_accel.bridge.technique import Technique
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import Unsupported, explain
@@ -114,7 +115,9 @@ class SparsityTraining(Technique):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        checks.refuse_sharded(trainer.strategy, type(self).__name__)
+        checks.refuse_sharded(
+            trainer.strategy, type(self).__name__, unless_gathered=True, cuts=False
+        )
         self.groups, self.picked, self._began, self._before = [], {}, -1, {}
 
     @override
@@ -130,6 +133,7 @@ class SparsityTraining(Technique):
         self.held(trainer).callback(self._release)
         self._hand.do(partial(self._begin, trainer, pl_module))
 
+    @on_whole
     def _begin(self, trainer: Trainer, pl_module: LightningModule, at_hand: AtHand | None) -> None:
         self.groups = self._find(trainer, pl_module, at_hand)
         if self._began < 0:
@@ -153,7 +157,8 @@ class SparsityTraining(Technique):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        sparsity.add_to_grad(pl_module, self._gradients(trainer, pl_module), held=held)
+        gradients = in_parts(trainer, self._gradients(trainer, pl_module))
+        sparsity.add_to_grad(pl_module, gradients, held=held)
         self._added = True
 
     @override
@@ -221,14 +226,32 @@ class SparsityTraining(Technique):
         self._stepped = self._added = False
 
     def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> sparsity.Gradients:
+        model: Any = pl_module
+        if gathers(trainer.strategy):  # one weight after another is made whole for a while
+            model = WholeWeights(pl_module, self._names())
         if self.penalty == "slimming":
-            return sparsity.slimming(pl_module, self.groups, strength=self.strength)
+            return sparsity.slimming(model, self.groups, strength=self.strength)
         if self.penalty == "group_lasso":
-            return sparsity.group_lasso(pl_module, self.groups, strength=self.strength)
+            return sparsity.group_lasso(model, self.groups, strength=self.strength)
         rises = (trainer.global_step - self._began) // self.every_n_steps + 1
         factor = min(self.ceiling, self.strength * rises)
         strengths = {name: factor * units.double() for name, units in self.picked.items()}
-        return sparsity.growing(pl_module, self.groups, strengths=strengths)
+        return sparsity.growing(model, self.groups, strengths=strengths)
+
+    def _names(self) -> list[str]:
+        """Return the weights that the groups are of.
+
+        Raises:
+            Unsupported: One is computed by a parametrization.
+        """
+        names = list(dict.fromkeys(m.tensor for g in self.groups for m in g.members))
+        if computed := next((n for n in names if ".parametrizations." in f".{n}"), None):
+            raise Unsupported(
+                "a penalty on weights that are computed needs them whole",
+                f"`{computed}`, under a strategy that shards or splits weights",
+                "train with strategy='ddp', or leave the layer out by `select`",
+            )
+        return names
 
     def _find(
         self, trainer: Trainer, pl_module: LightningModule, at_hand: AtHand | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -21,6 +22,7 @@ from lightning_accel.bridge.optimizers import (
     shadows_of,
 )
 from lightning_accel.bridge.restore import averages
+from lightning_accel.bridge.strategies import gathers, in_parts, layout, on_whole
 from lightning_accel.bridge.technique import Technique
 from lightning_accel.changed import changed, in_vain, written
 from lightning_accel.errors import explain
@@ -34,7 +36,7 @@ from lightning_accel.surgery.optimizers import Steps
 class WeightMasks(Technique):
     """Keep chosen single weights at zero during a fit, whatever the optimizer does.
 
-    Masks are decided once, are equal on all ranks, travel in checkpoints as plain boolean tensors, and
+    Masks are decided once, on the whole module, are equal on all ranks, travel in checkpoints as plain boolean tensors, and
     are cut along when `StructuredPruning` cuts the network. Weight averages are masked too. The saved
     weights are ordinary ones that are zero: nothing of this package is needed to load them.
 
@@ -55,7 +57,12 @@ class WeightMasks(Technique):
     """
 
     acts_in = ("fit",)
-    of_a_fit: ClassVar = {"_handles": list, "_steps": type(None)}
+    of_a_fit: ClassVar = {
+        "_handles": list,
+        "_steps": type(None),
+        "_parts": dict,
+        "_made_for": list,
+    }
 
     def __init__(
         self,
@@ -89,6 +96,8 @@ class WeightMasks(Technique):
         self._resting: dict[str, Tensor] = {}  # of whole blocks that are gone
         self._handles: list[RemovableHandle] = []
         self._steps: Steps | None = None
+        self._parts: dict[str, Tensor] = {}  # of the masks, where weights are in parts
+        self._made_for: list[object] = []
 
     @property
     def when(self) -> float:
@@ -115,7 +124,9 @@ class WeightMasks(Technique):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        checks.refuse_sharded(trainer.strategy, type(self).__name__)
+        checks.refuse_sharded(
+            trainer.strategy, type(self).__name__, unless_gathered=True, cuts=False
+        )
         if not checks.is_trial(trainer):
             require_reached(epochs(self._when, trainer.max_epochs), trainer.max_epochs)
         self.masks, self._before = {}, {}
@@ -125,6 +136,7 @@ class WeightMasks(Technique):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.select.require(pl_module)
         self._hold(trainer, pl_module)
+        self._parts, self._made_for = {}, []
         if self.masks:  # resumed
             difference = changed(self._before, self._settings)
             if difference:
@@ -148,7 +160,7 @@ class WeightMasks(Technique):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        masking.hold_gradients(pl_module, self.masks)
+        masking.hold_gradients(pl_module, self._mine(trainer, pl_module))
 
     @override
     def on_train_batch_end(
@@ -161,7 +173,7 @@ class WeightMasks(Technique):
     ) -> None:
         # What steps without being an optimizer of torch, or writes weights by hand.
         if self.masks:
-            masking.apply_masks(pl_module, self.masks, count=False)
+            masking.apply_masks(pl_module, self._mine(trainer, pl_module), count=False)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -197,6 +209,7 @@ class WeightMasks(Technique):
         if due and not self.masks and not self._resting:
             self._decide(trainer, pl_module)
 
+    @on_whole
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checks.refuse_lazy(pl_module, type(self).__name__)
         if self.pattern is not None:
@@ -215,16 +228,19 @@ class WeightMasks(Technique):
         self.receipt = Receipt(receipt.changes, skipped=found.skipped)
         self._report(trainer)
 
+    @on_whole
     def _apply(
         self, trainer: Trainer, pl_module: LightningModule, keep: dict[str, Tensor]
     ) -> Receipt:
         present = dict(pl_module.named_parameters(remove_duplicate=False))
         self._resting = {name: mask for name, mask in keep.items() if name not in present}
         self.masks = {n: mask.to(pl_module.device) for n, mask in keep.items() if n in present}
+        self._made_for = []
         receipt = masking.apply_masks(pl_module, self.masks)
         self._unhook()
-        # From the backward on, since SAM and the like read gradients before any step.
-        self._handles = masking.mask_gradients(pl_module, self.masks)
+        if not gathers(trainer.strategy):  # gradients of shards come past hooks of weights
+            # From the backward on, since SAM and the like read gradients before any step.
+            self._handles = masking.mask_gradients(pl_module, self.masks)
         hidden = hidden_beside(trainer, pl_module)
         for optimizer in optimizers_of(trainer, pl_module, hidden):
             masking.hold(pl_module, self.masks, optimizer)
@@ -241,18 +257,31 @@ class WeightMasks(Technique):
             masking.apply_masks(average, self.masks)
         return receipt
 
+    def _mine(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Return what this process holds of the masks: its parts, where weights are in parts."""
+        if not self.masks or not gathers(trainer.strategy):
+            return self.masks
+        named = dict(pl_module.named_parameters(remove_duplicate=False))
+        weights: list[object] = [named[name] for name in self.masks]  # gathered ones are others
+        weights.append(layout(trainer))
+        if any(a is not b for a, b in zip_longest(weights, self._made_for)):
+            self._parts, self._made_for = in_parts(trainer, self.masks), weights
+        return self._parts
+
     def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let every step of every optimizer end with the masks, in manual optimization too."""
         self.leave(trainer)
         self.held(trainer).callback(self._release)
         self._steps = Steps(
-            pl_module.parameters, lambda optimizer: masking.hold(pl_module, self.masks, optimizer)
+            pl_module.parameters,
+            lambda optimizer: masking.hold(pl_module, self._mine(trainer, pl_module), optimizer),
         )
 
     def _release(self) -> None:
         if self._steps is not None:
             self._steps.stop()
         self._steps = None
+        self._parts, self._made_for = {}, []
         self._unhook()
 
     def _unhook(self) -> None:

@@ -95,7 +95,8 @@ class PostTrainingQuantization(Technique):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        checks.refuse_sharded(trainer.strategy, type(self).__name__)
+        after = "call `lightning_accel.quantization.quantize` on the module after the fit, which leaves it whole, "
+        checks.refuse_sharded(trainer.strategy, type(self).__name__, do=after)
         others = [c for c in trainer.callbacks if getattr(c, "name", "") == self.name]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise AccelError(

@@ -376,7 +376,8 @@ def _refuse_parts(trainer: Trainer, grid: Grid, scales: str) -> None:
             f"{type(strategy).__name__}, which keeps parts of them on each process",
             "use weights='int8', or strategy='ddp'",
         )
-    checks.refuse_sharded(strategy, "QuantizationAwareTraining")
+    fsdp = "use strategy='accel_fsdp' with weights='int8', " if grid.bits == 8 else ""
+    checks.refuse_sharded(strategy, "QuantizationAwareTraining", do=fsdp)
 
 
 def _capture_anew(trainer: Trainer, pl_module: LightningModule) -> None:
