@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_accel.measure.callbacks.step_meter import StepMeter
     from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
     from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
+    from lightning_accel.parallel.callbacks.rank_watch import RankWatch
     from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
     from lightning_accel.parallel.strategies.tensor_parallel_strategy import TensorParallelStrategy
@@ -97,6 +98,7 @@ _HOMES = {
     "PostTrainingQuantization": "quantization.callbacks.post_training_quantization",
     "QuantizationAwareTraining": "quantization.callbacks.quantization_aware_training",
     "QuboSelector": "pruning.qubo",
+    "RankWatch": "parallel.callbacks.rank_watch",
     "Schedule": "distillation.schedule",
     "Reconstruction": "pruning.reconstruction",
     "SeededViews": "distillation.views",
@@ -152,6 +154,7 @@ __all__ = [
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "QuboSelector",
+    "RankWatch",
     "Reconstruction",
     "Schedule",
     "SeededViews",

@@ -20,6 +20,7 @@ from typing_extensions import override
 from lightning_accel.arguments import flag, one_of
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.parallel.backends import backend_of
+from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.compress import compress
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
@@ -82,6 +83,7 @@ class AccelDDPStrategy(DDPStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
+        watch_ranks(self.lightning_module.trainer)
 
     @override
     def _get_process_group_backend(self) -> str:

@@ -35,6 +35,7 @@ from lightning_accel.bridge.restore import averages
 from lightning_accel.parallel import folders, sharding
 from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.backends import backend_of
+from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
@@ -131,6 +132,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
+        watch_ranks(self.lightning_module.trainer)
 
     @property
     def mesh(self) -> DeviceMesh:
