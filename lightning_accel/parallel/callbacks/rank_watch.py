@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.arguments import positive
 from lightning_accel.bridge.technique import Context, Technique
 from lightning_accel.errors import explain
+from lightning_accel.parallel.restarts import warning_of_restarts
 from lightning_accel.parallel.watch import Lost, Watch, myself
 from lightning_accel.parallel.watch.ending import end, is_within, kill, line_of_main_thread, say
 from lightning_accel.parallel.watch.watch import master_address
@@ -66,6 +68,8 @@ class RankWatch(Technique):
         if reason:
             yield Receipt(skipped=(Change("processes", reason),))
             return
+        if warning := warning_of_restarts():
+            rank_zero_warn(warning)
         watch = self._watches[id(trainer)] = self._begin(trainer)
         watch.start()
         try:
@@ -76,10 +80,10 @@ class RankWatch(Technique):
             watch.leave(why, may_follow=may_follow)
 
     def _begin(self, trainer: Trainer) -> Watch:
-        store = dist.distributed_c10d._get_default_store().clone()
+        store: Any = dist.distributed_c10d._get_default_store()
         name = f"lightning_accel/rank_watch/{next(_SESSIONS)}"
         return Watch(
-            dist.PrefixStore(name, store),
+            dist.PrefixStore(name, store.clone()),
             myself(dist.get_rank()),
             dist.get_world_size(),
             timeout_s=float(self.timeout),

@@ -23,6 +23,7 @@ from lightning_accel.parallel.backends import backend_of
 from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.compress import compress
 from lightning_accel.parallel.data_order import keep_order
+from lightning_accel.parallel.restarts import begin_group
 from lightning_accel.parallel.trial_steps import uses_of_fit
 
 Compression = Literal["bf16", "fp16"]
@@ -84,6 +85,18 @@ class AccelDDPStrategy(DDPStrategy):
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
         watch_ranks(self.lightning_module.trainer)
+
+    @override
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        begin_group(
+            self._get_process_group_backend(),
+            self.global_rank,
+            self.world_size,
+            timeout=self._timeout,
+            device=self.root_device,
+        )
+        super().setup_distributed()
 
     @override
     def _get_process_group_backend(self) -> str:

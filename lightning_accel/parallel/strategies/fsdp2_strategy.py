@@ -37,6 +37,7 @@ from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.backends import backend_of
 from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.data_order import keep_order
+from lightning_accel.parallel.restarts import begin_group
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
 from lightning_accel.parallel.uses import Uses
@@ -133,6 +134,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
         watch_ranks(self.lightning_module.trainer)
+
+    @override
+    def _setup_distributed(self) -> None:
+        self.set_world_ranks()
+        begin_group(
+            self._get_process_group_backend(),
+            self.global_rank,
+            self.world_size,
+            timeout=self._timeout,
+            device=self.root_device,
+        )
+        super()._setup_distributed()
 
     @property
     def mesh(self) -> DeviceMesh:
