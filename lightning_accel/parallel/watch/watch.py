@@ -270,7 +270,7 @@ class Watch:
             peer.away.hear()
         else:
             peer.away.grow(seconds, sight)
-            if not how and sight is None and peer.away.seconds > min(_RETURN_S, self.timeout_s):
+            if not how and sight is None and peer.away.seconds > min(_RETURN_S, self.timeout_s / 2):
                 how = "is gone: its connection closed, and it did not come back"
         if how:
             self._tell(Lost(peer.member, how, peer.where, peer.silence.seconds))
