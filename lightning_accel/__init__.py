@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
     from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
     from lightning_accel.parallel.callbacks.rank_watch import RankWatch
+    from lightning_accel.parallel.plugins.mpi_variables import MPIVariables
     from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
     from lightning_accel.parallel.strategies.tensor_parallel_strategy import TensorParallelStrategy
@@ -89,6 +90,7 @@ _HOMES = {
     "FusedOptimizer": "loop.callbacks.fused_optimizer",
     "Latency": "pruning.target",
     "LeanLoop": "loop.callbacks.lean_loop",
+    "MPIVariables": "parallel.plugins.mpi_variables",
     "Macs": "pruning.target",
     "MatmulPrecision": "precision.callbacks.matmul_precision",
     "Memory": "pruning.target",
@@ -145,6 +147,7 @@ __all__ = [
     "FusedOptimizer",
     "Latency",
     "LeanLoop",
+    "MPIVariables",
     "Macs",
     "MatmulPrecision",
     "Memory",

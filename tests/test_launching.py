@@ -14,8 +14,8 @@ import forks
 import pytest
 import torch.distributed as dist
 
-from lightning_accel import RankWatch
-from lightning_accel.errors import AccelError
+from lightning_accel import MPIVariables, RankWatch
+from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.parallel.restarts import agree, warning_of_restarts
 from lightning_accel.parallel.watch import Lost, Member, Sight, Silence, Watch, judge
 
@@ -243,3 +243,70 @@ def test_restarts_that_would_hang_are_told() -> None:
 def test_a_timeout_that_makes_no_sense_says_what_to_do(timeout: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"`timeout` is .*Found: .*Do: "):
         RankWatch(timeout=timeout)
+
+
+# --- mpirun -----------------------------------------------------------------------------------------
+
+OPEN = "OMPI_COMM_WORLD_{}"
+MVAPICH = "MV2_COMM_WORLD_{}"
+
+
+def started(form: str, rank: int, size: int, local: int, here: int) -> dict[str, str]:
+    """Return the variables of one process."""
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    return {form.format(n): str(v) for n, v in zip(names, (rank, size, local, here), strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        (started(OPEN, 1, 2, 1, 2), (1, 2, 1, 0, "127.0.0.1", 29500)),
+        ({**started(MVAPICH, 5, 6, 1, 2), "MASTER_ADDR": "node0"}, (5, 6, 1, 2, "node0", 29500)),
+        (
+            {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+            | {"MASTER_ADDR": "a", "MASTER_PORT": "777"},
+            (2, 4, 0, 1, "a", 777),
+        ),
+    ],
+)
+def test_variables_of_mpirun_tell_the_place_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], place: tuple[Any, ...]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = MPIVariables()
+    assert MPIVariables.detect() and found.creates_processes_externally
+    ranks = (found.global_rank(), found.world_size(), found.local_rank(), found.node_rank())
+    assert (*ranks, found.main_address, found.main_port) == place
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "none of OMPI_COMM_WORLD_RANK"),
+        (started(OPEN, 2, 4, 0, 2), "no MASTER_ADDR"),
+        (started(OPEN, 1, 4, 0, 2), "OMPI_COMM_WORLD_LOCAL_RANK=0"),  # one machine after the other
+        (started(OPEN, 2, 3, 0, 2), "OMPI_COMM_WORLD_SIZE=3"),
+        (started(OPEN, 0, 2, 0, 0), "OMPI_COMM_WORLD_LOCAL_SIZE=0"),
+        ({**started(OPEN, 0, 2, 0, 2), "OMPI_COMM_WORLD_RANK": "-1"}, "'-1'"),
+        ({**started(OPEN, 0, 2, 0, 2), "OMPI_COMM_WORLD_SIZE": "two"}, "'two'"),
+    ],
+)
+def test_variables_that_make_no_sense_say_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Unsupported, match=rf"Found: .*{said}.*Do: "):
+        MPIVariables()
+
+
+def test_a_trainer_of_other_devices_than_mpirun_started_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in started(OPEN, 0, 2, 0, 2).items():
+        monkeypatch.setenv(name, value)
+    MPIVariables().validate_settings(2, 1)
+    with pytest.raises(ValueError, match="Do: pass devices=2, num_nodes=1"):
+        MPIVariables().validate_settings(4, 1)
