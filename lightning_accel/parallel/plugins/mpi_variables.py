@@ -116,7 +116,7 @@ class MPIVariables(ClusterEnvironment):
 
     @override
     def set_global_rank(self, rank: int) -> None:
-        rank_zero_only.rank = self._rank
+        rank_zero_only.rank = self._rank  # type: ignore[attr-defined]
 
     @override
     def local_rank(self) -> int:

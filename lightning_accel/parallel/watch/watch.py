@@ -91,6 +91,7 @@ class Watch:
         self._store, self._master = store, master
         self._where, self._on_lost = where, on_lost
         self._token = ""
+        self._pause_s = 0.005
         self._door: Door | None = None
         self._neighbour: Member | None = None
         self._told: dict[int, Sight] = {}
@@ -146,7 +147,10 @@ class Watch:
             self._close()
 
     def _patience(self, before: float) -> float:
-        if not self.peers or any(peer.line is None for peer in self._present()):
+        if not self.peers:  # most come within a moment, and may be lost in the next
+            self._pause_s = min(1.5 * self._pause_s, 1.0, self.interval_s)
+            return self._pause_s
+        if any(peer.line is None for peer in self._present()):
             return min(0.1, self.interval_s)
         return max(0.0, self.interval_s - (time.monotonic() - before))
 
