@@ -1,6 +1,7 @@
 """Fits in which a process is lost: `lost_ranks.py FOLDER HOW RANK STRATEGY`, or `... FOLDER restart` for a try that `torchrun` starts anew.
 
-HOW is a signal's name or the name of an error; it comes in the tenth step, and what should be said of it is written to `expected`.
+HOW is a signal's name, `error` or `long`; it comes in the tenth step, the last two in the first validation, and what should be said
+of it is written to `expected`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ class Net(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.net(batch[0]).pow(2).mean()
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", self.net(batch[0]).pow(2).mean(), sync_dist=True)
+
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), 0.01)
 
@@ -43,7 +48,7 @@ class Ends(Callback):
     """Ends or stops a process."""
 
     def __init__(self, how: str, rank: int) -> None:
-        self.how, self.rank = how, rank
+        self.how, self.rank, self.waited = how, rank, False
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step != 9 or trainer.global_rank != self.rank:
@@ -53,8 +58,12 @@ class Ends(Callback):
         )
         if self.how.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, self.how))
-        else:
-            raise ValueError(self.how)
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_rank == self.rank and self.how == "error":
+            raise ValueError("of the user's own")
+        if trainer.global_rank == self.rank and self.how == "long" and not self.waited:
+            self.waited = threading.Event().wait(2 * TIMEOUT_S) or True
 
 
 def fit(strategy: str, *callbacks: Callback) -> None:
@@ -65,9 +74,10 @@ def fit(strategy: str, *callbacks: Callback) -> None:
     saver = ModelCheckpoint(FOLDER, every_n_train_steps=4, save_last=True)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_epochs=3, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks, saver],
+        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks, saver],
     )  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(rows), 4), ckpt_path="last")
+    data = DataLoader(TensorDataset(rows), 4)
+    trainer.fit(module, data, data if sys.argv[2] in ("error", "long") else None, ckpt_path="last")
     if trainer.is_global_zero:
         total = sum(float(p.detach().sum()) for p in module.parameters())
         (FOLDER / "sum").write_text(repr(total))
