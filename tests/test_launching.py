@@ -15,7 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from lightning_accel import MPIVariables, RankWatch
+from lightning_accel.cli import main
 from lightning_accel.errors import AccelError, Unsupported
+from lightning_accel.parallel.links import Links, Rank
 from lightning_accel.parallel.restarts import agree, warning_of_restarts
 from lightning_accel.parallel.watch import Lost, Member, Sight, Silence, Watch, judge
 
@@ -309,3 +311,51 @@ def test_a_trainer_of_other_devices_than_mpirun_started_is_told(
     MPIVariables().validate_settings(2, 1)
     with pytest.raises(ValueError, match="Do: pass devices=2, num_nodes=1"):
         MPIVariables().validate_settings(4, 1)
+
+
+# --- doctor -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_doctor_finds_the_slow_process_and_the_wrong_clock(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("doctor_ranks.py")
+    status, printed = forks.run_ranks(script, str(tmp_path), cwd=tmp_path, environ=ENVIRON)
+    assert status == 0, printed[-3000:]
+    assert [(tmp_path / f"code {rank}").read_text() for rank in (0, 1)] == ["1", "0"]
+    assert not (tmp_path / "1.json").exists()  # the first process answers for all
+    found = json.loads((tmp_path / "0.json").read_text())
+    assert found["slow"] == found["clocks_apart"] == [1]
+    one = found["ranks"][1]
+    assert abs(one["clock_s"] - 100) <= one["clock_error_s"] < 10
+    for each in found["collectives"]:
+        assert each["seconds"] > 0
+        moved = each["seconds"] * each["bus_bytes_per_s"]
+        assert math.isclose(moved, each["size_bytes"])  # between two, whatever is done
+    assert "rank 1 on " in printed and "timedatectl" in printed
+
+
+def test_doctor_calls_equal_processes_fine() -> None:
+    ranks = tuple(Rank(n, "host", 1.0 + n / 10, 0.5 * n, 0.1) for n in range(3))
+    assert not Links("gloo", "cpu", (), ranks).slow
+    assert not Links("gloo", "cpu", (), ranks).apart(1.0)  # the last by 1.0, of which 0.1 is unsure
+    late = (*ranks, ranks[0]._replace(rank=3, product_s=1.4))
+    assert [one.rank for one in Links("gloo", "cpu", (), late).slow] == [3]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--devices", "1"], "`--devices` is a whole number from 2 on"),
+        (["--devices", "0"], "Found: 0"),
+        (["my.module:build"], "no training. Found: my.module:build"),
+        (["--accelerator", "abacus"], "unknown --accelerator. Found: abacus"),
+        (["--output", "found.xml"], "unknown form. Found: found.xml"),
+    ],
+)
+def test_doctor_says_what_to_do_about_words_that_make_no_sense(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main.main(["doctor", "--parallel", *words]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and "Do: " in printed
