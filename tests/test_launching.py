@@ -356,6 +356,6 @@ def test_doctor_calls_equal_processes_fine() -> None:
 def test_doctor_says_what_to_do_about_words_that_make_no_sense(
     capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
-    assert main.main(["doctor", "--parallel", *words]) == 2
+    assert main(["doctor", "--parallel", *words]) == 2
     printed = capsys.readouterr().err
     assert said in printed and "Do: " in printed

@@ -21,7 +21,7 @@ if __name__ == "__main__":
         clock, product = time.time_ns, links._product_s
         time.time_ns = lambda: clock() + AHEAD_NS  # type: ignore[assignment]
         links._product_s = lambda device: 100 * product(device)
-    code = main.main(
+    code = main(
         ["doctor", "--parallel", "--accelerator", "cpu", "--output", f"{FOLDER}/{RANK}.json"]
     )
     (FOLDER / f"code {RANK}").write_text(str(code))
