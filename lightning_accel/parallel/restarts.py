@@ -15,7 +15,6 @@ import secrets
 import signal
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -52,22 +51,26 @@ def warning_of_restarts(environ: Mapping[str, str] = os.environ) -> str:
     )
 
 
-def begin_group(
-    backend: str,
-    rank: int,
-    count: int,
-    *,
-    timeout: timedelta | None,
-    device: torch.device,
-) -> None:
+def begin_group(strategy: Any) -> None:
     """Begin the default group under a name of its own, where `torchrun` shares one store; else do nothing.
+
+    Args:
+        strategy: Of Lightning, which is about to begin the group, and leaves one that is there.
 
     Raises:
         AccelError: Some processes did not come within the timeout.
     """
     if dist.is_initialized() or not shares_store():
         return
-    patience = timeout or dist.distributed_c10d.default_pg_timeout
+    device: torch.device = strategy.root_device
+    strategy.accelerator.setup_device(device)
+    strategy.set_world_ranks()
+    backend, rank, count = (
+        strategy._get_process_group_backend(),
+        strategy.global_rank,
+        strategy.world_size,
+    )
+    patience = strategy._timeout or dist.distributed_c10d.default_pg_timeout
     store = next(dist.rendezvous("env://", rank, count, timeout=patience))[0]
     place = dist.PrefixStore("lightning_accel/start", store)
     name = agree(place, rank, count, patience.total_seconds())
@@ -77,7 +80,7 @@ def begin_group(
         store=dist.PrefixStore(f"lightning_accel/{name}", store),
         rank=rank,
         world_size=count,
-        timeout=timeout,
+        timeout=strategy._timeout,
         device_id=None if device.type == "cpu" else device,
     )
     if backend == dist.Backend.NCCL:  # it warns of a group that is there at the end

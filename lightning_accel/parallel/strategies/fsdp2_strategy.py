@@ -137,14 +137,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def _setup_distributed(self) -> None:
-        self.set_world_ranks()
-        begin_group(
-            self._get_process_group_backend(),
-            self.global_rank,
-            self.world_size,
-            timeout=self._timeout,
-            device=self.root_device,
-        )
+        begin_group(self)
         super()._setup_distributed()
 
     @property
