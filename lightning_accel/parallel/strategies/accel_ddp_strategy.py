@@ -81,15 +81,11 @@ class AccelDDPStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
+        begin_group(self)
         super().setup_environment()
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
         watch_ranks(self.lightning_module.trainer)
-
-    @override
-    def setup_distributed(self) -> None:
-        begin_group(self)
-        super().setup_distributed()
 
     @override
     def _get_process_group_backend(self) -> str:

@@ -130,15 +130,11 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"{count} processes make no {self.replicas} equal copies. Found: "
                 f"replicas={self.replicas}. Do: pass a number that divides the processes."
             )
+        begin_group(self)
         super().setup_environment()
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
         watch_ranks(self.lightning_module.trainer)
-
-    @override
-    def _setup_distributed(self) -> None:
-        begin_group(self)
-        super()._setup_distributed()
 
     @property
     def mesh(self) -> DeviceMesh:
