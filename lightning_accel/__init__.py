@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_accel.measure.callbacks.step_meter import StepMeter
     from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
     from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
+    from lightning_accel.parallel.callbacks.rank_watch import RankWatch
+    from lightning_accel.parallel.plugins.mpi_variables import MPIVariables
     from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
     from lightning_accel.parallel.strategies.tensor_parallel_strategy import TensorParallelStrategy
@@ -88,6 +90,7 @@ _HOMES = {
     "FusedOptimizer": "loop.callbacks.fused_optimizer",
     "Latency": "pruning.target",
     "LeanLoop": "loop.callbacks.lean_loop",
+    "MPIVariables": "parallel.plugins.mpi_variables",
     "Macs": "pruning.target",
     "MatmulPrecision": "precision.callbacks.matmul_precision",
     "Memory": "pruning.target",
@@ -97,6 +100,7 @@ _HOMES = {
     "PostTrainingQuantization": "quantization.callbacks.post_training_quantization",
     "QuantizationAwareTraining": "quantization.callbacks.quantization_aware_training",
     "QuboSelector": "pruning.qubo",
+    "RankWatch": "parallel.callbacks.rank_watch",
     "Schedule": "distillation.schedule",
     "Reconstruction": "pruning.reconstruction",
     "SeededViews": "distillation.views",
@@ -143,6 +147,7 @@ __all__ = [
     "FusedOptimizer",
     "Latency",
     "LeanLoop",
+    "MPIVariables",
     "Macs",
     "MatmulPrecision",
     "Memory",
@@ -152,6 +157,7 @@ __all__ = [
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "QuboSelector",
+    "RankWatch",
     "Reconstruction",
     "Schedule",
     "SeededViews",

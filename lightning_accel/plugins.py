@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from lightning_accel import (
         AutocastPrecision,
         Bf16Precision,
+        MPIVariables,
         XlaPrecision,
     )
 
 __all__ = [
     "AutocastPrecision",
     "Bf16Precision",
+    "MPIVariables",
     "XlaPrecision",
 ]
 

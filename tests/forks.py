@@ -54,8 +54,9 @@ def run_ranks(
     path: tuple[Path, ...] = (),
     environ: Mapping[str, str] | None = None,
     count: int = 2,
+    together: bool = True,
 ) -> tuple[int, str]:
-    """Run it in processes that find each other as those of `torchrun` do; the end of one by an error ends all."""
+    """Run it in processes that find each other as those of `torchrun` do; the end of one by an error ends all if `together`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -66,7 +67,7 @@ def run_ranks(
         "NODE_RANK": "0",
     }
     ranks = [(environ or {}) | common | {"LOCAL_RANK": str(rank)} for rank in range(count)]
-    return _run(script, arguments, cwd, path, ranks)
+    return _run(script, arguments, cwd, path, ranks, together)
 
 
 def results_of(script: str, folder: Path, *arguments: str, count: int = 2, **environ: str) -> Any:
@@ -92,6 +93,7 @@ def _run(
     cwd: Path,
     path: tuple[Path, ...],
     environs: list[Mapping[str, str]],
+    together: bool = True,
 ) -> tuple[int, str]:
     """Return the first status that is not 0, and what all printed."""
     common = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -106,9 +108,9 @@ def _run(
     for process in processes:
         process.start()
     status, deadline = 0, time.monotonic() + _PATIENCE
-    while status == 0 and (alive := [p for p in processes if p.exitcode is None]):
+    while (status == 0 or not together) and (alive := [p for p in processes if p.exitcode is None]):
         if not wait([p.sentinel for p in alive], deadline - time.monotonic()):
-            status = -1
+            status, together = -1, True
         status = status or next((p.exitcode for p in processes if p.exitcode), 0)
     for process in processes:
         if process.exitcode is None:

@@ -47,6 +47,7 @@ from lightning_accel import (
     MatmulPrecision,
     MemoryFormat,
     QuantizationAwareTraining,
+    RankWatch,
     SparsityTraining,
     StepMeter,
     StructuredPruning,
@@ -127,6 +128,7 @@ TECHNIQUES: dict[str, Technique] = {
     "attention": alone(lambda: AttentionBackend("math")),
     "matmul": alone(lambda: MatmulPrecision("highest")),
     "format": alone(lambda: MemoryFormat(select="spare")),
+    "watch": alone(RankWatch),
     "warm": alone(lambda: WarmStart("compiled.zip")),
     "fp32": Technique(lambda: {"plugins": [AutocastPrecision("32-true")]}),
     "bf16": Technique(lambda: {"plugins": [AutocastPrecision("bf16-mixed")]}, BF16),
@@ -553,7 +555,7 @@ TEAMS = (
     ("masks", "measure", "budget", "format"),
     ("sparsity", "lean", "tune, too short", "warm", "quantize"),
     ("distill", "optimizer", "tune, no gain", "fp32"),
-    ("loading", "checkpointing", "attention", "bf16"),
+    ("loading", "checkpointing", "attention", "watch", "bf16"),
 )
 """Techniques that are tried together: what changes nothing alone changes nothing in company."""
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "run" not in args:
         parser.print_help()
         return FINE
-    if rank() > 0:
+    if rank() > 0 and not (args.command == "doctor" and args.parallel):
         return FINE  # the first process answers for all
     try:
         code = _run(args)

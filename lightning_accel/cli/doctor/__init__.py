@@ -2,6 +2,7 @@
 
     lightning-accel doctor mymodels.lit:build
     lightning-accel doctor --config conf/config.yaml --allow models. --allow data. model=vit --json
+    lightning-accel doctor --parallel --devices 2
 
 `build()` returns a LightningModule and its data, or a LightningModule that has its own `train_dataloader`. For about a
 minute steps of a copy are followed from batch to batch: data, device, forward, backward, optimizer; lines that wait or

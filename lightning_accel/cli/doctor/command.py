@@ -39,12 +39,20 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--output", action="append", default=[], metavar="FILE", help=".json .md .txt"
     )
+    parser.add_argument(
+        "--parallel", action="store_true", help="measure links, speed and clocks of processes"
+    )
+    parser.add_argument("--devices", type=int, metavar="N", help="with --parallel: processes; 2")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found; 1 when something costs time, 2 when the training cannot be looked at."""
+    if args.parallel:
+        from lightning_accel.cli.doctor.parallel import run_parallel
+
+        return run_parallel(args)
     try:
         facts = _facts(args)
     except (AccelError, ValueError, TypeError, ImportError, OSError) as error:

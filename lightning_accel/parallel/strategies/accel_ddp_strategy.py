@@ -21,8 +21,10 @@ from lightning_accel.arguments import flag, one_of
 from lightning_accel.errors import AccelError, explain
 from lightning_accel.exact import widest
 from lightning_accel.parallel.backends import backend_of
+from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.compress import compress
 from lightning_accel.parallel.data_order import keep_order
+from lightning_accel.parallel.restarts import begin_group
 from lightning_accel.parallel.trial_steps import uses_of_fit
 
 Compression = Literal["bf16", "fp16"]
@@ -80,9 +82,11 @@ class AccelDDPStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
+        begin_group(self)
         super().setup_environment()
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
+        watch_ranks(self.lightning_module.trainer)
 
     @override
     def _get_process_group_backend(self) -> str:

@@ -35,7 +35,9 @@ from lightning_accel.bridge.restore import averages
 from lightning_accel.parallel import folders, sharding
 from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.backends import backend_of
+from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.data_order import keep_order
+from lightning_accel.parallel.restarts import begin_group
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
 from lightning_accel.parallel.uses import Uses
@@ -129,9 +131,11 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
                 f"{count} processes make no {self.replicas} equal copies. Found: "
                 f"replicas={self.replicas}. Do: pass a number that divides the processes."
             )
+        begin_group(self)
         super().setup_environment()
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
+        watch_ranks(self.lightning_module.trainer)
 
     @property
     def mesh(self) -> DeviceMesh:

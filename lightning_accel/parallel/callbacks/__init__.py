@@ -1,0 +1,1 @@
+"""What a Trainer takes of this technique."""
