@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_accel.memory.callbacks.activation_budget import ActivationBudget
     from lightning_accel.memory.callbacks.activation_checkpointing import ActivationCheckpointing
     from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
+    from lightning_accel.parallel.strategies.auto_strategy import AutoStrategy
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
     from lightning_accel.parallel.strategies.tensor_parallel_strategy import TensorParallelStrategy
     from lightning_accel.precision.callbacks.float8_linear import Float8Linear
@@ -73,6 +74,7 @@ _HOMES = {
     "ActivationBudget": "memory.callbacks.activation_budget",
     "ActivationCheckpointing": "memory.callbacks.activation_checkpointing",
     "AttentionBackend": "attention.callbacks.attention_backend",
+    "AutoStrategy": "parallel.strategies.auto_strategy",
     "AutoTune": "tuning.callbacks.auto_tune",
     "AutocastPrecision": "precision.plugins.autocast_precision",
     "Bf16Precision": "precision.plugins.bf16_precision",
@@ -128,6 +130,7 @@ __all__ = [
     "ActivationBudget",
     "ActivationCheckpointing",
     "AttentionBackend",
+    "AutoStrategy",
     "AutoTune",
     "AutocastPrecision",
     "Bf16Precision",

@@ -1,0 +1,109 @@
+"""Fits under `AutoStrategy` in two processes, and alone: `auto_fits.py FOLDER`; a JSON per rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import write_results
+from sharded import GPT, Adam, Experts, Manual, Penalty, apart, data, made, trainer, weights
+
+import lightning_accel as la
+from lightning_accel.strategies import AutoStrategy, FSDP2Strategy
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+KIB = 2**10
+
+
+def fitted(make: Any, memory: Any, **given: Any) -> dict[str, Any]:
+    """Fit alone and under a choice: how far apart they are, and what was chosen."""
+    alone, ours = made(make), made(make)
+    trainer(devices=1).fit(alone, data(0, 1))
+    run = trainer(devices=2, strategy=AutoStrategy(memory=memory), **given)
+    run.fit(ours, data(RANK, 2))
+    return {"apart": apart(weights(alone), weights(ours)), "kind": type(run.strategy).__name__}
+
+
+def copies() -> Any:
+    return fitted(Adam, "1GiB")
+
+
+def shards() -> Any:
+    """Copies with twice the states do not fit, half of them do."""
+    return fitted(Adam, 170 * KIB)
+
+
+def split() -> Any:
+    """Activations that only split layers make smaller; each process of a network sees all rows."""
+    alone, ours = made(GPT), made(GPT)
+    trainer(devices=1).fit(alone, data(0, 1))
+    run = trainer(devices=2, strategy=AutoStrategy(memory=130 * KIB))
+    run.fit(ours, data(0, 1))
+    return {"apart": apart(weights(alone), weights(ours)), "kind": type(run.strategy).__name__}
+
+
+def read_outside() -> Any:
+    """Weights that are read around their blocks are planned as they are sharded."""
+    return fitted(Penalty, 140 * KIB)
+
+
+def unplanned() -> Any:
+    return fitted(Manual, 30 * KIB)
+
+
+def numbers() -> Any:
+    return fitted(Experts, "1GiB")
+
+
+def relied_on() -> Any:
+    """Masks need whole weights, whatever fits."""
+    ours = made(GPT)
+    masks = la.WeightMasks(0.5, when=0)
+    run = trainer(devices=2, strategy=AutoStrategy(memory=KIB), callbacks=[masks])
+    run.fit(ours, data(RANK, 2))
+    return {"kind": type(run.strategy).__name__}
+
+
+def again() -> Any:
+    """Evaluation first, then a fit and a test, then another module: each is chosen for what it is."""
+    run = trainer(devices=2, strategy=AutoStrategy(memory=170 * KIB))
+    kinds, first = [], made(Adam)
+    run.validate(first, data(RANK, 2), verbose=False)
+    kinds.append(type(run.strategy).__name__)
+    run.fit(first, data(RANK, 2))
+    kinds.append(type(run.strategy).__name__)
+    run.test(first, data(RANK, 2), verbose=False)
+    kinds.append(type(run.strategy).__name__)
+    run.fit_loop.epoch_progress.reset()
+    run.fit(made(lambda: GPT(depth=1)), data(RANK, 2))
+    kinds.append(type(run.strategy).__name__)
+    return {"kinds": kinds}
+
+
+def folder() -> Any:
+    """A folder of shards goes on as shards, though copies would fit."""
+    where = Path(sys.argv[1], "shards")
+    first = made(Adam)
+    run = trainer(devices=2, strategy=FSDP2Strategy(checkpoints="sharded"), max_epochs=1)
+    run.fit(first, data(RANK, 2))
+    run.save_checkpoint(where)
+    alone, ours = made(Adam), made(Adam, seed=9)
+    trainer(devices=1).fit(alone, data(0, 1))
+    run = trainer(devices=2, strategy="accel_auto")
+    run.fit(ours, data(RANK, 2), ckpt_path=where, weights_only=True)
+    return {"apart": apart(weights(alone), weights(ours)), "kind": type(run.strategy).__name__}
+
+
+RUNS = {
+    f.__name__: f
+    for f in (copies, shards, split, read_outside, unplanned, numbers, relied_on, again, folder)
+}
+
+if __name__ == "__main__":
+    write_results(RUNS, sys.argv[2:], Path(sys.argv[1]) / f"{RANK}.json")
