@@ -87,7 +87,7 @@ def needs(one: Tried) -> str:
 
 def reason(every: Sequence[Tried], chosen: Tried, memory: int) -> str:
     """Return in one sentence why this way was chosen."""
-    before = [one for one in every if one is not chosen and not one.option.checkpointing]
+    before = [one for one in every[: every.index(chosen)] if not one.option.checkpointing]
     told = "; ".join(map(needs, [*before, chosen]))
     return f"{told}; {amount(memory)} are there, of which {ROOM:.0%} are planned with"
 

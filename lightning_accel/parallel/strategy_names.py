@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 def register() -> None:
     """Tell Lightning the names; a second time changes nothing."""
     for name, make, description in (
-        ("accel_auto", _auto, "the first of those below that fits, by a plan of memory"),
+        ("accel_auto", _auto, "copies where they fit into memory, else shards, by a plan"),
         ("accel_ddp", _ddp, "DDP that finds by itself whether weights are unused"),
         ("accel_fsdp", _fsdp, "FSDP2 of any LightningModule, without a change to it"),
         ("accel_tensor", _tensor, "layers split over all devices of a node, found in the network"),

@@ -36,7 +36,6 @@ from lightning_accel.parallel.fit_workload import workload_of
 from lightning_accel.parallel.planning import Option, processes
 from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
 from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
-from lightning_accel.parallel.strategies.tensor_parallel_strategy import TensorParallelStrategy
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.surgery.preserve import preserve_rng
 
@@ -45,12 +44,13 @@ _STATES = 4
 
 
 class AutoStrategy(AccelDDPStrategy):
-    """Choose the first strategy that fits: copies (`accel_ddp`), shards (`accel_fsdp`), then layers that are split.
+    """Choose copies (`accel_ddp`) where they fit into the devices' memory, else shards (`accel_fsdp`).
 
     With one device it is Lightning's own for that, at once. With several it is DDP until all edits of the module are done
     and weights are loaded; then the first process plans a step on tensors without numbers, and tells in one line what was
-    chosen and why. From there on the Trainer has the chosen strategy, as if it had been named. Where activations are what
-    does not fit, `ActivationCheckpointing()` is recommended; it is the user's to add.
+    chosen and why. From there on the Trainer has the chosen strategy, as if it had been named. What would change the
+    training is recommended and not done: `ActivationCheckpointing()` where activations are what does not fit, and split
+    layers, whose processes share their batches.
 
     What relies on whole weights (masks, `AutoTune` and others that refuse shards) lets it stay with copies, which is told.
 
@@ -85,6 +85,8 @@ class AutoStrategy(AccelDDPStrategy):
         )
         self.chosen: Option | None = None
         """What was chosen last."""
+        self.why = ""
+        """The reason."""
         self._folder: Path | None = None
         self._relied_on = False
         self._fitted = False
@@ -149,24 +151,18 @@ class AutoStrategy(AccelDDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         self._fitted = trainer.state.fn == TrainerFn.FITTING
         with preserve_rng():
-            self.chosen, why = self._choose(trainer)
-        rank_zero_info(f"accel_auto: accel_{self.chosen.strategy} on {self._count} devices: {why}.")
+            self.chosen, self.why = self._choose(trainer)
+        name = f"accel_{self.chosen.strategy} on {self._count} devices"
+        rank_zero_info(f"accel_auto: {name}: {self.why}.")
         if self.chosen.strategy == "ddp":
             super().setup(trainer)
             return
-        strategy = self._strategy(self.chosen)
+        kept: Any = "sharded" if self._folder is not None else "whole"
+        strategy = FSDP2Strategy(checkpoints=kept, **self._given)
         strategy._folder = self._folder
-        if self.chosen.tensor > 1:  # which process reads what is another matter there
-            trainer.fit_loop._combined_loader = None
-        with preserve_rng():
+        with preserve_rng():  # its seeds were set when this strategy began
             self._hand_over(strategy)
         strategy.setup(trainer)
-
-    def _strategy(self, option: Option) -> FSDP2Strategy:
-        if option.tensor > 1:
-            return TensorParallelStrategy(tensor_parallel_size=option.tensor, **self._given)
-        kept = "sharded" if self._folder is not None else "whole"
-        return FSDP2Strategy(checkpoints=kept, **self._given)  # type: ignore[arg-type]
 
     def _hand_over(self, strategy: Any) -> None:
         """Put another strategy into the Trainer, in the middle of its setup."""
@@ -236,7 +232,7 @@ class AutoStrategy(AccelDDPStrategy):
             if failed:
                 return [], failed
             found.append(one)
-            if one.fits and not option.checkpointing:
+            if one.fits and _is_ours(option):
                 break
         return found, ""
 
@@ -260,23 +256,15 @@ class AutoStrategy(AccelDDPStrategy):
         return told[0], told[1]
 
     def _best(self, found: list[Tried], memory: int) -> tuple[Option, str]:
-        """Return the first that fits as the module is, and recommend checkpointing where that gives a simpler one."""
+        """Return the first that fits as the training is, and recommend what would fit before that."""
         fits = [one for one in found if one.fits]
-        plain = [one for one in fits if not one.option.checkpointing]
-        if fits and fits[0].option.checkpointing:
-            does = f"add ActivationCheckpointing() to the callbacks: {needs(fits[0])}"
-            what = "activations are what does not fit" if plain else "nothing fits as it is"
-            rank_zero_warn(explain(what, f"{amount(memory)} per device", does))
-        if plain:
-            return plain[0].option, reason(found, plain[0], memory)
-        if fits:
-            option = fits[0].option._replace(checkpointing=False)
-            return option, reason(found, fits[0], memory)
-        what = "the plan finds no strategy that fits"
-        does = "use more devices, smaller batches, or ActivationCheckpointing()"
-        rank_zero_warn(explain(what, f"{amount(memory)} per device", does))
-        last = next(one for one in found if one.option.strategy == "fsdp")
-        return last.option, reason(found, last, memory)
+        ours = [one for one in fits if _is_ours(one.option)]
+        if fits[:1] != ours[:1] or not fits:
+            what = "copies do not fit as they are" if ours else "no strategy fits as it is"
+            rank_zero_warn(explain(what, f"{amount(memory)} per device", _advice(fits)))
+        shards = [one for one in found if one.option.strategy == "fsdp"]
+        chosen = (ours or shards)[0]
+        return chosen.option, reason(found, chosen, memory)
 
     def _by_weights(self, root: LightningModule, memory: int, failed: str) -> tuple[Option, str]:
         """Choose by the size of the weights: for evaluation, and for steps that cannot be planned."""
@@ -287,3 +275,20 @@ class AutoStrategy(AccelDDPStrategy):
         if failed:
             why = f"no step could be planned ({failed}), so its weights decide: {why}"
         return Option(name, self._count), why
+
+
+def _is_ours(option: Option) -> bool:
+    """Whether an option is one to choose without being asked: it trains as the user's script says."""
+    return not option.checkpointing and option.tensor == 1
+
+
+def _advice(fits: list[Tried]) -> str:
+    if not fits:
+        return "use more devices, or smaller batches"
+    option = fits[0].option
+    does = ["add ActivationCheckpointing() to the callbacks"] if option.checkpointing else []
+    if option.tensor > 1:
+        does.append(
+            f"pass TensorParallelStrategy(tensor_parallel_size={option.tensor}), whose processes share their batches"
+        )
+    return f"{' and '.join(does)}: {needs(fits[0])}"
