@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from results import write_results
-from sharded import GPT, Adam, Experts, Manual, Penalty, apart, data, made, trainer, weights
+from sharded import GPT, Adam, Manual, Penalty, apart, data, made, trainer, weights
 
 import lightning_accel as la
+from lightning_accel.parallel import sharding
+from lightning_accel.parallel.meta import materialize
 from lightning_accel.strategies import AutoStrategy, FSDP2Strategy
 
 warnings.simplefilter("ignore")
@@ -40,10 +42,6 @@ class Sends(GPT):
         return self.loss(batch)
 
 
-def copies() -> Any:
-    return fitted(Adam, "1GiB")
-
-
 def shards() -> Any:
     """Copies with all states do not fit; half of the states do."""
     return fitted(Adam, 150 * KIB)
@@ -56,10 +54,6 @@ def read_outside() -> Any:
 
 def by_hand() -> Any:
     return fitted(Manual, 30 * KIB)
-
-
-def numbers() -> Any:
-    return fitted(Experts, "1GiB")
 
 
 def sends() -> Any:
@@ -105,9 +99,69 @@ def folder() -> Any:
     return {"apart": apart(weights(alone), weights(ours)), "kind": type(run.strategy).__name__}
 
 
+class OnMeta(GPT):
+    """The blocks and the head are made in `configure_model`, where no number is allocated; two weights are tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = self.head = None
+
+    def configure_model(self) -> None:
+        if self.blocks is None:
+            with torch.device("meta"):
+                whole = GPT().to(self.dtype)
+                self.blocks, self.head = whole.blocks, whole.head
+                self.tail = torch.nn.Linear(8, 24, bias=False, dtype=self.dtype)
+                self.tail.weight = self.head.weight
+
+    def forward(self, tokens: Any) -> Any:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)) + self.tail(x)
+
+
+def seeded(part: Any, rank: int = RANK, **given: Any) -> None:
+    """Each process draws other numbers, and all are to get those of the first."""
+    torch.manual_seed(7 + rank)
+    materialize(part, **given)
+
+
+class MadeWhole(OnMeta):
+    """The same with weights, as they are made one unit after another."""
+
+    def configure_model(self) -> None:
+        if self.blocks is None:
+            super().configure_model()
+            for part in (*self.blocks, self):
+                seeded(part, 0)
+
+
+def meta() -> Any:
+    """Weights are those of one process that makes them so, and of a file or folder those of that; all learn alike."""
+    sharding.materialize = seeded
+    alone, ours = made(MadeWhole), made(OnMeta)
+    trainer(devices=1).fit(alone, data(0, 1))
+    run = trainer(devices=2, strategy=FSDP2Strategy())
+    run.fit(ours, data(RANK, 2))
+    path = Path(sys.argv[1], "meta.ckpt")
+    run.save_checkpoint(path)
+    again, more = made(OnMeta, seed=9), made(OnMeta, seed=10)
+    whole = made(MadeWhole)
+    trainer(devices=1, max_epochs=3).fit(whole, data(0, 1), ckpt_path=path, weights_only=True)
+    run = trainer(devices=2, strategy="accel_auto", max_epochs=3)
+    run.fit(again, data(RANK, 2), ckpt_path=path, weights_only=True)
+    run = trainer(devices=2, strategy=FSDP2Strategy(checkpoints="sharded"), max_epochs=2)
+    run.fit(more, data(RANK, 2), ckpt_path=path, weights_only=True)
+    return {
+        "apart": apart(weights(alone), weights(ours)),
+        "from file": apart(weights(whole), weights(again)),
+        "loaded": apart(weights(ours), weights(more)),
+    }
+
+
 RUNS = {
-    f.__name__: f
-    for f in (copies, shards, read_outside, by_hand, numbers, sends, relied_on, again, folder)
+    f.__name__: f for f in (shards, read_outside, by_hand, sends, relied_on, again, folder, meta)
 }
 
 if __name__ == "__main__":

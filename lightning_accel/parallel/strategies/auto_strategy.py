@@ -33,6 +33,7 @@ from lightning_accel.parallel.choice import (
     tried,
 )
 from lightning_accel.parallel.fit_workload import workload_of
+from lightning_accel.parallel.meta import on_meta
 from lightning_accel.parallel.planning import Option, processes
 from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
 from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
@@ -88,6 +89,7 @@ class AutoStrategy(AccelDDPStrategy):
         self.why = ""
         """The reason."""
         self._folder: Path | None = None
+        self._late: Any = None
         self._relied_on = False
         self._fitted = False
 
@@ -114,7 +116,7 @@ class AutoStrategy(AccelDDPStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        self._relied_on, self._folder = False, None
+        self._relied_on, self._folder, self._late = False, None, None
 
     @override
     def setup_environment(self) -> None:
@@ -142,7 +144,10 @@ class AutoStrategy(AccelDDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        if self._folder is None:
+        root = self.lightning_module
+        if self._folder is None and root is not None and on_meta(root):
+            self._late = checkpoint, strict
+        elif self._folder is None:
             super().load_model_state_dict(checkpoint, strict)
 
     # ---- the choice
@@ -159,7 +164,8 @@ class AutoStrategy(AccelDDPStrategy):
             return
         kept: Any = "sharded" if self._folder is not None else "whole"
         strategy = FSDP2Strategy(checkpoints=kept, **self._given)
-        strategy._folder = self._folder
+        strategy._folder, strategy._late = self._folder, self._late
+        self._late = None
         with preserve_rng():  # its seeds were set when this strategy began
             self._hand_over(strategy)
         strategy.setup(trainer)
@@ -195,6 +201,8 @@ class AutoStrategy(AccelDDPStrategy):
         memory = self._memory()
         if self._folder is not None:
             return Option("fsdp", self._count), "it goes on from a folder of shards"
+        if on_meta(root):
+            return Option("fsdp", self._count), "weights are on the meta device"
         if self._relied_on:
             return Option("ddp", self._count), "a callback relies on whole weights"
         if not memory:
@@ -273,6 +281,7 @@ class AutoStrategy(AccelDDPStrategy):
         name = "ddp" if need <= memory * ROOM else "fsdp"
         why = f"weights are {amount(weights)}, and {amount(memory)} are there"
         if failed:
+            failed = failed.partition(" Do: ")[0]
             why = f"no step could be planned ({failed}), so its weights decide: {why}"
         return Option(name, self._count), why
 
