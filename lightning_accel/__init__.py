@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_accel.parallel.callbacks.rank_watch import RankWatch
     from lightning_accel.parallel.plugins.mpi_variables import MPIVariables
     from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
+    from lightning_accel.parallel.strategies.auto_strategy import AutoStrategy
     from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
     from lightning_accel.parallel.strategies.tensor_parallel_strategy import TensorParallelStrategy
     from lightning_accel.precision.callbacks.float8_linear import Float8Linear
@@ -75,6 +76,7 @@ _HOMES = {
     "ActivationBudget": "memory.callbacks.activation_budget",
     "ActivationCheckpointing": "memory.callbacks.activation_checkpointing",
     "AttentionBackend": "attention.callbacks.attention_backend",
+    "AutoStrategy": "parallel.strategies.auto_strategy",
     "AutoTune": "tuning.callbacks.auto_tune",
     "AutocastPrecision": "precision.plugins.autocast_precision",
     "Bf16Precision": "precision.plugins.bf16_precision",
@@ -132,6 +134,7 @@ __all__ = [
     "ActivationBudget",
     "ActivationCheckpointing",
     "AttentionBackend",
+    "AutoStrategy",
     "AutoTune",
     "AutocastPrecision",
     "Bf16Precision",

@@ -80,6 +80,17 @@ def num_usable_cores() -> int:
     return allowed
 
 
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory of a device, of CUDA those that are free; 0 where it does not say.
+
+    >>> memory_of(torch.device("cpu")) > 0
+    True
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _host_memory() if device.type == "cpu" else _device_memory(device)
+
+
 def _default() -> torch.device:
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found is not None else torch.device("cpu")

@@ -6,8 +6,13 @@ from lightning_accel import _HOMES
 from lightning_accel.lazy import lazily
 
 if TYPE_CHECKING:
-    from lightning_accel import AccelDDPStrategy, FSDP2Strategy, TensorParallelStrategy
+    from lightning_accel import (
+        AccelDDPStrategy,
+        AutoStrategy,
+        FSDP2Strategy,
+        TensorParallelStrategy,
+    )
 
-__all__ = ["AccelDDPStrategy", "FSDP2Strategy", "TensorParallelStrategy"]
+__all__ = ["AccelDDPStrategy", "AutoStrategy", "FSDP2Strategy", "TensorParallelStrategy"]
 
 __getattr__ = lazily("lightning_accel", {name: _HOMES[name] for name in __all__})

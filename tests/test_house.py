@@ -24,6 +24,7 @@ ADAPTERS = {
     "sparse_training.py",
     "strategy_names.py",
     "trial_steps.py",
+    "fit_workload.py",
     "around_steps.py",
     "data_order.py",
     "manual.py",

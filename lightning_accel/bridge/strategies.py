@@ -32,12 +32,15 @@ def is_of(strategy: Strategy, *names: str) -> bool:
 def holding(strategy: Strategy) -> Holding:
     """Return whether each process holds parameters that are whole, copies of whole ones, parts, or graphs of them.
 
-    Of what is not known it says "sharded": nothing that needs whole parameters is then done.
+    Of what is not known it says "sharded": nothing that needs whole parameters is then done. A strategy that is chosen
+    later, as `AutoStrategy` is, stays what it was told here: who asks counts on the answer.
 
     >>> from lightning.pytorch.strategies import FSDPStrategy
     >>> [holding(kind()) for kind in (SingleDeviceStrategy, DDPStrategy, FSDPStrategy)]
     ['whole', 'replicated', 'sharded']
     """
+    if (undecided := getattr(strategy, "stay_whole", None)) is not None:
+        undecided()
     if is_of(strategy, *_SHARDED):
         return "sharded"
     if is_of(strategy, "XLA") and not isinstance(strategy, SingleDeviceStrategy):

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_accel.cli.terminal import answer
-from lightning_accel.errors import AccelError, explain
+from lightning_accel.errors import explain
 from lightning_accel.measure.table import Table
 from lightning_accel.parallel.accelerators import ACCELERATORS, GIB, USED, Accelerator, seconds
 
@@ -28,8 +26,6 @@ TRUE = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
 """Formats of computation by Lightning's words, as torch names them: under autocast, and of the weights too."""
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "gathered")
-_NODE = 8
-_ROOM = 0.9
 
 
 def add_devices(parser: argparse.ArgumentParser) -> None:
@@ -53,18 +49,17 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 
 def size(text: str) -> int:
-    """Read a number of bytes.
+    """Read a number of bytes from the command line.
 
     >>> size("80GiB") == 80 * 2**30, size("1.5 GB")
     (True, 1500000000)
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError(
-            explain("memory is a size", repr(text), "say 80GiB or 24GB")
-        )
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    from lightning_accel.parallel.choice import size as read
+
+    try:
+        return read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run_parallel(args: argparse.Namespace) -> int:
@@ -124,11 +119,12 @@ def run_devices(args: argparse.Namespace) -> int:
             )
         )
     from lightning_accel.cli.workload import workload
+    from lightning_accel.parallel.choice import options
 
     work = workload(args)
     rows, chosen = [], None
     for option in options(args.devices):
-        row = _row(work, option, int(memory * _ROOM), hardware, every=args.all)
+        row = _row(work, option, memory, hardware, every=args.all)
         rows.append(row)
         if chosen is None and row.estimate is not None and not row.why:
             chosen = row
@@ -138,42 +134,22 @@ def run_devices(args: argparse.Namespace) -> int:
     return 0 if chosen is not None else 1
 
 
-def options(devices: int) -> Iterator[Option]:
-    """Yield ways to train, the preferred ones first."""
-    from lightning_accel.parallel.planning import Option
-
-    if devices == 1:
-        yield from (Option("single"), Option("single", checkpointing=True))
-        return
-    yield from (Option("ddp", devices), Option("ddp", devices, checkpointing=True))
-    yield from (Option("fsdp", devices), Option("fsdp", devices, checkpointing=True))
-    for tensor in (2, 4, _NODE):
-        if tensor < devices and not devices % tensor:
-            yield Option("fsdp_tensor", devices, tensor, checkpointing=True)
-    if devices <= _NODE:
-        yield Option("tensor", devices, devices)
-
-
 def _row(
-    work: Workload, option: Option, limit: int, hardware: Accelerator | None, *, every: bool
+    work: Workload, option: Option, memory: int, hardware: Accelerator | None, *, every: bool
 ) -> Row:
-    from lightning_accel.parallel.planning import estimate
+    from lightning_accel.parallel.choice import NODE, tried
 
-    try:
-        found = estimate(work, option, limit=None if every else limit)
-    except AccelError as error:
-        return Row(option, None, None, str(error))
-    why = f"{found.why} are too large" if found.why else ""
-    if found.peak is not None and found.peak > limit:
-        largest = max(found.parts, key=lambda name: found.parts[name])
-        why = f"too large, mostly {largest}"
+    one = tried(work, option, memory, every=every)
+    found = one.estimate
+    if found is None:
+        return Row(option, None, None, one.why)
     takes = None
     if hardware is not None and found.peak is not None:
         takes = seconds(
             hardware, operations=found.flops, beside=found.sent.get("beside", 0), between=found.sent.get("between", 0),
-            is_near=option.devices <= _NODE,
+            is_near=option.devices <= NODE,
         )  # fmt: skip
-    return Row(option, found, takes, why)
+    return Row(option, found, takes, one.why)
 
 
 def _print(rows: list[Row], chosen: Row | None, memory: int, args: argparse.Namespace) -> None:

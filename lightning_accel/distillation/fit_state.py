@@ -73,7 +73,6 @@ class FitState:
     ) -> None:
         self.trainer, self.module = trainer, module
         self.engine, self.teachers, self.metrics, self.calls = engine, teachers, metrics, calls
-        self.sharded = dry_run.is_sharded(trainer)
         self.student: str | None = None
         self.recorder: ForwardRecorder | None = None
         self.around: list[Around] = []
@@ -106,6 +105,11 @@ class FitState:
         """Whether a loss takes the logits for classes, and not for labels or numbers."""
         terms = [term for term in self.engine.terms.values() if term.reads == LOGITS]
         return any(term.compares not in (LABELS, NUMBERS) for term in terms)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a strategy shards parameters, which some choose after the start."""
+        return dry_run.is_sharded(self.trainer)
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,6 +37,7 @@ from lightning_accel.parallel.tensor.elementwise import with_weight
 from lightning_accel.parallel.tensor.plan import TensorPlan, plan_tensor
 from lightning_accel.parallel.tensor.split import SplitModel
 from lightning_accel.parallel.units import find_units
+from lightning_accel.parallel.uses import Uses
 from lightning_accel.surgery.call import Call
 
 
@@ -48,6 +50,7 @@ class Workload(NamedTuple):
         step: Returns the loss of a network on a batch.
         optimizer: Makes the optimizer of a network.
         precision: The format of computation under autocast, or `None`.
+        uses: What steps do with the weights, where that is known: else structure alone decides on units.
     """
 
     make: Callable[[], nn.Module]
@@ -55,6 +58,7 @@ class Workload(NamedTuple):
     step: Callable[[nn.Module, Any], Tensor]
     optimizer: Callable[[nn.Module], Optimizer]
     precision: torch.dtype | None = None
+    uses: Uses | None = None
 
 
 class Option(NamedTuple):
@@ -101,27 +105,20 @@ def estimate(work: Workload, option: Option, *, limit: int | None = None) -> Est
         option: How.
         limit: Bytes of a device: where more is alive, nothing further is run.
 
+    Within a group of processes that runs, the others call `processes(option)` meanwhile.
+
     Raises:
-        Unsupported: A group of processes is running already.
+        Unsupported: A group of other processes is running already.
         AccelError: The step needs real numbers, or the layers cannot be split.
     """
-    if dist.is_initialized():
-        raise Unsupported(
-            "memory is planned in a group of processes that does not exist",
-            "a process group that is running",
-            "plan in a process of its own: `lightning-accel plan --devices`",
-        )
-    plan = planned_split(work, option.tensor) if option.tensor > 1 else None
-    with (
-        warnings.catch_warnings(),
-        _processes(option) as mesh,
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):
-        warnings.simplefilter(
-            "ignore"
-        )  # of how a network is written, which its training tells again
+    with warnings.catch_warnings(), ExitStack() as stack:
+        # Of how a network is written, which its training tells again.
+        warnings.simplefilter("ignore")
+        mesh = stack.enter_context(processes(option))
+        plan = planned_split(work, option.tensor) if option.tensor > 1 else None
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = work.make()
-        units = find_units(model).names
+        units = find_units(model, work.uses).names
         states = _states(work, model, option, plan)
         if limit is not None and states > limit:
             return Estimate(option, None, {}, states, why="weights, gradients and states alone")
@@ -155,8 +152,13 @@ def _run(
     if option.strategy.startswith("fsdp"):
         with _first_piece_only():
             shard(model, units, mesh["data"])
+        if hasattr(
+            model, "training_step"
+        ):  # a LightningModule, whose steps need not call `forward`
+            register_fsdp_forward_method(model, "training_step")
     batch, optimizer = work.batch(), work.optimizer(model)
-    traffic, live = _Traffic(), LiveBytes(partial(_held, model, optimizer, batch), limit)
+    groups = mesh.get_all_groups() if mesh is not None else []
+    traffic, live = _Traffic(groups), LiveBytes(partial(_held, model, optimizer, batch), limit)
     with live:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -220,16 +222,36 @@ class _Called(Exception):
 
 
 @contextmanager
-def _processes(option: Option) -> Iterator[Any]:
-    """Stand as one of many processes that are not there."""
+def processes(option: Option) -> Iterator[Any]:
+    """Stand as one of many processes that are not there.
+
+    In a group that runs all of its processes call this, and one of them plans within; messages of a plan go nowhere.
+
+    Raises:
+        Unsupported: The group is one of another number of processes.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=option.devices)
+    alone = not dist.is_initialized()
+    if option.devices == 1 or (option.strategy == "ddp" and not alone):
+        yield None
+        return
+    if not alone and dist.get_world_size() != option.devices:
+        raise Unsupported(
+            "memory is planned in a group of processes that does not exist",
+            f"a process group of {dist.get_world_size()} that is running",
+            "plan in a process of its own: `lightning-accel plan --devices`",
+        )
+    if alone:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=option.devices)
+    size, names = (option.devices // option.tensor, option.tensor), ("data", "tensor")
+    fake: dict[Any, Any] = dict.fromkeys(names, "fake")
+    mesh = init_device_mesh("cpu", size, mesh_dim_names=names, backend_override=fake)
     try:
-        size = (option.devices // option.tensor, option.tensor)
-        yield init_device_mesh("cpu", size, mesh_dim_names=("data", "tensor"))
+        yield mesh
     finally:
-        dist.destroy_process_group()
+        for group in [None] if alone else mesh.get_all_groups():
+            dist.destroy_process_group(group)
 
 
 def _states(work: Workload, model: nn.Module, option: Option, plan: TensorPlan | None) -> int:
@@ -292,18 +314,40 @@ def _held(model: nn.Module, optimizer: Optimizer, batch: Any) -> dict[str, list[
     }
 
 
+def _is_fake(group: Any) -> bool:
+    return dist.get_backend(group) == "fake"
+
+
 class _Traffic(TorchDispatchMode):
     """Counts operations, and what collectives send, by whether the step waits for it.
 
     torch's own `FlopCounterMode` looks at modules too, and keeps alive what a checkpointed block computes anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
         super().__init__()
         self.flops = 0
         self.sent = {"beside": 0, "between": 0}
+        self._own = {group.group_name for group in groups}
+        self._alone = not dist.is_initialized() or _is_fake(dist.group.WORLD)
+
+    def _refuse(self, args: Any) -> None:
+        """Raise where a step sends something to processes that are there: they would not answer."""
+        for value in () if self._alone else tree_leaves(args):
+            if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
+                value = dist.ProcessGroup.unbox(value).group_name
+            elif not isinstance(value, str):
+                continue
+            if value not in self._own and value in dist.distributed_c10d._world.pg_names.values():
+                raise AccelError(
+                    "a step is planned on one process",
+                    "it sends something to the others",
+                    "name the strategy: strategy='accel_ddp' or 'accel_fsdp'",
+                )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._refuse((args, kwargs))
         if func.namespace == "c10d":
             name = func.name().partition("::")[2]
             tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]

@@ -6,7 +6,7 @@ parameters. Those stay whole on every process, and `average_gradients` does for 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_accel.errors import Unsupported
 from lightning_accel.exact import widest
+from lightning_accel.parallel.meta import materialize
 
 _MESSAGE = 250 * 2**20  # bytes, as in DDP
 
@@ -42,6 +43,7 @@ def shard(
     reshard_after_forward: bool | int = True,
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: OffloadPolicy | None = None,
+    before: Callable[[nn.Module], None] | None = None,
 ) -> Sharded:
     """Shard a module in place over a mesh: each unit by itself, and all the rest as one more.
 
@@ -52,6 +54,7 @@ def shard(
         reshard_after_forward: Of the units, as in `fully_shard`; the rest stays gathered to the end of a step.
         mp_policy: As in `fully_shard`.
         offload_policy: As in `fully_shard`.
+        before: Is called for each unit before it is sharded, and for the whole at last; it may make weights.
 
     Raises:
         Unsupported: A part is sharded already.
@@ -65,16 +68,19 @@ def shard(
                 "Lightning's `ModelParallelStrategy`",
             )
     named = dict(model.named_parameters())
-    whole = {n: p for n, p in named.items() if not p.dim() or not p.is_floating_point()}
+    whole = [n for n, p in named.items() if not p.dim() or not p.is_floating_point()]
     given: dict[str, Any] = {
         "mesh": mesh,
-        "ignored_params": set(whole.values()),
         "mp_policy": mp_policy or MixedPrecisionPolicy(),
         "offload_policy": offload_policy or OffloadPolicy(),
     }
-    for name in units:
-        fully_shard(model.get_submodule(name), reshard_after_forward=reshard_after_forward, **given)
-    fully_shard(model, reshard_after_forward=False, **given)
+    for name in (*units, ""):
+        part = model.get_submodule(name)
+        if before is not None:
+            before(part)
+        kept = {model.get_parameter(n) for n in whole}
+        reshards = reshard_after_forward if name else False
+        fully_shard(part, reshard_after_forward=reshards, ignored_params=kept, **given)
     for name, parameter in model.named_parameters():
         for attribute, value in vars(named[name]).items():  # `weight.no_decay = True`
             if attribute not in vars(parameter):
@@ -259,24 +265,22 @@ def refuse_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def equalise(model: nn.Module, device: torch.device) -> None:
-    """Give all processes the weights and buffers of the first, as DDP does at its start, one after another.
-
-    Raises:
-        Unsupported: Weights are on the meta device.
-    """
-    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
-        raise Unsupported(
-            "weights are needed before they are sharded",
-            f"`{meta}` is on the meta device",
-            "make the network with its weights, in `configure_model` for instance",
-        )
+    """Give all processes the weights and buffers of the first, as DDP does at its start, one after another."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
+            if isinstance(tensor, DTensor):
+                continue
             there = tensor.detach().to(device).contiguous()
             dist.broadcast(there, 0)
             if there.data_ptr() != tensor.data_ptr():
                 tensor.copy_(there)
+
+
+def make(part: nn.Module, device: torch.device, *, fills: bool) -> None:
+    """Give a part that is on the meta device its weights, those of the first process; or room for those of a file."""
+    materialize(part, fills=fills)
+    if fills:
+        equalise(part, device)
 
 
 def whole(tree: Any, *, keep: bool = True, host: bool = True) -> Any:

@@ -19,6 +19,7 @@ from lightning_accel.bridge.data import batches, evaluation_batches
 from lightning_accel.bridge.example import OfValidation, placed, run_placed, step_arguments
 from lightning_accel.bridge.inert import Inert, inert_copy
 from lightning_accel.errors import AccelError
+from lightning_accel.parallel.meta import on_meta
 from lightning_accel.parallel.uses import Uses, uses_of
 from lightning_accel.surgery.acting import nothing_heard
 from lightning_accel.surgery.preserve import preserve_rng
@@ -82,7 +83,9 @@ class _Stepping(Inert):
 
 
 def _roomy(pl_module: LightningModule, device: torch.device) -> torch.device:
-    """Return a device on which a copy and the gathered weights have room."""
+    """Return a device on which a copy and the gathered weights have room; meta for what is there."""
+    if on_meta(pl_module):
+        return torch.device("meta")
     size = sum(p.numel() * p.element_size() for p in pl_module.parameters())
     fits = device.type != "cuda" or 2 * size < torch.cuda.mem_get_info(device)[0]
     return device if fits else torch.device("cpu")

@@ -33,6 +33,14 @@ class Units(NamedTuple):
     by_data: tuple[str, ...] = ()
     """Of those, modules in a list of which not every one may run in every step."""
 
+    def told(self, count: int) -> list[str]:
+        """Return lines for people: what is gathered by itself, and why the rest is not."""
+        names = self.names
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        first = f"Sharded over {count} processes, gathered by {listed or 'all'}."
+        refused = self.refused.items()
+        return [first, *(f"`{name}` is gathered with the rest: {why}." for name, why in refused)]
+
 
 def find_units(model: nn.Module, uses: Uses | None = None) -> Units:
     """Return the units of a network.

@@ -132,6 +132,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _checksum(tensor: Tensor) -> tuple[int, int]:
     """Return two sums over all bits: batch norm and `weight.data` are written without a new version."""
+    if tensor.is_meta:  # without numbers: how often it was written in place
+        return tensor._version, 0
     flat = tensor.detach().reshape(-1).contiguous()
     words = flat.view(torch.uint8).to(torch.int64)
     places = torch.arange(1, len(words) + 1, device=words.device) % 65_521

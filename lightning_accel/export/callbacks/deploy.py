@@ -132,7 +132,7 @@ class Deploy(Callback):
             return
         with _told_not_raised("the trained network was not deployed"):
             strategy = trainer.strategy
-            if holding(strategy) not in ("whole", "replicated") and not gathers(strategy):
+            if not gathers(strategy) and holding(strategy) not in ("whole", "replicated"):
                 raise Unsupported(
                     "no process holds the whole network",
                     type(strategy).__name__,

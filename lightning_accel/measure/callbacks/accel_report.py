@@ -434,7 +434,7 @@ def _reformatted(trainer: Trainer) -> set[str]:
 
 
 def _refuse_sharded(trainer: Trainer) -> None:
-    if holding(trainer.strategy) == "sharded" and not gathers(trainer.strategy):
+    if not gathers(trainer.strategy) and holding(trainer.strategy) == "sharded":
         raise Unsupported(
             "a report needs whole parameters on one process",
             type(trainer.strategy).__name__,

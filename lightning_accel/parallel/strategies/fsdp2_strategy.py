@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.backends import backend_of
 from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.data_order import keep_order
+from lightning_accel.parallel.meta import on_meta, refuse_meta
 from lightning_accel.parallel.restarts import begin_group
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
@@ -117,6 +119,9 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
         self._moved: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
         self._folder: Path | None = None
         """A folder of shards that this run goes on from."""
+        self._late: tuple[Mapping[str, Any], bool] | None = None
+        """A checkpoint for weights that are not made yet."""
+        self._is_meta = False
         self._sends = True
         """Whether the next backward sums gradients over processes."""
 
@@ -191,7 +196,11 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
         root = self.lightning_module
         assert isinstance(root, LightningModule)
         if not self._is_apart(root):
-            sharding.equalise(root, self.root_device)
+            self._is_meta = bool(on_meta(root))
+            if self._tensor_parallel_size != 1 or len(self._all(trainer)) > 1:
+                refuse_meta(root)
+            if not self._is_meta:
+                sharding.equalise(root, self.root_device)
             self._choose(root, uses_of_fit(trainer, root) if self._shards else None)
             before = dict(root.named_parameters())
             sharding.refuse_hooks(before)
@@ -202,6 +211,10 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
         self._stand_around(trainer)
         if self._folder is not None:
             folders.load_model(root, self._folder)
+        if self._late is not None:
+            checkpoint, strict = self._late
+            self._late = None
+            self.load_model_state_dict(checkpoint, strict)
 
     def _is_apart(self, root: LightningModule) -> bool:
         """Whether this process has a part of the module only."""
@@ -284,6 +297,8 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
             self._around.begin()
 
     def _shard_one(self, model: torch.nn.Module) -> sharding.Sharded:
+        fills = self._late is None and self._folder is None
+        make = partial(sharding.make, device=self.root_device, fills=fills)
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type != "cpu")
         return sharding.shard(
             model,
@@ -292,14 +307,12 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
             reshard_after_forward=self.reshard_after_forward,
             mp_policy=self.mp_policy,
             offload_policy=offload if self.cpu_offload else OffloadPolicy(),
+            before=make if self._is_meta else None,
         )
 
     def _tell(self) -> None:
-        names = self.found.names
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        rank_zero_info(f"Sharded over {self.world_size} processes, gathered by {listed or 'all'}.")
-        for name, why in self.found.refused.items():
-            rank_zero_info(f"`{name}` is gathered with the rest: {why}.")
+        for line in self.found.told(self.world_size):
+            rank_zero_info(line)
 
     # ---- steps
 
@@ -395,7 +408,9 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
         assert root is not None
         if self._folder is not None:  # it is read by shards, as soon as there are some
             return
-        if sharding.is_sharded(root):  # in mid-run
+        if on_meta(root):
+            self._late = checkpoint, strict
+        elif sharding.is_sharded(root):  # in mid-run
             options = StateDictOptions(full_state_dict=True, strict=strict)
             set_model_state_dict(root, dict(checkpoint["state_dict"]), options=options)
         else:

@@ -368,7 +368,8 @@ def _check_moments(when: When, freeze: When | None, max_epochs: int | None) -> N
 def _refuse_parts(trainer: Trainer, grid: Grid, scales: str) -> None:
     """Raise unless layers see all of their weights where they compute, and where their scales are found."""
     strategy = trainer.strategy
-    if not is_of(strategy, "TensorParallelStrategy") and gathers(strategy):
+    undecided = is_of(strategy, "TensorParallelStrategy", "AutoStrategy")
+    if not undecided and gathers(strategy):
         if grid.bits == 8 and scales == "fitted":
             return
         raise Unsupported(
