@@ -135,7 +135,8 @@ class _Told:
         """Draw the bar where there is one and it is time."""
         now = _clock()
         is_due = now - self._start >= self._after_s and now - self._drawn >= _EVERY_S
-        if self._bar is None or not is_due:
+        is_open = _open[:1] == [self]  # else Ctrl-C came before its `with` was entered
+        if self._bar is None or not (is_due and is_open):
             return
         with _drawing:
             if self._bar is not None and not self._ended.is_set():
