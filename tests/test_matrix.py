@@ -18,8 +18,8 @@ REFUSED = [
 OURS = ("accel_fsdp", "accel_tensor")
 TRIED = [
     (team, strategy)
-    for index, (team, rows) in enumerate(TEAMS.items())
-    for strategy in ([*STRATEGIES][index % 2], *OURS)
+    for team, rows in TEAMS.items()
+    for strategy in (("ddp", *OURS) if team == "short" else OURS[: 1 if team == "compiled" else 2])
     if all(SAID[row, strategy] == "equal" for row in rows)
 ]
 CELLS = [*TRIED, *REFUSED]
@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.parametrize(("name", "strategy"), CELLS, ids="-".join)
+@pytest.mark.parametrize(("name", "strategy"), CELLS, ids=[f"{n}-{s}" for n, s in CELLS])
 def test_the_page_says_what_a_run_finds(
     found: list[dict[str, Any]], name: str, strategy: str
 ) -> None:
