@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import RankWatch
+from lightning_accel.parallel import restarts
 
 FOLDER = Path(sys.argv[1])
 TIMEOUT_S = 1.5
@@ -66,6 +67,15 @@ class Ends(Callback):
             self.waited = threading.Event().wait(2 * TIMEOUT_S) or True
 
 
+class Names(Callback):
+    """Notes the name that the group of a try has."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (name,) = restarts._NAMED
+        place = f"name {os.environ['TORCHELASTIC_RESTART_COUNT']} {trainer.global_rank}"
+        (FOLDER / place).write_text(name)
+
+
 def fit(strategy: str, *callbacks: Callback) -> None:
     """Fit from the last checkpoint, if there is one, and write what became of the weights."""
     torch.manual_seed(0)
@@ -86,8 +96,7 @@ def fit(strategy: str, *callbacks: Callback) -> None:
 def one_try() -> None:
     """Fit in a process that `torchrun` started; the first time one is killed."""
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    (FOLDER / f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}").touch()
-    fit("accel_ddp", *([Ends("SIGKILL", 1)] if first else []))
+    fit("accel_ddp", Names(), *([Ends("SIGKILL", 1)] if first else []))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def test_a_killed_process_is_started_anew_and_the_fit_goes_on(tmp_path: Path) ->
         status, printed = run(SCRIPT, *arguments, cwd=folder, environ=ENVIRON)  # type: ignore[operator]
         assert status == 0, printed[-3000:]
         sums[how] = float((folder / "sum").read_text())
-    assert (tmp_path / "restart" / "try 1").exists()
+    names = [p.read_text() for p in sorted((tmp_path / "restart").glob("name *"))]
+    assert names[0] == names[1] != names[2] == names[3] and len(names) == 4
     assert sums["restart"] == sums["nothing"]
 
 
