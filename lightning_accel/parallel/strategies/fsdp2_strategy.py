@@ -145,10 +145,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         size = (self.replicas, self.world_size // self.replicas)
         return init_device_mesh(self.root_device.type, size, mesh_dim_names=("replicate", "shard"))
 
-    @property
-    def _shards(self) -> bool:
-        """Whether there are several processes to shard over."""
-        return True
+    _shards = True
+    """Whether there are several processes to shard over."""
 
     @property
     def _group(self) -> Any:
@@ -206,10 +204,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._stand_around(trainer)
         if self._folder is not None:
             folders.load_model(root, self._folder)
-        if self._late is not None:
-            checkpoint, strict = self._late
-            self._late = None
-            self.load_model_state_dict(checkpoint, strict)
+        late, self._late = self._late, None
+        if late is not None:
+            self.load_model_state_dict(*late)
 
     def _is_apart(self, root: LightningModule) -> bool:
         """Whether this process has a part of the module only."""
