@@ -11,16 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sharded import Block
+from forks import results_of
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from sharded import Block, Convolutions, data, made, trainer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_accel.cli.devices import options, size
+from lightning_accel.cli.devices import size
 from lightning_accel.cli.main import main
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.parallel.accelerators import ACCELERATORS, seconds
+from lightning_accel.parallel.choice import options
 from lightning_accel.parallel.live_bytes import LiveBytes, TooLarge
+from lightning_accel.parallel.meta import materialize
 from lightning_accel.parallel.planning import Option, Workload, estimate
+from lightning_accel.strategies import AutoStrategy
 
 MIB = 2**20
 
@@ -128,7 +133,7 @@ def test_a_group_that_runs_is_left_alone(tmp_path: Path) -> None:
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     with pytest.raises(Unsupported, match="a process of its own"):
-        estimate(work(), Option("single"))
+        estimate(work(), Option("fsdp", 2))
 
 
 def test_storages_count_while_they_live_and_as_large_as_they_are() -> None:
@@ -259,3 +264,60 @@ def test_what_is_missing_is_told(
 ) -> None:
     assert plan(f"{nets}:net", "--example", "1,8:int64:9", *words) == 2
     assert said in capsys.readouterr().err
+
+
+AUTO = ("shards", "read_outside", "by_hand", "sends", "relied_on", "again", "folder", "meta")
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results_of("auto_fits.py", tmp_path_factory.mktemp("auto"))
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", AUTO)
+def test_a_chosen_strategy_trains_as_one_process(chosen: list[dict[str, Any]], name: str) -> None:
+    kinds = {"relied_on": "AutoStrategy", "sends": "AutoStrategy"}
+    for found in (one[name] for one in chosen):
+        assert "error" not in found, found["trace"]
+        assert found.get("kind", "FSDP2Strategy") == kinds.get(name, "FSDP2Strategy")
+        apart = [found[key] for key in ("apart", "from file", "loaded") if key in found]
+        assert all(one < 1e-11 for one in apart)
+        assert ("could be planned" in found.get("why", "")) == (name in ("by_hand", "sends"))
+    if (
+        name == "again"
+    ):  # evaluated as copies, trained and tested as shards; a small module as copies
+        sharded, copied = "FSDP2Strategy", "AutoStrategy"
+        assert found["kinds"] == [copied, sharded, sharded, copied]
+    if name == "shards":
+        assert found["why"].startswith("ddp needs more") and "fsdp needs" in found["why"]
+
+
+def test_one_device_has_nothing_to_choose() -> None:
+    ours = trainer(devices=1, strategy="accel_auto", max_epochs=1)
+    ours.fit(made(Convolutions), data(0, 1))
+    assert type(ours.strategy) is SingleDeviceStrategy and not dist.is_initialized()
+
+
+@pytest.mark.parametrize("memory", [0, -1, True, 1.5, None, "80 apples", "nan"])
+def test_memory_of_a_choice_is_a_size(memory: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"memory.*Found: .*Do: "):
+        AutoStrategy(memory=memory)
+
+
+def test_what_cannot_fill_itself_is_named() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3))
+            self.register_buffer("angle", torch.ones(3), persistent=False)
+
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(3, 3), Own())
+    with pytest.raises(Unsupported, match=r"`1` \(Own\).*it has none"):
+        materialize(net)
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(3, 3), Own())
+    with pytest.raises(Unsupported, match=r"buffer `angle` is in no checkpoint"):
+        materialize(net, fills=False)

@@ -53,9 +53,9 @@ def materialize(model: nn.Module, *, fills: bool = True) -> None:
         if fills and (
             not own or any(p is None for p in new.values())
         ):  # what is tied is filled by the first that has it
-            module.reset_parameters()  # type: ignore[operator]
+            module.reset_parameters()
         for n, p in own.items():
-            module._parameters[n] = made.setdefault(id(p), module._parameters[n])  # type: ignore[arg-type]
+            module._parameters[n] = made.setdefault(id(p), module._parameters[n])
             vars(module._parameters[n]).update(vars(p))  # `weight.no_decay = True`
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_accel.errors import Unsupported
 from lightning_accel.exact import widest
-from lightning_accel.parallel.meta import materialize
+from lightning_accel.parallel.meta import materialize, on_meta
 
 _MESSAGE = 250 * 2**20  # bytes, as in DDP
 
@@ -248,6 +248,13 @@ def broadcast_buffers(buffers: Sequence[Tensor], group: Any) -> None:
             dist._broadcast_coalesced(group, together, _MESSAGE, 0)
 
 
+def send(root: FSDPModule, sends: bool) -> bool:
+    """Let the next backward sum gradients over processes, or not; return which."""
+    root.set_requires_gradient_sync(sends)
+    root.set_is_last_backward(sends)
+    return sends
+
+
 def refuse_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise where a weight has hooks on its gradient: shards get theirs past them.
 
@@ -268,7 +275,7 @@ def equalise(model: nn.Module, device: torch.device) -> None:
     """Give all processes the weights and buffers of the first, as DDP does at its start, one after another."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if isinstance(tensor, DTensor):
+            if isinstance(tensor, DTensor) or tensor.is_meta:
                 continue
             there = tensor.detach().to(device).contiguous()
             dist.broadcast(there, 0)
@@ -278,9 +285,10 @@ def equalise(model: nn.Module, device: torch.device) -> None:
 
 def make(part: nn.Module, device: torch.device, *, fills: bool) -> None:
     """Give a part that is on the meta device its weights, those of the first process; or room for those of a file."""
-    materialize(part, fills=fills)
-    if fills:
-        equalise(part, device)
+    if on_meta(part):
+        materialize(part, fills=fills)
+        if fills:
+            equalise(part, device)
 
 
 def whole(tree: Any, *, keep: bool = True, host: bool = True) -> Any:

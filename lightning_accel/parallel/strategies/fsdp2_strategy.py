@@ -107,8 +107,8 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
         self.sync_every_batch = flag("sync_every_batch", sync_every_batch)
         self.broadcast_buffers = flag("broadcast_buffers", broadcast_buffers)
         self.cpu_offload = flag("cpu_offload", cpu_offload)
-        do = "pass a MixedPrecisionPolicy of torch.distributed.fsdp"
         kind = "of torch.distributed.fsdp"
+        do = f"pass a MixedPrecisionPolicy {kind}"
         self.mp_policy = instance("mp_policy", mp_policy, MixedPrecisionPolicy, kind, do, none=True)
         self.found = Units((), {})
         self._sharded = sharding.Sharded((), ())
@@ -117,13 +117,11 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
         self._around: AroundSteps | None = None
         self._written: tuple[str, ...] = ()
         self._moved: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
-        self._folder: Path | None = None
-        """A folder of shards that this run goes on from."""
-        self._late: tuple[Mapping[str, Any], bool] | None = None
-        """A checkpoint for weights that are not made yet."""
-        self._is_meta = False
-        self._sends = True
-        """Whether the next backward sums gradients over processes."""
+        self._folder: Path | None = None  # of shards that this run goes on from
+        self._late: tuple[Mapping[str, Any], bool] | None = (
+            None  # for weights that are not there yet
+        )
+        self._sends = True  # whether the next backward sums gradients over processes
 
     # ---- processes
 
@@ -196,11 +194,9 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
         root = self.lightning_module
         assert isinstance(root, LightningModule)
         if not self._is_apart(root):
-            self._is_meta = bool(on_meta(root))
             if self._tensor_parallel_size != 1 or len(self._all(trainer)) > 1:
                 refuse_meta(root)
-            if not self._is_meta:
-                sharding.equalise(root, self.root_device)
+            sharding.equalise(root, self.root_device)
             self._choose(root, uses_of_fit(trainer, root) if self._shards else None)
             before = dict(root.named_parameters())
             sharding.refuse_hooks(before)
@@ -211,10 +207,9 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
         self._stand_around(trainer)
         if self._folder is not None:
             folders.load_model(root, self._folder)
-        if self._late is not None:
-            checkpoint, strict = self._late
+        if (late := self._late) is not None:
             self._late = None
-            self.load_model_state_dict(checkpoint, strict)
+            self.load_model_state_dict(*late)
 
     def _is_apart(self, root: LightningModule) -> bool:
         """Whether this process has a part of the module only."""
@@ -297,7 +292,7 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
             self._around.begin()
 
     def _shard_one(self, model: torch.nn.Module) -> sharding.Sharded:
-        fills = self._late is None and self._folder is None
+        fills = not (self._late or self._folder)
         make = partial(sharding.make, device=self.root_device, fills=fills)
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type != "cpu")
         return sharding.shard(
@@ -307,7 +302,7 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
             reshard_after_forward=self.reshard_after_forward,
             mp_policy=self.mp_policy,
             offload_policy=offload if self.cpu_offload else OffloadPolicy(),
-            before=make if self._is_meta else None,
+            before=make,
         )
 
     def _tell(self) -> None:
@@ -347,15 +342,11 @@ class FSDP2Strategy(WeightsInParts, ModelParallelStrategy):
         if self.sync_every_batch or not isinstance(root, FSDPModule):
             yield
             return
-        root.set_requires_gradient_sync(False)
-        root.set_is_last_backward(False)
-        self._sends = False
+        self._sends = sharding.send(root, False)
         try:
             yield
         finally:
-            self._sends = True
-            root.set_requires_gradient_sync(True)
-            root.set_is_last_backward(True)
+            self._sends = sharding.send(root, True)
 
     @override
     def backward(
