@@ -216,9 +216,9 @@ def test_tries_that_share_a_store_have_names_of_their_own() -> None:
         found: dict[int, str] = {}
 
         def join(rank: int, found: dict[int, str] = found) -> None:
-            found[rank] = agree(store, rank, 3, 20.0)
+            found[rank] = agree(store, rank, 3, 5.0)
 
-        threads = [threading.Thread(target=join, args=(rank,)) for rank in range(3)]
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in (2, 1, 0)]
         for thread in threads:
             thread.start()
         for thread in threads:
