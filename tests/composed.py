@@ -128,6 +128,7 @@ ROWS: dict[str, Row] = {
     ),
     "attention": alone(lambda: la.AttentionBackend("math")),
     "matmul": alone(lambda: la.MatmulPrecision("highest")),
+    "watch": alone(la.RankWatch),
     "warm": Row(lambda f: {"callbacks": [la.WarmStart(f / "compiled.zip"), compiles()]}),
     "frozen": alone(lambda: la.FrozenPredict(backend="eager"), evaluates=True),
     "objective": alone(lambda: la.Objective("val")),
@@ -140,7 +141,7 @@ ROWS: dict[str, Row] = {
 }
 TEAMS: dict[str, tuple[str, ...]] = {
     "pruned": ("prune", "loading", "measure", "lean", "attention", "checkpointing"),
-    "masked": ("masks, pruned", "optimizer", "matmul", "objective"),
+    "masked": ("masks, pruned", "optimizer", "matmul", "watch", "objective"),
     "taught by itself": ("distill itself", "rows"),
     "taught": ("distill hints", "sparsity", "fp32"),
     "quantized": ("quantize",),
