@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel import hardware
-from lightning_accel.arguments import instance, numbers_by_name
+from lightning_accel.arguments import flag, instance, numbers_by_name
 from lightning_accel.bridge.bests import is_stale
 from lightning_accel.bridge.data import is_stream
 from lightning_accel.bridge.example import AtHand, find_example
@@ -31,7 +31,7 @@ from lightning_accel.bridge.restore import pristine, register
 from lightning_accel.bridge.strategies import gathers, holding, plain, whole
 from lightning_accel.errors import Unsupported, explain
 from lightning_accel.measure.callbacks.fit_log import FitLog
-from lightning_accel.measure.dashboard import to_wandb
+from lightning_accel.measure.callbacks.loggers import hand_over, log
 from lightning_accel.measure.flops import preserve_buffers
 from lightning_accel.measure.report import Report
 from lightning_accel.measure.subject import (
@@ -74,6 +74,7 @@ class AccelReport(Paced):
         dense_metrics: Metrics of a dense training as long as this one, to compare with.
         budget_s: Seconds of measuring; warm-up and compilation come on top.
         example: Arguments of the LightningModule's `forward`; by default what its networks receive.
+        artifact: Keep report, best checkpoint (or the last) and what `Deploy` wrote as an artifact of the W&B run.
 
     Raises:
         ValueError: `budget_s` is not above 0.
@@ -92,6 +93,7 @@ class AccelReport(Paced):
         dense_metrics: Mapping[str, float] | None = None,
         budget_s: float = 10.0,
         example: Any = None,
+        artifact: bool = False,
     ) -> None:
         super().__init__()
         if not budget_s > 0:
@@ -106,6 +108,7 @@ class AccelReport(Paced):
         )
         self.budget_s = budget_s
         self.example = example
+        self.artifact: bool = flag("artifact", artifact)
         self.report: Report | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._saved_at: Path | None = None
@@ -269,6 +272,14 @@ class AccelReport(Paced):
             )
         self._publish(trainer)
 
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand files over: all callbacks have written theirs, and no logger is closed yet."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit" and self.artifact and self.report is not None and self._saved_at:
+            with self._told_not_raised("the artifact could not be logged"):
+                hand_over(trainer, self.report, self._saved_at)
+
     def _describe(self, report: Report, trainer: Trainer) -> None:
         self._describe_metrics(report, trainer)
         after = self.pace.steps_per_s
@@ -389,10 +400,7 @@ class AccelReport(Paced):
             if self._saved_at is not None:
                 self._log.write_page(self._saved_at)
         with self._told_not_raised("the report could not be logged"):
-            for logger in trainer.loggers:
-                logger.log_metrics(self.report.flat(), step=trainer.global_step)
-                if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
-                    to_wandb(logger, self.report, trainer.global_step)
+            log(trainer, self.report)
 
     def _save(self, trainer: Trainer, report: Report) -> None:
         known = self._saved_at is not None
