@@ -83,6 +83,7 @@ def pieces(module: nn.Module, x: Tensor) -> int:
 def patches(module: nn.Module, x: Tensor) -> Tensor:
     """Unfold `samples` to (groups, positions, inputs of a group x kernel).
 
+    >>> import torch
     >>> layer = nn.Conv1d(2, 3, 2, bias=False).double()
     >>> x = torch.randn(1, 2, 5, dtype=torch.float64)
     >>> torch.allclose(patches(layer, x) @ matrix(layer, layer.weight).mT, by_block(layer, layer(x)))
