@@ -196,7 +196,6 @@ def prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda words: words[0],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:no format is faster")
 def test_what_the_users_code_prints_is_beside_the_one_json_object(
     prints: None, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:

@@ -62,7 +62,6 @@ pytestmark = [
         "ignore:WarmStart had no effect"
     ),  # nothing here compiles by inductor
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
-    pytest.mark.filterwarnings("ignore:no format is faster than the model"),
     pytest.mark.usefixtures("clean_dynamo"),
 ]
 

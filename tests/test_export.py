@@ -34,8 +34,6 @@ from lightning_accel.export.samples import Sample, samples
 from lightning_accel.export.speed import Pace
 from lightning_accel.measure.race import Ratio
 
-pytestmark = pytest.mark.filterwarnings("ignore:no format is faster than the model")
-
 deploy = partial(lightning_accel.deploy, budget_s=0.02)
 
 

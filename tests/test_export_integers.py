@@ -30,8 +30,6 @@ from lightning_accel.export.samples import Sample
 from lightning_accel.quantization.budget import sqnr_db
 from lightning_accel.quantization.layers import layers_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:no format is faster than the model")
-
 deploy = partial(lightning_accel.deploy, budget_s=0.02)
 
 

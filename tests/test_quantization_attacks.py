@@ -92,7 +92,6 @@ def test_a_bias_under_a_mask_is_told_and_stays_under_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:no format is faster")
 def test_channels_without_weights_keep_their_bias_in_onnx(tmp_path: Path) -> None:
     net = mlp(8, 16, 4)
     with torch.no_grad():
@@ -140,7 +139,6 @@ def test_a_prune_that_fails_leaves_the_quantization_and_one_that_breaks_groups_i
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:no format is faster")
 def test_nan_shows_in_files_of_ranges_of_each_call(tmp_path: Path) -> None:
     net, x = mlp(8, 16, 4), torch.randn(16, 8)
     quantize(net, calibration=x, activations="dynamic")
@@ -168,7 +166,6 @@ def test_a_loader_that_shuffles_leaves_random_states(verb: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:no format is faster")
 def test_a_network_in_float64_is_deployed_in_float32_and_told(tmp_path: Path) -> None:
     net, x = mlp(8, 16, 4).double(), torch.randn(32, 8).double()
     quantize(net, calibration=x)

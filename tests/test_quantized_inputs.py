@@ -23,7 +23,6 @@ from lightning_accel.errors import NoEffect
 from lightning_accel.quantization import lowered, quantization_of
 from lightning_accel.quantization.budget import sqnr_db
 
-pytestmark = pytest.mark.filterwarnings("ignore:no format is faster than the model")
 PLAINLY: Any = {"rounding": "nearest", "correct_bias": False}
 
 
