@@ -17,7 +17,9 @@ def widest(device: torch.device) -> torch.dtype:
     >>> widest(torch.device("cpu"))
     torch.float64
     """
-    if device.type in _HAVE or _has_float64(device.type):  # the compiler cannot look into the second
+    if device.type in _HAVE or _has_float64(
+        device.type
+    ):  # the compiler cannot look into the second
         return torch.float64
     return torch.float32
 

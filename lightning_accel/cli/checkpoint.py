@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_accel.cli.subject import found_in_code, users_own
 from lightning_accel.cli.terminal import FINE, answer, complain, progress
 from lightning_accel.errors import AccelError, explain
-from lightning_accel.parallel.conversion import Converted, convert
+
+if TYPE_CHECKING:
+    from lightning_accel.parallel.conversion import Converted
 
 
 def add(commands: Any) -> None:
@@ -48,6 +50,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was written; 2 when nothing was."""
+    from lightning_accel.parallel.conversion import convert
+
     try:
         with progress(args, "checkpoint") as say:
             names = None if args.module is None else _names(args.module, args.source)
