@@ -55,7 +55,7 @@ def test_a_run_goes_on_from_a_converted_checkpoint_as_from_its_own(
     assert main(["checkpoint", "convert", str(tmp_path / "shards"), one, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["kind"] == "file" and said["num_bytes"] == Path(one).stat().st_size
-    subject = ["--module", f"test_checkpoints:{make.__name__}"]
+    subject = ["--module", f"test_conversion:{make.__name__}"]
     back = str(tmp_path / "back")
     assert main(["checkpoint", "convert", one, back, *subject]) == 0, capsys.readouterr().err
     ends = {}

@@ -19,7 +19,7 @@ from lightning_accel.cli import main
 from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.parallel.links import Links, Rank
 from lightning_accel.parallel.restarts import agree, warning_of_restarts
-from lightning_accel.parallel.watch import Lost, Member, Sight, Silence, Watch, judge
+from lightning_accel.parallel.watch import Lost, Member, Sight, Silence, Watch, ending, judge
 
 SCRIPT = Path(__file__).parent / "scripts" / "lost_ranks.py"
 ENVIRON = {"GLOO_SOCKET_IFNAME": "lo"}
@@ -192,6 +192,18 @@ def test_nobody_misses_who_took_leave_nor_was_asleep(order: tuple[int, ...]) -> 
     assert others[-1].wait(1.0) is None
     three.leave()
     assert three.ended == []
+
+
+def test_a_run_that_failed_is_over_though_another_has_begun() -> None:
+    """A script that catches the error of all processes goes on: its next run must not be ended for the last one."""
+
+    def run(look: Callable[[], Any]) -> Any:
+        return look()
+
+    failed = run(lambda: ending.call_of("run"))
+    assert run(lambda: ending.returns(failed, 0.0))
+    assert not run(lambda: ending.returns(ending.call_of("run"), 0.0))  # type: ignore[arg-type]
+    assert ending.call_of("nowhere") is None
 
 
 def test_a_stranger_is_not_heard() -> None:

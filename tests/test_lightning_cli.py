@@ -142,7 +142,7 @@ print("GOT", [c.when for c in cli.trainer.callbacks if hasattr(c, "when")])
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_short_names_need_one_import_in_any_order(order: str, tmp_path: Path) -> None:
-    name = "StructuredPruning"  # without an import of ours, the whole path: test_projects.py
+    name = "StructuredPruning"  # without an import of ours, the whole path: test_project_folders.py
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(imports=ORDERS[order], name=name)],
         capture_output=True,

@@ -61,10 +61,10 @@ def sends() -> Any:
 
 
 def relied_on() -> Any:
-    """Masks need whole weights, whatever fits."""
+    """A quantization after the fit needs whole weights, whatever fits."""
     ours = made(GPT)
-    masks = la.WeightMasks(0.5, when=0)
-    run = trainer(devices=2, strategy=AutoStrategy(memory=KIB), callbacks=[masks])
+    after = la.PostTrainingQuantization()
+    run = trainer(devices=2, strategy=AutoStrategy(memory=KIB), callbacks=[after])
     run.fit(ours, data(RANK, 2))
     return {"kind": type(run.strategy).__name__}
 

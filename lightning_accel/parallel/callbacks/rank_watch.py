@@ -18,7 +18,7 @@ from lightning_accel.bridge.technique import Context, Technique
 from lightning_accel.errors import explain
 from lightning_accel.parallel.restarts import warning_of_restarts
 from lightning_accel.parallel.watch import Lost, Watch, myself
-from lightning_accel.parallel.watch.ending import end, is_within, kill, line_of_main_thread, say
+from lightning_accel.parallel.watch.ending import end, kill, line_of_main_thread, say
 from lightning_accel.parallel.watch.watch import master_address
 from lightning_accel.surgery import Change, Receipt
 
@@ -113,7 +113,7 @@ class RankWatch(Technique):
         if lost.is_over:
             say(_said(trainer, lost))
             kill(lost.member)
-        end(grace_s=grace, is_running=lambda: is_within(_RUN))
+        end(grace_s=grace, run=_RUN, is_over=lost.is_over)
 
 
 def watch_ranks(trainer: Trainer) -> None:

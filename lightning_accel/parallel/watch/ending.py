@@ -8,7 +8,6 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -41,15 +40,17 @@ def kill(member: Member) -> None:
             os.kill(member.pid, signal.SIGKILL)
 
 
-def end(*, grace_s: float, is_running: Callable[[], bool]) -> None:
+def end(*, grace_s: float, run: str, is_over: bool) -> None:
     """Let the main thread end what runs by an error of its own, and end the process if it does not.
 
     Args:
         grace_s: How long to wait for it.
-        is_running: Whether the main thread is still within the run; what a script does after it is its own.
+        run: The function whose present call is meant; what a script does after it is its own, another call as well.
+        is_over: Whether the group of processes is of no use any more; else this one may be about to fail as another did.
     """
-    threading.Thread(target=_abort, daemon=True).start()
-    threading.Thread(target=_end, args=(grace_s, is_running), daemon=True).start()
+    call = call_of(run)
+    if call is not None:
+        threading.Thread(target=_end, args=(grace_s, call, is_over), daemon=True).start()
 
 
 def _abort() -> None:
@@ -59,22 +60,29 @@ def _abort() -> None:
             dist.distributed_c10d._abort_process_group()
 
 
-def _end(grace_s: float, is_running: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + grace_s
-    while is_running():
+def _end(grace_s: float, call: FrameType, is_over: bool) -> None:
+    if not is_over and returns(call, grace_s):
+        return
+    threading.Thread(target=_abort, daemon=True).start()
+    if not returns(call, grace_s):
+        say(f"Process {os.getpid()} waited in {line_of_main_thread()}, and is ended.")
+        os._exit(_EXIT_CODE)
+
+
+def call_of(name: str) -> FrameType | None:
+    """Return the outermost call of a function in the main thread, `None` if there is none."""
+    found = [frame for frame in _frames_of_main_thread() if frame.f_code.co_name == name]
+    return found[-1] if found else None
+
+
+def returns(call: FrameType, seconds: float) -> bool:
+    """Whether the main thread comes back from a call within some time."""
+    deadline = time.monotonic() + seconds
+    while any(frame is call for frame in _frames_of_main_thread()):
         if time.monotonic() >= deadline:
-            say(f"Process {os.getpid()} waited in {line_of_main_thread()}, and is ended.")
-            os._exit(_EXIT_CODE)
+            return False
         time.sleep(0.05)
-
-
-def is_within(name: str) -> bool:
-    """Whether the main thread is within a function of that name.
-
-    >>> is_within("nowhere")
-    False
-    """
-    return any(frame.f_code.co_name == name for frame in _frames_of_main_thread())
+    return True
 
 
 def line_of_main_thread() -> str:
