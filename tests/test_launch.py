@@ -194,15 +194,18 @@ def test_nobody_misses_who_took_leave_nor_was_asleep(order: tuple[int, ...]) -> 
     assert three.ended == []
 
 
-def test_a_run_that_failed_is_over_though_another_has_begun() -> None:
+def test_a_run_that_failed_is_over_though_another_has_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A script that catches the error of all processes goes on: its next run must not be ended for the last one."""
+    monkeypatch.setattr(ending.threading, "main_thread", threading.current_thread)
 
-    def run(look: Callable[[], Any]) -> Any:
+    def the_run(look: Callable[[], Any]) -> Any:
         return look()
 
-    failed = run(lambda: ending.call_of("run"))
-    assert run(lambda: ending.returns(failed, 0.0))
-    assert not run(lambda: ending.returns(ending.call_of("run"), 0.0))  # type: ignore[arg-type]
+    failed = the_run(lambda: ending.call_of("the_run"))
+    assert the_run(lambda: ending.returns(failed, 0.0))
+    assert not the_run(lambda: ending.returns(ending.call_of("the_run"), 0.0))  # type: ignore[arg-type]
     assert ending.call_of("nowhere") is None
 
 
