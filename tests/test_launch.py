@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,24 @@ def test_a_run_that_failed_is_over_though_another_has_begun(
     assert the_run(lambda: ending.returns(failed, 0.0))
     assert not the_run(lambda: ending.returns(ending.call_of("the_run"), 0.0))  # type: ignore[arg-type]
     assert ending.call_of("nowhere") is None
+
+
+@pytest.mark.parametrize(("is_over", "stays", "does"), [
+    (True, False, ["aborts"]), (True, True, ["aborts", "exits"]), (False, False, []), (False, True, ["aborts", "exits"]),
+])  # fmt: skip
+def test_collectives_end_for_the_dead_and_only_at_last_for_who_failed(
+    monkeypatch: pytest.MonkeyPatch, is_over: bool, stays: bool, does: list[str]
+) -> None:
+    """Of an error that all processes raise, the group must be left to the script's next run."""
+    done: list[str] = []
+    monkeypatch.setattr(ending, "returns", lambda *_: not stays)
+    monkeypatch.setattr(ending, "_abort", lambda: done.append("aborts"))
+    monkeypatch.setattr(ending.os, "_exit", lambda code: done.append("exits"))
+    before = {*threading.enumerate()}
+    ending._end(0.0, sys._getframe(), is_over)
+    for thread in {*threading.enumerate()} - before:
+        thread.join()
+    assert sorted(done) == does  # the first by a thread
 
 
 def test_a_stranger_is_not_heard() -> None:

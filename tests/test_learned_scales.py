@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -78,18 +79,6 @@ def test_slopes_of_scales_are_those_of_the_paper(word: str, kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(kept, parts(), strict=True))
 
 
-class Module(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
 def loader() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(32, 6, generator=generator)
@@ -102,7 +91,7 @@ def learning(**more: Any) -> QuantizationAwareTraining:
 
 def fit(kwargs: dict[str, Any], *callbacks: Any, ckpt: Any = None, **more: Any) -> Any:
     torch.manual_seed(0)
-    module = Module()
+    module = tiny.Layers()
     trainer = Trainer(**kwargs | {"max_epochs": 3, **more}, callbacks=[*callbacks])
     trainer.fit(module, loader(), ckpt_path=ckpt, weights_only=True)
     return module, trainer
@@ -111,7 +100,7 @@ def fit(kwargs: dict[str, Any], *callbacks: Any, ckpt: Any = None, **more: Any) 
 def test_a_fit_is_that_of_a_loop_by_hand(trainer_kwargs: dict[str, Any]) -> None:
     user, trainer = fit(trainer_kwargs, learning(), max_epochs=2, accumulate_grad_batches=2)
     torch.manual_seed(0)
-    hand = Module()
+    hand = tiny.Layers()
     scales = [
         become(copy.deepcopy(hand.net[i]), Grid("int2", None)) for i in (0, 2)
     ]  # which finds the scales to begin with
@@ -144,7 +133,7 @@ def test_a_fit_is_that_of_a_loop_by_hand(trainer_kwargs: dict[str, Any]) -> None
         torch.testing.assert_close(layer.accel_scale, step.detach(), rtol=1e-4, atol=1e-6)
     (own,) = trainer.optimizers
     assert {id(p) for g in own.param_groups for p in g["params"]} == {*map(id, user.parameters())}
-    assert [*user.state_dict()] == [*Module().state_dict()]
+    assert [*user.state_dict()] == [*tiny.Layers().state_dict()]
 
 
 def test_another_fit_begins_anew(trainer_kwargs: dict[str, Any]) -> None:
@@ -212,4 +201,4 @@ def test_arguments_of_scales_are_checked() -> None:
         QuantizationAwareTraining(scales="LSQ")
     trainer = Trainer(accelerator="cpu", strategy="accel_fsdp", devices=1, logger=False)
     with pytest.raises(Unsupported, match="learned scales of int8 weights"):
-        QuantizationAwareTraining(scales="learned").setup(trainer, Module(), "fit")
+        QuantizationAwareTraining(scales="learned").setup(trainer, tiny.Layers(), "fit")

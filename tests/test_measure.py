@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forks
@@ -1354,14 +1355,20 @@ def test_every_logger_gets_flat_numbers_and_wandb_a_table(fit: Fit, tmp_path: Pa
 def test_wandb_keeps_what_a_fit_left_when_asked(fit: Fit, tmp_path: Path) -> None:
     logger, kept = WandbLogger(), []  # type: ignore[var-annotated]
     logger.id, logger.log_artifact = "r1", kept.append  # type: ignore[attr-defined]
+    deploys = Callback()
+    (bundle := tmp_path / "net").mkdir()
+    (bundle / "model.pt2").write_text("")
+    deploys.bundle = SimpleNamespace(path=bundle)  # type: ignore[attr-defined]
     for artifact in (False, True):
         saver = ModelCheckpoint(tmp_path / f"{artifact}", filename="{epoch}", monitor="val_loss")
         report = AccelReport(tmp_path / "report.json", budget_s=0.1, artifact=artifact)
-        fit(Module(), report, StructuredPruning(ratio=0.5, when=1), saver, logger=logger)
+        cut = StructuredPruning(ratio=0.5, when=1)
+        fit(Module(), report, cut, saver, deploys, logger=logger)
         assert len(kept) == artifact
     (one,) = kept
     assert (one.name, one.type) == ("accel-r1", "model")
-    assert {"report.json", Path(saver.best_model_path).name} == set(one.manifest.entries)
+    files = {"report.json", Path(saver.best_model_path).name, "net/model.pt2"}
+    assert files == set(one.manifest.entries)
     assert one.metadata["report/ratio_params"] == report.report.flat()["report/ratio_params"] > 1  # type: ignore[union-attr]
     assert one.metadata["edits"]
 

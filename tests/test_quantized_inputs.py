@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -68,22 +69,10 @@ def test_convolutions_are_left_and_named() -> None:
         quantize(nn.Conv2d(2, 2, 1), calibration=torch.randn(4, 2, 2, 2), activations="dynamic")
 
 
-class Module(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
 def test_training_and_files_know_of_it(tmp_path: Path, trainer_kwargs: dict[str, Any]) -> None:
     x = torch.randn(32, 6)
     data = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8)
-    user, hand = Module(), Module()
+    user, hand = tiny.Layers(), tiny.Layers()
     hand.load_state_dict(user.state_dict())
     trainer = Trainer(
         **trainer_kwargs | {"max_epochs": 2},
@@ -109,7 +98,7 @@ def test_training_and_files_know_of_it(tmp_path: Path, trainer_kwargs: dict[str,
     for mine, theirs in zip(user.parameters(), hand.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    back = load_from_checkpoint(Module, tmp_path / "last.ckpt")
+    back = load_from_checkpoint(tiny.Layers, tmp_path / "last.ckpt")
     assert torch.equal(back.net(x), user.net(x))
     assert quantization_of(back)["net.0"]["activations"] == "dynamic"
 

@@ -107,6 +107,20 @@ def silent(folder: Path) -> dict[str, Any]:
     }
 
 
+class Layers(LightningModule):
+    """Classifies six features into three classes by two linear layers, with SGD."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
 class ByHand(LightningModule):
     """Optimizes by hand what the next of its bases computes: `class Manual(ByHand, Module)`."""
 

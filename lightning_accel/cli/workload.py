@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lightning_accel.cli.devices import MIXED, TRUE
 from lightning_accel.cli.subject import NamedModel, brings_data, subject_of, train_loader
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.parallel.fit_workload import only_optimizer
 from lightning_accel.parallel.planning import Workload
 from lightning_accel.surgery.call import numbers
 
@@ -44,7 +45,7 @@ def workload(args: argparse.Namespace) -> Workload:
 
     def optimizer(model: Any) -> Any:
         if brings_data(model, built["subject"].data) and not args.example:
-            return _users_optimizer(model)
+            return only_optimizer(model, do="pass --example: AdamW is taken")
         return torch.optim.AdamW(model.parameters(), foreach=False)
 
     return Workload(make, batch, step, optimizer, _dtype(MIXED, args.precision))
@@ -64,19 +65,6 @@ def _format(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _users_optimizer(model: Any) -> Any:
-    from lightning.pytorch.core.optimizer import _configure_optimizers
-
-    found = _configure_optimizers(model.configure_optimizers())[0]
-    if len(found) != 1:
-        raise AccelError(
-            "memory is planned with one optimizer",
-            f"{len(found)} optimizers",
-            "pass --example: AdamW is taken",
-        )
-    return found[0]
 
 
 def _attach(subject: NamedModel, model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ def workload_of(trainer: Trainer, pl_module: LightningModule) -> Iterator[Worklo
             make=lambda: _fake(trainer, pl_module),
             batch=lambda: apply_to_collection(batch, Tensor, _like),
             step=lambda model, given: _loss(model, (given, 0)[:count]),
-            optimizer=_optimizer,
+            optimizer=partial(
+                only_optimizer, do="name the strategy: strategy='accel_ddp' or 'accel_fsdp'"
+            ),
             precision=_MIXED.get(precision),
         )
 
@@ -73,12 +76,13 @@ def _loss(model: Any, arguments: tuple[Any, ...]) -> Tensor:
     return output["loss"] if isinstance(output, dict) else output
 
 
-def _optimizer(model: Any) -> Optimizer:
+def only_optimizer(model: Any, *, do: str) -> Optimizer:
+    """Return the optimizer that a module makes.
+
+    Raises:
+        AccelError: It makes several, or none; with what to do about it.
+    """
     found = _configure_optimizers(model.configure_optimizers())[0]
     if len(found) != 1:
-        raise AccelError(
-            "memory is planned with one optimizer",
-            f"{len(found)} optimizers",
-            "name the strategy: strategy='accel_ddp' or 'accel_fsdp'",
-        )
+        raise AccelError("memory is planned with one optimizer", f"{len(found)} optimizers", do)
     return found[0]
