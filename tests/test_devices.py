@@ -112,6 +112,8 @@ def test_a_device_without_float64_gives_the_same(
         torch.testing.assert_close(
             torch.tensor(found.get("weights", found)), torch.tensor(fits[name]["weights"])
         )
+        assert found["proved"] == fits[name]["proved"], name
+    assert "torch.float64" in fits["prune on accel"]["proved"]
 
 
 @needs_compiler

@@ -38,6 +38,8 @@ from lightning_accel import (
 )
 from lightning_accel.devices.torch_accelerator import TorchAccelerator
 from lightning_accel.errors import Unsupported
+from lightning_accel.pruning import subject
+from lightning_accel.pruning.verify import Verifier
 from lightning_accel.surgery.call import same_random_state
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.surgery.rng import seed_rng
@@ -74,6 +76,21 @@ def data(batch_size: int = 4) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, torch.arange(16) % 4), batch_size)
 
 
+PROVED: list[str] = []
+"""In which formats cuts were proved."""
+
+
+class Notes(Verifier):
+    """Proves as always."""
+
+    def _take(self, dtype: torch.dtype) -> bool:
+        PROVED.append(str(dtype))
+        return super()._take(dtype)
+
+
+subject.Verifier = Notes  # type: ignore[misc]
+
+
 def weights(module: LightningModule) -> list[float]:
     return torch.cat([p.detach().cpu().flatten() for p in module.parameters()]).tolist()
 
@@ -82,6 +99,7 @@ def fit(**given: Any) -> dict[str, Any]:
     """Return where it was, all weights in order, and what was warned."""
     torch.manual_seed(0)
     module = Module()
+    PROVED.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -93,6 +111,7 @@ def fit(**given: Any) -> dict[str, Any]:
         "seen": sorted(module.seen),
         "root": str(trainer.strategy.root_device),
         "plugin": repr(trainer.precision_plugin),
+        "proved": [*PROVED],
         "weights": weights(module),
         "warned": [
             str(w.message)
