@@ -221,10 +221,13 @@ def test_collectives_end_for_the_dead_and_only_at_last_for_who_failed(
     monkeypatch.setattr(ending, "returns", lambda *_: not stays)
     monkeypatch.setattr(ending, "_abort", lambda: done.append("aborts"))
     monkeypatch.setattr(ending.os, "_exit", lambda code: done.append("exits"))
+    said: list[str] = []
+    monkeypatch.setattr(ending, "say", said.append)
     before = {*threading.enumerate()}
-    ending._end(0.0, sys._getframe(), is_over)
+    ending._end(0.0, sys._getframe(), is_over, "rank 1 left with ValueError")
     for thread in {*threading.enumerate()} - before:
         thread.join()
+    assert [text.split("\n")[0] for text in said] == ["rank 1 left with ValueError"] * stays
     assert sorted(done) == does  # the first by a thread
 
 

@@ -110,10 +110,11 @@ class RankWatch(Technique):
     def _end(self, trainer: Trainer, lost: Lost) -> None:
         """End this process, from the thread of the watch: the main one may wait for who is lost."""
         grace = min(_GRACE_S if lost.is_over else _GRACE_AFTER_ERROR_S, float(self.timeout))
+        said = _said(trainer, lost)
         if lost.is_over:
-            say(_said(trainer, lost))
+            say(said)
             kill(lost.member)
-        end(grace_s=grace, run=_RUN, is_over=lost.is_over)
+        end(grace_s=grace, run=_RUN, is_over=lost.is_over, why="" if lost.is_over else said)
 
 
 def watch_ranks(trainer: Trainer) -> None:

@@ -40,17 +40,18 @@ def kill(member: Member) -> None:
             os.kill(member.pid, signal.SIGKILL)
 
 
-def end(*, grace_s: float, run: str, is_over: bool) -> None:
+def end(*, grace_s: float, run: str, is_over: bool, why: str) -> None:
     """Let the main thread end what runs by an error of its own, and end the process if it does not.
 
     Args:
         grace_s: How long to wait for it.
         run: The function whose present call is meant; what a script does after it is its own, another call as well.
         is_over: Whether the group of processes is of no use any more; else this one may be about to fail as another did.
+        why: What to say of it at the last, if it was not said.
     """
     call = call_of(run)
     if call is not None:
-        threading.Thread(target=_end, args=(grace_s, call, is_over), daemon=True).start()
+        threading.Thread(target=_end, args=(grace_s, call, is_over, why), daemon=True).start()
 
 
 def _abort() -> None:
@@ -60,12 +61,13 @@ def _abort() -> None:
             dist.distributed_c10d._abort_process_group()
 
 
-def _end(grace_s: float, call: FrameType, is_over: bool) -> None:
+def _end(grace_s: float, call: FrameType, is_over: bool, why: str) -> None:
     if not is_over and returns(call, grace_s):
         return
     threading.Thread(target=_abort, daemon=True).start()
     if not returns(call, grace_s):
-        say(f"Process {os.getpid()} waited in {line_of_main_thread()}, and is ended.")
+        waited = f"Process {os.getpid()} waited in {line_of_main_thread()}, and is ended."
+        say("\n".join(filter(None, (why, waited))))
         os._exit(_EXIT_CODE)
 
 
