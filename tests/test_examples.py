@@ -23,8 +23,6 @@ from models.resnet import ResNet
 from models.vit import ViT
 
 ROOT = Path(__file__).resolve().parents[1]
-PRESETS = ["amp", "compile", "prune", "amp_compile", "amp_prune", "amp_compile_prune"]
-PRESETS += ["distill", "amp_prune_distill"]
 
 
 def run(*arguments: str, cwd: Path, script: str = "examples/train.py", **environ: str) -> str:
@@ -177,7 +175,7 @@ def test_the_gpt_ties_its_head_and_looks_back_only() -> None:
 @pytest.mark.parametrize("kind", [ResNet, ViT])
 def test_image_models_learn(kind: Any, trainer_kwargs: dict[str, Any]) -> None:
     small = {"widths": (8, 16), "depth": 1} if kind is ResNet else {"dim": 32, "depth": 1}
-    trainer = Trainer(**trainer_kwargs | {"max_epochs": 8})
+    trainer = Trainer(**trainer_kwargs | {"max_epochs": 4 if kind is ResNet else 8})
     trainer.fit(kind(**small), Digits())
     assert trainer.callback_metrics["val/acc"] > 0.6
 
@@ -254,9 +252,9 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(tmp_path: 
 @pytest.mark.parametrize(
     ("preset", "experiment"),
     [
-        *((preset, "digits_resnet") for preset in PRESETS),
-        *((preset, "digits_vit") for preset in ("amp_compile_prune", "distill")),
-        *((preset, "pydoc_gpt") for preset in ("amp_compile_prune", "amp_prune_distill")),
+        *((preset, "digits_resnet") for preset in ("amp", "amp_compile_prune")),
+        *((preset, "digits_vit") for preset in ("compile", "distill")),
+        *((preset, "pydoc_gpt") for preset in ("prune", "amp_prune_distill")),
     ],
 )
 def test_a_preset_finishes_with_a_true_table(tmp_path: Path, preset: str, experiment: str) -> None:
@@ -284,13 +282,23 @@ def test_a_preset_finishes_with_a_true_table(tmp_path: Path, preset: str, experi
 
 @pytest.mark.slow
 def test_two_callbacks_give_the_same_without_hydra(tmp_path: Path) -> None:
+    """A narrower network in fewer epochs than the script's own, which README's table shows."""
     script = (ROOT / "examples/01_two_callbacks.py").read_text()
     lines = [line for line in script.splitlines() if line.strip()]
     assert len(lines) < 15
-    run(cwd=tmp_path, script="examples/01_two_callbacks.py")
+    for long, short in {
+        "max_epochs=20": "max_epochs=10",
+        "ResNet()": "ResNet((16, 32), 1)",
+    }.items():
+        assert long in script
+        script = script.replace(long, short)
+    (tmp_path / "narrow.py").write_text(script)
+    path = (ROOT, ROOT / "examples")
+    status, printed = run_script(tmp_path / "narrow.py", cwd=tmp_path, path=path)
+    assert status == 0, printed[-6000:]
     report = json.loads((tmp_path / "outputs" / "report.json").read_text())
     assert report["ratios"]["macs"] > 2
-    assert report["final"]["metrics"]["test/acc"] > 0.97
+    assert report["final"]["metrics"]["test/acc"] > 0.9
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from lightning_accel.errors import AccelError, Unsupported
 from lightning_accel.parallel.links import Links, Rank
 from lightning_accel.parallel.restarts import agree, warning_of_restarts
 from lightning_accel.parallel.watch import Lost, Member, Sight, Silence, Watch, ending, judge
+from lightning_accel.parallel.watch.attendance import Attendance
 
 SCRIPT = Path(__file__).parent / "scripts" / "lost_ranks.py"
 ENVIRON = {"GLOO_SOCKET_IFNAME": "lo"}
@@ -210,25 +211,62 @@ def test_a_run_that_failed_is_over_though_another_has_begun(
     assert ending.call_of("nowhere") is None
 
 
-@pytest.mark.parametrize(("is_over", "stays", "does"), [
-    (True, False, ["aborts"]), (True, True, ["aborts", "exits"]), (False, False, []), (False, True, ["aborts", "exits"]),
+@pytest.mark.parametrize(("hopeless", "stays", "does"), [
+    ([True], False, ["aborts"]),
+    ([True], True, ["aborts", "exits"]),  # of the dead
+    ([False], False, []),  # all failed
+    ([False, False, True], True, ["aborts", "exits"]),  # one failed, and began another run or ended
 ])  # fmt: skip
-def test_collectives_end_for_the_dead_and_only_at_last_for_who_failed(
-    monkeypatch: pytest.MonkeyPatch, is_over: bool, stays: bool, does: list[str]
+def test_who_waits_for_a_failed_process_is_told_and_ends_when_nobody_will_answer(
+    monkeypatch: pytest.MonkeyPatch, hopeless: list[bool], stays: bool, does: list[str]
 ) -> None:
     """Of an error that all processes raise, the group must be left to the script's next run."""
     done: list[str] = []
+    said: list[str] = []
     monkeypatch.setattr(ending, "returns", lambda *_: not stays)
     monkeypatch.setattr(ending, "_abort", lambda: done.append("aborts"))
     monkeypatch.setattr(ending.os, "_exit", lambda code: done.append("exits"))
-    said: list[str] = []
     monkeypatch.setattr(ending, "say", said.append)
     before = {*threading.enumerate()}
-    ending._end(0.0, sys._getframe(), is_over, "rank 1 left with ValueError")
+    answers = iter(hopeless)
+    ending._end(0.0, sys._getframe(), "rank 1 left with ValueError", lambda: next(answers, True))
     for thread in {*threading.enumerate()} - before:
         thread.join()
-    assert [text.split("\n")[0] for text in said] == ["rank 1 left with ValueError"] * stays
-    assert sorted(done) == does  # the first by a thread
+    assert sorted(done) == does
+    assert all(text.startswith("rank 1 left with ValueError\nProcess ") for text in said)
+    endings = [text.rsplit(", ", 1)[-1] if "ended" in text else "waits" for text in said]
+    assert endings == (["waits"] * (not hopeless[0]) + ["and is ended."]) * stays
+
+
+def test_a_run_waits_for_those_who_are_still_in_the_one_that_failed() -> None:
+    store = dist.HashStore()
+    one, other, third = (Attendance(store, rank, 3) for rank in range(3))
+    one.enter()
+    other.enter()
+    assert one.absent() == [2]
+    one.leave(failed=True)
+    assert not other.has_returned(0)
+    with pytest.raises(AccelError, match="Found: rank 1 did not leave the one that failed here"):
+        one.enter(patience_s=0.0)
+    assert other.has_returned(0), "who waits in the old run knows that nobody will answer"
+    other.leave(failed=False)
+    one.leave(failed=True)
+    for begins in (other, third, one):  # that others are in the new run already holds nobody up
+        begins.enter(patience_s=0.0)
+    assert one.absent() == []
+
+
+def test_who_waits_learns_of_another_run_that_asked_nobody() -> None:
+    store, turn = dist.HashStore(), threading.Event()
+    one, other = (Attendance(store, rank, 2) for rank in range(2))
+    one.enter()
+    one.leave(failed=True)
+    one.tell_of_the_next(turn.is_set)
+    assert not other.has_returned(0)
+    turn.set()
+    (thread,) = [t for t in threading.enumerate() if t.name == "lightning-accel-attendance"]
+    thread.join()
+    assert other.has_returned(0)
 
 
 def test_a_stranger_is_not_heard() -> None:

@@ -22,7 +22,7 @@ from lightning_accel.strategies import AccelDDPStrategy, FSDP2Strategy
 
 RUNS = (
     "file_of_adam", "file_of_two_optimizers", "file_with_a_scalar", "folder", "evaluation", "averages",
-    "techniques", "pruned", "pruning", "refused",
+    "pruned", "pruning", "refused",
 )  # fmt: skip
 REPLICAS = (
     "all used", "tied", "frozen", "unused", "experts", "toggled", "by hand", "skips", "statistics", "pruned",

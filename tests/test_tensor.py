@@ -26,7 +26,7 @@ from lightning_accel.surgery.structure import named_tensors
 
 Found = list[dict[str, Any]]
 RUNS = (
-    "file_of_adam", "file_of_two_optimizers", "folder", "evaluation", "averages", "techniques", "pruned_file", "pruning",
+    "file_of_adam", "file_of_two_optimizers", "folder", "evaluation", "averages", "pruned_file", "pruning",
     "refused",
 )  # fmt: skip
 RUNS_OF_BOTH = ("file_of_adam", "pruned_file")

@@ -32,7 +32,7 @@ class FakeWandb(ThreadingHTTPServer):
     config: The sweep, as it was sent.
     sent: What runs streamed, by run.
     buckets: What was said of runs when they began.
-    refuses: Whether runs are turned away when they begin.
+    refuses: Names of the runs that are turned away when they begin.
     """
 
     daemon_threads = True
@@ -43,7 +43,7 @@ class FakeWandb(ThreadingHTTPServer):
         self.config = "{}"
         self.sent: dict[str, list[Any]] = {}
         self.buckets: list[dict[str, Any]] = []
-        self.refuses = False
+        self.refuses: set[str] = set()
         self.handed = 0
 
     @property
@@ -133,7 +133,7 @@ class _Answers(BaseHTTPRequestHandler):
         except ValueError:
             content = {}
         query, given = content.get("query", ""), content.get("variables") or {}
-        if self.server.refuses and "upsertBucket" in query:
+        if "upsertBucket" in query and given.get("name") in self.server.refuses:
             self._reply({"errors": [{"message": "permission denied"}]}, 403)
         elif (
             "rtifact(" in query and "mutation" in query

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_accel.errors import AccelError, explain
+from lightning_accel.parallel.watch.attendance import attendance
+from lightning_accel.parallel.watch.processes import ranks
 
 _PAUSE_S = 0.02
 _NAMED: list[str] = []
@@ -52,14 +54,16 @@ def warning_of_restarts(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def begin_group(strategy: Any) -> None:
-    """Begin the default group under a name of its own, where `torchrun` shares one store; else do nothing.
+    """Begin the default group under a name of its own, where `torchrun` shares one store; enter a run if it is there.
 
     Args:
         strategy: Of Lightning, which is about to begin the group, and leaves one that is there.
 
     Raises:
-        AccelError: Some processes did not come within the timeout.
+        AccelError: Some processes did not come within the timeout, or did not leave a run that failed here.
     """
+    if dist.is_initialized():
+        attendance().enter()
     if dist.is_initialized() or not shares_store():
         return
     device: torch.device = strategy.root_device
@@ -113,10 +117,9 @@ def agree(store: Any, rank: int, count: int, patience_s: float) -> str:
 
 
 def _absent(missing: set[int], count: int, seconds: float) -> AccelError:
-    ranks = ", ".join(map(str, sorted(missing)[:8])) + (", ..." if len(missing) > 8 else "")
     return AccelError(
         f"not all of {count} processes came within {seconds:.0f} s",
-        f"no sign of rank {ranks}",
+        f"no sign of {ranks(missing)}",
         "look at what they print, and whether they reach this machine",
     )
 

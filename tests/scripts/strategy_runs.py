@@ -193,42 +193,6 @@ def averages() -> Found:
     return found
 
 
-TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
-    "checkpointing": lambda: {"callbacks": [la.ActivationCheckpointing()]},
-    "compiled": lambda: {"callbacks": [la.BlockCompile(backend="aot_eager")]},
-    "report": lambda: {
-        "callbacks": [la.AccelReport(budget_s=0.2, path=FOLDER / f"report{RANK}.json")]
-    },
-    "loading": lambda: {"callbacks": [la.FastLoading("auto")]},
-    "features": lambda: {
-        "callbacks": [
-            la.Distillation(
-                la.Teacher(made(Adam), precision="same"),
-                {"hint": {"loss": "fitnet", "layers": "blocks.1", "weight": 1e-4}},
-            )
-        ]
-    },
-    "lean loop": lambda: {"callbacks": [la.LeanLoop()]},
-    "distillation": lambda: {
-        "callbacks": [la.Distillation(la.Teacher(made(Adam), precision="same"), "kd")]
-    },
-}
-
-
-def techniques() -> Found:
-    found: Found = {}
-    for name, given in TECHNIQUES.items():
-        try:
-            one, two = made(GPT), made(GPT)
-            fit(one, 1, **given())
-            fit(two, 2, **given())
-            found[name] = compared(one, two)
-        except Exception as error:
-            traceback.print_exc()
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
-
-
 def pruned() -> Found:
     """A network that was pruned in one process goes on in two; and its file goes on alone."""
     one, path = made(GPT), FOLDER / f"pruned-{RANK}.ckpt"
@@ -277,8 +241,6 @@ def pruned_file() -> Found:
     return found
 
 
-if KIND == "tensor":
-    TECHNIQUES["fused"] = lambda: {"callbacks": [la.FusedOptimizer()]}
 REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
     "budget": lambda: {
         "callbacks": [la.BlockCompile(backend="aot_eager"), la.ActivationBudget(0.5)]
@@ -304,7 +266,6 @@ def refused() -> Found:
 
 
 PRUNES: dict[str, tuple[Any, Callable[[], list[Any]]]] = {
-    "once": (GPT, lambda: [la.StructuredPruning(ratio=0.5, when=1)]),
     "at the start, by taylor": (
         Adam, lambda: [la.StructuredPruning(ratio=0.3, when=0, importance="taylor")],
     ),
@@ -329,7 +290,7 @@ def truth() -> dict[str, Any]:
 def pruning() -> Found:
     """A prune in mid-training: the module is made whole, cut, and sharded or split again."""
     found: Found = {}
-    few = ("once", "in steps, beside an average", "by hand")
+    few = ("in steps, beside an average", "by hand")
     for name, (make, callbacks) in PRUNES.items():
         if KIND != "fsdp" and name not in few:
             continue
@@ -357,7 +318,7 @@ RUNS = {
     f.__name__: f
     for f in (
         file_of_adam, file_of_two_optimizers, file_with_a_scalar, folder, evaluation, averages,
-        techniques, pruned, pruned_file, pruning, refused,
+        pruned, pruned_file, pruning, refused,
     )
 }  # fmt: skip
 

@@ -362,7 +362,7 @@ def hooks() -> Found:
     }  # fmt: skip
     found = {
         name: refused(
-            lambda name=name, hook=hook: type("Hooked", (GPT,), {name: hook})(),
+            lambda name=name, hook=hook: type("Hooked", (GPT,), {name: hook})(depth=1),
             "in a hook of the module",
         )
         for name, hook in kinds.items()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,17 +19,18 @@ from lightning_accel.arguments import positive
 from lightning_accel.bridge.technique import Context, Technique
 from lightning_accel.errors import explain
 from lightning_accel.parallel.restarts import warning_of_restarts
-from lightning_accel.parallel.watch import Lost, Watch, myself
-from lightning_accel.parallel.watch.ending import end, kill, line_of_main_thread, say
+from lightning_accel.parallel.watch import Lost, Watch, look, myself, ranks
+from lightning_accel.parallel.watch.attendance import attendance, part_of_store
+from lightning_accel.parallel.watch.ending import call_of, end, kill, line_of_main_thread, say
 from lightning_accel.parallel.watch.watch import master_address
 from lightning_accel.surgery import Change, Receipt
 
 _RUN = "_call_and_handle_interrupt"
 """The function of Lightning within which a Trainer runs."""
 _GRACE_S = 10.0
-_GRACE_AFTER_ERROR_S = 30.0
 _BROKEN = ("gloo", "connection closed", "connection reset", "nccl", "broken pipe", "socket")
 """Words in errors of a collective whose other end is not there."""
+_TORCH = str(Path(torch.__file__).parent)
 _SESSIONS = itertools.count()
 
 
@@ -70,6 +73,8 @@ class RankWatch(Technique):
             return
         if warning := warning_of_restarts():
             rank_zero_warn(warning)
+        presence = attendance()
+        presence.enter()
         watch = self._watches[id(trainer)] = self._begin(trainer)
         watch.start()
         try:
@@ -77,13 +82,14 @@ class RankWatch(Technique):
         finally:
             del self._watches[id(trainer)]
             why, may_follow = self._whys.pop(id(trainer), ("", False))
+            presence.leave(failed=bool(why))
             watch.leave(why, may_follow=may_follow)
+            if why and (call := call_of(_RUN)):
+                presence.tell_of_the_next(lambda: call_of(_RUN) not in (None, call))
 
     def _begin(self, trainer: Trainer) -> Watch:
-        store: Any = dist.distributed_c10d._get_default_store()
-        name = f"lightning_accel/rank_watch/{next(_SESSIONS)}"
         return Watch(
-            dist.PrefixStore(name, store.clone()),
+            part_of_store(f"watch/{next(_SESSIONS)}"),
             myself(dist.get_rank()),
             dist.get_world_size(),
             timeout_s=float(self.timeout),
@@ -96,25 +102,36 @@ class RankWatch(Technique):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        watch = self._watches.get(id(trainer))
+        broken, watch = _is_broken(exception), self._watches.get(id(trainer))
+        lost = None
         if watch is not None:
-            broken = _is_broken(exception)
             lost = watch.wait(2 * watch.interval_s + _GRACE_S) if broken else watch.lost
-            if lost is not None and (broken or lost.is_over):
-                exception.add_note(_said(trainer, lost))
             first = (str(exception).splitlines() or [""])[0][:300]
             why = f"{type(exception).__name__}: {first}"
             self._whys[id(trainer)] = why, broken or lost is not None
+        if lost is not None and (broken or lost.is_over):
+            exception.add_note(_said(trainer, lost))
+            if not lost.is_over:  # a script that catches the error may print no notes
+                say(_said(trainer, lost))
+        elif lost is None and broken and dist.is_initialized() and (away := attendance().absent()):
+            exception.add_note(f"Not within this run, and so perhaps lost: {ranks(away)}.")
         super().on_exception(trainer, pl_module, exception)
 
     def _end(self, trainer: Trainer, lost: Lost) -> None:
         """End this process, from the thread of the watch: the main one may wait for who is lost."""
-        grace = min(_GRACE_S if lost.is_over else _GRACE_AFTER_ERROR_S, float(self.timeout))
         said = _said(trainer, lost)
         if lost.is_over:
             say(said)
             kill(lost.member)
-        end(grace_s=grace, run=_RUN, is_over=lost.is_over, why="" if lost.is_over else said)
+        presence = attendance()
+
+        def is_hopeless() -> bool:
+            sight = look(lost.member)
+            gone = sight is not None and sight.is_gone
+            return lost.is_over or gone or presence.has_returned(lost.member.rank)
+
+        grace = min(_GRACE_S, float(self.timeout))
+        end(grace_s=grace, run=_RUN, why="" if lost.is_over else said, is_hopeless=is_hopeless)
 
 
 def watch_ranks(trainer: Trainer) -> None:
@@ -138,8 +155,10 @@ def _is_broken(exception: BaseException) -> bool:
     """Whether an error is of a collective, and so perhaps of another process."""
     if isinstance(exception, dist.DistError):
         return True
-    said = str(exception).lower()
-    return isinstance(exception, RuntimeError) and any(word in said for word in _BROKEN)
+    said, innermost = str(exception).lower(), [*traceback.walk_tb(exception.__traceback__)][-1:]
+    raised_by_torch = any(f.f_code.co_filename.startswith(_TORCH) for f, _ in innermost)
+    is_told = any(word in said for word in _BROKEN)
+    return isinstance(exception, RuntimeError) and raised_by_torch and is_told
 
 
 def _where(trainer: Trainer) -> str:

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,7 @@ _FOREIGN = (
     "<",
 )
 _EXIT_CODE = 1
+_PAUSE_S = 0.5
 
 
 def say(text: str) -> None:
@@ -40,18 +42,18 @@ def kill(member: Member) -> None:
             os.kill(member.pid, signal.SIGKILL)
 
 
-def end(*, grace_s: float, run: str, is_over: bool, why: str) -> None:
-    """Let the main thread end what runs by an error of its own, and end the process if it does not.
+def end(*, grace_s: float, run: str, why: str, is_hopeless: Callable[[], bool]) -> None:
+    """Let the main thread end what runs by an error of its own, and end the process if it waits without hope.
 
     Args:
         grace_s: How long to wait for it.
         run: The function whose present call is meant; what a script does after it is its own, another call as well.
-        is_over: Whether the group of processes is of no use any more; else this one may be about to fail as another did.
-        why: What to say of it at the last, if it was not said.
+        why: What to say of it to those who still wait then.
+        is_hopeless: Whether nobody will answer any more, though the others may have closed their connections.
     """
     call = call_of(run)
     if call is not None:
-        threading.Thread(target=_end, args=(grace_s, call, is_over, why), daemon=True).start()
+        threading.Thread(target=_end, args=(grace_s, call, why, is_hopeless), daemon=True).start()
 
 
 def _abort() -> None:
@@ -61,13 +63,22 @@ def _abort() -> None:
             dist.distributed_c10d._abort_process_group()
 
 
-def _end(grace_s: float, call: FrameType, is_over: bool, why: str) -> None:
-    if not is_over and returns(call, grace_s):
-        return
+def _end(grace_s: float, call: FrameType, why: str, is_hopeless: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + grace_s
+    while not (over := is_hopeless()):
+        if returns(call, _PAUSE_S):  # this one may have failed as another did
+            return
+        if time.monotonic() >= deadline:
+            break
+    waits = f"Process {os.getpid()} waits in {line_of_main_thread()}"
+    if not over:
+        say(f"{why}\n{waits} until that one ends.")
     threading.Thread(target=_abort, daemon=True).start()
+    while not over and not (over := is_hopeless()):
+        if returns(call, _PAUSE_S):
+            return
     if not returns(call, grace_s):
-        waited = f"Process {os.getpid()} waited in {line_of_main_thread()}, and is ended."
-        say("\n".join(filter(None, (why, waited))))
+        say(f"{why}\n{waits}, and is ended.")
         os._exit(_EXIT_CODE)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,3 +104,13 @@ def _machine() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
+
+
+def ranks(numbers: Iterable[int]) -> str:
+    """Return some ranks as words.
+
+    >>> ranks({2, 1}), ranks(range(9))
+    ('rank 1, 2', 'rank 0, 1, 2, 3, 4, 5, 6, 7, ...')
+    """
+    first = sorted(numbers)
+    return "rank " + ", ".join([*map(str, first[:8]), *["..."] * (len(first) > 8)])
