@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -190,7 +191,7 @@ def test_what_does_not_learn_stays_and_what_is_not_finite_is_left_out() -> None:
     before = [layer.accel_scale.detach().clone() for layer in layers.values()]
     for value, moves in ((torch.inf, False), (1.0, True)):
         sum(layer(torch.ones(1, 4) * value).sum() for layer in layers.values()).backward()
-        learner.step(layers, by=1024.0)
+        learner.step(layers, rates={"0": 0.1, "1": 0.1}, by=1024.0)
         assert torch.equal(layers["0"].accel_scale, before[0]) != moves
         assert torch.equal(layers["1"].accel_scale, before[1])
         assert layers["0"].accel_scale.grad is None
@@ -202,3 +203,76 @@ def test_arguments_of_scales_are_checked() -> None:
     trainer = Trainer(accelerator="cpu", strategy="accel_fsdp", devices=1, logger=False)
     with pytest.raises(Unsupported, match="learned scales of int8 weights"):
         QuantizationAwareTraining(scales="learned").setup(trainer, tiny.Layers(), "fit")
+
+
+class Game(LightningModule):
+    """Two networks that play against each other, each with an optimizer of its own, as most people write it."""
+
+    def __init__(self, clears: str) -> None:
+        super().__init__()
+        self.automatic_optimization, self.clears = False, clears
+        self.maker, self.judge = nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        one, other = self.optimizers()
+        for optimizer, sign, own in ((one, 1.0, self.maker), (other, -1.0, self.judge)):
+            if self.clears == "toggled":
+                self.toggle_optimizer(optimizer)
+            if self.clears == "module":
+                self.zero_grad(set_to_none=False)
+            else:
+                optimizer.zero_grad()
+            if self.clears == "probed":  # a backward that nobody steps
+                self.manual_backward(own.weight.sum() + self.judge(self.maker(batch[0])).sum())
+                self.zero_grad()
+            self.manual_backward(sign * self.judge(self.maker(batch[0])).square().mean())
+            optimizer.step()
+            if self.clears == "toggled":
+                self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(net.parameters(), 0.1) for net in (self.maker, self.judge)]
+
+
+@pytest.mark.parametrize("clears", ["optimizer", "module", "probed"])
+def test_gradients_that_the_user_lets_go_move_no_scale(
+    trainer_kwargs: dict[str, Any], clears: str
+) -> None:
+    found = []
+    for how in ("toggled", clears):
+        torch.manual_seed(0)
+        game = Game(how)
+        Trainer(**trainer_kwargs | {"max_epochs": 2}, callbacks=[learning()]).fit(game, loader())
+        found.append([layer.weight_scale() for layer in layers_of(game).values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+RATES = [0.02, 0.1, 0.05, 0.0, 0.01]
+
+
+@pytest.mark.parametrize("initial", [0.02, 1.0, 0.1])
+def test_scales_follow_the_rates_of_their_weights_and_not_how_a_scheduler_makes_them(
+    initial: float,
+) -> None:
+    """OneCycleLR begins at a 25th of its highest rate, and a LambdaLR may begin with one."""
+    layer: Any = become(nn.Linear(4, 2), Grid("int2", None), "training")
+    other: Any = become(nn.Linear(4, 2), Grid("int2", None), "training")
+    torch.manual_seed(1)
+    learner, moves = ScaleLearner(), []
+    learner.begin({"a": layer, "b": other})
+    groups = [{"params": [other.weight]}, {"params": [layer.weight], "initial_lr": initial}]
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    callback = learning()
+    callback._learner = learner
+    trainer = SimpleNamespace(precision_plugin=None, world_size=1)
+    module: Any = nn.ModuleDict({"a": layer, "b": other})
+    for rate in RATES:
+        optimizer.param_groups[1]["lr"] = rate
+        before = other.accel_scale.detach().clone()
+        (layer(torch.ones(1, 4)).sum() + other(torch.ones(1, 4)).sum()).backward()
+        callback.on_before_optimizer_step(trainer, module, optimizer)  # type: ignore[arg-type]
+        group = learner._optimizers["a"].param_groups[0]
+        moves.append(group["lr"] / group["size"] / learned_module.RATE)
+        assert torch.equal(other.accel_scale, before), "its weights do not move either"
+    assert moves == pytest.approx([1.0, 1.0, 0.5, 0.0, 0.1])

@@ -237,14 +237,16 @@ class QuantizationAwareTraining(Technique):
         """Move scales of the layers whose weights this optimizer moves, by gradients of the same steps."""
         if self.scales == "fitted":
             return
-        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        layers = self._learning(pl_module)
-        layers = {n: m for n, m in layers.items() if moved & {id(part) for part in m.parts()}}
-        first = optimizer.param_groups[0]
+        of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        rates = {
+            name: float(max(found))
+            for name, layer in self._learning(pl_module).items()
+            if (found := [of[id(part)] for part in layer.parts() if id(part) in of])
+        }
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._learner.step(
-            layers,
-            share=float(first["lr"] / (first.get("initial_lr") or first["lr"] or 1.0)),
+            {name: layer for name, layer in self._learning(pl_module).items() if name in rates},
+            rates=rates,
             by=1.0 if scaler is None else float(scaler.get_scale()),
             shared=trainer.world_size > 1,
         )
