@@ -11,6 +11,7 @@ A script without any configuration is given callbacks by a variable of its envir
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +27,8 @@ from lightning_accel.entry import OWN, VARIABLE, asked
 from lightning_accel.errors import AccelError, Unsupported, explain
 from lightning_accel.surgery.preserve import preserve_rng
 from lightning_accel.unread import attach_of
+
+_COMPOSING = threading.Lock()
 
 _served: list[weakref.ref[Any]] = []  # configurations whose callbacks some Trainer has got
 
@@ -149,7 +152,7 @@ def _composed(words: Sequence[str]) -> dict[str, Any]:
     while len(words) > 1 and words[0].endswith(","):  # `amp, prune`
         words = [words[0] + words[1], *words[2:]]
     names = [name for name in words[0].split(",") if name]
-    if not names:
+    if not names or any(name.isdecimal() for name in names):  # `=1`
         do = "say presets and then settings, such as 'amp,prune callbacks.pruning.when=8'"
         raise ValueError(explain(f"{VARIABLE} names no presets", repr(" ".join(words)), do))
     overrides = [
@@ -157,7 +160,7 @@ def _composed(words: Sequence[str]) -> dict[str, Any]:
         *words[1:],
     ]
     try:
-        with preserve_rng(), _hydra():
+        with _COMPOSING, preserve_rng(), _hydra():  # of which a process has one
             register()
             tree: Any = OmegaConf.to_container(compose(None, overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
 VARIABLE = "LIGHTNING_ACCEL"
+_OFF = (["0"], ["false"], ["off"], ["no"])
 OWN = "trainer"
 _OURS = "lightning_accel."
 
@@ -43,6 +44,7 @@ def factory() -> list[Callback]:
 
         settle(trainer)
     words = os.environ.get(VARIABLE, "").split()
+    words = [] if [word.lower() for word in words] in _OFF else words
     if not words and "omegaconf" not in sys.modules:
         return []
     found = _who_builds()

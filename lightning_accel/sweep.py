@@ -97,7 +97,9 @@ class SweepPage:
             _log.info("Wrote %s", folder / NAME)
         else:
             _log.info(
-                "No job of this sweep wrote a report.json; `AccelReport` does, which all presets have."
+                "There is no report.json in %s. `AccelReport`, which all presets have, writes into the job's folder where the "
+                "Trainer has no logger, else beside its logs: set trainer.default_root_dir=${hydra:runtime.output_dir}.",
+                folder,
             )
 
     def _write(self, folder: Path) -> list[Run]:

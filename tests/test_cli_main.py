@@ -113,7 +113,11 @@ def test_progress_shows_what_is_done_on_the_error_output_alone(
 
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
-    [(KeyboardInterrupt, 130, "interrupted"), (BrokenPipeError, 0, "")],
+    [
+        (KeyboardInterrupt, 130, "interrupted"),
+        (BrokenPipeError, 0, ""),
+        (SystemExit, 130, "interrupted"),
+    ],
 )
 def test_an_interrupt_and_a_reader_who_has_read_enough_have_codes_of_their_own(
     raised: type[BaseException],
@@ -123,7 +127,12 @@ def test_an_interrupt_and_a_reader_who_has_read_enough_have_codes_of_their_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def chosen(*_: object) -> None:
-        raise raised
+        try:
+            raise KeyboardInterrupt if raised is SystemExit else raised
+        except KeyboardInterrupt:
+            if raised is SystemExit:
+                sys.exit(1)  # as Lightning does within a fit
+            raise
 
     turned: list[int] = []
     monkeypatch.setattr(listing, "chosen", chosen)

@@ -116,6 +116,15 @@ def test_nothing_of_the_users_is_lost(tmp_path: Path, capsys: pytest.CaptureFixt
     torch.save([1], tmp_path / "list.ckpt")
     with pytest.raises(AccelError, match=r"no checkpoint of a run"):
         convert(tmp_path / "list.ckpt", tmp_path / "c")
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt"):
+        convert(file, tmp_path / "b", overwrite=True)
+    assert (tmp_path / "b" / "notes.txt").read_text() == "mine"
+    whole = file.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 30):
+        file.write_bytes(whole[:length])
+        with pytest.raises(AccelError, match=r"a\.ckpt: .*Do: look whether all of it was copied"):
+            convert(file, tmp_path / "d")
 
 
 class Notes(Callback):

@@ -587,3 +587,14 @@ def _saved_module(folder: Any) -> str:
     trainer_like = {"state_dict": Wide().state_dict(), "pytorch-lightning_version": "2.6.0"}
     torch.save(trainer_like, folder / "module.ckpt")
     return str(folder / "module.ckpt")
+
+
+def test_a_teacher_of_64_bits_computes_in_them_as_its_student_does() -> None:
+    """Where bfloat16 is fast, "auto" would cast inputs that the weights beside them could not take."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().eval()
+    assert Teacher(net).resolved("cpu") == "32-true"
+    teacher = Teacher(net)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = teacher.bind(net)(((x,), {})).output
+    assert found.dtype == torch.float64 and torch.equal(found, net(x))

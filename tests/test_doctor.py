@@ -211,14 +211,19 @@ def collate(items: list[Tensor]) -> Tensor:
 
 
 def look(
-    monkeypatch: pytest.MonkeyPatch, module: LightningModule, data: Any, *, graphs: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    module: LightningModule,
+    data: Any,
+    *,
+    graphs: bool = False,
+    budget_s: float = 1.0,
 ) -> Facts:
     """Look for a moment, on the clock of this file; beside it nothing is tried, and nothing captured but where asked."""
     monkeypatch.setattr(CLOCK, "now", 0.0)
     monkeypatch.setattr(looking, "measured_lanes", lambda *_: ({}, ()))
     if not graphs:
         monkeypatch.setattr(looking, "_captured", lambda *_: Captured())
-    seen = Look(1.0, clock=CLOCK)
+    seen = Look(budget_s, clock=CLOCK)
     in_fit(NamedModel(module, data=data), seen, accelerator="cpu")
     assert seen.facts is not None
     return seen.facts._replace(others_cores=0.0, cores=4)
@@ -237,16 +242,27 @@ def test_nothing_is_found_where_nothing_is_planted(monkeypatch: pytest.MonkeyPat
 
 
 class Loses(Lit):
-    """Its losses are NaN from the third step on."""
+    """Its losses are NaN after some steps."""
+
+    after = 2
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.steps = getattr(self, "steps", 0) + 1
-        return super().training_step(batch, batch_idx) * (float("nan") if self.steps > 2 else 1.0)
+        lost = self.steps > self.after
+        return super().training_step(batch, batch_idx) * (float("nan") if lost else 1.0)
+
+
+def test_losses_that_are_no_numbers_late_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Loses()
+    module.after = 23
+    seen = look(monkeypatch, module, DataLoader(Numbers(0.0), batch_size=16), budget_s=6.0)
+    assert seen.lost == seen.losses - 22 > 0  # the first step is none of those followed
 
 
 def test_losses_that_are_no_numbers_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = look(monkeypatch, Loses(), DataLoader(Numbers(0.0075), batch_size=16))
-    assert seen.lost == seen.losses - 2 > 0
+    module = Loses()
+    seen = look(monkeypatch, module, DataLoader(Numbers(0.0075), batch_size=16))
+    assert seen.lost == seen.losses - 1 > 0
     first, *others = findings(seen)
     assert first.costs and f"{seen.lost} of {seen.losses} losses are NaN" in first.found
     assert [f.saves > 0.5 for f in others] == [True]  # of the data

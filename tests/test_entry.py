@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_accel import AccelReport, StructuredPruning, entry
+from lightning_accel.attach import RequestedCallbacks
 from lightning_accel.errors import Unsupported
 from lightning_accel.precision import AutocastPrecision, UsePrecision
 from lightning_accel.recipe import build
@@ -99,6 +101,25 @@ def test_the_variable_gives_what_callbacks_would(
     assert run.callback_metrics["size"] == 4 and len(run.callbacks) == count  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("word", ["0", "false", "OFF", " "])
+def test_a_variable_that_says_no_is_as_if_it_were_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.setenv(entry.VARIABLE, word)
+    made: Any = trainer(tmp_path).callbacks
+    assert not [c for c in made if type(c).__module__.startswith("lightning_accel.")]
+
+
+def test_trainers_of_several_threads_are_built_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(entry.VARIABLE, QUIET)
+    with ThreadPoolExecutor(4) as pool:
+        made: Any = [*pool.map(lambda _: trainer(tmp_path).callbacks, range(8))]
+    assert all(any(isinstance(c, RequestedCallbacks) for c in callbacks) for callbacks in made)
+    assert not GlobalHydra.instance().is_initialized()
+
+
 def test_a_fit_goes_on_from_its_checkpoint_under_the_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +148,7 @@ def test_what_a_script_has_itself_stays(tmp_path: Path, monkeypatch: pytest.Monk
     ("words", "kind", "said"),
     [
         (" , ", ValueError, "names no presets.*','"),
+        ("1", ValueError, "names no presets.*Found: '1'"),
         ("nonsense", ValueError, "names no presets.*accel/nonsense"),
         ("prune callbacks.pruning.ratoi=1", ValueError, "names no presets.*ratoi"),
         ("+accel/parallel=fsdp", Unsupported, r"trainer\.strategy='accel_fsdp'"),

@@ -1320,3 +1320,12 @@ def test_inputs_and_answers_of_one_number_each(tmp_path: Path, shape: tuple[int,
     bundle = deploy(Column(), torch.randn(shape), to=tmp_path / "net", formats=["export", "onnx"])
     x = torch.randn(3, *shape[1:])
     close(bundle.predict(x)[0], x * 2)
+
+
+def test_a_network_whose_weights_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[0].weight[1, 2] = float("nan")
+    with pytest.raises(AccelError, match=r"answers are no numbers.*Do: look at its weights"):
+        deploy(net, torch.randn(8, 4), to=tmp_path / "net", formats="export")
+    assert not (tmp_path / "net").exists()

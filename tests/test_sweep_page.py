@@ -142,3 +142,25 @@ def test_a_search_in_two_directions_survives_jobs_that_fail_and_ends_with_its_fr
     assert sum(line.rstrip().endswith("*") for line in said) == len(best)
     found = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
     assert {(-s["values"][0], s["values"][1]) for s in found["solutions"]} == best
+
+
+def test_a_report_goes_into_the_folder_of_its_job(tmp_path: Path) -> None:
+    """Where the Trainer has no logger; the working folder is that of all jobs."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from lightning.pytorch import Trainer
+
+    from lightning_accel.bridge.paced import report_path
+
+    quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    assert report_path(Trainer(**quiet)) == Path.cwd() / "lightning_logs" / "report.json"
+    (tmp_path / "app.yaml").write_text("size: 1\n")
+    with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
+        words = [f"hydra.runtime.output_dir={tmp_path}/job"]
+        HydraConfig.instance().set_config(compose("app", words, return_hydra_config=True))
+    try:
+        assert report_path(Trainer(**quiet)) == tmp_path / "job" / "report.json"
+        own = Trainer(**quiet, default_root_dir=tmp_path / "own")
+        assert report_path(own) == tmp_path / "own" / "report.json"
+    finally:
+        HydraConfig.instance().cfg = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,9 +92,19 @@ def report_path(trainer: Trainer) -> Path:
     root = Path(trainer.default_root_dir)
     if not trainer.loggers:
         working = root.absolute() == Path.cwd()
-        return Path(root, "lightning_logs" if working else "", "report.json")
+        root = _folder_of_job() or Path(root, "lightning_logs") if working else root
+        return root / "report.json"
     first = trainer.loggers[0]
     if first.log_dir is not None:
         return Path(first.log_dir, "report.json")
     version = first.version if isinstance(first.version, str) else f"version_{first.version}"
     return Path(first.save_dir or root, str(first.name), version, "report.json")
+
+
+def _folder_of_job() -> Path | None:
+    """Return the folder of the Hydra job that is running, if one is."""
+    if "hydra" not in sys.modules:
+        return None
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else None

@@ -65,15 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
+            return _interrupted(args)
         what = "the code that was named ended the process"
         do = "keep `sys.exit` below `if __name__ == '__main__'`"
         return complain(args, AccelError(what, f"exit code {ended.code}", do))
     except KeyboardInterrupt:
-        print(f"lightning-accel {args.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted(args)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
+
+
+def _interrupted(args: argparse.Namespace) -> int:
+    print(f"lightning-accel {args.command}: interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -229,6 +229,8 @@ class Teacher:
         """
         if self.precision != "auto":
             return self.precision
+        if any(p.dtype == torch.float64 for p in self.network.parameters()):
+            return "32-true"  # whose weights stay, as its student's do
         return "bf16-true" if hardware.describe(device).is_fast(torch.bfloat16) else "32-true"
 
     def fingerprint(self) -> str:

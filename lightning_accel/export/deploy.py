@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_accel.arguments import finite, flag, instance, one_of, positive, whole
 from lightning_accel.arguments import path as as_path
@@ -244,6 +244,9 @@ def _check_runs(network: FlatNetwork, example: Any) -> None:
     if reason:
         do = "keep what is drawn at random or counted out of `forward` in eval mode"
         raise AccelError("the model has to answer the same when it is asked twice", reason, do)
+    if not _has_nan(network.example) and _has_nan(answer):
+        do = "look at its weights: those of a training that diverged are NaN"
+        raise AccelError("the model's answers are no numbers", "NaN, to the example itself", do)
     if not answer:
         raise AccelError(
             "the model answers with no tensor",
@@ -273,3 +276,7 @@ def _write(work: Path, kept: Sequence[str], content: dict[str, Any]) -> None:
     content = {**content, "formats": files}
     (work / "README.md").write_text(page(content), encoding="utf-8")
     manifest.write(work, content)
+
+
+def _has_nan(tensors: Iterable[Tensor]) -> bool:
+    return any(bool(t.isnan().any()) for t in tensors if gates.is_real(t))

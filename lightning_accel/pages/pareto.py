@@ -6,11 +6,15 @@ import re
 from collections.abc import Sequence
 
 _LOWER = re.compile(
-    r"loss|error|\berr\b|perplexity|\bppl\b|\bm[as]e\b|rmse|latency|params|macs|bytes|_ms\b|_s$|\bwer\b|\bcer\b|\bfid\b"
-    r"|nll|distance|divergence",
+    r"loss|error|perplexity|latency|params|macs|bytes|nll|distance|divergence|entropy|regret"
+    r"|(?<![a-z])(err|mae|mse|rmse|r?msle|s?mape|ppl|[wct]er|eer|[km]?fid|kid|lpips|b?ce|kld?|js|e?ce|mce|brier|huber|epe|crps|ms)(?![a-z])"
+    r"|_s$",
     re.IGNORECASE,
 )
-_HIGHER = re.compile(r"_per_s\b|ratio_|gain|explained|\br2\b", re.IGNORECASE)
+_HIGHER = re.compile(
+    r"_per_s\b|ratio_|gain|explained|(?<![a-z])r2(?![a-z])|loss_?less|(error|loss)_free",
+    re.IGNORECASE,
+)
 
 
 def pareto_front(
@@ -47,5 +51,7 @@ def is_lower_better(name: str) -> bool:
 
     >>> [is_lower_better(name) for name in ("val/loss", "val/acc", "final_latency_ms_64", "steps_per_s", "ratio_macs")]
     [True, False, True, False, False]
+    >>> [is_lower_better(name) for name in ("val_mae", "test_WER", "val/f1", "mean_iou", "error_free", "val_rmse_0")]
+    [True, True, False, False, False, True]
     """
     return _HIGHER.search(name) is None and _LOWER.search(name) is not None

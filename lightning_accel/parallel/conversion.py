@@ -68,10 +68,7 @@ def convert(
     if not is_folder and not source.is_file():
         do = "pass a file, or a folder with `meta.pt` and `.metadata`"
         raise ValueError(explain("there is no such checkpoint", str(source), do))
-    if to.exists() and not overwrite:
-        raise ValueError(
-            explain("something is there already", str(to), "pass another path, or `--overwrite`")
-        )
+    _require_free(to, overwrite)
     partial = to.with_name(f"{to.name}.partial")
     _remove(partial)
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +90,19 @@ def convert(
         len(checkpoint.get("optimizer_states", ())),
         sum(file.stat().st_size for file in files),
     )
+
+
+def _require_free(to: Path, overwrite: bool) -> None:
+    """Raise where something is that may not go: without `overwrite`, anything; with it, what is no checkpoint."""
+    if to.exists() and not overwrite:
+        raise ValueError(
+            explain("something is there already", str(to), "pass another path, or `--overwrite`")
+        )
+    others = [f for f in to.iterdir() if not folders.is_part(f)] if to.is_dir() else []
+    if others:
+        found = f"{to} holds {', '.join(sorted(f.name for f in others)[:4])}"
+        do = "pass another path, or move these elsewhere"
+        raise ValueError(explain("only a folder of shards alone is replaced", found, do))
 
 
 def _remove(path: Path) -> None:
@@ -125,8 +135,16 @@ def _by_number(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    with weights_alone(path):
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with weights_alone(path):
+            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        if isinstance(error, AccelError):
+            raise
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AccelError(
+            "this file cannot be read", f"{path}: {said}", "look whether all of it was copied"
+        ) from error
     if not isinstance(found, dict) or "state_dict" not in found:
         what = type(found).__name__ if not isinstance(found, dict) else ", ".join(list(found)[:4])
         do = "pass a checkpoint of Lightning, such as `trainer.save_checkpoint` writes"

@@ -41,6 +41,11 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and (path / META).is_file()
 
 
+def is_part(path: Path) -> bool:
+    """Whether a file is one of those that such a folder is made of."""
+    return path.is_file() and (path.name in (META, ".metadata") or path.suffix == ".distcp")
+
+
 def values(path: Path) -> dict[str, Any]:
     """Return what a folder holds beside the shards: epochs, schedulers, states of callbacks, structure.
 

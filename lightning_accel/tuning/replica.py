@@ -68,6 +68,7 @@ class Replica:
         self.settings = settings
         self.hooks = hooks
         self.losses: list[Tensor] = []
+        self.loss: Tensor | None = None  # of the last step
         self.first_step_s = 0.0
         self._trainer, self._batches = trainer, batches
         self._count = self._block = 0
@@ -262,6 +263,7 @@ class Replica:
                 f"`training_step` returned {type(output).__name__}",
                 "return the loss for every batch",
             )
+        self.loss = loss.detach()
         if len(self.losses) < _REMEMBERED:
             self.losses.append(loss.detach().float().clone())
         return loss

@@ -248,6 +248,10 @@ REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
     "fused SGD": lambda: {"callbacks": [la.FusedOptimizer()]},
     "tuning": lambda: {"callbacks": [la.AutoTune(budget_s=1.0, cache=False)]},
     "bf16 weights": lambda: {"plugins": [la.Bf16Precision("master")]},
+    "average in folders": lambda: {
+        "callbacks": [EMAWeightAveraging()],
+        "strategy": {"checkpoints": "sharded"},
+    },
 }
 
 
@@ -255,7 +259,9 @@ def refused() -> Found:
     """What does not work on shards says so, with what to do."""
     found: Found = {}
     for name, given in REFUSED.items():
-        if name == "fused SGD" and KIND == "tensor":  # whose weights are no shards
+        if (
+            name in ("fused SGD", "average in folders") and KIND == "tensor"
+        ):  # whose weights are no shards
             continue
         try:
             fit(made(GPT), 2, **given())

@@ -141,7 +141,7 @@ class Lane(NamedTuple):
 class Facts(NamedTuple):
     """All that the findings are made of, so that they can be tried on trainings that are not there.
 
-    Of the first `losses` some are `lost`: NaN or infinite.
+    Of the `losses` of the steps that were followed some are `lost`: NaN or infinite.
     """
 
     times: Times

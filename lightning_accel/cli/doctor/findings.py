@@ -43,7 +43,7 @@ def _lost(facts: Facts) -> Iterator[Finding]:
             "losses are no numbers: this training learns nothing, and its speed says little",
             0.0,
             f"{facts.lost} of {facts.losses} losses are NaN or infinite",
-            f"the first {_STEPS}",
+            "the steps that were followed",
             "look at the data, the learning rate and the precision; Trainer(detect_anomaly=True) names the operation",
             is_broken=True,
         )

@@ -7,6 +7,7 @@ of things is done otherwise beside it, to say what they would give.
 from __future__ import annotations
 
 import io
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -145,6 +146,7 @@ class Look:
         ahead = source.ahead()
         kept: list[Any] = []
         found: list[dict[str, float]] = []
+        losses: list[float] = []
         since = Captured()
         capture, counted = Capture([], ""), counters_now() if "torch._dynamo" in sys.modules else None  # fmt: skip
         start = self._clock()
@@ -154,6 +156,7 @@ class Look:
                 row, batch = self._one(trainer, copy, replica, phases, source, held)
                 if batch is None:
                     break
+                losses.append(float(replica.loss.flatten()[0]))  # type: ignore[union-attr]
                 if len(kept) < _KEPT:
                     kept.append(batch)
                 found.append(row)
@@ -164,8 +167,7 @@ class Look:
                 enough = len(found) >= _WARMUP + ahead + _FEWEST
                 if len(found) >= _MOST or (enough and spent > 0.2 * self.budget_s):
                     break
-        losses = torch.stack([loss.flatten()[0] for loss in replica.losses]).cpu()
-        self._losses = len(losses), int((~losses.isfinite()).sum())
+        self._losses = len(losses), sum(not math.isfinite(loss) for loss in losses)
         if counted is not None:
             note(capture, counted)
             spent = _compile_seconds() - compile_s

@@ -30,8 +30,10 @@ from lightning_accel.bridge.paced import Paced, place_of_report, report_path
 from lightning_accel.bridge.restore import pristine, register
 from lightning_accel.bridge.strategies import gathers, holding, plain, whole
 from lightning_accel.errors import Unsupported, explain
+from lightning_accel.measure.callbacks.dense_side import dense_side
 from lightning_accel.measure.callbacks.fit_log import FitLog
 from lightning_accel.measure.callbacks.loggers import hand_over, log
+from lightning_accel.measure.callbacks.seen_weights import SeenWeights, shapes_of
 from lightning_accel.measure.flops import preserve_buffers
 from lightning_accel.measure.report import Report
 from lightning_accel.measure.subject import (
@@ -41,11 +43,10 @@ from lightning_accel.measure.subject import (
     restore,
 )
 from lightning_accel.quantization.layers import layers_of
-from lightning_accel.surgery import Receipt, Stage
+from lightning_accel.surgery import Receipt
 from lightning_accel.surgery.call import Call
 from lightning_accel.surgery.compiled import is_compiled
 from lightning_accel.surgery.preserve import preserve_rng
-from lightning_accel.surgery.structure import named_tensors
 
 
 class AccelReport(Paced):
@@ -69,7 +70,7 @@ class AccelReport(Paced):
 
     Args:
         path: Where the JSON goes, markdown and an HTML page beside it; by default `report.json` in the folder of the first
-            logger, without one in the Trainer's `default_root_dir`, without that in `lightning_logs`; a
+            logger, without one in the Trainer's `default_root_dir`, without that in the Hydra job's or in `lightning_logs`; a
             later fit of the same process takes `fit_2` there. A file that is no report is left alone, and a number added to the name.
         dense_metrics: Metrics of a dense training as long as this one, to compare with.
         budget_s: Seconds of measuring; warm-up and compilation come on top.
@@ -120,7 +121,7 @@ class AccelReport(Paced):
         self._module: weakref.ref[LightningModule] | None = None
         self._keeps = False
         self._at_hand: AtHand | None = None
-        self._log = FitLog()
+        self._log, self._seen = FitLog(), SeenWeights()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_module": None}  # for launchers that pickle the Trainer
@@ -155,6 +156,18 @@ class AccelReport(Paced):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
         self._held = dict(trainer.callback_metrics)
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn == "fit" and batch_idx == dataloader_idx == 0:
+            self._seen.see(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -242,7 +255,7 @@ class AccelReport(Paced):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = report = Report()
-        self._shapes = _shapes(pl_module)
+        self._shapes = shapes_of(pl_module)
         self._log.end(trainer)
         self._describe(report, trainer)
         failed = "measuring the dense model against the final one failed"
@@ -261,7 +274,7 @@ class AccelReport(Paced):
             return
         tested = logged(trainer)
         names = ", ".join(tested)
-        if _shapes(pl_module) == self._shapes:
+        if shapes_of(pl_module) == self._shapes:
             self.report.final.metrics.update(tested)
             if trainer.ckpt_path:
                 self.report.note(f"of the weights in {trainer.ckpt_path}: {names}")
@@ -276,6 +289,10 @@ class AccelReport(Paced):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand files over: all callbacks have written theirs, and no logger is closed yet."""
         super().teardown(trainer, pl_module, stage)
+        if stage == "fit" and self.report and (said := self._seen.change(trainer, pl_module)):
+            self.report.note(said)
+            rank_zero_info(f"- {said}")
+            self._publish(trainer)
         if stage == "fit" and self.artifact and self.report is not None and self._saved_at:
             with self._told_not_raised("the artifact could not be logged"):
                 hand_over(trainer, self.report, self._saved_at)
@@ -351,24 +368,12 @@ class AccelReport(Paced):
         ):
             restore(dense, pristine(pl_module))
             measure_subjects(
-                self._dense(trainer, dense, calls),
+                dense_side(trainer, dense, calls),
                 self._final(report, trainer, pl_module, final, calls),
                 device=device,
                 budget_s=min(self.budget_s, 0.5) if fast else self.budget_s,
                 report=report,
             )
-
-    def _dense(self, trainer: Trainer, dense: LightningModule, calls: tuple[Call, ...]) -> Runnable:
-        """The user's model; what a precision or a memory format of ours did to it is undone."""
-        localise_norms(dense)
-        params = dict(dense.named_parameters())
-        for name in _reformatted(trainer):
-            if name in params:
-                params[name].data = params[name].data.contiguous()
-        plugin = trainer.precision_plugin
-        if getattr(plugin, "accel_baseline", None) == "32-true":
-            return Runnable(dense, dense, calls)
-        return Runnable(dense, dense, calls, plugin.forward_context, plugin.train_step_context)
 
     def _final(
         self,
@@ -426,19 +431,6 @@ class AccelReport(Paced):
                     "report this if the model runs",
                 )
             )
-
-
-def _shapes(module: LightningModule) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in named_tensors(module)}
-
-
-def _reformatted(trainer: Trainer) -> set[str]:
-    """Return the weights whose memory format an edit of ours changed."""
-    edits = [c for c in trainer.callbacks if getattr(c, "stage", None) == Stage.MEMORY]  # type: ignore[attr-defined]
-    receipts = [
-        edit.receipt for edit in edits if isinstance(getattr(edit, "receipt", None), Receipt)
-    ]
-    return {change.name for receipt in receipts for change in receipt.changes}
 
 
 def _refuse_sharded(trainer: Trainer) -> None:

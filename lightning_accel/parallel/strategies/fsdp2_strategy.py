@@ -30,6 +30,7 @@ from typing_extensions import override
 from lightning_accel.arguments import flag, instance, one_of, whole
 from lightning_accel.bridge.optimizers import optimizers_of
 from lightning_accel.bridge.restore import averages
+from lightning_accel.errors import Unsupported
 from lightning_accel.parallel import folders, sharding
 from lightning_accel.parallel.around_steps import AroundSteps
 from lightning_accel.parallel.backends import backend_of
@@ -191,6 +192,7 @@ class FSDP2Strategy(ShardFiles):
         root = self.lightning_module
         assert isinstance(root, LightningModule)
         if not self._is_apart(root):
+            self._refuse_averages_in_folders(trainer)
             if self._tensor_parallel_size != 1 or len(self._all(trainer)) > 1:
                 refuse_meta(root)
             sharding.equalise(root, self.root_device)
@@ -207,6 +209,14 @@ class FSDP2Strategy(ShardFiles):
         if (late := self._late) is not None:
             self._late = None
             self.load_model_state_dict(*late)
+
+    def _refuse_averages_in_folders(self, trainer: Trainer) -> None:
+        if self._save_distributed_checkpoint and len(self._all(trainer)) > 1:
+            raise Unsupported(
+                "a folder of shards holds the module's weights alone",
+                "a callback that keeps an average of them",
+                'pass checkpoints="whole", or leave the average out',
+            )
 
     def _is_apart(self, root: LightningModule) -> bool:
         """Whether this process has a part of the module only."""
