@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_accel.measure.flops import MacsCount, count_run, eval_mode
 from lightning_accel.measure.report import MeasuredModel, Report, measure_pair
+from lightning_accel.progress import progress
 from lightning_accel.surgery import Structure
 from lightning_accel.surgery.bypass import is_under
 from lightning_accel.surgery.call import Call, batch_size, first, parameters_of, run, tensors
@@ -29,6 +30,7 @@ class Runnable(NamedTuple):
     step_context: Context = nullcontext
 
 
+@progress("measuring the network beside what it was")  # one line for all of it
 def measure_subjects(
     dense: Runnable,
     final: Runnable,
