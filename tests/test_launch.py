@@ -55,6 +55,20 @@ def test_a_lost_process_ends_all_with_its_name(
 
 @pytest.mark.slow
 @pytest.mark.ddp
+def test_a_second_fit_meets_nobody_who_waits_in_the_first(tmp_path: Path) -> None:
+    """Collectives of the two would meet, and gradients be sums of other things."""
+    arguments = (str(tmp_path), "caught", "0", "accel_ddp")
+    status, printed = forks.run_ranks(
+        SCRIPT, *arguments, cwd=tmp_path, environ=ENVIRON, together=False
+    )
+    assert status not in (0, -1), printed[-2000:]
+    assert "left with ValueError: of the user's own" in printed and ", and is ended." in printed
+    assert "Found: rank 1 did not leave the one that failed" in (tmp_path / "second").read_text()
+    assert not (tmp_path / "sum").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
 def test_a_killed_process_is_started_anew_and_the_fit_goes_on(tmp_path: Path) -> None:
     sums = {}
     for how, run in (("nothing", forks.run_ranks), ("restart", forks.run_script)):
@@ -229,7 +243,12 @@ def test_who_waits_for_a_failed_process_is_told_and_ends_when_nobody_will_answer
     monkeypatch.setattr(ending, "say", said.append)
     before = {*threading.enumerate()}
     answers = iter(hopeless)
-    ending._end(0.0, sys._getframe(), "rank 1 left with ValueError", lambda: next(answers, True))
+    ending._end(
+        0.0,
+        sys._getframe(),
+        "rank 1 left with ValueError",
+        lambda: 0.0 if next(answers, True) else None,
+    )
     for thread in {*threading.enumerate()} - before:
         thread.join()
     assert sorted(done) == does

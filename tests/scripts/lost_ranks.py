@@ -1,7 +1,7 @@
 """Fits in which a process is lost: `lost_ranks.py FOLDER HOW RANK STRATEGY`, or `... FOLDER restart` for a try that `torchrun` starts anew.
 
-HOW is a signal's name, `error` or `long`; it comes in the tenth step, the last two in the first validation, and what should be said
-of it is written to `expected`.
+HOW is a signal's name, `error`, `long` or `caught`; it comes in the tenth step, `error` and `long` in the first validation, and what should
+be said of it is written to `expected`. After an error that is `caught` the process begins another fit, which the others do not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import RankWatch
+from lightning_accel.errors import AccelError
 from lightning_accel.parallel import restarts
+from lightning_accel.parallel.watch import attendance
 
 FOLDER = Path(sys.argv[1])
 TIMEOUT_S = 1.5
@@ -57,6 +59,8 @@ class Ends(Callback):
         (FOLDER / "expected").write_text(
             f"rank {self.rank} (process {os.getpid()} on {socket.gethostname()})"
         )
+        if self.how == "caught":
+            raise ValueError("of the user's own")
         if self.how.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, self.how))
 
@@ -106,6 +110,16 @@ if __name__ == "__main__":
             start_method="fork", monitor_interval=0.1,
         )  # fmt: skip
         elastic_launch(config, one_try)()
+    elif sys.argv[2] == "caught":
+        attendance._PATIENCE_S = 2.0
+        try:
+            fit(sys.argv[4], Ends("caught", int(sys.argv[3])))
+        except ValueError:
+            try:
+                fit(sys.argv[4])
+            except AccelError as error:
+                (FOLDER / "second").write_text(str(error))
+                raise
     elif sys.argv[2] == "nothing":
         fit(sys.argv[4])
     else:

@@ -123,15 +123,15 @@ class RankWatch(Technique):
         if lost.is_over:
             say(said)
             kill(lost.member)
-        presence = attendance()
+        presence, grace = attendance(), min(_GRACE_S, float(self.timeout))
 
-        def is_hopeless() -> bool:
+        def left_s() -> float | None:
             sight = look(lost.member)
-            gone = sight is not None and sight.is_gone
-            return lost.is_over or gone or presence.has_returned(lost.member.rank)
+            if lost.is_over or (sight is not None and sight.is_gone):
+                return grace  # in which the collective fails
+            return 0.0 if presence.has_returned(lost.member.rank) else None
 
-        grace = min(_GRACE_S, float(self.timeout))
-        end(grace_s=grace, run=_RUN, why="" if lost.is_over else said, is_hopeless=is_hopeless)
+        end(grace_s=grace, run=_RUN, why="" if lost.is_over else said, left_s=left_s)
 
 
 def watch_ranks(trainer: Trainer) -> None:

@@ -52,7 +52,7 @@ class Attendance:
         self._store, self._rank = store, rank
         self._others = [other for other in range(count) if other != rank]
 
-    def enter(self, patience_s: float = _PATIENCE_S) -> None:
+    def enter(self, patience_s: float | None = None) -> None:
         """Write that this process begins a run; after one that failed, wait until the others have left that.
 
         Raises:
@@ -65,7 +65,7 @@ class Attendance:
             self._write("in")
             return
         self._write("returns")
-        late = self._left_behind(event, patience_s)
+        late = self._left_behind(event, _PATIENCE_S if patience_s is None else patience_s)
         if late:
             raise AccelError(
                 "processes are in two runs at once",

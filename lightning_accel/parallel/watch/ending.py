@@ -42,18 +42,18 @@ def kill(member: Member) -> None:
             os.kill(member.pid, signal.SIGKILL)
 
 
-def end(*, grace_s: float, run: str, why: str, is_hopeless: Callable[[], bool]) -> None:
+def end(*, grace_s: float, run: str, why: str, left_s: Callable[[], float | None]) -> None:
     """Let the main thread end what runs by an error of its own, and end the process if it waits without hope.
 
     Args:
         grace_s: How long to wait for it.
         run: The function whose present call is meant; what a script does after it is its own, another call as well.
         why: What to say of it to those who still wait then.
-        is_hopeless: Whether nobody will answer any more, though the others may have closed their connections.
+        left_s: Seconds that it has once nobody will answer any more; `None` before that.
     """
     call = call_of(run)
     if call is not None:
-        threading.Thread(target=_end, args=(grace_s, call, why, is_hopeless), daemon=True).start()
+        threading.Thread(target=_end, args=(grace_s, call, why, left_s), daemon=True).start()
 
 
 def _abort() -> None:
@@ -63,21 +63,21 @@ def _abort() -> None:
             dist.distributed_c10d._abort_process_group()
 
 
-def _end(grace_s: float, call: FrameType, why: str, is_hopeless: Callable[[], bool]) -> None:
+def _end(grace_s: float, call: FrameType, why: str, left_s: Callable[[], float | None]) -> None:
     deadline = time.monotonic() + grace_s
-    while not (over := is_hopeless()):
+    while (left := left_s()) is None:
         if returns(call, _PAUSE_S):  # this one may have failed as another did
             return
         if time.monotonic() >= deadline:
             break
     waits = f"Process {os.getpid()} waits in {line_of_main_thread()}"
-    if not over:
+    if left is None:
         say(f"{why}\n{waits} until that one ends.")
     threading.Thread(target=_abort, daemon=True).start()
-    while not over and not (over := is_hopeless()):
+    while left is None and (left := left_s()) is None:
         if returns(call, _PAUSE_S):
             return
-    if not returns(call, grace_s):
+    if not returns(call, left or 0.0):
         say(f"{why}\n{waits}, and is ended.")
         os._exit(_EXIT_CODE)
 
