@@ -387,6 +387,6 @@ def test_what_a_run_found_out_is_a_preset_for_the_next(tmp_path: Path) -> None:
 def test_a_trainer_tunes_itself_in_under_sixty_lines(tmp_path: Path) -> None:
     script = "examples/04_auto_tune.py"
     assert len((ROOT / script).read_text().splitlines()) < 60
-    printed = run(cwd=tmp_path, script=script)
+    printed = run(cwd=tmp_path, script=script, PL_TRAINER_LIMIT_TRAIN_BATCHES="60")
     assert "one epoch:" in printed and "considered" in printed.lower()
     assert {"tuned.yaml", "tuned.svg"} <= {path.name for path in tmp_path.iterdir()}

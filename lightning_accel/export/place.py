@@ -28,7 +28,7 @@ def free(target: Path, overwrite: bool) -> Path:
     if overwrite and is_folder and (target / manifest.NAME).is_file():
         return target
     found = f"{target}, which {'holds something' if is_folder else 'is no folder'}"
-    do = "pass a folder that is not there yet, or overwrite=True where a bundle is to be replaced"
+    do = "pass a folder that is not there yet, or overwrite=True (`--overwrite`) where a bundle is to be replaced"
     raise ValueError(explain("`to` is taken", found, do))
 
 
