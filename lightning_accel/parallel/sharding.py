@@ -285,10 +285,8 @@ def equalise(model: nn.Module, device: torch.device) -> None:
 
 def make(part: nn.Module, device: torch.device, *, fills: bool) -> None:
     """Give a part that is on the meta device its weights, those of the first process; or room for those of a file."""
-    if on_meta(part):
-        materialize(part, fills=fills)
-        if fills:
-            equalise(part, device)
+    if on_meta(part) and materialize(part, fills=fills):
+        equalise(part, device)
 
 
 def whole(tree: Any, *, keep: bool = True, host: bool = True) -> Any:

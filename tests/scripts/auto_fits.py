@@ -121,10 +121,10 @@ class OnMeta(GPT):
         return self.head(self.norm(x)) + self.tail(x)
 
 
-def seeded(part: Any, rank: int = RANK, **given: Any) -> None:
+def seeded(part: Any, rank: int = RANK, **given: Any) -> bool:
     """Each process draws other numbers, and all are to get those of the first."""
     torch.manual_seed(7 + rank)
-    materialize(part, **given)
+    return materialize(part, **given)
 
 
 class MadeWhole(OnMeta):
