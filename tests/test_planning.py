@@ -297,7 +297,7 @@ def test_a_chosen_strategy_trains_as_one_process(chosen: list[dict[str, Any]], n
 def test_one_device_has_nothing_to_choose() -> None:
     ours = trainer(devices=1, strategy="accel_auto", max_epochs=1)
     ours.fit(made(Convolutions), data(0, 1))
-    assert type(ours.strategy) is SingleDeviceStrategy and not dist.is_initialized()
+    assert isinstance(ours.strategy, SingleDeviceStrategy) and not dist.is_initialized()
 
 
 @pytest.mark.parametrize("memory", [0, -1, True, 1.5, None, "80 apples", "nan"])

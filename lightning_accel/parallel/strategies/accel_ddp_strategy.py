@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.data import extract_batch_size
@@ -24,7 +24,9 @@ from lightning_accel.parallel.backends import backend_of
 from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.compress import compress
 from lightning_accel.parallel.data_order import keep_order
+from lightning_accel.parallel.meta import refuse_loose, refuse_meta
 from lightning_accel.parallel.restarts import begin_group
+from lightning_accel.parallel.strategies.one_device import left_on_meta
 from lightning_accel.parallel.trial_steps import uses_of_fit
 
 Compression = Literal["bf16", "fp16"]
@@ -87,6 +89,18 @@ class AccelDDPStrategy(DDPStrategy):
         assert self.lightning_module is not None
         keep_order(self.lightning_module.trainer)
         watch_ranks(self.lightning_module.trainer)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        refuse_meta(self.lightning_module)
+        refuse_loose(self.lightning_module)
+        super().setup(trainer)
+
+    @override
+    def teardown(self) -> None:
+        with left_on_meta(self):
+            super().teardown()
 
     @override
     def _get_process_group_backend(self) -> str:

@@ -34,9 +34,11 @@ from lightning_accel.parallel.choice import (
 )
 from lightning_accel.parallel.fit_workload import workload_of
 from lightning_accel.parallel.meta import on_meta
+from lightning_accel.parallel.meta_writes import MetaWrites
 from lightning_accel.parallel.planning import Option, processes
 from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
 from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
+from lightning_accel.parallel.strategies.one_device import OneDevice
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.surgery.preserve import preserve_rng
 
@@ -90,6 +92,7 @@ class AutoStrategy(AccelDDPStrategy):
         """The reason."""
         self._folder: Path | None = None
         self._late: Any = None
+        self._meta = MetaWrites()
         self._relied_on = False
         self._fitted = False
 
@@ -125,13 +128,19 @@ class AutoStrategy(AccelDDPStrategy):
             return
         self.chosen = Option("single")
         rank_zero_info("accel_auto: one device, and nothing to choose.")
-        self._hand_over(SingleDeviceStrategy(self.root_device))
+        self._hand_over(OneDevice(self.root_device))
 
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Let layers of `configure_model` be made in host memory, as strategies that shard do."""
         with self.precision_plugin.tensor_init_context():
+            yield
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Iterator[None]:
+        with super().model_sharded_context(), self._meta.taken(self.lightning_module):
             yield
 
     @override
@@ -165,6 +174,7 @@ class AutoStrategy(AccelDDPStrategy):
         kept: Any = "sharded" if self._folder is not None else "whole"
         strategy = FSDP2Strategy(checkpoints=kept, **self._given)
         strategy._folder, strategy._late = self._folder, self._late
+        strategy._meta = self._meta
         self._late = None
         with preserve_rng():  # its seeds were set when this strategy began
             self._hand_over(strategy)

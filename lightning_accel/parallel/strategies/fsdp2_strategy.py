@@ -37,7 +37,9 @@ from lightning_accel.parallel.backends import backend_of
 from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.meta import refuse_meta
+from lightning_accel.parallel.meta_writes import MetaWrites
 from lightning_accel.parallel.restarts import begin_group
+from lightning_accel.parallel.strategies.one_device import names_in, require_fillable
 from lightning_accel.parallel.strategies.shard_files import ShardFiles
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
@@ -119,6 +121,10 @@ class FSDP2Strategy(ShardFiles):
         self._late: tuple[Mapping[str, Any], bool] | None = (
             None  # for weights that are not there yet
         )
+        self._meta = MetaWrites()  # of `configure_model`
+        self._fills = (
+            True  # whether `reset_parameters` gives weights that are on meta their numbers
+        )
         self._sends = True  # whether the next backward sums gradients over processes
 
     # ---- processes
@@ -169,6 +175,12 @@ class FSDP2Strategy(ShardFiles):
 
     # ---- sharding
 
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Iterator[None]:
+        with super().model_sharded_context(), self._meta.taken(self.lightning_module):
+            yield
+
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.model is not None and self.accelerator is not None
@@ -195,6 +207,7 @@ class FSDP2Strategy(ShardFiles):
             self._refuse_averages_in_folders(trainer)
             if self._tensor_parallel_size != 1 or len(self._all(trainer)) > 1:
                 refuse_meta(root)
+            self._fills = require_fillable(root, self._meta, self._given(root))
             sharding.equalise(root, self.root_device)
             self._choose(root, uses_of_fit(trainer, root) if self._shards else None)
             before = dict(root.named_parameters())
@@ -217,6 +230,12 @@ class FSDP2Strategy(ShardFiles):
                 "a callback that keeps an average of them",
                 'pass checkpoints="whole", or leave the average out',
             )
+
+    def _given(self, root: LightningModule) -> set[str]:
+        """Return the names of what a checkpoint will fill."""
+        if self._folder is not None:
+            return set(root.state_dict())
+        return names_in(*self._late, root) if self._late else set()
 
     def _is_apart(self, root: LightningModule) -> bool:
         """Whether this process has a part of the module only."""
@@ -299,8 +318,7 @@ class FSDP2Strategy(ShardFiles):
             self._around.begin()
 
     def _shard_one(self, model: torch.nn.Module) -> sharding.Sharded:
-        fills = not (self._late or self._folder)
-        make = partial(sharding.make, device=self.root_device, fills=fills)
+        make = partial(sharding.make, device=self.root_device, fills=self._fills)
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type != "cpu")
         return sharding.shard(
             model,
