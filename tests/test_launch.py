@@ -266,13 +266,20 @@ def test_a_run_waits_for_those_who_are_still_in_the_one_that_failed() -> None:
     one.leave(failed=True)
     assert not other.has_returned(0)
     with pytest.raises(AccelError, match="Found: rank 1 did not leave the one that failed here"):
-        one.enter(patience_s=0.0)
+        one.gather(patience_s=0.0)
     assert other.has_returned(0), "who waits in the old run knows that nobody will answer"
     other.leave(failed=False)
     one.leave(failed=True)
     for begins in (other, third, one):  # that others are in the new run already holds nobody up
-        begins.enter(patience_s=0.0)
+        begins.gather(patience_s=0.0)
+        begins.enter()
     assert one.absent() == []
+    one.leave(failed=True)
+    other.leave(failed=True)
+    for _ in range(2):  # runs that end before they are watched
+        third.leave(failed=True)
+        for each in (one, other, third):
+            each.gather(patience_s=0.0)
 
 
 def test_who_waits_learns_of_another_run_that_asked_nobody() -> None:

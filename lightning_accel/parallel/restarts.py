@@ -54,7 +54,7 @@ def warning_of_restarts(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def begin_group(strategy: Any) -> None:
-    """Begin the default group under a name of its own, where `torchrun` shares one store; enter a run if it is there.
+    """Begin the default group under a name of its own, where `torchrun` shares one store; gather if it is there.
 
     Args:
         strategy: Of Lightning, which is about to begin the group, and leaves one that is there.
@@ -63,7 +63,7 @@ def begin_group(strategy: Any) -> None:
         AccelError: Some processes did not come within the timeout, or did not leave a run that failed here.
     """
     if dist.is_initialized():
-        attendance().enter()
+        attendance().gather()
     if dist.is_initialized() or not shares_store():
         return
     device: torch.device = strategy.root_device

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -19,6 +20,7 @@ from lightning_accel.parallel.watch.processes import ranks
 
 _PAUSE_S = 0.05
 _PATIENCE_S = 60.0
+_of_group: WeakKeyDictionary[Any, Attendance] = WeakKeyDictionary()
 
 
 class Presence(NamedTuple):
@@ -43,7 +45,7 @@ class Attendance:
     >>> one.enter(), other.enter()
     (None, None)
     >>> one.leave(failed=True)
-    >>> one.enter(patience_s=0.0)
+    >>> one.gather(patience_s=0.0)
     Traceback (most recent call last):
     lightning_accel.errors.AccelError: processes are in two runs at once. Found: rank 1 did not leave the one that failed here...
     """
@@ -52,19 +54,22 @@ class Attendance:
         self._store, self._rank = store, rank
         self._others = [other for other in range(count) if other != rank]
 
-    def enter(self, patience_s: float | None = None) -> None:
-        """Write that this process begins a run; after one that failed, wait until the others have left that.
+    def enter(self) -> None:
+        """Write that this process is within a run; see `gather`."""
+        self.gather()
+        self._write("in")
+
+    def gather(self, patience_s: float | None = None) -> None:
+        """After a run that failed, wait until the others have left it.
 
         Raises:
             AccelError: Some of them do not.
         """
         word, event = self._presence(self._rank)
-        if word == "in":
+        if word not in ("failed", "returns"):
             return
-        if word == "out":
-            self._write("in")
-            return
-        self._write("returns")
+        if word == "failed":
+            self._write("returns")
         late = self._left_behind(event, _PATIENCE_S if patience_s is None else patience_s)
         if late:
             raise AccelError(
@@ -72,7 +77,7 @@ class Attendance:
                 f"{ranks(late)} did not leave the one that failed here",
                 "let all of them leave a run before another begins, or start them anew",
             )
-        self._write("in")
+        self._write("out")
 
     def leave(self, *, failed: bool) -> None:
         """Write that it left its run."""
@@ -131,5 +136,10 @@ def part_of_store(name: str) -> Any:
 
 
 def attendance() -> Attendance:
-    """Return the list of the default group."""
-    return Attendance(part_of_store("attendance"), dist.get_rank(), dist.get_world_size())
+    """Return the list of the default group; a process has one connection for it."""
+    group: Any = dist.group.WORLD
+    known = _of_group.get(group)
+    if known is None:
+        part = part_of_store("attendance")
+        known = _of_group[group] = Attendance(part, dist.get_rank(), dist.get_world_size())
+    return known
