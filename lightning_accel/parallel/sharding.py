@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 from lightning_accel.errors import Unsupported
 from lightning_accel.exact import widest
 from lightning_accel.parallel.meta import materialize, on_meta
+from lightning_accel.surgery.structure import named_tensors
 
 _MESSAGE = 250 * 2**20  # bytes, as in DDP
 
@@ -269,6 +270,32 @@ def refuse_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
                 f"`{name}` has one",
                 "change `weight.grad` in `on_before_optimizer_step`, or mask the weight in the forward",
             )
+
+
+def require_alike(model: nn.Module) -> None:
+    """Raise, on all processes, where they have made other networks, or hold weights of other parts of it.
+
+    Raises:
+        Unsupported: They have; a broadcast would wait for ever, or mix weights up.
+    """
+    mine = {n: (tuple(t.shape), t.is_meta) for n, t in named_tensors(model)}
+    made: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(made, mine)
+    for rank, theirs in enumerate(made):
+        if theirs != made[0]:
+            names = [n for n in (*made[0], *theirs) if made[0].get(n) != theirs.get(n)]
+            first, other = made[0].get(names[0]), theirs.get(names[0])
+            raise Unsupported(
+                "all processes have to make the same network",
+                f"`{names[0]}` is {_said(first)} on rank 0 and {_said(other)} on rank {rank}",
+                "make it alike; to hold few weights, make it on the meta device everywhere, and go on from a checkpoint",
+            )
+
+
+def _said(made: tuple[tuple[int, ...], bool] | None) -> str:
+    if made is None:
+        return "not there"
+    return f"on the meta device {made[0]}" if made[1] else f"a tensor {made[0]}"
 
 
 def equalise(model: nn.Module, device: torch.device) -> None:

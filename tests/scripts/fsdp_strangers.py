@@ -214,11 +214,26 @@ def lightning_19685() -> str:
     return "nothing was said"
 
 
+def pytorch_105840() -> str:
+    """The first process has the weights, to be sent to the others, which are on the meta device; transformers #25686."""
+
+    def make() -> GPT:
+        with torch.device("meta" if RANK else "cpu"):
+            return GPT()
+
+    try:
+        fit(make, 2)
+    except la.errors.AccelError as error:
+        return str(error)
+    return "nothing was said"
+
+
 RUNS = {
     f.__name__: f
     for f in (
         pytorch_153354, weather_generator_1639, fairscale_601, transformers_48237, lightning_20138,
         torchtitan_2747, stable_pretraining_415, lightning_18971, wgan, lightning_19685,
+        pytorch_105840,
     )
 }  # fmt: skip
 

@@ -40,3 +40,14 @@ def test_it_is_as_in_one_process(found: list[dict[str, Any]], report: str) -> No
 def test_lightning_19685_a_backward_by_hand_is_told(found: list[dict[str, Any]]) -> None:
     for results in found:
         assert "call `self.manual_backward(loss)`" in results["lightning_19685"]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_pytorch_105840_a_network_that_only_one_process_has_is_told(
+    found: list[dict[str, Any]],
+) -> None:
+    """There it trains from random weights, with the loss a little falling."""
+    for results in found:
+        said = results["pytorch_105840"]
+        assert "a tensor (24, 8) on rank 0 and on the meta device (24, 8) on rank 1" in said, said

@@ -204,6 +204,7 @@ class FSDP2Strategy(ShardFiles):
         root = self.lightning_module
         assert isinstance(root, LightningModule)
         if not self._is_apart(root):
+            sharding.require_alike(root)
             self._refuse_averages_in_folders(trainer)
             if self._tensor_parallel_size != 1 or len(self._all(trainer)) > 1:
                 refuse_meta(root)
