@@ -56,7 +56,9 @@ def test_a_lost_process_ends_all_with_its_name(
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_a_second_fit_meets_nobody_who_waits_in_the_first(tmp_path: Path) -> None:
-    """Collectives of the two would meet, and gradients be sums of other things."""
+    """Collectives of the two would meet, and gradients be sums of other things (optuna #5190: the trial after one that
+    ran out of memory on one process never goes on; pytorch #44353).
+    """
     arguments = (str(tmp_path), "caught", "0", "accel_ddp")
     status, printed = forks.run_ranks(
         SCRIPT, *arguments, cwd=tmp_path, environ=ENVIRON, together=False

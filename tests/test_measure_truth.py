@@ -72,6 +72,7 @@ def reported(kwargs: dict[str, Any], folder: Path, *callbacks: Any, **more: Any)
 def test_weights_that_no_validation_saw_are_told(
     trainer_kwargs: dict[str, Any], tmp_path: Path, make: Any, told: bool
 ) -> None:
+    """Lightning #6074, #8654: stochastic averages are in the module when the fit is over, and no validation saw them."""
     notes = reported(trainer_kwargs, tmp_path, *make()).get("notes", [])
     assert sum(note.startswith(CHANGED) for note in notes) == told
 
