@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from lightning_accel.exact import wide
 from lightning_accel.quantization.layers import layers_of
 from lightning_accel.surgery.structure import named_tensors
 
@@ -55,4 +56,4 @@ class SeenWeights:
 def _sums(module: nn.Module) -> Tensor:
     weights = [p for p in module.parameters() if p.is_floating_point()]
     locals_ = [getattr(p, "_local_tensor", p) for p in weights]
-    return torch.stack([p.double().sum() for p in locals_]) if locals_ else torch.zeros(0)
+    return torch.stack([wide(p).sum() for p in locals_]) if locals_ else torch.zeros(0)
