@@ -71,7 +71,8 @@ class AccelReport(Paced):
     Args:
         path: Where the JSON goes, markdown and an HTML page beside it; by default `report.json` in the folder of the first
             logger, without one in the Trainer's `default_root_dir`, without that in the Hydra job's or in `lightning_logs`; a
-            later fit of the same process takes `fit_2` there. A file that is no report is left alone, and a number added to the name.
+            later fit of the same process takes `fit_2` there, and one of another process replaces its report. A file that is no
+            report is left alone, and a number added to the name.
         dense_metrics: Metrics of a dense training as long as this one, to compare with.
         budget_s: Seconds of measuring; warm-up and compilation come on top.
         example: Arguments of the LightningModule's `forward`; by default what its networks receive.
