@@ -26,7 +26,9 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parents[1]
-_ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")
+_OF_PROCESSES = (
+    "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "OMP_NUM_THREADS",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,9 +77,11 @@ def _empty_folder(
 
 @pytest.fixture(autouse=True)
 def _no_processes() -> Iterator[None]:
-    """Leave no group of processes behind, nor its address: Lightning never ends one, and scripts would meet there."""
-    before = {name: os.environ.get(name) for name in _ADDRESS}
+    """Leave no group of processes behind, nor its address or threads: Lightning never ends one, and scripts would meet there."""
+    before = {name: os.environ.get(name) for name in _OF_PROCESSES}
     yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:
