@@ -6,7 +6,7 @@ the grid and its end outside. Adam moves scales, each by a share of what they we
 which keeps the steps of plain gradient descent in proportion, is not needed. The user's optimizer sees nothing new;
 the share falls with the learning rate of the layer's weights, measured by the highest that these had. Who lets gradients of
 weights go (`zero_grad`) knows nothing of those of scales, so these go with them. Of a small ResNet at two bits, accuracy is
-1.3 points higher than with fitted scales.
+two points higher than with fitted scales.
 """
 
 from __future__ import annotations
