@@ -7,6 +7,7 @@ import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +47,14 @@ from lightning_accel import (
     StepMeter,
     StructuredPruning,
 )
-from lightning_accel.distillation import FitProgress, LossTerm, Schedule, Teacher, losses
+from lightning_accel.distillation import (
+    FitProgress,
+    LossTerm,
+    Schedule,
+    Teacher,
+    distributed,
+    losses,
+)
 from lightning_accel.distillation.loss_term import KNOWN, loss_terms
 from lightning_accel.distillation.schedule import read
 from lightning_accel.errors import AccelError, Unsupported
@@ -612,3 +620,25 @@ def test_a_layer_within_a_reentrant_checkpoint_is_refused(fit: Fit) -> None:
     model = Module(Reentrant)
     model.net.reentrant = False
     fit(model, guide)
+
+
+@pytest.mark.parametrize("kind", [Module, Manual])
+def test_one_process_of_a_group_that_trains_by_itself_asks_no_other(
+    fit: Fit, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a fit on many devices rank 0 goes on alone: whoever asked the others would wait for ever."""
+    hints = {"kd": 1.0, "fitnet": {"layers": ["conv", "down.0"], "weight": 1.0}}
+    plain, alone = kind(), kind()
+    fit(plain, Distillation(teacher(), hints))
+
+    def asks(*_: Any, **__: Any) -> None:
+        raise AssertionError("another process was asked")
+
+    group = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2,
+        get_rank=lambda: 0, all_gather=asks, all_reduce=asks,
+    )  # fmt: skip
+    monkeypatch.setattr(distributed, "distributed", group)
+    assert distributed.num_processes() == 2
+    fit(alone, Distillation(teacher(), hints))
+    assert apart(plain, alone) == 0.0 and distributed.num_processes() == 2

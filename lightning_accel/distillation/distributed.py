@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,23 @@ from torch import Tensor, distributed
 from lightning_accel.errors import AccelError
 from lightning_accel.surgery.call import tensors
 
+_counts: list[int] = []
+
+
+@contextmanager
+def among(count: int) -> Iterator[None]:
+    """Let only as many processes count as a Trainer has: one of a group may train by itself.
+
+    >>> with among(1):
+    ...     num_processes()
+    1
+    """
+    _counts.append(count)
+    try:
+        yield
+    finally:
+        _counts.pop()
+
 
 def num_processes() -> int:
     """Return how many processes average their gradients.
@@ -17,6 +36,8 @@ def num_processes() -> int:
     >>> num_processes()
     1
     """
+    if _counts and _counts[-1] == 1:
+        return 1
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1
 

@@ -23,7 +23,7 @@ from lightning_accel.bridge.step import Around
 from lightning_accel.distillation import diagnostics, dry_run, heads
 from lightning_accel.distillation.criterion import LABELS, NUMBERS, Heard, Hearing, Listener
 from lightning_accel.distillation.distillation_loss import DistillationLoss
-from lightning_accel.distillation.distributed import all_rows, share_of_all
+from lightning_accel.distillation.distributed import all_rows, among, share_of_all
 from lightning_accel.distillation.forward_recorder import ForwardRecord, ForwardRecorder, layer
 from lightning_accel.distillation.loss_output import LossOutput
 from lightning_accel.distillation.metrics import DistillationMetrics
@@ -280,6 +280,7 @@ class FitState:
     ) -> Tensor:
         """Return the total loss of a step, with the losses of distillation times a factor."""
         with ExitStack() as stack:
+            stack.enter_context(among(self.trainer.world_size))
             for watch in reversed(self._watches):
                 stack.enter_context(watch.aside())
             return self._compute_loss(task, records, batch, scale)
@@ -350,7 +351,8 @@ class FitState:
         """Judge at the end of the first epoch, in all processes, by what was seen in it."""
         order, self._order = self._order, None
         if order is not None:
-            self._judge(order)
+            with among(self.trainer.world_size):
+                self._judge(order)
 
     def _judge(self, order: diagnostics.ClassOrder) -> None:
         """Raise when the teacher's classes come in another order, and warn once of one that guesses."""

@@ -24,7 +24,7 @@ from lightning_accel.distillation import dry_run, heads
 from lightning_accel.distillation.arguments import index_of
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.distillation_loss import DistillationLoss
-from lightning_accel.distillation.distributed import average_gradients
+from lightning_accel.distillation.distributed import among, average_gradients
 from lightning_accel.distillation.fit_state import FitState
 from lightning_accel.distillation.locate import Where, check_where
 from lightning_accel.distillation.loss_term import loss_terms
@@ -281,7 +281,8 @@ class Distillation(Technique):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        average_gradients(list(self.engine.heads.parameters()))
+        with among(trainer.world_size):
+            average_gradients(list(self.engine.heads.parameters()))
 
     @override
     def on_train_batch_end(
