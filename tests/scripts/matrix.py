@@ -165,7 +165,7 @@ def loaded(name: str, path: Path) -> dict[str, Any]:
 def wait() -> None:
     """Wait for the other processes: what they wrote is there."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", rank=RANK, world_size=WORLD, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", rank=RANK, world_size=WORLD, timeout=timedelta(seconds=600))
     dist.barrier()
 
 
