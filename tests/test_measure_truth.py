@@ -123,3 +123,21 @@ def test_a_network_that_reads_what_another_made_in_a_short_format_is_measured(
     found = json.loads((tmp_path / "report.json").read_text())
     assert not [n for n in found.get("notes", []) if "left out" in n]
     assert found["dense"]["macs"] == found["final"]["macs"] == 6 * 8 + 8 * 8 + 8
+
+
+class Lazy(Net):
+    """Its sizes are known after the first batch, which is one of validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3))
+
+
+def test_weights_that_have_no_numbers_yet_end_no_fit(
+    trainer_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    report = AccelReport(tmp_path / "report.json", budget_s=0.01)
+    sanity = {"num_sanity_val_steps": 1, "max_epochs": 1}
+    Trainer(**trainer_kwargs | sanity, callbacks=[report, Writes()]).fit(Lazy(), rows(), rows())
+    notes = json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert any(note.startswith(CHANGED) for note in notes)

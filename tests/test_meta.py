@@ -577,15 +577,21 @@ class WithTable(Parts):
         return self.head(self.trunk(x)) * self.more[0].table
 
 
+def saved(path: Path) -> OnMeta:
+    """Return a module with weights on the host after an epoch, whose file is there."""
+    with torch.device("cpu"):
+        module = OnMeta()
+        module.net = WithTable()
+    run = trainer(devices=1, max_epochs=1)
+    run.fit(module, rows())
+    run.save_checkpoint(path)
+    return module
+
+
 @ours
 def test_a_file_has_what_was_written(strategy: Callable[[], Any], tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    with torch.device("cpu"):
-        first = OnMeta()
-        first.net = WithTable()
-    run = trainer(devices=1, max_epochs=1)
-    run.fit(first, rows())
-    run.save_checkpoint(path)
+    first = saved(path)
     again = OnMeta(WithTable)
     fit(again, strategy(), max_epochs=2, ckpt=path)
     torch.testing.assert_close(again.state_dict(), first.state_dict(), rtol=0, atol=0)
@@ -597,12 +603,7 @@ def test_a_file_that_lacks_something_fills_the_rest(
     strategy: Callable[[], Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.ckpt"
-    with torch.device("cpu"):
-        first = OnMeta()
-        first.net = WithTable()
-    run = trainer(devices=1, max_epochs=1)
-    run.fit(first, rows())
-    run.save_checkpoint(path)
+    saved(path)
     file = torch.load(path, weights_only=True)
     for name in ("net.trunk.weight", "net.head.weight"):
         del file["state_dict"][name]

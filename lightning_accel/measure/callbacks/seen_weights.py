@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_accel.exact import wide
 from lightning_accel.quantization.layers import layers_of
@@ -30,7 +31,7 @@ class SeenWeights:
     """
 
     def __init__(self) -> None:
-        self._step, self._sums, self._quantized = -1, torch.zeros(0), 0
+        self._step, self._sums, self._quantized = -1, list[Tensor](), 0
 
     def see(self, trainer: Trainer, module: nn.Module) -> None:
         """Remember the weights with which a validation begins."""
@@ -44,7 +45,7 @@ class SeenWeights:
         if (more := len(layers_of(module)) - self._quantized) > 0:
             return f"{more} layers were quantized after the fit: all here is of the network before that"
         now = _sums(module)
-        if now.shape != self._sums.shape or torch.equal(now, self._sums):
+        if len(now) != len(self._sums) or all(map(torch.equal, now, self._sums)):
             return ""
         return (
             "weights changed after the last validation without a step, as averaging writes its own at the end: metrics are of "
@@ -53,7 +54,7 @@ class SeenWeights:
 
 
 @torch.no_grad()
-def _sums(module: nn.Module) -> Tensor:
-    weights = [p for p in module.parameters() if p.is_floating_point()]
-    locals_ = [getattr(p, "_local_tensor", p) for p in weights]
-    return torch.stack([wide(p).sum() for p in locals_]) if locals_ else torch.zeros(0)
+def _sums(module: nn.Module) -> list[Tensor]:
+    """Return the sum of each weight that has numbers, on its own device."""
+    known = (p for p in module.parameters() if not is_lazy(p) and not p.is_meta)
+    return [wide(getattr(p, "_local_tensor", p)).sum() for p in known if p.is_floating_point()]

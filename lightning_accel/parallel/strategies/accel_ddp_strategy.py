@@ -26,7 +26,7 @@ from lightning_accel.parallel.compress import compress
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.meta import refuse_loose, refuse_meta
 from lightning_accel.parallel.restarts import begin_group
-from lightning_accel.parallel.strategies.one_device import left_on_meta
+from lightning_accel.parallel.strategies.meta_start import left_on_meta
 from lightning_accel.parallel.trial_steps import uses_of_fit
 
 Compression = Literal["bf16", "fp16"]

@@ -34,10 +34,10 @@ from lightning_accel.parallel.choice import (
 )
 from lightning_accel.parallel.fit_workload import workload_of
 from lightning_accel.parallel.meta import on_meta
-from lightning_accel.parallel.meta_writes import MetaWrites
 from lightning_accel.parallel.planning import Option, processes
 from lightning_accel.parallel.strategies.accel_ddp_strategy import AccelDDPStrategy
 from lightning_accel.parallel.strategies.fsdp2_strategy import FSDP2Strategy
+from lightning_accel.parallel.strategies.meta_start import SeesMeta
 from lightning_accel.parallel.strategies.one_device import OneDevice
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.surgery.preserve import preserve_rng
@@ -46,7 +46,7 @@ _STATES = 4
 """Weights, gradients and two optimizer states, where no step can be planned; as much again is left for activations."""
 
 
-class AutoStrategy(AccelDDPStrategy):
+class AutoStrategy(SeesMeta, AccelDDPStrategy):
     """Choose copies (`accel_ddp`) where they fit into the devices' memory, else shards (`accel_fsdp`).
 
     With one device it is Lightning's own for that, at once. With several it is DDP until all edits of the module are done
@@ -92,7 +92,6 @@ class AutoStrategy(AccelDDPStrategy):
         """The reason."""
         self._folder: Path | None = None
         self._late: Any = None
-        self._meta = MetaWrites()
         self._relied_on = False
         self._fitted = False
 
@@ -135,12 +134,6 @@ class AutoStrategy(AccelDDPStrategy):
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Let layers of `configure_model` be made in host memory, as strategies that shard do."""
         with self.precision_plugin.tensor_init_context():
-            yield
-
-    @contextmanager
-    @override
-    def model_sharded_context(self) -> Iterator[None]:
-        with super().model_sharded_context(), self._meta.taken(self.lightning_module):
             yield
 
     @override

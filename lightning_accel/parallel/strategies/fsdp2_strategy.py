@@ -37,9 +37,8 @@ from lightning_accel.parallel.backends import backend_of
 from lightning_accel.parallel.callbacks.rank_watch import watch_ranks
 from lightning_accel.parallel.data_order import keep_order
 from lightning_accel.parallel.meta import refuse_meta
-from lightning_accel.parallel.meta_writes import MetaWrites
 from lightning_accel.parallel.restarts import begin_group
-from lightning_accel.parallel.strategies.one_device import names_in, require_fillable
+from lightning_accel.parallel.strategies.meta_start import SeesMeta, names_in, require_fillable
 from lightning_accel.parallel.strategies.shard_files import ShardFiles
 from lightning_accel.parallel.trial_steps import uses_of_fit
 from lightning_accel.parallel.units import Units, check_units, find_units, given, perhaps_unused
@@ -48,7 +47,7 @@ from lightning_accel.parallel.uses import Uses
 Checkpoints = Literal["whole", "sharded"]
 
 
-class FSDP2Strategy(ShardFiles):
+class FSDP2Strategy(SeesMeta, ShardFiles):
     """Shard parameters, gradients and optimizer states of any LightningModule over all processes (FSDP2).
 
     The module stays as it is, with layers made in `__init__` or in `configure_model`. It is sharded once all edits of
@@ -121,7 +120,6 @@ class FSDP2Strategy(ShardFiles):
         self._late: tuple[Mapping[str, Any], bool] | None = (
             None  # for weights that are not there yet
         )
-        self._meta = MetaWrites()  # of `configure_model`
         self._fills = (
             True  # whether `reset_parameters` gives weights that are on meta their numbers
         )
@@ -174,12 +172,6 @@ class FSDP2Strategy(ShardFiles):
         sharding.place_rest(self.model, self.root_device, parameters=not self.cpu_offload)
 
     # ---- sharding
-
-    @contextmanager
-    @override
-    def model_sharded_context(self) -> Iterator[None]:
-        with super().model_sharded_context(), self._meta.taken(self.lightning_module):
-            yield
 
     @override
     def setup(self, trainer: Trainer) -> None:
